@@ -1,0 +1,3 @@
+"""Train and judge sequential recommenders that serve every user group well."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,142 @@
+"""Checkpoints that are whole or absent: orbax for the arrays, a SHA-256 manifest around them.
+
+Orbax restores a file with a flipped byte without a word, and casts to the dtype it is asked for;
+so every file is hashed after the write and checked before a restore, and the shape and dtype of
+every array are compared with the ones stored. A checkpoint is written under a temporary name and
+renamed, so a process that dies while it writes leaves the one before in place. (Nothing is synced
+to the disk: this covers the death of the process, not a loss of power.)
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+_ARRAYS, _PROGRESS, _MANIFEST = "arrays", "progress.json", "manifest.json"
+_TEMPORARY = ".unfinished-"
+
+
+class CorruptCheckpointError(ValueError):
+    """A checkpoint's files are not the ones that were written."""
+
+
+def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
+    """Write a pytree of arrays and a JSON object to the folder `path`, replacing it if it exists.
+
+    Args:
+        path: the folder to make.
+        tree: arrays, no typed keys (store `jax.random.key_data`).
+        progress: what else is needed to go on; JSON values only.
+    """
+    temporary = path.with_name(_TEMPORARY + path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((temporary / _ARRAYS).absolute(), tree)
+        checkpointer.wait_until_finished()  # a failed write shows here and nowhere else
+    (temporary / _PROGRESS).write_text(json.dumps(progress))
+    manifest = {"signature": _signature(tree), "files": _hashes(temporary)}
+    (temporary / _MANIFEST).write_text(json.dumps(manifest))
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
+    """Read back what `save` wrote.
+
+    Args:
+        path: the checkpoint's folder.
+        template: a pytree of arrays or `jax.ShapeDtypeStruct`, of the structure stored.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CorruptCheckpointError: if a file is missing, changed or added.
+        ValueError: if the template's structure, a shape or a dtype is another than stored.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path} ({_MANIFEST} is not there)") from None
+    except ValueError:
+        raise CorruptCheckpointError(f"{path / _MANIFEST} is not JSON; remove {path}") from None
+    found = _hashes(path)
+    expected = manifest["files"]
+    changed = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
+    if changed:
+        raise CorruptCheckpointError(
+            f"checkpoint {path}: {', '.join(changed)} changed, went missing or came after it was "
+            "written; remove the folder and run again from the checkpoint before"
+        )
+    stored, wanted = manifest["signature"], _signature(template)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise ValueError(
+                f"checkpoint {path}: {name} is {stored.get(name, 'absent')} there, but this "
+                f"version expects {wanted.get(name, 'nothing of that name')}"
+            )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), template)
+    with ocp.StandardCheckpointer() as checkpointer, warnings.catch_warnings():
+        # Orbax asks for shardings; on one device there is one.
+        warnings.filterwarnings("ignore", message=".*[Ss]harding.*")
+        tree = checkpointer.restore((path / _ARRAYS).absolute(), abstract)
+    return tree, json.loads((path / _PROGRESS).read_text())
+
+
+def save_step(directory: Path, step: int, tree: Any, progress: dict[str, Any], *, keep: int = 2):
+    """`save` to `directory/step` and remove all but the newest `keep` steps."""
+    save(directory / str(step), tree, progress)
+    for old in _steps(directory)[keep:]:
+        shutil.rmtree(directory / str(old))
+
+
+def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The newest step in `directory` that is whole, None where there is no step at all.
+
+    Raises:
+        CorruptCheckpointError: if there are steps and none is whole.
+        ValueError: see `load`.
+    """
+    steps = _steps(directory)
+    for step in steps:
+        try:
+            return load(directory / str(step), template)
+        except (CorruptCheckpointError, FileNotFoundError) as error:
+            logging.getLogger(__name__).warning("skipped: %s", error)
+    if steps:
+        raise CorruptCheckpointError(
+            f"none of the checkpoints in {directory} is whole; remove the folder to start again"
+        )
+    return None
+
+
+def _steps(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), reverse=True)
+
+
+def _signature(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != _MANIFEST:
+            with path.open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -1,0 +1,188 @@
+"""The rank of each user's held-out item among the whole catalogue.
+
+Shape letters: U users, n users of a split, B users in a batch, T packed tokens, V catalogue,
+D width, k length of a recommended list.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from seqfair_jax.batching import BLOCK, Sequences, pack
+from seqfair_jax.data.split import Dataset
+from seqfair_jax.model import PRECISIONS, SASRec
+
+_TOKENS = 4096  # packed tokens encoded at once
+
+
+class Queries(NamedTuple):
+    """The users of a split, laid out in batches for the device."""
+
+    sequences: Sequences  # of the n users: their histories, and a place for what follows
+    encode_batches: jax.Array  # i32[batches, B] places among the n users, -1 for an empty slot
+    encoded_at: jax.Array  # i32[m, B'] where the batches above put each user
+    targets: jax.Array  # i32[m, B'], -1 for a target outside the vocabulary or an empty slot
+    seen_rows: jax.Array  # i32[m, S] which row of the batch has seen the item beside it
+    seen_items: jax.Array  # i32[m, S], V for padding; S is 0 where nothing is masked
+
+
+class Ranking(NamedTuple):
+    """What `rank_targets` returns."""
+
+    ranks: np.ndarray  # i32[n], 1-based; 0 for a target outside the vocabulary
+    top_items: np.ndarray  # i32[n, k], best first
+
+
+def make_queries(
+    dataset: Dataset, split: str, *, max_len: int, mask_seen: bool, batch_size: int
+) -> Queries:
+    """Lay out the users of a split for `rank_targets`.
+
+    Args:
+        dataset: the split log.
+        split: "valid" (histories are the training rows) or "test" (all before the last row).
+        max_len: L. A history is the begin token and the last L - 2 items.
+        mask_seen: take every item of the whole history, the target excepted, out of the ranking.
+        batch_size: B', users scored at once.
+    """
+    if split == "valid":
+        users, targets = dataset.valid_users, dataset.valid_targets
+        num_history = dataset.train_lengths[users]
+    elif split == "test":
+        users, targets = np.arange(len(dataset.user_ids)), dataset.test_targets
+        num_history = np.diff(dataset.offsets)
+    else:
+        raise ValueError(f"split is {split!r}: expected 'valid' or 'test'")
+    starts = dataset.offsets[:-1][users]
+    lengths = np.minimum(num_history + 1, max_len - 1).astype(np.int32)
+    # The row after the history stands for the target: `pack` never reads it as an input.
+    ends = (starts + num_history + 1).astype(np.int32)
+
+    num_tokens = _num_tokens(max_len)
+    encode_batches = _fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
+    encoded_at = np.empty(len(users), np.int32)
+    real = encode_batches >= 0
+    encoded_at[encode_batches[real]] = np.flatnonzero(real)
+
+    num_batches = -(-len(users) // batch_size)
+    pad = num_batches * batch_size - len(users)
+    seen_rows, seen_items = _seen_pairs(
+        dataset, users, num_history if mask_seen else 0 * num_history, targets, batch_size
+    )
+    return Queries(
+        Sequences(jnp.asarray(dataset.items), jnp.asarray(ends), jnp.asarray(lengths)),
+        jnp.asarray(encode_batches),
+        jnp.asarray(np.pad(encoded_at, (0, pad)).reshape(num_batches, batch_size)),
+        jnp.asarray(
+            np.pad(targets, (0, pad), constant_values=-1).reshape(num_batches, batch_size)
+        ),
+        jnp.asarray(seen_rows),
+        jnp.asarray(seen_items),
+    )
+
+
+def rank_targets(
+    model: SASRec, params, queries: Queries, *, top_k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rank each user's target by its score among all V items; a pure function, to be jitted.
+
+    The rank counts the items that score as high or higher, so a target that ties comes last
+    among its equals, and a constant scorer gains nothing.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        queries: the users.
+        top_k: k, how many of the best items to return; 0 for none (it costs a partial sort).
+
+    Returns:
+        ranks i32[m * B'] (`to_ranking` cuts the padding off), top items i32[m * B', k], and a
+        bool[]: whether every score was finite.
+    """
+    num_tokens = _num_tokens(model.max_len)
+
+    def encode(places):
+        packed = pack(
+            queries.sequences, places, num_tokens=num_tokens, num_items=model.num_items
+        )
+        hidden = model.apply(params, packed, train=False)
+        newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
+        return hidden[newest]
+
+    hidden = lax.map(encode, queries.encode_batches).reshape(-1, model.dim)
+    table = model.apply(params, train=False, method="output_table")
+    precision = PRECISIONS[model.dtype][1]
+
+    def score(batch):
+        encoded_at, targets, seen_rows, seen_items = batch
+        scores = jnp.matmul(
+            hidden[encoded_at], table.T, precision=precision, preferred_element_type=jnp.float32
+        )
+        finite = jnp.isfinite(scores.sum(axis=-1)).all()  # one pass; NaN and inf survive a sum
+        if seen_rows.size:
+            scores = scores.at[seen_rows, seen_items].set(-jnp.inf, mode="drop")
+        own = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[:, None], axis=-1)
+        ranks = jnp.sum(scores >= own, axis=-1, dtype=jnp.int32)
+        top_items = lax.top_k(scores, top_k)[1]
+        return jnp.where(targets < 0, 0, ranks), top_items.astype(jnp.int32), finite
+
+    ranks, top_items, finite = lax.map(
+        score, (queries.encoded_at, queries.targets, queries.seen_rows, queries.seen_items)
+    )
+    return ranks.reshape(-1), top_items.reshape(-1, top_k), finite.all()
+
+
+def to_ranking(ranks, top_items, finite, *, num_users: int, what: str) -> Ranking:
+    """Bring what `rank_targets` returned to the host, padding cut off.
+
+    Raises:
+        FloatingPointError: if a score was not finite; `what` says whose scores they were.
+    """
+    if not np.asarray(finite):
+        raise FloatingPointError(
+            f"{what}: a score is not finite, so no rank can be given. The parameters have "
+            "diverged; try a smaller train.learning_rate or set train.clip_norm"
+        )
+    return Ranking(np.asarray(ranks)[:num_users], np.asarray(top_items)[:num_users])
+
+
+def _num_tokens(max_len: int) -> int:
+    return -(-max(_TOKENS, max_len) // BLOCK) * BLOCK
+
+
+def _fill_batches(lengths: np.ndarray, num_tokens: int, *, max_users: int) -> np.ndarray:
+    """Cut users into batches of at most `num_tokens` tokens and `max_users` users, in order."""
+    batches: list[list[int]] = [[]]
+    tokens = 0
+    for place, length in enumerate(lengths.tolist()):
+        if tokens + length > num_tokens or len(batches[-1]) == max_users:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(place)
+        tokens += length
+    filled = np.full((len(batches), max(map(len, batches))), -1, np.int32)
+    for row, batch in zip(filled, batches, strict=True):
+        row[: len(batch)] = batch
+    return filled
+
+
+def _seen_pairs(dataset, users, num_history, targets, batch_size):
+    """The (row, item) pairs to mask in each batch: two arrays i32[batches, S]."""
+    place = np.repeat(np.arange(len(users)), num_history)
+    first = np.cumsum(num_history) - num_history
+    rows = np.arange(len(place)) - first[place] + dataset.offsets[:-1][users][place]
+    items = dataset.items[rows]
+    keep = items != targets[place]
+    place, items = place[keep], items[keep]
+    batch = place // batch_size
+    sizes = np.bincount(batch, minlength=-(-len(users) // batch_size))
+    column = np.arange(len(place)) - (np.cumsum(sizes) - sizes)[batch]
+    shape = (len(sizes), sizes.max())
+    seen_rows = np.zeros(shape, np.int32)
+    seen_items = np.full(shape, len(dataset.item_ids), np.int32)
+    seen_rows[batch, column] = place % batch_size
+    seen_items[batch, column] = items
+    return seen_rows, seen_items

@@ -1,0 +1,93 @@
+"""What a config fixes before the first step: the data, the model and the grid of runs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from seqfair_jax import data, objectives
+from seqfair_jax.batching import Sequences
+from seqfair_jax.config import Run, plan_runs
+from seqfair_jax.data.groups import GroupFamily, build_family, require_partition
+from seqfair_jax.data.split import Dataset
+from seqfair_jax.model import SASRec
+from seqfair_jax.train import Task, TrainData, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """A config made real; nothing in it changes while the runs train."""
+
+    config: ConfigDict
+    runs: list[Run]
+    dataset: Dataset
+    families: list[GroupFamily]  # to evaluate by
+    loss_family: GroupFamily  # of the objective, its logs and the worst-group selection
+    task: Task
+    data: TrainData
+    hparams: objectives.Hyperparams  # each f32[R]
+    vmap: bool  # train the runs side by side; else each segment runs one after another
+
+    @property
+    def train_lengths(self) -> np.ndarray:
+        """Real targets of each user in training, i32[U]: rows, at most L - 1."""
+        return np.minimum(self.dataset.train_lengths, self.task.model.max_len - 1)
+
+
+def prepare(config: ConfigDict) -> Experiment:
+    """Load the data and build what the runs share.
+
+    Args:
+        config: resolved (`config.resolve`).
+
+    Raises:
+        ValueError: on bad data, an unknown group family, or a group method over a family in
+            which some user is not in exactly one group.
+    """
+    dataset = data.prepare(config.data)
+    group_table = data.read_group_table(config.data)
+    family = functools.partial(build_family, dataset, group_table=group_table)
+    families = [family(name) for name in config.groups]
+    loss_family = family(config.objective.group_family)
+    name = config.objective.name
+    if objectives.METHODS[name].needs_groups:
+        require_partition(loss_family, name)
+    objective = objectives.make_objective(
+        name,
+        membership=loss_family.membership,
+        train_lengths=dataset.train_lengths,
+        count_by=config.objective.count_by,
+        absent_groups=config.objective.absent_groups,
+    )
+    optimizer = make_optimizer(
+        learning_rate=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        clip_norm=config.train.clip_norm,
+    )
+    model = SASRec(num_items=len(dataset.item_ids), **config.model)
+    runs = plan_runs(config)
+    axis = config.train.runs_axis
+    return Experiment(
+        config=config,
+        runs=runs,
+        dataset=dataset,
+        families=families,
+        loss_family=loss_family,
+        task=Task(model, objective, optimizer),
+        data=TrainData(
+            sequences=Sequences(
+                items=jnp.asarray(dataset.items),
+                ends=jnp.asarray(dataset.offsets[:-1] + dataset.train_lengths, jnp.int32),
+                lengths=jnp.asarray(np.minimum(dataset.train_lengths, config.model.max_len - 1)),
+            ),
+            membership=jnp.asarray(loss_family.membership),
+            target_weights=jnp.asarray(objective.target_weights(dataset.item_counts), jnp.float32),
+        ),
+        hparams=objectives.Hyperparams(
+            **{key: jnp.float32([run.hparams[key] for run in runs]) for key in runs[0].hparams}
+        ),
+        vmap=axis == "vmap" or (axis == "auto" and jax.default_backend() != "cpu"),
+    )

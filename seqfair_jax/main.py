@@ -1,0 +1,58 @@
+"""`python -m seqfair_jax.main --config=configs/rr_gdro.py --workdir=DIR --config.KEY=VALUE`."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from seqfair_jax import workdir
+from seqfair_jax.run import run
+
+
+def main() -> None:
+    """Define the flags, read them and run; what a user can mend ends in one line, not a trace."""
+    config = config_flags.DEFINE_config_file(
+        "config", None, "a file of configs/, its arguments behind a colon"
+    )
+    directory = flags.DEFINE_string("workdir", None, "where the run's files go", required=True)
+    flags.mark_flag_as_required("config")
+
+    def parse(argv):
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError, ValueError, OSError) as error:
+            # ml_collections raises KeyError or AttributeError for an unknown key, its advice inside.
+            message = str(error.args[0] if error.args else error)
+            sys.exit(f"error in --config: {message.strip(chr(39))}")
+
+    def run_flags(_):
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("seqfair_jax").setLevel(logging.INFO)
+        use_compilation_cache()
+        try:
+            run(config.value, directory.value)
+        except (ValueError, OSError, FloatingPointError) as error:
+            sys.exit(f"error: {error}")
+
+    app.run(run_flags, flags_parser=parse)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, one for each processor model.
+
+    XLA's programs for one processor can fail on another. `JAX_COMPILATION_CACHE_DIR` overrides.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    model = "".join(c if c.isalnum() else "-" for c in workdir.processor())
+    jax.config.update("jax_compilation_cache_dir", str(cache / "seqfair_jax" / "xla" / model))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""SASRec over flat-packed users: a causal transformer that predicts each user's next item.
+
+Shape letters: T packed tokens, D width, H heads, V catalogue, L window, K keys a query block sees.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.random import threefry_2x32
+
+from seqfair_jax.batching import BLOCK, Packed
+
+PRECISIONS = {
+    # config value: (activations' dtype, precision of matrix products)
+    "float32": (jnp.float32, lax.Precision.HIGHEST),
+    "tensorfloat32": (jnp.float32, lax.Precision.HIGH),
+    "bfloat16": (jnp.bfloat16, lax.Precision.DEFAULT),
+}
+_LAYER_NORM_EPSILON = 1e-5
+
+
+def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    """Zero each entry with probability `rate`, scale the others by 1 / (1 - rate).
+
+    One threefry block serves four entries, 16 bits each (`jax.random.bernoulli` spends a whole
+    block on one), so the rate is a multiple of 2**-16; the scale follows the rounded rate and the
+    mean stays exact. Threefry, unlike `rbg`, draws the same bits under `vmap` as alone.
+    """
+    if rate == 0.0:
+        return x
+    threshold = round((1.0 - rate) * 2**16)
+    num_words = 2 * -(-x.size // 4)
+    key_words = jax.random.key_data(key)
+    words = threefry_2x32((key_words[0], key_words[1]), lax.iota(jnp.uint32, num_words))
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
+    return jnp.where(bits < threshold, x * (2**16 / threshold), jnp.zeros_like(x))
+
+
+def _bias_init(fan_in: int) -> nn.initializers.Initializer:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+# variance_scaling draws from +-sqrt(3 * scale / fan_in), so a third gives +-1/sqrt(fan_in).
+_uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention among a user's own earlier tokens, then feed-forward.
+
+    Attributes:
+        dim: D, a multiple of `num_heads`.
+        ff_dim: width of the feed-forward's hidden layer.
+        num_heads: H.
+        dropout: rate on attention weights, attention output, feed-forward hidden and output.
+        dtype, precision: see `PRECISIONS`.
+    """
+
+    dim: int
+    ff_dim: int
+    num_heads: int
+    dropout: float
+    dtype: Any
+    precision: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, visible: jax.Array, train: bool) -> jax.Array:
+        """Map x f[T, D] to f[T, D]; `visible` bool[T/block, block, K] is `visible_keys`."""
+
+        def drop(y):
+            return dropout(self.make_rng("dropout"), y, self.dropout) if train else y
+
+        def dense(features, name, **init):
+            init = {"kernel_init": _uniform_fan_in, **init}
+            return nn.Dense(
+                features, dtype=self.dtype, precision=self.precision, name=name, **init
+            )
+
+        def norm(name):
+            return nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+
+        num_blocks, block, _ = visible.shape
+        head_dim = self.dim // self.num_heads
+        qkv = dense(
+            3 * self.dim,
+            "attention_in",
+            kernel_init=nn.initializers.xavier_uniform(),
+            bias_init=nn.initializers.zeros,
+        )(norm("attention_norm")(x))
+        qkv = qkv.reshape(num_blocks, block, 3, self.num_heads, head_dim)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        key, value = _with_previous(key, visible), _with_previous(value, visible)
+        logits = jnp.einsum("nqhd,nkhd->nhqk", query, key, precision=self.precision)
+        logits = logits.astype(jnp.float32) * head_dim**-0.5
+        logits = jnp.where(visible[:, None], logits, -jnp.inf)
+        weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype))
+        mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value, precision=self.precision)
+        mixed = mixed.reshape(x.shape)
+        x = x + drop(dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed))
+
+        y = dense(self.ff_dim, "ff_in", bias_init=_bias_init(self.dim))(norm("ff_norm")(x))
+        y = drop(nn.relu(y))
+        y = dense(self.dim, "ff_out", bias_init=_bias_init(self.ff_dim))(y)
+        return x + drop(y)
+
+
+def _with_previous(blocks: jax.Array, visible: jax.Array) -> jax.Array:
+    """Append to each block of tokens [n, block, ...] the blocks before it: [n, K, ...]."""
+    num_blocks, block, num_keys = visible.shape
+    lookback = num_keys // block - 1
+    zeros = jnp.zeros((lookback, *blocks.shape[1:]), blocks.dtype)
+    padded = jnp.concatenate([zeros, blocks])
+    return jnp.concatenate([padded[i : i + num_blocks] for i in range(lookback + 1)], axis=1)
+
+
+def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
+    """Which keys each query may look at: the same user's, not later than itself.
+
+    Tokens are cut into blocks; a block's queries see keys of their own block and of the
+    `lookback` blocks before, just enough to hold a window. Exact, since no user has more than
+    `window` tokens.
+
+    Args:
+        slots: i32[T], the batch slot that each token belongs to; T a multiple of `block`.
+        block: tokens in a block.
+        window: the most tokens that a user can have.
+
+    Returns:
+        bool[T / block, block, K], K = (lookback + 1) * block. A query always sees itself, so no
+        row of the attention is empty; padding tokens see each other alone.
+    """
+    lookback = -(-(window - 1) // block)
+    own = slots.reshape(-1, block)
+    own_index = jnp.arange(slots.size, dtype=jnp.int32).reshape(-1, block)
+    padded = jnp.concatenate([jnp.full((lookback, block), -1, slots.dtype), own])
+    keys = jnp.concatenate([padded[i : i + len(own)] for i in range(lookback + 1)], axis=1)
+    behind = jnp.arange(-lookback * block, block, dtype=jnp.int32)
+    key_index = own_index[:, :1] + behind[None, :]
+    same_user = own[:, :, None] == keys[:, None, :]
+    return same_user & (key_index[:, None, :] <= own_index[:, :, None])
+
+
+class SASRec(nn.Module):
+    """SASRec with a softmax over the catalogue (Kang and McAuley 2018; paper, sections 2.1, 3.1).
+
+    Attributes:
+        num_items: V.
+        dim, ff_dim, num_blocks, num_heads: sizes of the transformer.
+        dropout: one rate for every place (see `Block`), the summed embeddings and, in training,
+            the output embeddings.
+        max_len: L, the begin token included; L - 1 positions.
+        tie_embeddings: score with the input embeddings instead of a table of their own.
+        init_scale: standard deviation of the normal that embeddings and positions start from.
+        dtype: key of `PRECISIONS`. Parameters are float32 always.
+    """
+
+    num_items: int
+    dim: int
+    ff_dim: int
+    num_blocks: int
+    num_heads: int
+    dropout: float
+    max_len: int
+    tie_embeddings: bool
+    init_scale: float
+    dtype: str
+
+    def setup(self):
+        self._dtype, self._precision = PRECISIONS[self.dtype]
+        normal = nn.initializers.normal(self.init_scale)
+        self.item_embedding = self.param("item_embedding", normal, (self.num_items, self.dim))
+        self.begin_embedding = self.param("begin_embedding", normal, (1, self.dim))
+        self.position_embedding = self.param(
+            "position_embedding", normal, (self.max_len - 1, self.dim)
+        )
+        if not self.tie_embeddings:
+            self.output_embedding = self.param(
+                "output_embedding", normal, (self.num_items, self.dim)
+            )
+        self.blocks = [
+            Block(
+                self.dim,
+                self.ff_dim,
+                self.num_heads,
+                self.dropout,
+                self._dtype,
+                self._precision,
+                name=f"block_{i}",
+            )
+            for i in range(self.num_blocks)
+        ]
+        self.final_norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self._dtype)
+
+    def __call__(self, packed: Packed, *, train: bool) -> jax.Array:
+        """Encode packed users: hidden f[T, D], after the final LayerNorm.
+
+        The scores of what follows token t are `hidden[t] @ output_table().T`.
+
+        Args:
+            packed: T tokens (see `batching.pack`).
+            train: apply dropout, with the rng "dropout".
+        """
+        is_begin = (packed.items == self.num_items)[:, None]
+        embedded = self.item_embedding[jnp.minimum(packed.items, self.num_items - 1)]
+        x = jnp.where(is_begin, self.begin_embedding, embedded)
+        x = self._drop((x + self.position_embedding[packed.positions]).astype(self._dtype), train)
+        visible = visible_keys(packed.slots, block=BLOCK, window=self.max_len - 1)
+        for block in self.blocks:
+            x = block(x, visible, train)
+        return self.final_norm(x)
+
+    def output_table(self, *, train: bool) -> jax.Array:
+        """The embeddings that score the catalogue: f[V, D], with dropout on them in training."""
+        table = self.item_embedding if self.tie_embeddings else self.output_embedding
+        return self._drop(table.astype(self._dtype), train)
+
+    def _drop(self, x: jax.Array, train: bool) -> jax.Array:
+        return dropout(self.make_rng("dropout"), x, self.dropout) if train else x
+
+    def encode_and_table(self, packed: Packed, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """`__call__` and `output_table` under one `apply`, so that they share its rngs."""
+        return self(packed, train=train), self.output_table(train=train)

@@ -1,0 +1,191 @@
+"""References in float64 numpy: plain loops, to be checked against the paper by eye."""
+
+import numpy as np
+
+# Objectives. `groups` gives each user's single group; omega is moved itself, not its logarithm.
+
+
+def class_balanced_weights(item_counts, log=False):
+    """Equation 2: w(i) = sum_j f(j) / f(i)."""
+    weights = []
+    for count in item_counts:
+        weight = sum(item_counts) / count
+        weights.append(np.log(weight) if log else weight)
+    return np.array(weights)
+
+
+def erm_loss(user_losses):
+    """Equation 1."""
+    total = 0.0
+    for loss in user_losses:
+        total += loss
+    return total / len(user_losses)
+
+
+def ipw_loss(user_losses, groups, group_sizes, log=False):
+    """Equation 3: w(g) = sum_h f(h) / f(g)."""
+    total = 0.0
+    for loss, group in zip(user_losses, groups, strict=True):
+        weight = sum(group_sizes) / group_sizes[group]
+        total += (np.log(weight) if log else weight) * loss
+    return total / len(user_losses)
+
+
+def group_losses(user_losses, groups, num_groups):
+    """L_g: the mean over the batch's users of the group; 0 for a group without any."""
+    means = np.zeros(num_groups)
+    for group in range(num_groups):
+        mine = [x for x, g in zip(user_losses, groups, strict=True) if g == group]
+        if mine:
+            means[group] = sum(mine) / len(mine)
+    return means
+
+
+def gdro_step(omega, user_losses, groups, step_size):
+    """Section 2.3.5: omega_g <- omega_g exp(eta L_g) / Z, then equation 5. Loss and new omega."""
+    losses = group_losses(user_losses, groups, len(omega))
+    moved = [w * np.exp(step_size * x) for w, x in zip(omega, losses, strict=True)]
+    omega = np.array(moved) / sum(moved)
+    return sum(w * x for w, x in zip(omega, losses, strict=True)), omega
+
+
+def sdro_step(omega, estimate, user_losses, groups, step_size, stream_rate, hold):
+    """Section 2.3.5: omega moved by the streaming estimate. Loss, new omega, new estimate."""
+    losses = group_losses(user_losses, groups, len(omega))
+    estimate = np.array(estimate)
+    for group in range(len(omega)):
+        if hold and group not in groups:
+            continue
+        estimate[group] = (1 - stream_rate) * estimate[group] + stream_rate * losses[group]
+    moved = [w * np.exp(step_size * x) for w, x in zip(omega, estimate, strict=True)]
+    omega = np.array(moved) / sum(moved)
+    return sum(w * x for w, x in zip(omega, losses, strict=True)), omega, estimate
+
+
+def cvar_loss(user_losses, alpha):
+    """Equation 4: give the largest losses 1 / (alpha B) each until all of the weight is given."""
+    cap = 1 / (alpha * len(user_losses))
+    left, total = 1.0, 0.0
+    for loss in sorted(user_losses, reverse=True):
+        weight = min(cap, left)
+        total += weight * loss
+        left -= weight
+    return total
+
+
+def chi2_weights(user_losses, radius):
+    """Levy et al. 2020: q_u = (l_u - eta)_+ / Z with the constraint met, eta by bisection.
+
+    With eta far below the losses q is uniform; as eta rises to the largest loss, q moves onto it.
+    """
+    size = len(user_losses)
+    losses = np.asarray(user_losses, np.float64) - max(user_losses)
+
+    def weights(eta):
+        positive = np.array([max(loss - eta, 0.0) for loss in losses])
+        return positive / sum(positive)
+
+    def divergence(q):
+        return sum((size * x - 1) ** 2 for x in q) / (2 * size)
+
+    ties = np.array([1.0 if loss == 0 else 0.0 for loss in losses])
+    if divergence(ties / sum(ties)) <= radius:
+        return ties / sum(ties)
+    # -eta by its logarithm, for the spread may be far smaller than the losses.
+    low, high = np.log(1e-12), np.log(1e12)
+    for _ in range(200):
+        middle = (low + high) / 2
+        if divergence(weights(-np.exp(middle))) > radius:
+            low = middle
+        else:
+            high = middle
+    return weights(-np.exp(high))
+
+
+# --- Loss and model ---
+
+
+def cross_entropy(hidden, table, target):
+    """-log softmax(table @ hidden)[target] of one target (paper, section 2.1)."""
+    logits = np.array([float(np.dot(row, hidden)) for row in table])
+    largest = max(logits)
+    total = sum(np.exp(logit - largest) for logit in logits)
+    return largest + np.log(total) - logits[target]
+
+
+def cross_entropy_gradient(hidden, table, target):
+    """Its gradient by hidden [D] and by table [V, D]: (p - onehot) W and (p - onehot) h^T."""
+    logits = np.array([float(np.dot(row, hidden)) for row in table])
+    shares = np.exp(logits - max(logits))
+    shares = shares / sum(shares)
+    shares[target] -= 1.0
+    d_hidden = np.zeros_like(hidden)
+    d_table = np.zeros_like(table)
+    for item in range(len(table)):
+        d_hidden = d_hidden + shares[item] * table[item]
+        d_table[item] = shares[item] * hidden
+    return d_hidden, d_table
+
+
+def window(items, max_len):
+    """A user's training window: inputs (None for the begin token) and targets, newest last."""
+    targets = list(items)[-(max_len - 1) :]
+    return [None, *targets[:-1]], targets
+
+
+def _layer_norm(x, parameters):
+    normal = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+    return normal * parameters["scale"] + parameters["bias"]
+
+
+def _linear(x, parameters):
+    return x @ parameters["kernel"] + parameters["bias"]
+
+
+def sasrec(parameters, inputs, *, num_blocks, num_heads):
+    """Hidden states [n, D] of one user, alone and without dropout: pre-norm causal transformer."""
+    length = len(inputs)
+    x = []
+    for place, item in enumerate(inputs):
+        embedding = (
+            parameters["begin_embedding"][0]
+            if item is None
+            else parameters["item_embedding"][item]
+        )
+        # Positions count from the newest token, which has 0.
+        x.append(embedding + parameters["position_embedding"][length - 1 - place])
+    for number in range(num_blocks):
+        block = parameters[f"block_{number}"]
+        dim = len(x[0])
+        head_dim = dim // num_heads
+        qkv = [_linear(_layer_norm(row, block["attention_norm"]), block["attention_in"]) for row in x]
+        mixed = []
+        for place in range(length):
+            heads = []
+            for head in range(num_heads):
+                cut = slice(head * head_dim, (head + 1) * head_dim)
+                query = qkv[place][:dim][cut]
+                logits = [
+                    np.dot(query, qkv[key][dim : 2 * dim][cut]) / np.sqrt(head_dim)
+                    for key in range(place + 1)
+                ]
+                weights = np.exp(np.array(logits) - max(logits))
+                weights = weights / weights.sum()
+                heads.append(
+                    sum(w * qkv[key][2 * dim :][cut] for key, w in enumerate(weights))
+                )
+            mixed.append(np.concatenate(heads))
+        x = [x[place] + _linear(mixed[place], block["attention_out"]) for place in range(length)]
+        for place in range(length):
+            y = _linear(_layer_norm(x[place], block["ff_norm"]), block["ff_in"])
+            x[place] = x[place] + _linear(np.maximum(y, 0.0), block["ff_out"])
+    return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
+
+
+def user_loss(parameters, items, *, max_len, num_blocks, num_heads):
+    """Mean cross-entropy of one user's real targets, one user at a time."""
+    inputs, targets = window(items, max_len)
+    hidden = sasrec(parameters, inputs, num_blocks=num_blocks, num_heads=num_heads)
+    table = parameters.get("output_embedding", parameters["item_embedding"])
+    losses = [cross_entropy(h, table, target) for h, target in zip(hidden, targets, strict=True)]
+    return sum(losses) / len(losses)

@@ -1,0 +1,146 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from numpy.testing import assert_allclose
+
+from seqfair_jax.batching import BLOCK, Sequences, pack
+from seqfair_jax.model import SASRec, dropout, visible_keys
+
+NUM_ITEMS = 40
+
+
+def make_model(**changes):
+    settings = {
+        "num_items": NUM_ITEMS,
+        "dim": 8,
+        "ff_dim": 12,
+        "num_blocks": 2,
+        "num_heads": 2,
+        "dropout": 0.0,
+        "max_len": 100,
+        "tie_embeddings": False,
+        "init_scale": 1.0,
+        "dtype": "float32",
+    }
+    return SASRec(**(settings | changes))
+
+
+def pack_users(sequences, num_tokens, max_len=100):
+    stops = np.cumsum([len(items) for items in sequences])
+    lengths = np.minimum([len(items) for items in sequences], max_len - 1)
+    arrays = (jnp.asarray(x) for x in (np.concatenate(sequences), stops, lengths))
+    users = jnp.arange(len(sequences))
+    return pack(Sequences(*arrays), users, num_tokens=num_tokens, num_items=NUM_ITEMS)
+
+
+def draw_users(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(NUM_ITEMS, size=n) for n in lengths]
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_packed_users_equal_one_user_at_a_time(num_heads):
+    """Users that straddle blocks, fill more than one, and are cut to the window."""
+    model = make_model(num_heads=num_heads)
+    users = draw_users([3, 90, 1, 130, 17])
+    packed = pack_users(users, 4 * BLOCK)
+    params = model.init(jax.random.key(0), packed, train=False)
+    hidden = model.apply(params, packed, train=False)
+    tree = jax.tree.map(np.float64, params["params"])
+    at = 0
+    for items in users:
+        inputs, _ = reference.window(items, 100)
+        expected = reference.sasrec(tree, inputs, num_blocks=2, num_heads=num_heads)
+        assert_allclose(hidden[at : at + len(inputs)], expected, rtol=1e-4, atol=1e-5)
+        at += len(inputs)
+
+
+def test_a_user_does_not_depend_on_the_rest_of_the_batch():
+    model = make_model()
+    users = draw_users([5, 30, 8])
+    packed = pack_users(users, BLOCK)
+    params = model.init(jax.random.key(0), packed, train=False)
+    first = model.apply(params, packed, train=False)[:5]
+    others = pack_users([users[0], *draw_users([11, 60], seed=1)], 2 * BLOCK)
+    again = model.apply(params, others, train=False)[:5]
+    assert_allclose(first, again, rtol=1e-5, atol=1e-6)
+
+
+def test_initial_parameters_are_drawn_as_the_paper_does():
+    model = make_model(dim=64, ff_dim=128, num_items=5000, num_heads=1, init_scale=0.5)
+    packed = pack_users(draw_users([4]), BLOCK)
+    params = model.init(jax.random.key(0), packed, train=False)["params"]
+    assert_allclose(np.std(params["item_embedding"]), 0.5, rtol=0.02)
+    assert_allclose(np.std(params["output_embedding"]), 0.5, rtol=0.02)
+    assert params["position_embedding"].shape == (99, 64)
+    block = params["block_0"]
+    for name, bound in (
+        ("attention_in", (6 / (64 + 3 * 64)) ** 0.5),  # Xavier over [D, 3D]
+        ("attention_out", 64**-0.5),
+        ("ff_in", 64**-0.5),
+        ("ff_out", 128**-0.5),
+    ):
+        kernel = np.abs(block[name]["kernel"])
+        assert bound * 0.99 < kernel.max() <= bound
+        assert_allclose(kernel.mean(), bound / 2, rtol=0.05)
+    assert not block["attention_in"]["bias"].any()
+    assert not block["attention_out"]["bias"].any()
+    assert 0.8 * 128**-0.5 < np.abs(block["ff_out"]["bias"]).max() <= 128**-0.5
+    assert "output_embedding" not in make_model(tie_embeddings=True).init(
+        jax.random.key(0), packed, train=False
+    )["params"]
+
+
+def test_visible_keys_by_hand():
+    slots = jnp.array([0, 0, 1, 1, 1, 2, 3, 3])  # 3 is padding
+    seen = visible_keys(slots, block=2, window=3)  # one block of 2 behind holds a window of 3
+    assert seen.shape == (4, 2, 4)
+    pairs = {
+        (2 * n + q, 2 * n - 2 + k) for n, q, k in zip(*np.nonzero(np.asarray(seen)), strict=True)
+    }
+    assert pairs == {
+        (q, k) for q in range(8) for k in range(q + 1) if slots[q] == slots[k]
+    }
+
+
+def test_dropout_keeps_the_share_and_the_mean():
+    x = jnp.ones((999, 101))
+    dropped = np.asarray(dropout(jax.random.key(0), x, 0.2))
+    kept = dropped != 0
+    assert_allclose(kept.mean(), 0.8, atol=0.005)
+    assert_allclose(dropped.mean(), 1.0, atol=0.006)
+    assert_allclose(dropped[kept], 1.25, rtol=1e-5)
+    # Neighbours, which share a threefry block, are independent.
+    flat = kept.ravel()
+    assert_allclose((flat[1:] & flat[:-1]).mean(), 0.64, atol=0.006)
+    assert_allclose((flat[2:] & flat[:-2]).mean(), 0.64, atol=0.006)
+
+
+def test_dropout_draws_the_same_bits_under_vmap():
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jnp.ones((5, 7))
+    together = jax.vmap(lambda key: dropout(key, x, 0.5))(keys)
+    alone = jnp.stack([dropout(key, x, 0.5) for key in keys])
+    np.testing.assert_array_equal(together, alone)
+    assert (together[0] != together[1]).any()
+
+
+def test_dropout_gradient_is_its_mask():
+    x = jnp.ones((4, 6))
+    key = jax.random.key(2)
+    gradient = jax.grad(lambda x: dropout(key, x, 0.5).sum())(x)
+    np.testing.assert_array_equal(gradient, dropout(key, x, 0.5))
+    assert dropout(key, x, 0.0) is x
+
+
+@pytest.mark.parametrize("dtype", ["tensorfloat32", "bfloat16"])
+def test_lower_precision_stays_near(dtype):
+    packed = pack_users(draw_users([20, 30]), BLOCK)
+    exact, rough = make_model(), make_model(dtype=dtype)
+    params = exact.init(jax.random.key(0), packed, train=False)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    a = exact.apply(params, packed, train=False)
+    b = rough.apply(params, packed, train=False).astype(jnp.float32)
+    assert_allclose(a, b, atol=0.1)

@@ -1,0 +1,498 @@
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import optimize
+
+from seqfair_jax import objectives
+from seqfair_jax.objectives import Hyperparams, make_objective
+
+# Five users in three groups, with 1, 2, 3, 4 and 10 training rows: 3, 3 and 14 rows a group.
+GROUPS = np.array([0, 0, 1, 2, 2])
+MEMBERSHIP = np.eye(3, dtype=bool)[GROUPS]
+LENGTHS = np.array([1, 2, 3, 4, 10], np.int32)
+HYPERPARAMS = Hyperparams(*jnp.array([0.1, 0.1, 0.3, 0.5]))  # eta, beta, alpha, rho
+
+
+@pytest.fixture(autouse=True)
+def _no_implicit_rank_promotion():
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def make(name, **kwargs):
+    return make_objective(name, membership=MEMBERSHIP, train_lengths=LENGTHS, **kwargs)
+
+
+@functools.cache
+def loss_and_gradient(name, **kwargs):
+    def step(*arguments):
+        loss, state, logged = make(name, **kwargs).apply(*arguments)
+        return loss, (loss, state, logged)
+
+    return jax.jit(jax.grad(step, has_aux=True))
+
+
+def gradient_and_outputs(
+    name, losses, membership=MEMBERSHIP, state=None, *, hyperparams=None, **kwargs
+):
+    changed = {key: jnp.float32(value) for key, value in (hyperparams or {}).items()}
+    return loss_and_gradient(name, **kwargs)(
+        np.asarray(losses, np.float32),
+        membership,
+        make(name, **kwargs).init() if state is None else state,
+        HYPERPARAMS._replace(**changed),
+    )
+
+
+def apply(*args, **kwargs):
+    return gradient_and_outputs(*args, **kwargs)[1]
+
+
+def user_weights(*args, **kwargs):
+    return np.asarray(gradient_and_outputs(*args, **kwargs)[0], np.float64)
+
+
+def fifty_batches(level):
+    """Losses [50, 16] near `level`, and groups [50, 16]: group 1 is in one batch of four and
+    group 2 in none of the last ten."""
+    rng = np.random.default_rng(7)
+    losses = (level + rng.gamma(2, 0.5, (50, 16))).astype(np.float32)
+    groups = rng.integers(0, 3, (50, 16))
+    groups[np.arange(50) % 4 != 0] %= 2
+    groups[groups == 1] = 2
+    groups[0:50:4, :5] = 1
+    groups[40:][groups[40:] == 2] = 0
+    return losses, groups
+
+
+# Against the references.
+
+
+@pytest.mark.parametrize("level", [2.0, 70.0])
+@pytest.mark.parametrize("name", ["erm", "ipw", "ipw_log", "cvar", "chi2"])
+def test_stateless_objective_agrees_with_the_reference(name, level):
+    objective = make(name)
+    step = jax.jit(objective.apply)
+    for losses, groups in zip(*fifty_batches(level), strict=True):
+        wide = losses.astype(np.float64)
+        match name:
+            case "erm":
+                expected = reference.erm_loss(wide)
+            case "ipw" | "ipw_log":
+                expected = reference.ipw_loss(wide, groups, [3, 3, 14], log=name == "ipw_log")
+            case "cvar":
+                expected = reference.cvar_loss(wide, 0.3)
+            case "chi2":
+                expected = reference.chi2_weights(wide, 0.5) @ wide
+        loss, state, logged = step(losses, np.eye(3, dtype=bool)[groups], (), HYPERPARAMS)
+        assert_allclose(loss, expected, rtol=1e-5)
+        assert state == ()
+        assert_allclose(logged["group_loss"], reference.group_losses(wide, groups, 3), rtol=1e-5)
+        assert_array_equal(logged["group_count"], np.bincount(groups, minlength=3))
+
+
+@pytest.mark.parametrize("level", [2.0, 70.0])
+@pytest.mark.parametrize("method", ["gdro", "sdro-decay", "sdro-hold"])
+def test_group_dro_agrees_with_the_reference_over_fifty_steps(method, level):
+    name, _, absent_groups = method.partition("-")
+    objective = make(name, absent_groups=absent_groups or "decay")
+    step = jax.jit(objective.apply)
+    state = objective.init()
+    omega, estimate = np.full(3, 1 / 3), np.zeros(3)
+    all_losses, all_groups = fifty_batches(level)
+    assert any(len(set(groups)) < 3 for groups in all_groups)
+    for losses, groups in zip(all_losses, all_groups, strict=True):
+        wide = losses.astype(np.float64)
+        if name == "gdro":
+            expected, omega = reference.gdro_step(omega, wide, groups, 0.1)
+            estimate = reference.group_losses(wide, groups, 3)
+        else:
+            expected, omega, estimate = reference.sdro_step(
+                omega, estimate, wide, groups, 0.1, 0.1, hold=absent_groups == "hold"
+            )
+        loss, state, logged = step(losses, np.eye(3, dtype=bool)[groups], state, HYPERPARAMS)
+        assert_allclose(state.log_weights, np.log(omega), rtol=1e-5, atol=1e-5)
+        assert_allclose(state.loss_estimate, estimate, rtol=1e-5)
+        assert_allclose(logged["group_weight"], omega, rtol=1e-5, atol=1e-5)
+        assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_target_weights_agree_with_the_reference(log):
+    counts = np.array([1, 3, 16], np.int32)
+    weights = make("cb_log" if log else "cb").target_weights(counts)
+    assert weights.dtype == np.float32
+    assert_allclose(weights, reference.class_balanced_weights(counts, log), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1, 0.25, 0.3, 0.5, 0.77, 0.95, 1.0])
+@pytest.mark.parametrize("size", [1, 8, 10, 128])
+def test_cvar_agrees_with_the_reference_where_the_tail_is_whole_and_where_not(alpha, size):
+    losses = np.random.default_rng(size).normal(70, 1, size).astype(np.float32)
+    membership = np.ones((size, 1), bool)
+    loss, _, logged = apply("cvar", losses, membership, hyperparams={"alpha": alpha})
+    assert_allclose(loss, reference.cvar_loss(losses.astype(np.float64), alpha), rtol=1e-5)
+    assert_allclose(logged["tail_share"], [1.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("radius", [0.0, 1e-6, 0.01, 0.3, 1.0, 5.0, 30.0])
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 20.0])
+@pytest.mark.parametrize("size", [2, 16, 256])
+def test_chi2_agrees_with_the_reference(radius, spread, size):
+    rng = np.random.default_rng(size)
+    losses = (70 + spread * rng.exponential(size=size)).astype(np.float32)
+    membership = np.ones((size, 1), bool)
+    weights = user_weights("chi2", losses, membership, hyperparams={"radius": radius})
+    expected = reference.chi2_weights(losses, radius)
+    assert_allclose(weights, expected, atol=1e-5 * expected.max())
+    loss, _, _ = apply("chi2", losses, membership, hyperparams={"radius": radius})
+    assert_allclose(loss, expected @ losses.astype(np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("radius", [0.05, 0.5, 2.0])
+def test_chi2_is_the_supremum_that_a_general_solver_finds(radius):
+    losses = np.array([3.0, 1.0, 2.5, 0.2, 2.9, 2.0])
+    found = optimize.minimize(
+        lambda q: -q @ losses,
+        np.full(6, 1 / 6),
+        jac=lambda q: -losses,
+        bounds=[(0, 1)] * 6,
+        constraints=[
+            {"type": "eq", "fun": lambda q: q.sum() - 1},
+            {"type": "ineq", "fun": lambda q: radius - ((6 * q - 1) ** 2).sum() / 12},
+        ],
+        method="SLSQP",
+        options={"ftol": 1e-9},
+    )
+    assert found.success
+    membership = np.ones((6, 1), bool)
+    loss, _, _ = apply("chi2", losses, membership, hyperparams={"radius": radius})
+    assert_allclose(loss, -found.fun, rtol=1e-5)
+
+
+# By hand.
+
+
+def test_erm_by_hand():
+    loss, _, logged = apply("erm", [1.0, 3.0, 5.0, 2.0, 4.0])
+    assert loss == 3
+    assert_array_equal(logged["group_loss"], [2, 5, 3])
+    assert_array_equal(logged["group_count"], [2, 1, 2])
+    assert set(logged) == {"group_loss", "group_count"}
+
+
+def test_ipw_counts_rows_or_users_by_hand():
+    losses = [1.0, 1.0, 1.0, 1.0, 1.0]
+    # Rows: 20/3, 20/3 and 20/14. Users: 5/2, 5/1 and 5/2.
+    by_rows = (2 * 20 / 3 + 20 / 3 + 2 * 20 / 14) / 5
+    assert_allclose(apply("ipw", losses)[0], by_rows, rtol=1e-6)
+    assert_allclose(apply("ipw", losses, count_by="users")[0], 3, rtol=1e-6)
+    by_log = (4 * np.log(2.5) + np.log(5)) / 5
+    assert_allclose(apply("ipw_log", losses, count_by="users")[0], by_log, rtol=1e-6)
+
+
+def test_balanced_ipw_is_erm_up_to_scale():
+    objective = make_objective(
+        "ipw", membership=np.eye(2, dtype=bool)[[0, 1, 1]], train_lengths=np.array([6, 2, 4])
+    )
+    losses = jnp.array([1.0, 2.0, 6.0])
+    membership = jnp.array([[True, False], [False, True], [False, True]])
+    assert_allclose(objective.apply(losses, membership, (), HYPERPARAMS)[0], 2 * 3, rtol=1e-6)
+
+
+def test_class_balanced_weights_by_hand():
+    counts = np.array([1, 3, 4])
+    assert_allclose(make("cb").target_weights(counts), [8, 8 / 3, 2], rtol=1e-6)
+    assert_allclose(make("cb_log").target_weights(counts), np.log([8, 8 / 3, 2]), rtol=1e-6)
+    assert_array_equal(make("cb_log").target_weights(np.array([9])), [0])
+    assert_array_equal(make("gdro").target_weights(counts), [1, 1, 1])
+    loss, _, _ = apply("cb", [1.0, 3.0, 5.0, 2.0, 4.0])
+    assert loss == 3  # CB acts inside the user's loss
+
+
+def test_gdro_moves_the_weights_first_and_by_hand():
+    assert_allclose(jnp.exp(make("gdro").init().log_weights), [1 / 3] * 3, rtol=1e-6)
+    # Means log 2, 0 (absent), log 4, and eta 1: omega 2/7, 1/7, 4/7.
+    losses = np.log([2.0, 4.0])
+    loss, state, logged = apply("gdro", losses, MEMBERSHIP[[0, 3]], hyperparams={"step_size": 1.0})
+    assert_allclose(jnp.exp(state.log_weights), [2 / 7, 1 / 7, 4 / 7], rtol=1e-6)
+    assert_allclose(loss, (2 * np.log(2) + 4 * np.log(4)) / 7, rtol=1e-6)
+    assert_array_equal(logged["group_count"], [1, 0, 1])
+    assert logged["group_loss"][1] == 0
+
+
+def test_absent_group_decays_or_holds_by_hand():
+    first = jnp.array([10.0, 20.0])
+    expected = {"decay": [1.9, 0, 1.8], "hold": [1.9, 0, 2.0]}
+    for absent_groups, estimate in expected.items():
+        _, state, _ = apply("sdro", first, MEMBERSHIP[[0, 3]], absent_groups=absent_groups)
+        assert_allclose(state.loss_estimate, [1, 0, 2], rtol=1e-6)
+        _, state, _ = apply("sdro", first[:1], MEMBERSHIP[:1], state, absent_groups=absent_groups)
+        assert_allclose(state.loss_estimate, estimate, rtol=1e-6)
+
+
+def test_streaming_at_rate_one_is_group_dro():
+    losses = jnp.array([1.0, 3.0, 5.0, 2.0, 4.0])
+    streaming = apply("sdro", losses, hyperparams={"stream_rate": 1.0})
+    jax.tree.map(assert_array_equal, streaming, apply("gdro", losses))
+
+
+def test_cvar_weights_by_hand():
+    losses = [1.0, 3.0, 5.0, 2.0, 4.0]
+    by_hand = {  # the users' weights, and the groups' shares of them
+        0.4: ([0, 0, 0.5, 0, 0.5], [0, 0.5, 0.5]),
+        0.5: ([0, 0.2, 0.4, 0, 0.4], [0.2, 0.4, 0.4]),
+        0.1: ([0, 0, 1.0, 0, 0], [0, 1.0, 0]),
+    }
+    for alpha, (weights, shares) in by_hand.items():
+        hyperparams = {"alpha": alpha}
+        assert_allclose(user_weights("cvar", losses, hyperparams=hyperparams), weights, atol=1e-6)
+        logged = apply("cvar", losses, hyperparams=hyperparams)[2]
+        assert_allclose(logged["tail_share"], shares, atol=1e-6)
+    assert_allclose(user_weights("cvar", losses, hyperparams={"alpha": 1.0}), [0.2] * 5, rtol=1e-6)
+
+
+def test_cvar_breaks_ties_in_the_order_of_the_batch():
+    weights = user_weights("cvar", [2.0, 7.0, 7.0, 7.0, 1.0], hyperparams={"alpha": 0.4})
+    assert_allclose(weights, [0, 0.5, 0.5, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-30, 70.0])
+@pytest.mark.parametrize("radius", [0.0, 0.5, 2.0, 100.0])
+def test_chi2_of_equal_losses_is_uniform(level, radius):
+    weights = user_weights("chi2", [level] * 5, hyperparams={"radius": radius})
+    assert_allclose(weights, [0.2] * 5, rtol=1e-6)
+
+
+def test_chi2_at_a_large_radius_is_the_maximum_and_its_ties_share():
+    # All on one of five: (1/10) (4^2 + 4) = 2. On two: (1/10) (2 * 1.5^2 + 3) = 0.75.
+    one, two = [1.0, 3.0, 5.0, 2.0, 4.0], [1.0, 5.0, 5.0, 2.0, 4.0]
+    for radius in (2.0, 2.5, 1e6):
+        weights = user_weights("chi2", one, hyperparams={"radius": radius})
+        assert_allclose(weights, [0, 0, 1, 0, 0], atol=1e-6)
+    for radius in (0.75, 2.0):
+        weights = user_weights("chi2", two, hyperparams={"radius": radius})
+        assert_allclose(weights, [0, 0.5, 0.5, 0, 0], atol=1e-6)
+    assert user_weights("chi2", one, hyperparams={"radius": 1.9})[4] > 0.01
+
+
+def test_chi2_of_one_outlier_by_hand():
+    losses = [70.0, 70.0, 70.0, 70.0, 71.0]
+    weights = user_weights("chi2", losses, hyperparams={"radius": 0.02})
+    # q = 0.2 + (-d, -d, -d, -d, 4 d) with (1/10) 25 * 20 d^2 = 0.02.
+    distance = np.sqrt(0.0004)
+    assert_allclose(weights, [0.2 - distance] * 4 + [0.2 + 4 * distance], rtol=1e-5)
+
+
+def test_chi2_at_radius_zero_is_erm():
+    losses = [70.0, 71.0, 3.0, 1e-3, 70.0]
+    weights = user_weights("chi2", losses, hyperparams={"radius": 0.0})
+    assert_allclose(weights, [0.2] * 5, rtol=1e-6)
+
+
+# What float32 must survive.
+
+
+def test_log_weights_come_back_where_the_weights_themselves_would_underflow():
+    def only(group):
+        losses = jnp.full(2, 70.0)
+        return losses, jnp.zeros((2, 2), bool).at[:, group].set(True)
+
+    objective = make_objective("gdro", membership=np.eye(2, dtype=bool), train_lengths=np.ones(2))
+    state, naive = objective.init(), np.full(2, 0.5, np.float32)
+    for group in [0] * 30 + [1] * 30:
+        losses, membership = only(group)
+        _, state, logged = objective.apply(losses, membership, state, HYPERPARAMS)
+        naive = naive * np.exp(np.float32(0.1) * np.asarray(logged["group_loss"]))
+        naive /= naive.sum()
+    assert_array_equal(naive, [1, 0])  # group 1 was worst for the last 30 steps
+    assert_allclose(logged["group_weight"], [0.5, 0.5], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gdro", "sdro"])
+def test_log_weights_stay_finite_over_thousands_of_steps(name):
+    objective = make(name)
+    membership = jnp.asarray(MEMBERSHIP)
+
+    def step(state, number):
+        rare = (number % 100 == 0) | ~membership[:, 1]  # group 1 is in one batch of a hundred
+        here = membership & rare[:, None] & jnp.array([[True, True, False]])
+        loss, state, _ = objective.apply(jnp.full(5, 70.0), here, state, HYPERPARAMS)
+        return state, loss
+
+    state, losses = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(5000)))(
+        objective.init()
+    )
+    assert np.isfinite(state.log_weights).all()
+    assert np.isfinite(losses).all()
+    if name == "gdro":
+        assert_allclose(state.log_weights, [0, -0.1 * 70 * 4950, -0.1 * 70 * 5000], rtol=1e-4)
+
+
+# Transformations.
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_gradient_is_the_held_weights_by_finite_differences(name):
+    losses = np.array([1.0, 3.0, 5.0, 2.0, 4.0])
+    with jax.enable_x64(True):
+        objective = make(name)
+        state = objective.init()
+        jitted = jax.jit(objective.apply)
+        _, _, logged = jitted(losses, MEMBERSHIP, state, HYPERPARAMS)
+
+        def loss_fn(x):
+            if name not in ("gdro", "sdro"):
+                return float(jitted(x, MEMBERSHIP, state, HYPERPARAMS)[0])
+            # omega moves with the losses, but is held in the gradient.
+            return np.asarray(logged["group_weight"]) @ reference.group_losses(x, GROUPS, 3)
+
+        gradient = jax.grad(lambda x: jitted(x, MEMBERSHIP, state, HYPERPARAMS)[0])(losses)
+        assert gradient.dtype == np.float64
+        for user in range(5):
+            move = 1e-6 * np.eye(5)[user]
+            difference = (loss_fn(losses + move) - loss_fn(losses - move)) / 2e-6
+            assert_allclose(gradient[user], difference, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_vmapped_runs_equal_single_runs(name):
+    objective = make(name)
+    rng = np.random.default_rng(3)
+    losses = jnp.asarray(rng.gamma(2, 20, (4, 5)), jnp.float32)
+    states = jax.vmap(lambda _: objective.init())(jnp.arange(4))
+    grid = Hyperparams(
+        step_size=jnp.array([0.001, 0.01, 0.1, 1.0]),
+        stream_rate=jnp.array([0.1, 0.2, 0.5, 1.0]),
+        alpha=jnp.array([0.1, 0.3, 0.5, 1.0]),
+        radius=jnp.array([0.0, 0.1, 0.5, 3.0]),
+    )
+    step = jax.value_and_grad(
+        lambda x, m, s, h: (lambda out: (out[0], out[1:]))(objective.apply(x, m, s, h)),
+        has_aux=True,
+    )
+    shared = jax.vmap(step, (0, None, 0, 0))(losses, jnp.asarray(MEMBERSHIP), states, grid)
+    memberships = jnp.asarray(np.stack([MEMBERSHIP] * 4))
+    batched = jax.vmap(step)(losses, memberships, states, grid)
+    for run in range(4):
+        state, hyperparams = jax.tree.map(lambda x: x[run], (states, grid))  # noqa: B023
+        single = step(losses[run], memberships[run], state, hyperparams)
+        for many in (shared, batched):
+            jax.tree.map(
+                lambda x, y: assert_allclose(x[run], y, rtol=1e-5, atol=1e-6),  # noqa: B023
+                many,
+                single,
+            )
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_state_and_log_keep_shape_and_type_and_the_arguments_their_values(name):
+    arguments: tuple[Any, ...] = (
+        np.array([70.0, 3.0], np.float32),
+        MEMBERSHIP[:2].copy(),
+        jax.tree.map(np.array, make(name).init()),
+        jax.tree.map(np.array, HYPERPARAMS),
+    )
+    built_from = (MEMBERSHIP.copy(), LENGTHS.copy(), np.array([3, 1, 2]))
+    before = jax.tree.map(np.copy, (arguments, built_from))
+    membership, train_lengths, item_counts = built_from
+    objective = make_objective(name, membership=membership, train_lengths=train_lengths)
+    objective.target_weights(item_counts)
+    loss, state, logged = objective.apply(*arguments)
+    jax.tree.map(assert_array_equal, (arguments, built_from), before)
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, objective.init())
+    assert all(value.shape == (3,) for value in logged.values())
+
+
+@pytest.mark.parametrize("name", ["erm", "cb", "cb_log", "cvar", "chi2"])
+def test_group_free_objective_needs_no_groups(name):
+    objective = make_objective(name, membership=np.ones((5, 0), bool), train_lengths=LENGTHS)
+    losses = jnp.array([1.0, 3.0, 5.0, 2.0, 4.0])
+    loss, _, logged = objective.apply(losses, jnp.ones((5, 0), bool), (), HYPERPARAMS)
+    assert loss == apply(name, losses)[0]
+    assert all(value.shape == (0,) for value in logged.values())
+
+
+def test_user_in_two_groups_counts_in_both_means_and_once_in_the_loss():
+    membership = np.array([[True, True, False], [False, True, False]])
+    loss, _, logged = apply("cvar", [2.0, 4.0], membership, hyperparams={"alpha": 1.0})
+    assert loss == 3
+    assert_array_equal(logged["group_loss"], [2, 3, 0])
+    assert_allclose(logged["tail_share"], [0.5, 1.0, 0])
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_a_loss_that_is_not_finite_shows(name):
+    assert not np.isfinite(apply(name, [1.0, np.nan, 5.0, 2.0, 4.0])[0])
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("name", ["ipw", "ipw_log", "gdro", "sdro"])
+def test_group_objective_without_groups_is_an_error(name):
+    assert objectives.METHODS[name].needs_groups
+    with pytest.raises(ValueError, match=r"needs groups.*objective\.group_family"):
+        make_objective(name, membership=np.ones((5, 0), bool), train_lengths=LENGTHS)
+
+
+def test_ipw_log_with_users_in_one_group_is_an_error():
+    for membership in (np.ones((5, 1), bool), MEMBERSHIP[[2] * 5]):
+        with pytest.raises(ValueError, match="weight log 1 = 0"):
+            make_objective("ipw_log", membership=membership, train_lengths=LENGTHS)
+
+
+def test_item_without_training_rows_is_an_error():
+    with pytest.raises(ValueError, match="item 1 has 0 training rows"):
+        make("cb").target_weights(np.array([3, 0, 2]))
+
+
+def test_unknown_names_are_errors_that_name_the_closest():
+    with pytest.raises(ValueError, match=r"objective\.name is 'gdr0'.*did you mean 'gdro'"):
+        make("gdr0")
+    with pytest.raises(ValueError, match=r"objective\.name is 'CVaR'"):
+        objectives.check_hyperparams("CVaR", {})
+    with pytest.raises(ValueError, match=r"objective\.count_by is 'row'.*did you mean 'rows'"):
+        make("ipw", count_by="row")
+    with pytest.raises(ValueError, match=r"objective\.absent_groups is 'keep'"):
+        make("sdro", absent_groups="keep")
+    with pytest.raises(ValueError, match=r"is 'alfa'.*did you mean 'alpha'"):
+        objectives.check_hyperparams("cvar", {"alpha": 0.5, "alfa": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alpha", 0.0),
+        ("alpha", 1.01),
+        ("alpha", (0.1, float("nan"))),
+        ("alpha", "0.5"),
+        ("step_size", 0),
+        ("step_size", (0.1, -0.1)),
+        ("step_size", float("inf")),
+        ("stream_rate", 0.0),
+        ("stream_rate", 1.5),
+        ("radius", -1e-9),
+        ("radius", None),
+    ],
+)
+def test_hyperparameter_outside_its_range_is_an_error(key, value):
+    values = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 1.0}
+    with pytest.raises(ValueError, match=rf"objective\.{key} is .*give a number"):
+        objectives.check_hyperparams("erm", values | {key: value})
+
+
+def test_hyperparameters_in_range_pass_and_a_missing_one_is_an_error():
+    objectives.check_hyperparams("erm", {})
+    objectives.check_hyperparams("cvar", {"alpha": (0.1, 1.0, 1)})
+    objectives.check_hyperparams("chi2", {"radius": 0})
+    objectives.check_hyperparams("sdro", {"step_size": np.float64(0.1), "stream_rate": 1.0})
+    with pytest.raises(ValueError, match=r"objective\.stream_rate has no value.*'sdro' reads it"):
+        objectives.check_hyperparams("sdro", {"step_size": 0.1, "stream_rate": ()})

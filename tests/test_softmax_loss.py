@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.test_util import check_grads
+from numpy.testing import assert_allclose
+
+from seqfair_jax.softmax_loss import softmax_loss
+
+
+def draw(num_targets=7, num_items=11, dim=5, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(num_targets, dim)) * scale
+    table = rng.normal(size=(num_items, dim)) * scale
+    targets = rng.integers(num_items, size=num_targets)
+    cotangent = rng.normal(size=num_targets)
+    return hidden, table, targets, cotangent
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])  # at 8 the losses stand near 70 and above
+def test_loss_and_gradient_match_the_reference(scale):
+    hidden, table, targets, cotangent = draw(scale=scale)
+    losses, pullback = jax.vjp(
+        lambda h, w: softmax_loss(h, w, jnp.asarray(targets)),
+        jnp.float32(hidden),
+        jnp.float32(table),
+    )
+    d_hidden, d_table = pullback(jnp.float32(cotangent))
+
+    expected_d_hidden, expected_d_table = np.zeros_like(hidden), np.zeros_like(table)
+    for t, (h, y) in enumerate(zip(hidden, targets, strict=True)):
+        assert_allclose(losses[t], reference.cross_entropy(h, table, y), rtol=1e-5, atol=1e-5)
+        gradient = reference.cross_entropy_gradient(h, table, y)
+        expected_d_hidden[t] = cotangent[t] * gradient[0]
+        expected_d_table += cotangent[t] * gradient[1]
+    size = np.abs(expected_d_table).max()
+    assert_allclose(d_hidden, expected_d_hidden, rtol=1e-5, atol=1e-5 * size)
+    assert_allclose(d_table, expected_d_table, rtol=1e-5, atol=1e-5 * size)
+
+
+def test_gradient_matches_finite_differences_in_double_precision():
+    with jax.enable_x64(True):
+        hidden, table, targets, cotangent = (jnp.asarray(x) for x in draw())
+        check_grads(
+            lambda h, w: softmax_loss(h, w, targets) @ cotangent, (hidden, table), 1, modes=["rev"]
+        )
+
+
+def test_vmapped_equals_alone():
+    batches = [draw(seed=seed) for seed in range(3)]
+    hidden, table, targets = (jnp.stack([jnp.asarray(b[i]) for b in batches]) for i in range(3))
+
+    def loss(h, w, y):
+        return softmax_loss(h, w, y).sum()
+
+    together = jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, table, targets)
+    for i in range(3):
+        alone = jax.value_and_grad(loss, argnums=(0, 1))(hidden[i], table[i], targets[i])
+        jax.tree.map(
+            lambda x, y, i=i: assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), together, alone
+        )
+
+
+def test_large_logits_stay_finite():
+    hidden = jnp.full((1, 1), 1e4)
+    table = jnp.array([[1.0], [-1.0]])
+    loss, gradient = jax.value_and_grad(lambda h: softmax_loss(h, table, jnp.array([1]))[0])(hidden)
+    assert loss == 2e4
+    assert_allclose(gradient, [[2.0]])
