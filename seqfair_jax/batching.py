@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 64  # tokens in an attention block; packed sizes are multiples of it
+BLOCK = 128  # tokens in an attention block; packed sizes are multiples of it
 
 
 class Sequences(NamedTuple):

@@ -132,7 +132,7 @@ def rank_targets(
     ranks, top_items, finite = lax.map(
         score, (queries.encoded_at, queries.targets, queries.seen_rows, queries.seen_items)
     )
-    return ranks.reshape(-1), top_items.reshape(-1, top_k), finite.all()
+    return ranks.reshape(-1), top_items.reshape(ranks.size, top_k), finite.all()
 
 
 def to_ranking(ranks, top_items, finite, *, num_users: int, what: str) -> Ranking:

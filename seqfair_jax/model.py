@@ -27,15 +27,21 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
 
     One threefry block serves four entries, 16 bits each (`jax.random.bernoulli` spends a whole
     block on one), so the rate is a multiple of 2**-16; the scale follows the rounded rate and the
-    mean stays exact. Threefry, unlike `rbg`, draws the same bits under `vmap` as alone.
+    mean stays exact. Threefry, unlike `rbg`, draws the same bits under `vmap` as alone. Entry i
+    of the flattened array takes its bits from block i // 4 whatever the array's length, so a
+    token's dropout does not depend on how far the packing is padded.
     """
     if rate == 0.0:
         return x
     threshold = round((1.0 - rate) * 2**16)
-    num_words = 2 * -(-x.size // 4)
+    num_blocks = -(-x.size // 4)
+    counter = lax.iota(jnp.uint32, num_blocks)
     key_words = jax.random.key_data(key)
-    words = threefry_2x32((key_words[0], key_words[1]), lax.iota(jnp.uint32, num_words))
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
+    words = threefry_2x32(
+        (key_words[0], key_words[1]), jnp.concatenate([counter, jnp.zeros_like(counter)])
+    )  # every block's first word, then every block's second
+    bits = lax.bitcast_convert_type(words.reshape(2, num_blocks).T, jnp.uint16)
+    bits = bits.reshape(-1)[: x.size].reshape(x.shape)
     return jnp.where(bits < threshold, x * (2**16 / threshold), jnp.zeros_like(x))
 
 

@@ -32,7 +32,7 @@ def softmax_loss(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax
 
 
 def _forward(hidden, table, targets):
-    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+    logits = _matmul(hidden, table.T)
     row_max = logits.max(axis=-1, keepdims=True)
     exp = jnp.exp(logits - row_max)
     row_sum = exp.sum(axis=-1)
@@ -45,13 +45,15 @@ def _backward(residuals, cotangent):
     hidden, table, targets, exp, row_sum = residuals
     scale = (cotangent / row_sum)[:, None]
     weight = cotangent[:, None]
-    d_hidden = scale * jnp.matmul(exp, table, preferred_element_type=jnp.float32)
-    d_hidden -= weight * table[targets]
-    d_table = jnp.matmul(
-        exp.T, (scale * hidden).astype(exp.dtype), preferred_element_type=jnp.float32
-    )
+    d_hidden = scale * _matmul(exp, table) - weight * table[targets]
+    d_table = _matmul(exp.T, (scale * hidden).astype(exp.dtype))
     d_table = d_table.at[targets].add(-weight * hidden)
     return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Sums in float32 at least, whatever the factors' type."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
 softmax_loss.defvjp(_forward, _backward)

@@ -3,6 +3,7 @@
 Shape letters: R runs, S steps, B users in a batch, U users, G groups, V catalogue, T packed tokens.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def create_train_state(task: Task, *, seed: int, num_groups: int) -> TrainState:
         num_tokens=BLOCK,
         num_items=task.model.num_items,
     )
-    params = task.model.init(init_key, packed, train=False)
+    params = jax.jit(functools.partial(task.model.init, train=False))(init_key, packed)
     objective_state = task.objective.init()
     totals = empty_totals(task, num_groups)
     return TrainState(
@@ -186,7 +187,7 @@ def train_step(
 
     branches = [lambda params, size=size: loss_and_grads(size, params) for size in sizes]
     (loss, (objective_state, aux)), grads = lax.switch(size_index, branches, state.params)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     good = (state.failed_step < 0) & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -127,6 +127,12 @@ def test_dropout_draws_the_same_bits_under_vmap():
     assert (together[0] != together[1]).any()
 
 
+def test_dropout_of_the_first_rows_does_not_depend_on_the_others():
+    key = jax.random.key(3)
+    short, long = dropout(key, jnp.ones((5, 7)), 0.5), dropout(key, jnp.ones((90, 7)), 0.5)
+    np.testing.assert_array_equal(short, long[:5])
+
+
 def test_dropout_gradient_is_its_mask():
     x = jnp.ones((4, 6))
     key = jax.random.key(2)

@@ -1,0 +1,2 @@
+"""stub"""
+def generate(config): raise NotImplementedError

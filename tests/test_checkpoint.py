@@ -1,0 +1,106 @@
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqfair_jax import checkpoint
+
+
+class State(NamedTuple):
+    params: Any
+    step: Any
+
+
+def make_tree(value=1.0):
+    return {"state": State({"w": jnp.full((3, 4), value)}, jnp.int32(7)), "empty": ()}
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    tree = make_tree()
+    checkpoint.save(tmp_path / "a", tree, {"epoch": 3})
+    found, progress = checkpoint.load(tmp_path / "a", make_tree(0.0))
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    assert progress == {"epoch": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]  # nothing unfinished is left
+
+
+def test_saving_again_replaces(tmp_path):
+    checkpoint.save(tmp_path / "a", make_tree(1.0), {})
+    checkpoint.save(tmp_path / "a", make_tree(2.0), {})
+    found, _ = checkpoint.load(tmp_path / "a", make_tree())
+    assert found["state"].params["w"][0, 0] == 2.0
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    checkpoint.save(tmp_path / "a", make_tree(), {"epoch": 3})
+    files = [p for p in (tmp_path / "a").rglob("*") if p.is_file() and p.stat().st_size]
+    assert len(files) > 3
+    for path in files:
+        before = path.read_bytes()
+        flip_a_byte(path)
+        with pytest.raises(checkpoint.CorruptCheckpointError):
+            checkpoint.load(tmp_path / "a", make_tree())
+        path.write_bytes(before)
+    checkpoint.load(tmp_path / "a", make_tree())
+
+
+def test_a_missing_or_added_file_is_found(tmp_path):
+    checkpoint.save(tmp_path / "a", make_tree(), {})
+    (tmp_path / "a" / "extra").write_text("")
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="extra"):
+        checkpoint.load(tmp_path / "a", make_tree())
+    (tmp_path / "a" / "extra").unlink()
+    (tmp_path / "a" / "progress.json").unlink()
+    with pytest.raises(checkpoint.CorruptCheckpointError, match=r"progress\.json"):
+        checkpoint.load(tmp_path / "a", make_tree())
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"state": State({"w": jnp.ones((3, 4), jnp.bfloat16)}, jnp.int32(0)), "empty": ()}, "w"),
+        ({"state": State({"w": jnp.ones((3, 5))}, jnp.int32(0)), "empty": ()}, r"3, 5"),
+        ({"state": State({"v": jnp.ones((3, 4))}, jnp.int32(0)), "empty": ()}, "absent"),
+    ],
+)
+def test_another_dtype_shape_or_name_is_refused(tmp_path, template, message):
+    checkpoint.save(tmp_path / "a", make_tree(), {})
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "a", template)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoint.load(tmp_path / "a", make_tree())
+    assert checkpoint.load_latest(tmp_path / "none", make_tree()) is None
+
+
+def test_only_the_newest_steps_are_kept(tmp_path):
+    for step in (9, 10, 11):
+        checkpoint.save_step(tmp_path, step, make_tree(float(step)), {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "11"]
+    found, progress = checkpoint.load_latest(tmp_path, make_tree())
+    assert found["state"].params["w"][0, 0] == 11.0
+    assert progress == {"step": 11}
+
+
+def test_a_broken_latest_falls_back_to_the_one_before(tmp_path, caplog):
+    for step in (1, 2):
+        checkpoint.save_step(tmp_path, step, make_tree(float(step)), {"step": step})
+    (tmp_path / "3").mkdir()  # a folder that holds nothing
+    flip_a_byte(tmp_path / "2" / "progress.json")
+    _, progress = checkpoint.load_latest(tmp_path, make_tree())
+    assert progress == {"step": 1}
+    assert "progress.json" in caplog.text
+    flip_a_byte(tmp_path / "1" / "progress.json")
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="none of the checkpoints"):
+        checkpoint.load_latest(tmp_path, make_tree())
