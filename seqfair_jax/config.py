@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from seqfair_jax import objectives
+from seqfair_jax.data.synthetic import default_settings
 from seqfair_jax.metrics import parse_metric
 from seqfair_jax.model import PRECISIONS
 
@@ -50,7 +51,7 @@ def default_config() -> ConfigDict:
             "split_seed": 42,
             "group_file": config_dict.placeholder(str),  # columns user_id, family, group
             "cache_dir": config_dict.placeholder(str),  # None: the user's; '': no cache
-            "synthetic": {},
+            "synthetic": default_settings(),
         }
     )
     config.model = ConfigDict(

@@ -48,7 +48,7 @@ def prepare(config: ConfigDict) -> Experiment:
             which some user is not in exactly one group.
     """
     dataset = data.prepare(config.data)
-    group_table = data.read_group_table(config.data)
+    group_table = data.read_group_table(config.data.group_file)
     family = functools.partial(build_family, dataset, group_table=group_table)
     families = [family(name) for name in config.groups]
     loss_family = family(config.objective.group_family)

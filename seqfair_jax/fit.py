@@ -23,7 +23,7 @@ from seqfair_jax import checkpoint, workdir
 from seqfair_jax.batching import epoch_batches
 from seqfair_jax.evaluate import make_queries, rank_targets, to_ranking
 from seqfair_jax.experiment import Experiment
-from seqfair_jax.metrics import parse_metric, rank_metrics, select_users, slice_means, worst_group
+from seqfair_jax.metrics import parse_metric, rank_metrics, slice_means, worst_group
 from seqfair_jax.train import (
     KEY_IMPL,
     TrainState,
@@ -152,8 +152,8 @@ def make_validation(experiment: Experiment) -> Callable[[Any], list[dict]]:
         mask_seen=config.evaluate.mask_seen,
         batch_size=config.evaluate.batch_size,
     )
-    families = [select_users(family, dataset.valid_users) for family in experiment.families]
-    loss_family = select_users(experiment.loss_family, dataset.valid_users)
+    families = [family.select(dataset.valid_users) for family in experiment.families]
+    loss_family = experiment.loss_family.select(dataset.valid_users)
     if all(family.name != loss_family.name for family in families):
         families.append(loss_family)
     cutoffs = sorted({*config.evaluate.cutoffs, parse_metric(config.select.metric)[1]})
@@ -386,7 +386,7 @@ def _select(
     records, stopped = [], []
     improved = {name: np.zeros(len(scores), bool) for name in SELECTIONS}
     for r, score in enumerate(scores):
-        overall, worst = selection_scores(experiment, score)
+        overall, worst = _selection_scores(experiment, score)
         candidate = {"epoch": epoch, "overall": overall, "worst_group": worst}
         record = dict(progress.best[r])
         if progress.stopped[r] is None and not failed[r]:
@@ -411,11 +411,11 @@ def _select(
     return best, dataclasses.replace(progress, epoch=epoch, best=records, stopped=stopped)
 
 
-def selection_scores(experiment: Experiment, score: dict) -> tuple[float, float]:
+def _selection_scores(experiment: Experiment, score: dict) -> tuple[float, float]:
     """The two figures that epochs are chosen by: overall, and of the worst group."""
     config = experiment.config
     slices = score[config.select.metric]
-    family = select_users(experiment.loss_family, experiment.dataset.valid_users)
+    family = experiment.loss_family.select(experiment.dataset.valid_users)
     return slices["overall"], worst_group(slices, family, min_users=config.select.min_users)
 
 

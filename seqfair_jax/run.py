@@ -95,6 +95,7 @@ def test(
         "dataset": _dataset_summary(experiment.dataset),
         "method": config.objective.name,
         "group_family": experiment.loss_family.name,
+        "needs_groups": METHODS[config.objective.name].needs_groups,
         "baselines": _test_baselines(experiment),
     }
     rank_fn = make_test(experiment)

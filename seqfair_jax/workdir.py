@@ -13,7 +13,9 @@ import jax
 import pandas as pd
 from tensorboardX import SummaryWriter
 
-_PACKAGES = ("seqfair_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pandas")
+from seqfair_jax import __version__
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pandas")
 
 
 def create(path: str | Path) -> Path:
@@ -65,6 +67,7 @@ def environment(*, lanes: int) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
+        "seqfair_jax": __version__,
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "platform": device.platform,
         "device_kind": device.device_kind,

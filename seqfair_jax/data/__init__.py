@@ -43,7 +43,8 @@ def prepare(config: ConfigDict) -> Dataset:
     text = json.dumps([_FORMAT, settings], sort_keys=True)
     key = hashlib.sha256(source + text.encode()).hexdigest()
     entry = _cache_entry(config.cache_dir, key)
-    if entry is not None and (dataset := _load(entry)) is not None:
+    dataset = _load(entry) if entry is not None else None
+    if dataset is not None:
         return dataset
     if path is None:
         frame = generate(config.synthetic)

@@ -1,2 +1,89 @@
-"""stub"""
-def generate(config): raise NotImplementedError
+"""A seeded synthetic log on which mainstream, mixed and niche users differ in how hard they are."""
+
+import numpy as np
+import pandas as pd
+from ml_collections import ConfigDict
+
+
+def default_settings() -> dict[str, int | float | tuple[float, ...]]:
+    """The knobs of `generate`; a config's `data.synthetic`."""
+    return {
+        "seed": 0,
+        "num_users": 3000,
+        "num_items": 1000,
+        "head_share": 0.2,  # of the items; they are what mainstream users draw from
+        "num_clusters": 16,  # the tail's items are split into so many tastes
+        "kinds": (0.6, 0.25, 0.15),  # shares of mainstream, mixed and niche users
+        "tail_shares": (0.02, 0.4, 0.98),  # how often each kind draws from the tail
+        "zipf": 1.0,  # exponent of item popularity within the head and within a cluster
+        "follow": 0.6,  # chance that an item is a successor of the one before
+        "num_successors": 3,
+        "repeat": 0.1,  # chance that an item is one the user had before
+        "mean_length": 16.0,
+        "length_spread": 0.7,  # standard deviation of the lengths' logarithm
+        "max_length": 150,
+    }
+
+
+def generate(config: ConfigDict) -> pd.DataFrame:
+    """Draw a log; a pure function of the settings.
+
+    Items are a head and a tail, the tail cut into clusters (tastes). A user is of one kind, which
+    says how often it draws from the tail, and has one cluster of its own. Its sequence is a Markov
+    chain: with chance `follow` the next item is one of the last item's few successors, which lie
+    in the same part of the catalogue (the head, or the item's cluster); with chance `repeat` an
+    earlier item of the user; else a fresh draw from the head or its cluster, by a Zipf law.
+    Lengths are log-normal. A niche taste thus has the same structure as the mainstream and far
+    fewer rows to learn it from.
+
+    Args:
+        config: see `default_settings`.
+
+    Returns:
+        columns user_id, item_id, timestamp.
+    """
+    rng = np.random.default_rng(config.seed)
+    num_head = round(config.head_share * config.num_items)
+    num_users, clusters = config.num_users, config.num_clusters
+    # Part 0 is the head, part 1 + c is cluster c.
+    tail = num_head + np.arange(config.num_items - num_head)
+    parts = [np.arange(num_head), *np.array_split(tail, clusters)]
+    successors = np.empty((config.num_items, config.num_successors), np.int64)
+    for items in parts:
+        successors[items] = rng.choice(items, (len(items), config.num_successors))
+    cumulative = [np.cumsum((1 + np.arange(len(items))) ** -config.zipf) for items in parts]
+
+    kind = rng.choice(len(config.kinds), num_users, p=config.kinds)
+    tail_share = np.asarray(config.tail_shares)[kind]
+    own_part = 1 + rng.integers(clusters, size=num_users)
+    spread = config.length_spread
+    log_mean = np.log(config.mean_length) - spread**2 / 2
+    lengths = rng.lognormal(log_mean, spread, num_users).round().astype(int)
+    lengths = np.clip(lengths, 5, config.max_length)
+
+    def fresh():
+        part = np.where(rng.random(num_users) < tail_share, own_part, 0)
+        drawn = np.empty(num_users, np.int64)
+        chance = rng.random(num_users)
+        for number in range(clusters + 1):
+            here = part == number
+            place = np.searchsorted(cumulative[number], chance[here] * cumulative[number][-1])
+            drawn[here] = parts[number][place]
+        return drawn
+
+    sequences = np.empty((num_users, lengths.max()), np.int64)
+    sequences[:, 0] = fresh()
+    user = np.arange(num_users)
+    for step in range(1, sequences.shape[1]):
+        which = rng.geometric(0.5, num_users) - 1
+        following = successors[sequences[:, step - 1], np.minimum(which, config.num_successors - 1)]
+        earlier = sequences[user, rng.integers(step, size=num_users)]
+        choice = rng.random(num_users)
+        sequences[:, step] = np.where(
+            choice < config.follow,
+            following,
+            np.where(choice < config.follow + config.repeat, earlier, fresh()),
+        )
+    real = np.arange(sequences.shape[1])[None, :] < lengths[:, None]
+    user_id, timestamp = np.nonzero(real)
+    return pd.DataFrame({"user_id": user_id, "item_id": sequences[real], "timestamp": timestamp})

@@ -1,0 +1,157 @@
+"""The table by group that a run prints, and the same for several finished runs.
+
+`python -m seqfair_jax.report DIR [DIR ...] --family=pop33 --metric=NDCG@20`
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from absl import app, flags
+from scipy import stats
+
+from seqfair_jax import workdir
+from seqfair_jax.metrics import parse_metric
+
+_SELECTIONS = (("test", ""), ("test_worst_group", ", best worst group"))
+
+
+def main() -> None:
+    """Print one table for all the run folders that are named."""
+    family = flags.DEFINE_string("family", None, "the groups to show; all families where unset")
+    metric = flags.DEFINE_string("metric", "NDCG@20", "which figure")
+
+    def print_tables(argv):
+        if len(argv) < 2:
+            sys.exit("usage: python -m seqfair_jax.report DIR [DIR ...] [--family=] [--metric=]")
+        try:
+            print(tables([Path(name) for name in argv[1:]], metric.value, family=family.value))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+    app.run(print_tables)
+
+
+def read_summaries(folder: Path) -> list[dict[str, Any]]:
+    """The summaries of a folder's runs.
+
+    Raises:
+        ValueError: if there is none: the folder is not a work directory, or not finished.
+    """
+    summary = workdir.read_json(folder / "summary.json")
+    if summary is None:
+        raise ValueError(
+            f"{folder}: no summary.json; name the --workdir of a run that has finished"
+        )
+    if "runs" not in summary:
+        return [summary]
+    parts = [workdir.read_json(folder / "runs" / run["run"] / "summary.json")
+             for run in summary["runs"]]
+    return [part for part in parts if part is not None]
+
+
+def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -> str:
+    """One text table a group family: a row a method, then the baselines' rows.
+
+    Runs that differ in the seed alone share a row: their mean and, from two seeds on, the
+    half-width of its 95 % interval (t distribution).
+
+    Args:
+        folders: work directories of finished runs on one log.
+        metric: such as NDCG@20.
+        family: the one to show; None shows every family that was evaluated.
+
+    Raises:
+        ValueError: if a folder is not finished, the logs differ, or the metric or family is not in
+            the results.
+    """
+    parse_metric(metric)
+    summaries = [summary for folder in folders for summary in read_summaries(folder)]
+    first = summaries[0]
+    for folder in folders:
+        for summary in read_summaries(folder):
+            if summary["dataset"] != first["dataset"]:
+                raise ValueError(
+                    f"{folder} was trained on another log or split than {folders[0]} "
+                    f"({summary['dataset']} against {first['dataset']}): no table compares the two"
+                )
+    any_test = first["baselines"]["most_popular"]
+    if metric not in any_test:
+        raise ValueError(f"{metric} was not evaluated; there are {', '.join(any_test)}")
+    families = dict.fromkeys(
+        name.partition("=")[0] for name in any_test[metric] if "=" in name
+    )
+    families.pop("target")
+    if family is not None and family not in families:
+        raise ValueError(f"family {family!r} was not evaluated; there are {', '.join(families)}")
+    shown = [family] if family is not None else list(families)
+    titles = f"{first['dataset']['name']}, {metric} on the test targets"
+    return "\n\n".join(
+        f"{titles}, {name}\n{_text(table(summaries, metric, name))}" for name in shown
+    )
+
+
+def table(summaries: Sequence[dict[str, Any]], metric: str, family: str) -> pd.DataFrame:
+    """The same as a table of numbers: columns `name`, the slices, and each slice's `±`."""
+    rows: dict[str, list[dict[str, float | None]]] = {}
+    for summary in summaries:
+        for key, suffix in _SELECTIONS:
+            if key in summary:
+                rows.setdefault(_name(summary) + suffix, []).append(summary[key][metric])
+    for name, slices in summaries[0]["baselines"].items():
+        rows[f"[{name}]"] = [slices[metric]]
+    records = []
+    for name, seeds in rows.items():
+        record: dict[str, Any] = {"name": name + (f" ({len(seeds)} seeds)" if seeds[1:] else "")}
+        for slice_name in seeds[0]:
+            if slice_name.startswith((f"{family}=", "overall", "target=")) or (
+                slice_name == f"{family}/min"
+            ):
+                column = slice_name.removeprefix(f"{family}=").removeprefix("target=")
+                column = "worst" if column == f"{family}/min" else column
+                values = np.array([s[slice_name] for s in seeds if s[slice_name] is not None])
+                record[column] = values.mean() if len(values) else np.nan
+                record[f"{column} ±"] = _half_width(values)
+        records.append(record)
+    columns = pd.DataFrame(records)
+    slices = [name for name in columns if name != "name" and not name.endswith("±")]
+    ordered = [c for c in slices if c not in ("overall", "worst", "repeat", "new")]
+    ordered += [c for c in ("overall", "worst", "repeat", "new") if c in slices]
+    return columns[["name", *(x for c in ordered for x in (c, f"{c} ±"))]]
+
+
+def _half_width(values: np.ndarray) -> float:
+    if len(values) < 2:
+        return np.nan
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def _name(summary: dict[str, Any]) -> str:
+    values = ", ".join(f"{key}={value:g}" for key, value in summary["hparams"].items())
+    family = f" ({summary['group_family']})" if summary["needs_groups"] else ""
+    return f"{summary['method']}{family}{' ' + values if values else ''}"
+
+
+def _text(numbers: pd.DataFrame) -> str:
+    shown = {"": numbers["name"]}
+    for column in numbers.columns[1::2]:
+        shown[column] = [
+            "-" if np.isnan(value) else f"{value:.4f}" + ("" if np.isnan(half) else f"±{half:.4f}")
+            for value, half in zip(numbers[column], numbers[f"{column} ±"], strict=True)
+        ]
+    width = max(len(name) for name in numbers["name"])
+    text = pd.DataFrame(shown)
+    text[""] = text[""].str.ljust(width)
+    lines = text.to_string(index=False).splitlines()
+    first_baseline = next(
+        (i for i, name in enumerate(numbers["name"], start=1) if name.startswith("[")), len(lines)
+    )
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:first_baseline], rule, *lines[first_baseline:]])
+
+
+if __name__ == "__main__":
+    main()
