@@ -108,4 +108,6 @@ def _ranks(lists: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """1-based place of each target among its row's filled places; 0 where it is not there."""
     hit = (lists == targets[:, None]) & (targets >= 0)[:, None]
     filled = np.cumsum(lists != _NONE, axis=1)
-    return np.where(hit.any(axis=1), np.take_along_axis(filled, hit.argmax(axis=1)[:, None], 1)[:, 0], 0)
+    return np.where(
+        hit.any(axis=1), np.take_along_axis(filled, hit.argmax(axis=1)[:, None], 1)[:, 0], 0
+    )

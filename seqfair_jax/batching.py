@@ -61,9 +61,7 @@ def epoch_batches(
     return batches[:steps].astype(np.int32)
 
 
-def pack(
-    sequences: Sequences, user_ids: jax.Array, *, num_tokens: int, num_items: int
-) -> Packed:
+def pack(sequences: Sequences, user_ids: jax.Array, *, num_tokens: int, num_items: int) -> Packed:
     """Assemble a batch's tokens on the device.
 
     Args:

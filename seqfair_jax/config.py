@@ -188,7 +188,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for key, least in ranges.items():
         value = _get(config, key)
         _require(value >= least, key, value, f"{least} or more")
-    _require(config.train.learning_rate > 0, "train.learning_rate", config.train.learning_rate, "> 0")
+    _require(
+        config.train.learning_rate > 0, "train.learning_rate", config.train.learning_rate, "> 0"
+    )
     _require(0 <= config.model.dropout < 1, "model.dropout", config.model.dropout, "in [0, 1)")
     _require(
         config.model.dim % config.model.num_heads == 0,

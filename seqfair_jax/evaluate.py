@@ -76,9 +76,7 @@ def make_queries(
         Sequences(jnp.asarray(dataset.items), jnp.asarray(ends), jnp.asarray(lengths)),
         jnp.asarray(encode_batches),
         jnp.asarray(np.pad(encoded_at, (0, pad)).reshape(num_batches, batch_size)),
-        jnp.asarray(
-            np.pad(targets, (0, pad), constant_values=-1).reshape(num_batches, batch_size)
-        ),
+        jnp.asarray(np.pad(targets, (0, pad), constant_values=-1).reshape(num_batches, batch_size)),
         jnp.asarray(seen_rows),
         jnp.asarray(seen_items),
     )
@@ -105,9 +103,7 @@ def rank_targets(
     num_tokens = _num_tokens(model.max_len)
 
     def encode(places):
-        packed = pack(
-            queries.sequences, places, num_tokens=num_tokens, num_items=model.num_items
-        )
+        packed = pack(queries.sequences, places, num_tokens=num_tokens, num_items=model.num_items)
         hidden = model.apply(params, packed, train=False)
         newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
         return hidden[newest]

@@ -159,7 +159,8 @@ def make_validation(experiment: Experiment) -> Callable[[Any], list[dict]]:
     cutoffs = sorted({*config.evaluate.cutoffs, parse_metric(config.select.metric)[1]})
     rank_fn = jax.jit(
         functools.partial(
-            jax.lax.map, lambda params: rank_targets(experiment.task.model, params, queries, top_k=0)
+            jax.lax.map,
+            lambda params: rank_targets(experiment.task.model, params, queries, top_k=0),
         )
     )
 
@@ -317,8 +318,11 @@ def _save(folder: Path, states: TrainState, best: dict[str, Any], progress: Prog
 def _write_environment(folder: Path, *, lanes: int, resumed: bool) -> None:
     now, before = workdir.environment(lanes=lanes), workdir.read_json(folder / "env.json")
     if resumed and before is not None:
-        changed = [f"{key}: {before.get(key)} then, {now[key]} now" for key in now
-                   if before.get(key) != now[key]]
+        changed = [
+            f"{key}: {before.get(key)} then, {now[key]} now"
+            for key in now
+            if before.get(key) != now[key]
+        ]
         if changed:
             _log.warning(
                 "this machine differs from the one the run began on, so its bits will differ "

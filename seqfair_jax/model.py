@@ -83,9 +83,7 @@ class Block(nn.Module):
 
         def dense(features, name, **init):
             init = {"kernel_init": _uniform_fan_in, **init}
-            return nn.Dense(
-                features, dtype=self.dtype, precision=self.precision, name=name, **init
-            )
+            return nn.Dense(features, dtype=self.dtype, precision=self.precision, name=name, **init)
 
         def norm(name):
             return nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self.dtype, name=name)

@@ -48,8 +48,9 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
         )
     if "runs" not in summary:
         return [summary]
-    parts = [workdir.read_json(folder / "runs" / run["run"] / "summary.json")
-             for run in summary["runs"]]
+    parts = [
+        workdir.read_json(folder / "runs" / run["run"] / "summary.json") for run in summary["runs"]
+    ]
     return [part for part in parts if part is not None]
 
 
@@ -81,9 +82,7 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
     any_test = first["baselines"]["most_popular"]
     if metric not in any_test:
         raise ValueError(f"{metric} was not evaluated; there are {', '.join(any_test)}")
-    families = dict.fromkeys(
-        name.partition("=")[0] for name in any_test[metric] if "=" in name
-    )
+    families = dict.fromkeys(name.partition("=")[0] for name in any_test[metric] if "=" in name)
     families.pop("target")
     if family is not None and family not in families:
         raise ValueError(f"family {family!r} was not evaluated; there are {', '.join(families)}")

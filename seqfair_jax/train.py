@@ -107,7 +107,7 @@ def empty_totals(task: Task, num_groups: int) -> Totals:
         Hyperparams(*jnp.ones(len(Hyperparams._fields))),
     )[2]
     zero, zeros = jnp.float32(0), jnp.zeros(num_groups, jnp.float32)
-    return Totals(jnp.int32(0), zero, zero, zeros, zeros, {key: zeros for key in _extra(aux)})
+    return Totals(jnp.int32(0), zero, zero, zeros, zeros, dict.fromkeys(_extra(aux), zeros))
 
 
 def _extra(aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -131,9 +131,7 @@ def user_losses(
         num_tokens: T, at least the users' tokens together.
         key: dropout's key; None turns dropout off.
     """
-    packed = pack(
-        data.sequences, user_ids, num_tokens=num_tokens, num_items=task.model.num_items
-    )
+    packed = pack(data.sequences, user_ids, num_tokens=num_tokens, num_items=task.model.num_items)
     hidden, table = task.model.apply(
         params,
         packed,

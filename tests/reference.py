@@ -148,9 +148,7 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
     x = []
     for place, item in enumerate(inputs):
         embedding = (
-            parameters["begin_embedding"][0]
-            if item is None
-            else parameters["item_embedding"][item]
+            parameters["begin_embedding"][0] if item is None else parameters["item_embedding"][item]
         )
         # Positions count from the newest token, which has 0.
         x.append(embedding + parameters["position_embedding"][length - 1 - place])
@@ -158,7 +156,9 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
         block = parameters[f"block_{number}"]
         dim = len(x[0])
         head_dim = dim // num_heads
-        qkv = [_linear(_layer_norm(row, block["attention_norm"]), block["attention_in"]) for row in x]
+        qkv = [
+            _linear(_layer_norm(row, block["attention_norm"]), block["attention_in"]) for row in x
+        ]
         mixed = []
         for place in range(length):
             heads = []
@@ -171,9 +171,7 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
                 ]
                 weights = np.exp(np.array(logits) - max(logits))
                 weights = weights / weights.sum()
-                heads.append(
-                    sum(w * qkv[key][2 * dim :][cut] for key, w in enumerate(weights))
-                )
+                heads.append(sum(w * qkv[key][2 * dim :][cut] for key, w in enumerate(weights)))
             mixed.append(np.concatenate(heads))
         x = [x[place] + _linear(mixed[place], block["attention_out"]) for place in range(length)]
         for place in range(length):

@@ -19,9 +19,7 @@ def test_epoch_batches_follow_the_permutations_and_drop_the_partial_batch():
     batches = epoch_batches(3, 7, num_users=10, batch_size=4, steps=5)
     rng = np.random.default_rng([3, 7])
     one, two, three = (rng.permutation(10) for _ in range(3))
-    np.testing.assert_array_equal(
-        batches, [one[:4], one[4:8], two[:4], two[4:8], three[:4]]
-    )
+    np.testing.assert_array_equal(batches, [one[:4], one[4:8], two[:4], two[4:8], three[:4]])
 
 
 def test_no_user_stands_twice_in_a_batch():
@@ -42,9 +40,7 @@ def test_pack_matches_the_windows_of_the_reference():
     stops = np.cumsum([len(items) for items in sequences])
     lengths = np.minimum([len(items) for items in sequences], max_len - 1)
     packed = pack(
-        Sequences(
-            jnp.asarray(np.concatenate(sequences)), jnp.asarray(stops), jnp.asarray(lengths)
-        ),
+        Sequences(jnp.asarray(np.concatenate(sequences)), jnp.asarray(stops), jnp.asarray(lengths)),
         jnp.array([4, 1, 0, 99, 5]),  # 99 is no user: an empty slot
         num_tokens=20,
         num_items=num_items,

@@ -88,9 +88,12 @@ def test_initial_parameters_are_drawn_as_the_paper_does():
     assert not block["attention_in"]["bias"].any()
     assert not block["attention_out"]["bias"].any()
     assert 0.8 * 128**-0.5 < np.abs(block["ff_out"]["bias"]).max() <= 128**-0.5
-    assert "output_embedding" not in make_model(tie_embeddings=True).init(
-        jax.random.key(0), packed, train=False
-    )["params"]
+    assert (
+        "output_embedding"
+        not in make_model(tie_embeddings=True).init(jax.random.key(0), packed, train=False)[
+            "params"
+        ]
+    )
 
 
 def test_visible_keys_by_hand():
@@ -100,9 +103,7 @@ def test_visible_keys_by_hand():
     pairs = {
         (2 * n + q, 2 * n - 2 + k) for n, q, k in zip(*np.nonzero(np.asarray(seen)), strict=True)
     }
-    assert pairs == {
-        (q, k) for q in range(8) for k in range(q + 1) if slots[q] == slots[k]
-    }
+    assert pairs == {(q, k) for q in range(8) for k in range(q + 1) if slots[q] == slots[k]}
 
 
 def test_dropout_keeps_the_share_and_the_mean():

@@ -16,9 +16,7 @@ from seqfair_jax.data.synthetic import generate
 
 __all__ = ["Dataset", "prepare", "read_group_table"]
 _FORMAT = 1  # raise it when what `prepare` computes changes
-_ARRAYS = [
-    field.name for field in dataclasses.fields(Dataset) if field.type is np.ndarray
-]
+_ARRAYS = [field.name for field in dataclasses.fields(Dataset) if field.type is np.ndarray]
 
 
 def prepare(config: ConfigDict) -> Dataset:

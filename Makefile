@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+demo: .venv/.installed
+	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=erm --workdir=runs/demo/erm
+	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
+	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=cvar --workdir=runs/demo/cvar
+	$(BIN)/python -m seqfair_jax.report runs/demo/erm runs/demo/gdro runs/demo/cvar --family=pop33
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	  { echo "python3 -m venv does not work here: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
