@@ -54,7 +54,7 @@ def baseline_ranks(
         ahead = popularity[seen % len(popularity)] < popularity[targets][seen // len(popularity)]
         skipped = np.bincount(seen[ahead] // len(popularity), minlength=len(users))
     else:
-        skipped = 0
+        skipped = np.zeros(len(users), np.int64)
     popular_ranks = popularity[targets] + 1 - skipped
     ranks = {
         "most_popular": np.where((targets >= 0) & (popular_ranks <= k), popular_ranks, 0),

@@ -109,7 +109,7 @@ def rank_targets(
         return hidden[newest]
 
     hidden = lax.map(encode, queries.encode_batches).reshape(-1, model.dim)
-    table = model.apply(params, train=False, method="output_table")
+    table = jnp.asarray(model.apply(params, train=False, method="output_table"))
     precision = PRECISIONS[model.dtype][1]
 
     def score(batch):

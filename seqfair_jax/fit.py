@@ -339,7 +339,9 @@ def _mean_loss(states: TrainState) -> float:
 def _refuse_if_all_failed(states: TrainState, runs) -> None:
     failed = np.asarray(states.failed_step)
     if (failed >= 0).all():
-        named = ", ".join(f"{run.name} at step {step}" for run, step in zip(runs, failed))
+        named = ", ".join(
+            f"{run.name} at step {step}" for run, step in zip(runs, failed, strict=True)
+        )
         raise FloatingPointError(
             f"every run diverged: a loss or gradient was not finite ({named}). "
             "Try a smaller train.learning_rate or objective.step_size, or set train.clip_norm"
@@ -436,11 +438,13 @@ _keep_better = jax.jit(_keep_better_fn, donate_argnums=0)
 def _best_notes(experiment: Experiment, progress: Progress) -> dict[str, str]:
     """The best validation figures so far (of the best run), for the progress bar."""
     metric = experiment.config.select.metric
-    return {
-        f"val {metric} {name.replace('_group', '')}": f"{max(scores):.4f}"
-        for name in SELECTIONS
-        if (scores := [record[name][name] for record in progress.best if record[name]])
-    }
+    notes = {}
+    for name in SELECTIONS:
+        records = [best[name] for best in progress.best]
+        scores = [record[name] for record in records if record is not None]
+        if scores:
+            notes[f"val {metric} {name.removesuffix('_group')}"] = f"{max(scores):.4f}"
+    return notes
 
 
 @contextlib.contextmanager

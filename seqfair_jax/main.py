@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from seqfair_jax import workdir
@@ -25,12 +26,12 @@ def main() -> None:
         try:
             return app.parse_flags_with_usage(argv)
         except (AttributeError, KeyError, ValueError, OSError) as error:
-            # ml_collections raises KeyError or AttributeError for an unknown key, its advice inside.
+            # ml_collections raises Key- or AttributeError for an unknown key, its advice inside.
             message = str(error.args[0] if error.args else error)
             sys.exit(f"error in --config: {message.strip(chr(39))}")
 
     def run_flags(_):
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells of every file
         logging.getLogger("seqfair_jax").setLevel(logging.INFO)
         use_compilation_cache()
         try:

@@ -174,7 +174,8 @@ class SASRec(nn.Module):
     init_scale: float
     dtype: str
 
-    def setup(self):
+    def setup(self) -> None:
+        """Name the parameters."""
         self._dtype, self._precision = PRECISIONS[self.dtype]
         normal = nn.initializers.normal(self.init_scale)
         self.item_embedding = self.param("item_embedding", normal, (self.num_items, self.dim))

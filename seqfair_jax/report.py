@@ -116,7 +116,7 @@ def table(summaries: Sequence[dict[str, Any]], metric: str, family: str) -> pd.D
                 record[f"{column} ±"] = _half_width(values)
         records.append(record)
     columns = pd.DataFrame(records)
-    slices = [name for name in columns if name != "name" and not name.endswith("±")]
+    slices = [name for name in columns if name != "name" and not str(name).endswith("±")]
     ordered = [c for c in slices if c not in ("overall", "worst", "repeat", "new")]
     ordered += [c for c in ("overall", "worst", "repeat", "new") if c in slices]
     return columns[["name", *(x for c in ordered for x in (c, f"{c} ±"))]]
@@ -135,16 +135,14 @@ def _name(summary: dict[str, Any]) -> str:
 
 
 def _text(numbers: pd.DataFrame) -> str:
-    shown = {"": numbers["name"]}
+    width = max(len(name) for name in numbers["name"])
+    shown = {"": [name.ljust(width) for name in numbers["name"]]}
     for column in numbers.columns[1::2]:
         shown[column] = [
             "-" if np.isnan(value) else f"{value:.4f}" + ("" if np.isnan(half) else f"±{half:.4f}")
             for value, half in zip(numbers[column], numbers[f"{column} ±"], strict=True)
         ]
-    width = max(len(name) for name in numbers["name"])
-    text = pd.DataFrame(shown)
-    text[""] = text[""].str.ljust(width)
-    lines = text.to_string(index=False).splitlines()
+    lines = pd.DataFrame(shown).to_string(index=False).splitlines()
     first_baseline = next(
         (i for i, name in enumerate(numbers["name"], start=1) if name.startswith("[")), len(lines)
     )

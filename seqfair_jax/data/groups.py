@@ -70,7 +70,7 @@ def build_family(
             name, [build_family(dataset, part, group_table=group_table) for part in name.split("*")]
         )
     own = [] if group_table is None else sorted(set(group_table["family"]))
-    if name in own:
+    if group_table is not None and name in own:
         return _from_table(dataset, name, group_table)
     if name not in FAMILIES:
         known = [*FAMILIES, *own]
@@ -154,10 +154,12 @@ def _product(name: str, families: list[GroupFamily]) -> GroupFamily:
 def _from_table(dataset: Dataset, name: str, table: pd.DataFrame) -> GroupFamily:
     rows = table[table["family"] == name]
     groups = tuple(sorted(set(rows["group"].astype(str))))
-    users = pd.Index(dataset.user_ids.astype(str)).get_indexer(rows["user_id"].astype(str))
+    users = pd.Index(dataset.user_ids.astype(str)).get_indexer(
+        rows["user_id"].astype(str).to_numpy()
+    )
     known = users >= 0  # the table may hold users that the log's filter dropped
     membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
-    columns = pd.Index(groups).get_indexer(rows["group"].astype(str))
+    columns = pd.Index(groups).get_indexer(pd.Index(rows["group"].astype(str)))
     membership[users[known], columns[known]] = True
     if not known.any():
         raise ValueError(

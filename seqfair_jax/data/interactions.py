@@ -89,8 +89,8 @@ def read_log(name: str, path: Path, columns: ConfigDict) -> pd.DataFrame:
         missing = frame[column].isna().to_numpy()
         if missing.any():
             raise ValueError(
-                f"{path}: {missing.sum()} rows have no {column}, the first of them row "
-                f"{int(frame.index[missing.argmax()]) + 1} of the data; remove or fill them"
+                f"{path}: {missing.sum()} rows have no {column}, the first of them data row "
+                f"{int(missing.argmax()) + 1}; remove or fill them"
             )
         if frame[column].dtype.kind == "f":  # integers that pandas read beside missing ones
             frame = frame.assign(**{column: frame[column].astype(np.int64)})

@@ -1,0 +1,15 @@
+"""Row CB of the paper's tables 5 and 6 (MovieLens-1M), NDCG@20 by group:
+
+    pop33 0.123 / 0.109 / 0.126, overall 0.121
+    seq33 0.136 / 0.078 / 0.081, overall 0.121
+
+    python -m seqfair_jax.main --config=configs/ml1m_cb.py --workdir=runs/ml1m_cb
+
+Arguments behind a colon: see `paper.ml1m` (ml1m_cb.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.ml1m("cb", arg)

@@ -1,0 +1,15 @@
+"""Row CB log of the paper's tables 5 and 6 (MovieLens-1M), NDCG@20 by group:
+
+    pop33 0.187 / 0.178 / 0.204, overall 0.194
+    seq33 0.216 / 0.136 / 0.127, overall 0.194
+
+    python -m seqfair_jax.main --config=configs/ml1m_cb_log.py --workdir=runs/ml1m_cb_log
+
+Arguments behind a colon: see `paper.ml1m` (ml1m_cb_log.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.ml1m("cb_log", arg)

@@ -1,0 +1,18 @@
+"""Row CVaR of the paper's tables 5 and 6 (MovieLens-1M), NDCG@20 by group:
+
+    pop33 0.196 / 0.183 / 0.212, overall 0.201
+    seq33 0.222 / 0.143 / 0.139, overall 0.201
+
+    python -m seqfair_jax.main --config=configs/ml1m_cvar.py --workdir=runs/ml1m_cvar
+
+The paper chooses alpha on validation:
+--config.objective.alpha=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95 trains the grid.
+
+Arguments behind a colon: see `paper.ml1m` (ml1m_cvar.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.ml1m("cvar", arg)

@@ -1,0 +1,15 @@
+"""Row ERM of the paper's tables 5 and 6 (MovieLens-1M), NDCG@20 by group:
+
+    pop33 0.189 / 0.179 / 0.208, overall 0.196
+    seq33 0.220 / 0.139 / 0.132, overall 0.198
+
+    python -m seqfair_jax.main --config=configs/ml1m_erm.py --workdir=runs/ml1m_erm
+
+Arguments behind a colon: see `paper.ml1m` (ml1m_erm.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.ml1m("erm", arg)

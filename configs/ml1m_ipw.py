@@ -1,0 +1,15 @@
+"""Row IPW of the paper's tables 5 and 6 (MovieLens-1M), NDCG@20 by group:
+
+    pop33 0.188 / 0.180 / 0.208, overall 0.196
+    seq33 0.218 / 0.135 / 0.132, overall 0.196
+
+    python -m seqfair_jax.main --config=configs/ml1m_ipw.py --workdir=runs/ml1m_ipw
+
+Arguments behind a colon: see `paper.ml1m` (ml1m_ipw.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.ml1m("ipw", arg)

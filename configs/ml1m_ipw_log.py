@@ -1,0 +1,15 @@
+"""Row IPW log of the paper's tables 5 and 6 (MovieLens-1M), NDCG@20 by group:
+
+    pop33 0.188 / 0.180 / 0.208, overall 0.197
+    seq33 0.219 / 0.140 / 0.137, overall 0.197
+
+    python -m seqfair_jax.main --config=configs/ml1m_ipw_log.py --workdir=runs/ml1m_ipw_log
+
+Arguments behind a colon: see `paper.ml1m` (ml1m_ipw_log.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.ml1m("ipw_log", arg)

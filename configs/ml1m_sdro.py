@@ -1,0 +1,18 @@
+"""Row SDRO of the paper's tables 5 and 6 (MovieLens-1M), NDCG@20 by group:
+
+    pop33 0.191 / 0.184 / 0.212, overall 0.201
+    seq33 0.221 / 0.149 / 0.145, overall 0.202
+
+    python -m seqfair_jax.main --config=configs/ml1m_sdro.py --workdir=runs/ml1m_sdro
+
+The paper chooses eta on validation: --config.objective.step_size=0.001,0.005,0.01,0.05,0.1
+trains the grid.
+
+Arguments behind a colon: see `paper.ml1m` (ml1m_sdro.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.ml1m("sdro", arg)

@@ -1,0 +1,15 @@
+"""Row CB of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.208 / 0.205 / 0.229, overall 0.217
+    seq33 0.188 / 0.323 / 0.218, overall 0.219
+
+    python -m seqfair_jax.main --config=configs/rr_cb.py --workdir=runs/rr_cb
+
+Arguments behind a colon: see `paper.retailrocket` (rr_cb.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("cb", arg)

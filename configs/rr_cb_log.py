@@ -1,0 +1,15 @@
+"""Row CBlog of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.213 / 0.211 / 0.242, overall 0.225
+    seq33 0.190 / 0.332 / 0.228, overall 0.224
+
+    python -m seqfair_jax.main --config=configs/rr_cb_log.py --workdir=runs/rr_cb_log
+
+Arguments behind a colon: see `paper.retailrocket` (rr_cb_log.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("cb_log", arg)

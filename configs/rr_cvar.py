@@ -1,0 +1,18 @@
+"""Row CVaR of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.225 / 0.228 / 0.256, overall 0.239
+    seq33 0.207 / 0.344 / 0.271, overall 0.240
+
+    python -m seqfair_jax.main --config=configs/rr_cvar.py --workdir=runs/rr_cvar
+
+The paper chooses alpha on validation:
+--config.objective.alpha=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95 trains the grid.
+
+Arguments behind a colon: see `paper.retailrocket` (rr_cvar.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("cvar", arg)

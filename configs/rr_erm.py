@@ -1,0 +1,15 @@
+"""Row ERM of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.214 / 0.210 / 0.240, overall 0.225
+    seq33 0.191 / 0.337 / 0.229, overall 0.225
+
+    python -m seqfair_jax.main --config=configs/rr_erm.py --workdir=runs/rr_erm
+
+Arguments behind a colon: see `paper.retailrocket` (rr_erm.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("erm", arg)

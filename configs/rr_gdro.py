@@ -1,0 +1,18 @@
+"""Row GDRO of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.215 / 0.213 / 0.248, overall 0.230
+    seq33 0.201 / 0.347 / 0.277, overall 0.237
+
+    python -m seqfair_jax.main --config=configs/rr_gdro.py --workdir=runs/rr_gdro
+
+The paper chooses eta on validation: --config.objective.step_size=0.001,0.005,0.01,0.05,0.1
+trains the grid.
+
+Arguments behind a colon: see `paper.retailrocket` (rr_gdro.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("gdro", arg)

@@ -1,0 +1,15 @@
+"""Row IPW of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.214 / 0.210 / 0.244, overall 0.226
+    seq33 0.194 / 0.340 / 0.230, overall 0.228
+
+    python -m seqfair_jax.main --config=configs/rr_ipw.py --workdir=runs/rr_ipw
+
+Arguments behind a colon: see `paper.retailrocket` (rr_ipw.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("ipw", arg)

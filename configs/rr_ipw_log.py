@@ -1,0 +1,15 @@
+"""Row IPWlog of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.214 / 0.216 / 0.245, overall 0.228
+    seq33 0.193 / 0.345 / 0.237, overall 0.229
+
+    python -m seqfair_jax.main --config=configs/rr_ipw_log.py --workdir=runs/rr_ipw_log
+
+Arguments behind a colon: see `paper.retailrocket` (rr_ipw_log.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("ipw_log", arg)

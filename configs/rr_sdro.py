@@ -1,0 +1,18 @@
+"""Row SDRO of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+
+    pop33 0.214 / 0.215 / 0.250, overall 0.230
+    seq33 0.201 / 0.348 / 0.279, overall 0.237
+
+    python -m seqfair_jax.main --config=configs/rr_sdro.py --workdir=runs/rr_sdro
+
+The paper chooses eta on validation: --config.objective.step_size=0.001,0.005,0.01,0.05,0.1
+trains the grid.
+
+Arguments behind a colon: see `paper.retailrocket` (rr_sdro.py:groups=pop2060,scale=small).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+    return paper.retailrocket("sdro", arg)
