@@ -54,7 +54,7 @@ def prepare(config: ConfigDict) -> Experiment:
     loss_family = family(config.objective.group_family)
     name = config.objective.name
     if objectives.METHODS[name].needs_groups:
-        require_partition(loss_family, name)
+        require_partition(loss_family, name, dataset.user_ids)
     objective = objectives.make_objective(
         name,
         membership=loss_family.membership,

@@ -187,3 +187,43 @@ def user_loss(parameters, items, *, max_len, num_blocks, num_heads):
     table = parameters.get("output_embedding", parameters["item_embedding"])
     losses = [cross_entropy(h, table, target) for h, target in zip(hidden, targets, strict=True)]
     return sum(losses) / len(losses)
+
+
+# --- Data and metrics ---
+
+
+def k_core(rows, k):
+    """Rows (user, item) left when every user and item has k distinct partners; users first."""
+    rows = list(rows)
+    while True:
+        size = len(rows)
+        for side in (0, 1):
+            partners = {}
+            for row in rows:
+                partners.setdefault(row[side], set()).add(row[1 - side])
+            rows = [row for row in rows if len(partners[row[side]]) >= k]
+        if len(rows) == size:
+            return rows
+
+
+def cut_by_rows(key, rows, cuts):
+    """Group of each user: order by (key, place), add up rows, look where its last row falls."""
+    total = sum(rows)
+    groups = [0] * len(key)
+    seen = 0
+    for user in sorted(range(len(key)), key=lambda u: (key[u], u)):
+        seen += rows[user]
+        groups[user] = sum(1 for cut in cuts if not seen < cut * total)
+    return groups
+
+
+def rank_ties_last(scores, target, masked=()):
+    """1-based rank of the target among the items that are not masked, last among its equals."""
+    return sum(
+        1 for item, score in enumerate(scores) if item not in masked and score >= scores[target]
+    )
+
+
+def ndcg(rank, k):
+    """One relevant item: the ideal DCG is 1."""
+    return 1 / np.log2(1 + rank) if 1 <= rank <= k else 0.0

@@ -94,7 +94,7 @@ def _store(entry: Path, dataset: Dataset) -> None:
 
 def _load(entry: Path) -> Dataset | None:
     try:
-        with np.load(entry, allow_pickle=False) as stored:
+        with entry.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in _ARRAYS}
             return Dataset(**json.loads(str(stored["rest"])), **arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

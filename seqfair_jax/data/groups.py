@@ -48,7 +48,7 @@ class GroupFamily:
         places = np.where(
             self.membership.any(axis=1), self.membership.argmax(axis=1), len(self.groups)
         )
-        return pd.Series(names[places])
+        return pd.Series(names[places], dtype=object)
 
 
 def build_family(
@@ -127,18 +127,19 @@ def cut_by_rows(key: np.ndarray, rows: np.ndarray, cuts: tuple[Fraction, ...]) -
     return group
 
 
-def require_partition(family: GroupFamily, method: str) -> None:
+def require_partition(family: GroupFamily, method: str, user_ids: np.ndarray) -> None:
     """Refuse a family in which some user is not in exactly one group.
 
     Raises:
         ValueError: naming how many and the first of them.
     """
-    in_groups = family.membership.sum(axis=1)
-    wrong = np.flatnonzero(in_groups != 1)
+    wrong = user_ids[family.membership.sum(axis=1) != 1]
     if len(wrong):
         raise ValueError(
             f"objective {method} needs every user in exactly one group, but in family "
-            f"{family.name!r} {len(wrong)} users are in none or several"
+            f"{family.name!r} {len(wrong)} users are in none or several: "
+            f"{', '.join(map(str, wrong[:5]))}{', ...' if len(wrong) > 5 else ''}. Use another "
+            "family, or erm, cb, cvar or chi2, which need no groups"
         )
 
 

@@ -215,7 +215,7 @@ def _times(times: pd.Series, path: Path) -> pd.Series:
     else:
         numbers = pd.to_numeric(times, errors="coerce")
         bad = numbers.isna()
-        if bad.any():
+        if bad.all():
             dates = pd.to_datetime(times, errors="coerce", utc=True, format="ISO8601")
             bad = dates.isna()
             numbers = dates.astype("datetime64[ns, UTC]").astype(np.int64)
