@@ -3,6 +3,8 @@
 Shape letters: n users of a split, V catalogue, k length of a list.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from seqfair_jax.data.groups import training_rows
@@ -17,7 +19,7 @@ def baseline_ranks(
     """The rank that each baseline gives to each user's target.
 
     - most_popular: items by number of training rows.
-    - markov: what most often followed the last item of the history in training, up to k items;
+    - markov: what most often followed the last item of the history in training;
       ties go to the pair that came first, with users in id order (first-order Markov chain).
     - last_viewed: the history's items, newest first, each once. Left out under `mask_seen`, which
       leaves it nothing to show, and `interleaved` with it.
@@ -38,49 +40,73 @@ def baseline_ranks(
     else:
         users, targets = np.arange(len(dataset.user_ids)), dataset.test_targets
         lengths = np.diff(dataset.offsets)
+    num_items = len(dataset.item_ids)
     starts = dataset.offsets[users]
+    last = dataset.items[starts + lengths - 1]
     owner = np.repeat(np.arange(len(users)), lengths)
     place = np.arange(len(owner)) - (np.cumsum(lengths) - lengths)[owner]
     history = dataset.items[starts[owner] + place]
 
-    popularity = np.empty(len(dataset.item_ids), np.int64)
-    popularity[np.argsort(-dataset.item_counts, kind="stable")] = np.arange(len(popularity))
-    markov = successors(dataset, k)[dataset.items[starts + lengths - 1]]
+    popularity = np.empty(num_items, np.int64)  # 1-based rank of each item
+    popularity[np.argsort(-dataset.item_counts, kind="stable")] = np.arange(1, num_items + 1)
+    following = successors(dataset)
+    popular_rank = popularity[targets]
+    markov_rank = following.rank(last, targets)
     if mask_seen:
-        seen = np.unique(owner * np.int64(len(popularity)) + history)
-        seen = seen[seen % len(popularity) != targets[seen // len(popularity)]]
-        pairs = np.arange(len(users))[:, None] * np.int64(len(popularity)) + markov
-        markov = np.where(np.isin(pairs, seen), _NONE, markov)
-        ahead = popularity[seen % len(popularity)] < popularity[targets][seen // len(popularity)]
-        skipped = np.bincount(seen[ahead] // len(popularity), minlength=len(users))
-    else:
-        skipped = np.zeros(len(users), np.int64)
-    popular_ranks = popularity[targets] + 1 - skipped
-    ranks = {
-        "most_popular": np.where((targets >= 0) & (popular_ranks <= k), popular_ranks, 0),
-        "markov": _ranks(markov, targets),
-    }
+        # What is masked and stands ahead of the target gives its place away.
+        pairs = np.unique(owner * np.int64(num_items) + history)
+        who, item = pairs // num_items, pairs % num_items
+        for rank, item_rank in (
+            (popular_rank, popularity[item]),
+            (markov_rank, following.rank(last[who], item)),
+        ):
+            ahead = (item_rank > 0) & (item_rank < rank[who])
+            rank -= np.bincount(who[ahead], minlength=len(users))
+    known = targets >= 0
+    ranks = {"most_popular": popular_rank, "markov": markov_rank}
+    ranks = {name: np.where(known & (rank <= k), rank, 0) for name, rank in ranks.items()}
     if not mask_seen:
         newest = _newest_first(owner, place, history, len(users), k)
-        both = np.stack([markov, newest], axis=2).reshape(len(users), -1)
+        both = np.stack([following.lists(k)[last], newest], axis=2)
         ranks["last_viewed"] = _ranks(newest, targets)
-        ranks["interleaved"] = _ranks(_each_once(both, k), targets)
+        ranks["interleaved"] = _ranks(_each_once(both.reshape(len(users), -1), k), targets)
     return {name: rank.astype(np.int32) for name, rank in ranks.items()}
 
 
-def successors(dataset: Dataset, k: int) -> np.ndarray:
-    """What most often followed each item within a user's training rows: i64[V, k], best first."""
+class Successors(NamedTuple):
+    """What followed each item within a user's training rows, the most frequent first."""
+
+    pairs: np.ndarray  # i64[P] item * V + successor, ascending
+    ranks: np.ndarray  # i64[P] 1-based, among the item's successors
+    num_items: int
+
+    def rank(self, items: np.ndarray, followers: np.ndarray) -> np.ndarray:
+        """The rank of each follower among its item's successors, 0 if it never followed."""
+        wanted = items * np.int64(self.num_items) + followers
+        at = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
+        return np.where((self.pairs[at] == wanted) & (followers >= 0), self.ranks[at], 0)
+
+    def lists(self, k: int) -> np.ndarray:
+        """Each item's k best successors, i64[V, k], -1 where there are fewer."""
+        table = np.full((self.num_items, k), _NONE)
+        best = self.ranks <= k
+        pairs = self.pairs[best]
+        table[pairs // self.num_items, self.ranks[best] - 1] = pairs % self.num_items
+        return table
+
+
+def successors(dataset: Dataset) -> Successors:
+    """Count what followed what; ties go to the pair that came first, users in id order."""
     num_items = len(dataset.item_ids)
     user, item = training_rows(dataset)
     inside = user[1:] == user[:-1]
     pairs = item[:-1][inside] * np.int64(num_items) + item[1:][inside]
     pairs, first, counts = np.unique(pairs, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts, pairs // num_items))
-    before, after = pairs[order] // num_items, pairs[order] % num_items
-    rank = np.arange(len(before)) - np.searchsorted(before, before)
-    table = np.full((num_items, k), _NONE)
-    table[before[rank < k], rank[rank < k]] = after[rank < k]
-    return table
+    before = pairs[order] // num_items
+    ranks = np.empty(len(pairs), np.int64)
+    ranks[order] = np.arange(len(pairs)) - np.searchsorted(before, before) + 1
+    return Successors(pairs, ranks, num_items)
 
 
 def _newest_first(owner, place, history, num_users: int, k: int) -> np.ndarray:
