@@ -1,0 +1,240 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from seqfair_jax import fit, report, workdir
+from seqfair_jax.config import default_config
+from seqfair_jax.objectives import METHODS
+from seqfair_jax.run import run
+
+FILES = {
+    "config.json",
+    "env.json",
+    "metrics.jsonl",
+    "summary.json",
+    "per_user.parquet",
+    "per_user_worst_group.parquet",
+    "groups.parquet",
+    "split.parquet",
+    "checkpoints",
+}
+
+
+def small(method="erm", **changes):
+    config = default_config()
+    config.data.synthetic.num_users = 300
+    config.data.synthetic.num_items = 80
+    config.data.cache_dir = ""
+    config.model.dim = config.model.ff_dim = 8
+    config.model.num_blocks = 1
+    config.model.max_len = 20
+    config.objective.name = method
+    config.train.batch_size = 32
+    config.train.epochs = 2
+    config.train.steps_per_epoch = 5
+    config.select.min_users = 1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_objective_from_log_to_table(method, tmp_path, capsys):
+    summary = run(small(method), tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name} == FILES
+    assert method in capsys.readouterr().out
+    table = pd.read_parquet(tmp_path / "run" / "per_user.parquet")
+    assert list(table.columns[:4]) == ["user_id", "target_item_id", "repeat", "rank"]
+    means = summary["test"]["NDCG@20"]
+    assert means["overall"] == pytest.approx(table["NDCG@20"].mean())
+    niche = table.loc[table["pop33"] == "niche", "NDCG@20"].mean()
+    assert means["pop33=niche"] == pytest.approx(niche)
+    assert means["target=new"] == pytest.approx(table.loc[~table["repeat"], "NDCG@20"].mean())
+    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    last = rows_of(tmp_path / "run")[-1]
+    assert last["step"] == 10
+    assert "train/group_loss/niche" in last
+    if method in ("gdro", "sdro"):
+        omegas = [last[f"train/group_weight/{group}"] for group in ("niche", "diverse", "popular")]
+        assert sum(omegas) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_finished_run_prints_its_table_again(tmp_path, capsys):
+    first = run(small(), tmp_path)
+    table = capsys.readouterr().out
+    again = run(small(), tmp_path)
+    assert again == json.loads(json.dumps(first))
+    assert capsys.readouterr().out.strip() in table
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
+    """Stopped in the middle of the second epoch, after the next segment's checkpoint."""
+    config = small("sdro", **{"train.segment_seconds": 0.0})
+    whole = run(config, tmp_path / "whole")
+
+    saves = []
+    save = fit._save
+
+    def save_and_stop(folder, states, *rest):
+        save(folder, states, *rest)
+        saves.append(int(states.step[0]))
+        if saves[-1] == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "_save", save_and_stop)
+    often = small("sdro", **{"train.segment_seconds": 0.0, "train.checkpoint_minutes": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        run(often, tmp_path / "cut")
+    resumed = run(config, tmp_path / "cut")
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert resumed["test"] == whole["test"]
+    assert resumed["train"]["targets"] == whole["train"]["targets"]
+    for name in ("per_user.parquet", "per_user_worst_group.parquet"):
+        cut, full = (pd.read_parquet(tmp_path / part / name) for part in ("cut", "whole"))
+        pd.testing.assert_frame_equal(cut, full, check_exact=True)
+
+
+def test_more_epochs_go_on_from_the_last(tmp_path):
+    run(small(), tmp_path)
+    longer = run(small(**{"train.epochs": 3}), tmp_path)
+    assert longer["train"]["steps"] == 15
+    assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    straight = run(small(**{"train.epochs": 3}), tmp_path / "straight" / "deep")
+    assert longer["test"] == straight["test"]
+
+
+def test_a_grid_of_runs(tmp_path, capsys):
+    config = small("gdro", seeds=(0, 1), **{"objective.step_size": (0.01, 0.1)})
+    summary = run(config, tmp_path / "grid")
+    names = [f"step_size={eta},seed={seed}" for eta in ("0.01", "0.1") for seed in (0, 1)]
+    assert [r["run"] for r in summary["runs"]] == names
+    folder = tmp_path / "grid" / "runs"
+    for name in names:
+        found = {p.name for p in (folder / name).iterdir() if "tfevents" not in p.name}
+        assert found >= FILES - {"env.json"}
+    by_value = {}
+    for r in summary["runs"]:
+        score = r["val"]["NDCG@20"]["overall"]
+        by_value.setdefault(r["hparams"]["step_size"], []).append(score)
+    best = max(by_value, key=lambda value: np.mean(by_value[value]))
+    assert summary["selected"]["hparams"] == {"step_size": best}
+    assert "(2 seeds)" in capsys.readouterr().out
+    alone = run(small("gdro", **{"objective.step_size": (0.1,)}), tmp_path / "alone")
+    inside = json.loads((folder / names[2] / "summary.json").read_text())
+    assert inside["test"] == alone["test"]  # in turn on a CPU, so to the last bit
+
+
+def test_early_stopping_ends_the_run(tmp_path):
+    changes = {"train.epochs": 30, "train.early_stop_epochs": 1, "train.learning_rate": 1e-12}
+    run(small(**changes), tmp_path)
+    assert len(rows_of(tmp_path)) < 30
+
+
+def test_a_diverged_run_is_an_error(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"every run diverged.*learning_rate"):
+        run(small(**{"train.learning_rate": 1e30}), tmp_path)
+
+
+def test_a_workdir_of_another_config_is_refused_by_name(tmp_path):
+    run(small(), tmp_path)
+    with pytest.raises(ValueError, match=r"model\.dim \(8 there, 16 now\)"):
+        run(small(**{"model.dim": 16}), tmp_path)
+
+
+def test_a_workdir_that_is_a_file_or_holds_other_things_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        run(small(), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        run(small(), tmp_path)
+
+
+def test_a_batch_larger_than_the_users_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.batch_size is 4000"):
+        run(small(**{"train.batch_size": 4000}), tmp_path)
+
+
+def test_a_group_method_refuses_an_overlapping_family(tmp_path):
+    path = tmp_path / "groups.csv"
+    path.write_text("user_id,family,group\n0,age,old\n0,age,young\n")
+    changes = {"data.group_file": str(path), "groups": ("age",)}
+    with pytest.raises(ValueError, match="gdro needs every user in exactly one group"):
+        run(small("gdro", **changes), tmp_path / "a")
+
+
+def test_report_refuses_folders_that_do_not_belong_together(tmp_path):
+    run(small(), tmp_path / "a")
+    run(small(**{"data.synthetic.seed": 5}), tmp_path / "b")
+    with pytest.raises(ValueError, match="another log"):
+        report.tables([tmp_path / "a", tmp_path / "b"], "NDCG@20")
+    with pytest.raises(ValueError, match=r"no summary\.json"):
+        report.tables([tmp_path], "NDCG@20")
+    with pytest.raises(ValueError, match="'pop99' was not evaluated"):
+        report.tables([tmp_path / "a"], "NDCG@20", family="pop99")
+
+
+def test_metrics_log_drops_the_rows_of_a_lost_epoch(tmp_path):
+    log = workdir.MetricsLog(tmp_path, last_epoch=0)
+    for epoch in (1, 2):
+        log.write({"epoch": epoch, "train/loss": float("nan") if epoch == 2 else 1.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "tra')
+    workdir.MetricsLog(tmp_path, last_epoch=1).close()
+    assert rows_of(tmp_path) == [{"epoch": 1, "train/loss": 1.0}]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "seqfair_jax.main", *arguments]
+
+
+def test_the_command_line(tmp_path):
+    common = ["--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
+    for argument, message in (
+        ("--config.train.epoch=3", 'Did you mean "epochs"'),
+        ("--config.objective.name=gdr", "did you mean 'gdro'"),
+        ("--config.objective.alpha=1.5", "objective.alpha is 1.5"),
+        ("--config.groups=pop3", "did you mean 'pop33'"),
+    ):
+        done = subprocess.run(command(*common, argument), capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    arguments = command(
+        "--config=configs/demo.py",
+        f"--workdir={folder}",
+        "--config.train.epochs=200",
+        "--config.train.segment_seconds=0.1",
+    )
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        for line in iter(lambda: process.stderr.read(200), ""):
+            if "val NDCG" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 1
+    assert "the same command goes on" in rest
+    (step,) = (folder / "checkpoints" / "latest").iterdir()
+    assert int(step.name) > 0
+    assert not (folder / "summary.json").exists()
+    shutil.rmtree(folder)
+
+
+def test_importing_main_has_no_effect():
+    code = "import seqfair_jax.main, seqfair_jax.report; from absl import flags; "
+    code += "assert 'config' not in flags.FLAGS and 'family' not in flags.FLAGS"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
