@@ -6,7 +6,7 @@ demo: .venv/.installed
 	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=erm --workdir=runs/demo/erm
 	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
 	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=cvar --workdir=runs/demo/cvar
-	$(BIN)/python -m seqfair_jax.report runs/demo/erm runs/demo/gdro runs/demo/cvar --family=pop33
+	$(BIN)/python -m seqfair_jax.report runs/demo/erm runs/demo/gdro runs/demo/cvar --family=pop2060
 
 test: .venv/.installed
 	$(BIN)/ruff check .

@@ -9,15 +9,16 @@ def default_settings() -> dict[str, int | float | tuple[float, ...]]:
     """The knobs of `generate`; a config's `data.synthetic`."""
     return {
         "seed": 0,
-        "num_users": 3000,
-        "num_items": 1000,
+        "num_users": 12_000,
+        "num_items": 400,
         "head_share": 0.2,  # of the items; they are what mainstream users draw from
-        "num_clusters": 16,  # the tail's items are split into so many tastes
-        "kinds": (0.6, 0.25, 0.15),  # shares of mainstream, mixed and niche users
-        "tail_shares": (0.02, 0.4, 0.98),  # how often each kind draws from the tail
+        "num_clusters": 4,  # the tail's items are split into so many tastes
+        "kinds": (0.7, 0.1, 0.2),  # shares of mainstream, mixed and niche users
+        "tail_shares": (0.02, 0.4, 0.98),  # how often each kind turns to the tail
         "zipf": 1.0,  # exponent of item popularity within the head and within a cluster
-        "follow": 0.6,  # chance that an item is a successor of the one before
-        "num_successors": 3,
+        "follow": 0.75,  # chance that an item is a successor of the one before
+        "num_successors": 3,  # of an item towards the head, and as many towards the tail
+        "successor_zipf": 0.7,  # exponent of item popularity among the successors
         "repeat": 0.1,  # chance that an item is one the user had before
         "mean_length": 16.0,
         "length_spread": 0.7,  # standard deviation of the lengths' logarithm
@@ -29,12 +30,15 @@ def generate(config: ConfigDict) -> pd.DataFrame:
     """Draw a log; a pure function of the settings.
 
     Items are a head and a tail, the tail cut into clusters (tastes). A user is of one kind, which
-    says how often it draws from the tail, and has one cluster of its own. Its sequence is a Markov
-    chain: with chance `follow` the next item is one of the last item's few successors, which lie
-    in the same part of the catalogue (the head, or the item's cluster); with chance `repeat` an
-    earlier item of the user; else a fresh draw from the head or its cluster, by a Zipf law.
-    Lengths are log-normal. A niche taste thus has the same structure as the mainstream and far
-    fewer rows to learn it from.
+    says how often it turns to the tail, and has one cluster of its own. Its sequence is a Markov
+    chain. Each step turns to the tail or to the head; with chance `follow` the next item is one
+    of the last item's successors for that turn, with chance `repeat` an earlier item of the user,
+    else a fresh draw from the user's cluster or from the head. Popularity is Zipf's everywhere,
+    lengths are log-normal.
+
+    So the same item leads niche users and mainstream users to different next items. A model that
+    cannot hold both ranks the majority's first, and whose successors come first is a matter of
+    the objective. Item numbers are in order of popularity, 0 the head of the head.
 
     Args:
         config: see `default_settings`.
@@ -48,10 +52,14 @@ def generate(config: ConfigDict) -> pd.DataFrame:
     # Part 0 is the head, part 1 + c is cluster c.
     tail = num_head + np.arange(config.num_items - num_head)
     parts = [np.arange(num_head), *np.array_split(tail, clusters)]
-    successors = np.empty((config.num_items, config.num_successors), np.int64)
-    for items in parts:
-        successors[items] = rng.choice(items, (len(items), config.num_successors))
     cumulative = [np.cumsum((1 + np.arange(len(items))) ** -config.zipf) for items in parts]
+    popularity = (1 + np.arange(config.num_items)) ** -config.successor_zipf
+    # Two sets of successors: row 0 for a step towards the head, row 1 towards the tail.
+    successors = rng.choice(
+        config.num_items,
+        (2, config.num_items, config.num_successors),
+        p=popularity / popularity.sum(),
+    )
 
     kind = rng.choice(len(config.kinds), num_users, p=config.kinds)
     tail_share = np.asarray(config.tail_shares)[kind]
@@ -61,8 +69,8 @@ def generate(config: ConfigDict) -> pd.DataFrame:
     lengths = rng.lognormal(log_mean, spread, num_users).round().astype(int)
     lengths = np.clip(lengths, 5, config.max_length)
 
-    def fresh():
-        part = np.where(rng.random(num_users) < tail_share, own_part, 0)
+    def fresh(to_tail):
+        part = np.where(to_tail, own_part, 0)
         drawn = np.empty(num_users, np.int64)
         chance = rng.random(num_users)
         for number in range(clusters + 1):
@@ -72,17 +80,18 @@ def generate(config: ConfigDict) -> pd.DataFrame:
         return drawn
 
     sequences = np.empty((num_users, lengths.max()), np.int64)
-    sequences[:, 0] = fresh()
+    sequences[:, 0] = fresh(rng.random(num_users) < tail_share)
     user = np.arange(num_users)
     for step in range(1, sequences.shape[1]):
-        which = rng.geometric(0.5, num_users) - 1
-        following = successors[sequences[:, step - 1], np.minimum(which, config.num_successors - 1)]
+        to_tail = rng.random(num_users) < tail_share
+        which = rng.integers(config.num_successors, size=num_users)
+        following = successors[to_tail.astype(int), sequences[:, step - 1], which]
         earlier = sequences[user, rng.integers(step, size=num_users)]
         choice = rng.random(num_users)
         sequences[:, step] = np.where(
             choice < config.follow,
             following,
-            np.where(choice < config.follow + config.repeat, earlier, fresh()),
+            np.where(choice < config.follow + config.repeat, earlier, fresh(to_tail)),
         )
     real = np.arange(sequences.shape[1])[None, :] < lengths[:, None]
     user_id, timestamp = np.nonzero(real)
