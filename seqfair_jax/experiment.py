@@ -13,6 +13,7 @@ from seqfair_jax.batching import Sequences
 from seqfair_jax.config import Run, plan_runs
 from seqfair_jax.data.groups import GroupFamily, build_family, require_partition
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.metrics import judged_groups
 from seqfair_jax.model import SASRec
 from seqfair_jax.train import Task, TrainData, make_optimizer
 
@@ -45,7 +46,7 @@ def prepare(config: ConfigDict) -> Experiment:
 
     Raises:
         ValueError: on bad data, an unknown group family, or a group method over a family in
-            which some user is not in exactly one group.
+            which some user is not in exactly one group, or no group as large as `min_users`.
     """
     dataset = data.prepare(config.data)
     group_table = data.read_group_table(config.data.group_file)
@@ -55,6 +56,7 @@ def prepare(config: ConfigDict) -> Experiment:
     name = config.objective.name
     if objectives.METHODS[name].needs_groups:
         require_partition(loss_family, name, dataset.user_ids)
+    judged_groups(loss_family.select(dataset.valid_users), min_users=config.select.min_users)
     objective = objectives.make_objective(
         name,
         membership=loss_family.membership,

@@ -92,23 +92,27 @@ def _mean(value: np.ndarray) -> float | None:
     return float(value.mean()) if len(value) else None
 
 
-def worst_group(slices: Slices, family: GroupFamily, *, min_users: int) -> float:
-    """The lowest group mean of a family, groups with fewer than `min_users` users left aside.
+def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
+    """The groups with at least `min_users` users, among which the worst is looked for.
 
     Raises:
-        ValueError: if no group has as many.
+        ValueError: if there is none.
     """
     sizes = family.membership.sum(axis=0)
-    means = [
-        slices[f"{family.name}={group}"]
-        for group, size in zip(family.groups, sizes, strict=True)
-        if size >= min_users
-    ]
-    if not means:
+    judged = [group for group, size in zip(family.groups, sizes, strict=True) if size >= min_users]
+    if not judged:
         raise ValueError(
             f"select.min_users is {min_users}, but the groups of {family.name} have "
             f"{', '.join(map(str, sizes))} validation users: lower it"
         )
+    return judged
+
+
+def worst_group(slices: Slices, family: GroupFamily, *, min_users: int) -> float:
+    """The lowest mean among a family's `judged_groups`."""
+    means = [
+        slices[f"{family.name}={group}"] for group in judged_groups(family, min_users=min_users)
+    ]
     return min(mean for mean in means if mean is not None)
 
 

@@ -69,6 +69,12 @@ def test_every_objective_from_log_to_table(method, tmp_path, capsys):
         assert sum(omegas) == pytest.approx(1, abs=1e-5)
 
 
+def test_too_few_users_to_judge_a_group_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"select.min_users is 1000, but the groups of pop33"):
+        run(small(**{"select.min_users": 1000}), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_finished_run_prints_its_table_again(tmp_path, capsys):
     first = run(small(), tmp_path)
     table = capsys.readouterr().out
