@@ -11,6 +11,7 @@ from seqfair_jax import objectives
 from seqfair_jax.data.synthetic import default_settings
 from seqfair_jax.metrics import parse_metric
 from seqfair_jax.model import PRECISIONS
+from seqfair_jax.softmax_loss import DEFAULT_MAX_LOGITS
 
 DATA_NAMES = ("retailrocket", "ml1m", "csv", "synthetic")
 # What may differ when a work directory is taken up again: how long, how often and what to show.
@@ -88,6 +89,7 @@ def default_config() -> ConfigDict:
             "weight_decay": 0.0,
             "clip_norm": 0.0,  # 0: off
             "early_stop_epochs": 0,  # 0: off
+            "max_logits": DEFAULT_MAX_LOGITS,  # of [tokens, items] alive at once, per run
             "runs_axis": "auto",  # vmap, or map (one after another inside the program)
             "segment_seconds": 5.0,  # how long the device runs between looks at the host
             "checkpoint_minutes": 5.0,
@@ -179,6 +181,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         "train.early_stop_epochs": 0,
         "train.weight_decay": 0,
         "train.clip_norm": 0,
+        "train.max_logits": 1,
         "train.segment_seconds": 0,
         "train.checkpoint_minutes": 0,
         "data.min_interactions": 0,

@@ -78,7 +78,7 @@ def prepare(config: ConfigDict) -> Experiment:
         dataset=dataset,
         families=families,
         loss_family=loss_family,
-        task=Task(model, objective, optimizer),
+        task=Task(model, objective, optimizer, config.train.max_logits),
         data=TrainData(
             sequences=Sequences(
                 items=jnp.asarray(dataset.items),

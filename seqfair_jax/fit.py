@@ -96,7 +96,8 @@ def fit(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any
             batches = draw(progress.epoch)
             start = int(states.step[0]) - progress.epoch * num_steps
             while start < num_steps:
-                states, stop, seconds = segments(states, batches, start)
+                draw_next = functools.partial(draw, progress.epoch + 1)
+                states, stop, seconds = segments(states, batches, start, meanwhile=draw_next)
                 targets = batches.targets[:, start:stop].sum(axis=1)
                 progress = dataclasses.replace(
                     progress,
@@ -185,10 +186,14 @@ class _EpochBatches:
 
 
 class _Batches:
-    """Draws an epoch's batches and fits their packed sizes: a pure function of the epoch."""
+    """Draws an epoch's batches and fits their packed sizes: a pure function of the epoch.
+
+    Keeps the two epochs it drew last, so that the next can be drawn while the device works.
+    """
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
+        self._kept: dict[int, _EpochBatches] = {}
         config = experiment.config
         self._user_ids = functools.partial(
             epoch_batches,
@@ -209,6 +214,12 @@ class _Batches:
         return self._experiment.train_lengths[self._user_ids(seed, epoch)].sum(axis=-1)
 
     def __call__(self, epoch: int) -> _EpochBatches:
+        if epoch not in self._kept:
+            self._kept = {e: b for e, b in self._kept.items() if e == epoch - 1}
+            self._kept[epoch] = self._draw(epoch)
+        return self._kept[epoch]
+
+    def _draw(self, epoch: int) -> _EpochBatches:
         drawn = {run.seed: self._user_ids(run.seed, epoch) for run in self._experiment.runs}
         user_ids = np.stack([drawn[run.seed] for run in self._experiment.runs])
         targets = self._experiment.train_lengths[user_ids].sum(axis=-1)
@@ -230,11 +241,16 @@ class _Segments:
         self._seconds_per_step: float | None = None
 
     def __call__(
-        self, states: TrainState, batches: _EpochBatches, start: int
+        self,
+        states: TrainState,
+        batches: _EpochBatches,
+        start: int,
+        *,
+        meanwhile: Callable[[], Any],
     ) -> tuple[TrainState, int, float]:
         """Go on from step `start` of the epoch: the states, the step reached, seconds taken.
 
-        The seconds are 0 where the call compiled.
+        `meanwhile` is called while the device works. The seconds are 0 where the call compiled.
         """
         experiment = self._experiment
         compiles = batches.sizes not in self._programs
@@ -256,6 +272,7 @@ class _Segments:
             jnp.int32(start),
             jnp.int32(stop),
         )
+        meanwhile()
         jax.block_until_ready(states)
         seconds = time.monotonic() - began
         if compiles:

@@ -1,38 +1,61 @@
-"""Full-catalogue softmax cross-entropy with a hand-written backward pass.
+"""Full-catalogue softmax cross-entropy with a hand-written backward pass, in bounded memory.
 
-Shape letters: T targets (packed tokens), V catalogue, D width.
+Shape letters: T targets (packed tokens), V catalogue, D width, t and v the sizes of a chunk.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+DEFAULT_MAX_LOGITS = 2**27  # half a GiB of float32
+_MIN_ITEMS = 1024  # of a chunk: the tokens are cut too before the items are cut finer than this
 
 
-@jax.custom_vjp
-def softmax_loss(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def softmax_loss(
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    precision: Any = None,
+    max_logits: int = DEFAULT_MAX_LOGITS,
+) -> jax.Array:
     """Cross-entropy of each target against the softmax over all items (paper, section 2.1).
 
     l_t = log sum_v exp(h_t . w_v) - h_t . w_{y_t}
 
-    The forward pass keeps E = exp(logits - row maximum), [T, V]. With S its row sums and g the
-    cotangent, the backward pass is two matrix products on E itself, its scaling folded into the
-    thin factor, and one sparse correction for the target:
+    Where T * V fits into `max_logits`, the forward pass keeps E = exp(logits - row maximum),
+    [T, V]. With S its row sums and g the cotangent, the backward pass is two matrix products on
+    E itself, its scaling folded into the thin factor, and one sparse correction for the target:
 
         dL/dh = (g / S) * (E w) - g * w_y
         dL/dw = E^T ((g / S) * h) - scatter_y(g * h)
+
+    Where it does not fit, both passes go through the catalogue (and, past 1,024 items a chunk,
+    through the tokens) in chunks of at most `max_logits`: the forward pass keeps log S alone and
+    the backward pass computes each chunk again, four matrix products where there were three.
 
     Args:
         hidden: f[T, D].
         table: f[V, D], the output embedding of every item.
         targets: i32[T] in [0, V). Give padding any valid item; mask its loss outside.
+        precision: of the matrix products (`jax.lax.Precision`); sums are float32 at least.
+        max_logits: the most entries of [tokens, items] alive at once.
 
     Returns:
         f32[T], in nats.
     """
-    return _forward(hidden, table, targets)[0]
+    return _forward(hidden, table, targets, precision, max_logits)[0]
 
 
-def _forward(hidden, table, targets):
-    logits = _matmul(hidden, table.T)
+def _forward(hidden, table, targets, precision, max_logits):
+    if len(hidden) * len(table) > max_logits:
+        losses, log_sum = _chunked_losses(hidden, table, targets, precision, max_logits)
+        return losses, (hidden, table, targets, None, log_sum)
+    logits = _matmul(hidden, table.T, precision)
     row_max = logits.max(axis=-1, keepdims=True)
     exp = jnp.exp(logits - row_max)
     row_sum = exp.sum(axis=-1)
@@ -41,19 +64,133 @@ def _forward(hidden, table, targets):
     return losses, (hidden, table, targets, exp.astype(hidden.dtype), row_sum)
 
 
-def _backward(residuals, cotangent):
+def _backward(precision, max_logits, residuals, cotangent):
     hidden, table, targets, exp, row_sum = residuals
-    scale = (cotangent / row_sum)[:, None]
+    if exp is None:
+        d_hidden, d_table = _chunked_gradients(
+            hidden, table, row_sum, cotangent, precision, max_logits
+        )
+    else:
+        scale = (cotangent / row_sum)[:, None]
+        d_hidden = scale * _matmul(exp, table, precision)
+        d_table = _matmul(exp.T, (scale * hidden).astype(exp.dtype), precision)
     weight = cotangent[:, None]
-    d_hidden = scale * _matmul(exp, table) - weight * table[targets]
-    d_table = _matmul(exp.T, (scale * hidden).astype(exp.dtype))
+    d_hidden = d_hidden - weight * table[targets]
     d_table = d_table.at[targets].add(-weight * hidden)
     return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def chunk_sizes(num_tokens: int, num_items: int, max_logits: int) -> tuple[int, int]:
+    """The chunk's tokens t and items v: as few chunks as `max_logits` allows, equally large.
+
+    Items are cut first, since a chunk of items finishes its rows of the table's gradient, while
+    every chunk of tokens adds to all of them.
+
+    Raises:
+        ValueError: if `max_logits` is below 1.
+    """
+    if max_logits < 1:
+        raise ValueError(f"max_logits is {max_logits}: expected 1 or more")
+    tokens = _equal_parts(num_tokens, max_logits // min(num_items, _MIN_ITEMS, max_logits))
+    return tokens, _equal_parts(num_items, max_logits // tokens)
+
+
+def _equal_parts(total: int, most: int) -> int:
+    parts = -(-total // max(most, 1))
+    return -(-total // parts)
+
+
+def _over_chunks(total: int, size: int, body: Callable, carry):
+    """Fold `body(start, first_new, carry)` over windows of `size` that cover `total`.
+
+    The last window is moved back so that it does not reach over the end; its entries before
+    `first_new` were in the window before.
+    """
+
+    def step(i, carry):
+        return body(jnp.minimum(i * size, total - size), i * size, carry)
+
+    return lax.fori_loop(0, -(-total // size), step, carry)
+
+
+def _slice(x, start, size):
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _add_slice(x, start, update):
+    size = len(update)
+    return lax.dynamic_update_slice_in_dim(x, _slice(x, start, size) + update, start, 0)
+
+
+def _chunk_logits(hidden, table, start, first_new, size, precision):
+    """Logits of a window of items, f32[t, v]; -inf for items of the window before."""
+    logits = _matmul(hidden, _slice(table, start, size).T, precision)
+    return jnp.where(start + jnp.arange(size) >= first_new, logits, -jnp.inf)
+
+
+def _chunked_losses(hidden, table, targets, precision, max_logits):
+    num_tokens, num_items = len(hidden), len(table)
+    t, v = chunk_sizes(num_tokens, num_items, max_logits)
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+
+    def over_tokens(token_start, _, log_sum):
+        rows = _slice(hidden, token_start, t)
+
+        def over_items(start, first_new, carry):
+            row_max, row_sum = carry
+            logits = _chunk_logits(rows, table, start, first_new, v, precision)
+            new_max = jnp.maximum(row_max, logits.max(axis=-1))
+            row_sum = row_sum * jnp.exp(row_max - new_max)
+            return new_max, row_sum + jnp.exp(logits - new_max[:, None]).sum(axis=-1)
+
+        # The lowest finite number, not -inf, whose difference with itself would be NaN.
+        start = (jnp.full(t, jnp.finfo(dtype).min, dtype), jnp.zeros(t, dtype))
+        row_max, row_sum = _over_chunks(num_items, v, over_items, start)
+        return lax.dynamic_update_slice_in_dim(log_sum, row_max + jnp.log(row_sum), token_start, 0)
+
+    log_sum = _over_chunks(num_tokens, t, over_tokens, jnp.zeros(num_tokens, dtype))
+    target_logits = jnp.einsum(
+        "td,td->t", hidden, table[targets], precision=precision, preferred_element_type=dtype
+    )
+    return log_sum - target_logits, log_sum
+
+
+def _chunked_gradients(hidden, table, log_sum, cotangent, precision, max_logits):
+    """The softmax's part of both gradients; the targets' part is the caller's."""
+    num_tokens, num_items = len(hidden), len(table)
+    t, v = chunk_sizes(num_tokens, num_items, max_logits)
+    dtype = log_sum.dtype
+
+    def over_tokens(token_start, first_new_token, grads):
+        rows, sums = _slice(hidden, token_start, t), _slice(log_sum, token_start, t)
+        # A token that the window before has served counts 0 here.
+        new = token_start + jnp.arange(t) >= first_new_token
+        weight = jnp.where(new, _slice(cotangent, token_start, t), 0)[:, None]
+        weighted_rows = (weight * rows).astype(hidden.dtype)
+
+        def over_items(start, first_new, carry):
+            d_rows, d_table = carry
+            logits = _chunk_logits(rows, table, start, first_new, v, precision)
+            probability = jnp.exp(logits - sums[:, None]).astype(hidden.dtype)
+            d_rows = d_rows + _matmul(probability, _slice(table, start, v), precision)
+            d_chunk = _matmul(probability.T, weighted_rows, precision)
+            return d_rows, _add_slice(d_table, start, d_chunk)
+
+        d_hidden, d_table = grads
+        d_rows, d_table = _over_chunks(
+            num_items, v, over_items, (jnp.zeros(rows.shape, dtype), d_table)
+        )
+        return _add_slice(d_hidden, token_start, weight * d_rows), d_table
+
+    zeros = (jnp.zeros(hidden.shape, dtype), jnp.zeros(table.shape, dtype))
+    return _over_chunks(num_tokens, t, over_tokens, zeros)
+
+
+def _matmul(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
     """Sums in float32 at least, whatever the factors' type."""
-    return jnp.matmul(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.matmul(
+        a, b, precision=precision, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32)
+    )
 
 
 softmax_loss.defvjp(_forward, _backward)

@@ -14,9 +14,9 @@ import optax
 from jax import lax
 
 from seqfair_jax.batching import BLOCK, Sequences, pack
-from seqfair_jax.model import SASRec
+from seqfair_jax.model import PRECISIONS, SASRec
 from seqfair_jax.objectives import Hyperparams, Objective
-from seqfair_jax.softmax_loss import softmax_loss
+from seqfair_jax.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 
 KEY_IMPL = "threefry2x32"  # the one implementation that draws the same bits under vmap as alone
 
@@ -59,6 +59,7 @@ class Task(NamedTuple):
     model: SASRec
     objective: Objective
     optimizer: optax.GradientTransformation
+    max_logits: int = DEFAULT_MAX_LOGITS  # see `softmax_loss`
 
 
 def make_optimizer(
@@ -139,7 +140,10 @@ def user_losses(
         method="encode_and_table",
         rngs=None if key is None else {"dropout": key},
     )
-    losses = softmax_loss(hidden, table, packed.targets) * data.target_weights[packed.targets]
+    losses = softmax_loss(
+        hidden, table, packed.targets, PRECISIONS[task.model.dtype][1], task.max_logits
+    )
+    losses = losses * data.target_weights[packed.targets]
     batch_size = len(user_ids)
     losses = jnp.where(packed.slots < batch_size, losses, 0.0)
     sums = jax.ops.segment_sum(losses, packed.slots, batch_size + 1, indices_are_sorted=True)

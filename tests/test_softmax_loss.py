@@ -6,7 +6,10 @@ import reference
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose
 
-from seqfair_jax.softmax_loss import softmax_loss
+from seqfair_jax.softmax_loss import chunk_sizes, softmax_loss
+
+# Of the 77 logits of `draw`: all at once, tokens in chunks, tokens and items in chunks.
+MAX_LOGITS = [77, 30, 5]
 
 
 def draw(num_targets=7, num_items=11, dim=5, scale=1.0, seed=0):
@@ -18,11 +21,12 @@ def draw(num_targets=7, num_items=11, dim=5, scale=1.0, seed=0):
     return hidden, table, targets, cotangent
 
 
+@pytest.mark.parametrize("max_logits", MAX_LOGITS)
 @pytest.mark.parametrize("scale", [1.0, 8.0])  # at 8 the losses stand near 70 and above
-def test_loss_and_gradient_match_the_reference(scale):
+def test_loss_and_gradient_match_the_reference(scale, max_logits):
     hidden, table, targets, cotangent = draw(scale=scale)
     losses, pullback = jax.vjp(
-        lambda h, w: softmax_loss(h, w, jnp.asarray(targets)),
+        lambda h, w: softmax_loss(h, w, jnp.asarray(targets), None, max_logits),
         jnp.float32(hidden),
         jnp.float32(table),
     )
@@ -39,20 +43,25 @@ def test_loss_and_gradient_match_the_reference(scale):
     assert_allclose(d_table, expected_d_table, rtol=1e-5, atol=1e-5 * size)
 
 
-def test_gradient_matches_finite_differences_in_double_precision():
+@pytest.mark.parametrize("max_logits", MAX_LOGITS)
+def test_gradient_matches_finite_differences_in_double_precision(max_logits):
     with jax.enable_x64(True):
         hidden, table, targets, cotangent = (jnp.asarray(x) for x in draw())
         check_grads(
-            lambda h, w: softmax_loss(h, w, targets) @ cotangent, (hidden, table), 1, modes=["rev"]
+            lambda h, w: softmax_loss(h, w, targets, None, max_logits) @ cotangent,
+            (hidden, table),
+            1,
+            modes=["rev"],
         )
 
 
-def test_vmapped_equals_alone():
+@pytest.mark.parametrize("max_logits", MAX_LOGITS)
+def test_vmapped_equals_alone(max_logits):
     batches = [draw(seed=seed) for seed in range(3)]
     hidden, table, targets = (jnp.stack([jnp.asarray(b[i]) for b in batches]) for i in range(3))
 
     def loss(h, w, y):
-        return softmax_loss(h, w, y).sum()
+        return softmax_loss(h, w, y, None, max_logits).sum()
 
     together = jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, table, targets)
     for i in range(3):
@@ -62,9 +71,43 @@ def test_vmapped_equals_alone():
         )
 
 
-def test_large_logits_stay_finite():
+@pytest.mark.parametrize("max_logits", [2, 1])
+def test_large_logits_stay_finite(max_logits):
     hidden = jnp.full((1, 1), 1e4)
     table = jnp.array([[1.0], [-1.0]])
-    loss, gradient = jax.value_and_grad(lambda h: softmax_loss(h, table, jnp.array([1]))[0])(hidden)
+    loss, gradient = jax.value_and_grad(
+        lambda h: softmax_loss(h, table, jnp.array([1]), None, max_logits)[0]
+    )(hidden)
     assert loss == 2e4
     assert_allclose(gradient, [[2.0]])
+
+
+def test_chunks_cut_the_items_first_and_stay_under_the_limit():
+    assert chunk_sizes(100, 10_000, 10**6) == (100, 10_000)
+    assert chunk_sizes(100, 10_000, 400_000) == (100, 3334)
+    assert chunk_sizes(1000, 10_000, 400_000) == (334, 1112)
+    for tokens, items, limit in [
+        (7, 11, 5),
+        (1, 1, 1),
+        (2304, 10**6, 2**27),
+        (30_720, 3416, 10**5),
+    ]:
+        t, v = chunk_sizes(tokens, items, limit)
+        assert 1 <= t * v <= limit
+    with pytest.raises(ValueError, match="max_logits is 0"):
+        chunk_sizes(7, 11, 0)
+
+
+@pytest.mark.parametrize("max_logits", [30, 5, 2**20])
+def test_bfloat16_factors_are_summed_in_float32(max_logits):
+    hidden, table, targets, cotangent = draw(num_items=300, dim=64, scale=0.5)
+    exact = softmax_loss(jnp.float32(hidden), jnp.float32(table), jnp.asarray(targets))
+    hidden, table = jnp.bfloat16(hidden), jnp.bfloat16(table)
+    losses, pullback = jax.vjp(
+        lambda h, w: softmax_loss(h, w, jnp.asarray(targets), None, max_logits), hidden, table
+    )
+    d_hidden, d_table = pullback(jnp.float32(cotangent))
+    assert losses.dtype == jnp.float32
+    assert d_hidden.dtype == d_table.dtype == jnp.bfloat16
+    # The factors' 8 bits cost about 1e-2; a sum of 300 terms in bfloat16 would cost far more.
+    assert_allclose(losses, exact, rtol=2e-2)
