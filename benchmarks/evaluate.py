@@ -1,0 +1,40 @@
+"""The full test: every user's target ranked among the whole catalogue, and the table's metrics.
+
+python -m benchmarks.evaluate --config=configs/rr_erm.py --config.data.path=DIR
+"""
+
+import time
+
+import jax
+
+from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
+from seqfair_jax.run import make_test, score_ranking
+
+
+def benchmark(config, *, repeats):
+    loop = Steps(config, 1)
+    params = jax.tree.map(lambda leaf: leaf[0], loop.states().params)
+    test = make_test(loop.experiment)
+    times = []
+    for _ in range(repeats + 1):  # the first compiles
+        began = time.perf_counter()
+        score_ranking(loop.experiment, test(params, "benchmark").ranks)
+        times.append(time.perf_counter() - began)
+    users, model = len(loop.experiment.dataset.user_ids), loop.experiment.task.model
+    print_table(
+        [
+            {
+                "users": users,
+                "items": model.num_items,
+                "dim": model.dim,
+                "seconds": spread(times[1:], "{:.2f}"),
+                "users/s": spread([users / t for t in times[1:]]),
+                "with compilation, s": f"{times[0]:.1f}",
+                "peak memory, GB": f"{peak_memory_gb():.2f}",
+            }
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run(benchmark, repeats=(3, "measurements"))

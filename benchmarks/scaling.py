@@ -1,0 +1,126 @@
+"""How a step's time grows with users, items, length, width and the number of runs.
+
+    python -m benchmarks.scaling --config=configs/rr_erm.py:scale=small --config.data.path=DIR
+    python -m benchmarks.scaling --config=... --only=items --sizes=1000000  # one huge catalogue
+
+The users' lengths are drawn from the config's log, their items at random. One factor changes at a
+time; the exponent is the slope of log time over log size.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
+from seqfair_jax.batching import Sequences, epoch_batches
+from seqfair_jax.model import SASRec
+from seqfair_jax.train import TrainData, create_train_state, make_segment, token_sizes
+
+_FACTORS = {  # multiples of the config's own value
+    "users": (1, 4, 16, 64),
+    "items": (0.25, 0.5, 1, 2, 4),
+    "length": (0.25, 0.5, 1, 2),
+    "width": (0.5, 1, 2, 4),
+    "runs": (1, 2, 4, 8),
+}
+
+
+def benchmark(config, *, steps, repeats, only, sizes):
+    experiment = Steps(config, 1).experiment
+    base = {
+        "users": len(experiment.train_lengths),
+        "items": experiment.task.model.num_items,
+        "length": config.model.max_len,
+        "width": config.model.dim,
+        "runs": 1,
+    }
+    print(f"at {base}, batch {config.train.batch_size}")
+    for factor, multiples in _FACTORS.items():
+        if only and factor != only:
+            continue
+        values = [int(base[factor] * multiple) for multiple in multiples]
+        if sizes:
+            values = [int(size) for size in sizes.split(",")]
+        rows, medians = [], []
+        for value in values:
+            times, targets = measure(experiment, base | {factor: value}, steps, repeats)
+            medians.append(float(np.median(times)))
+            rows.append(
+                {
+                    factor: value,
+                    "ms a step": spread([1000 * t for t in times], "{:.1f}"),
+                    "real targets/s": f"{targets / medians[-1]:,.0f}",
+                    "peak memory so far, GB": f"{peak_memory_gb():.2f}",
+                }
+            )
+        print_table(rows)
+        if len(values) > 1:
+            slope = stats.linregress(np.log(values), np.log(medians)).slope
+            print(f"time grows with {factor} to the power {slope:.2f}\n", flush=True)
+
+
+def measure(experiment, size, steps, repeats):
+    """Seconds of a step, and its real targets over all runs."""
+    config = experiment.config
+    rng = np.random.default_rng(0)
+    lengths = rng.choice(experiment.train_lengths, size["users"])
+    # A log whose users are longer in proportion to the window.
+    lengths = np.maximum(lengths * size["length"] / config.model.max_len, 1)
+    lengths = np.minimum(lengths.round(), size["length"] - 1).astype(np.int32)
+    data = TrainData(
+        sequences=Sequences(
+            jnp.asarray(rng.integers(size["items"], size=lengths.sum()), jnp.int32),
+            jnp.asarray(np.cumsum(lengths), jnp.int32),
+            jnp.asarray(lengths),
+        ),
+        membership=jnp.ones((size["users"], 1), bool),
+        target_weights=jnp.ones(size["items"]),
+    )
+    sizes = {"dim": size["width"], "ff_dim": size["width"], "max_len": size["length"]}
+    model = SASRec(num_items=size["items"], **(config.model.to_dict() | sizes))
+    task = experiment.task._replace(model=model)
+    user_ids = np.stack(
+        [
+            epoch_batches(
+                seed,
+                0,
+                num_users=size["users"],
+                batch_size=config.train.batch_size,
+                steps=steps,
+            )
+            for seed in range(size["runs"])
+        ]
+    )
+    targets = lengths[user_ids].sum(axis=-1)
+    tokens = targets.max(axis=0) if experiment.vmap else targets
+    packed = token_sizes(tokens)
+    index = jnp.asarray(np.searchsorted(packed, tokens), jnp.int32)
+    segment = make_segment(task, packed, vmap=experiment.vmap)
+    states = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves),
+        *(create_train_state(task, seed=seed, num_groups=1) for seed in range(size["runs"])),
+    )
+    hparams = jax.tree.map(lambda leaf: jnp.full(size["runs"], leaf[0]), experiment.hparams)
+    times = []
+    for i in range(repeats + 1):
+        began = time.perf_counter()
+        states = segment(
+            states, hparams, data, jnp.asarray(user_ids), index, jnp.int32(0), jnp.int32(steps)
+        )
+        jax.block_until_ready(states)
+        if i:  # the first compiles
+            times.append((time.perf_counter() - began) / steps)
+    return times, targets.sum() / steps
+
+
+if __name__ == "__main__":
+    run(
+        benchmark,
+        steps=(8, "steps a measurement"),
+        repeats=(3, "measurements"),
+        only=("", "users, items, length, width or runs; all where empty"),
+        sizes=("", "values instead of the usual multiples, 1000,2000,..."),
+    )
