@@ -1,6 +1,6 @@
 """The table by group that a run prints, and the same for several finished runs.
 
-`python -m seqfair_jax.report DIR [DIR ...] --family=pop33 --metric=NDCG@20`
+`python -m seqfair_jax.report DIR [DIR ...] --family=pop33 --metric=NDCG@20 --baseline=DIR`
 """
 
 import sys
@@ -13,7 +13,7 @@ import pandas as pd
 from absl import app, flags
 from scipy import stats
 
-from seqfair_jax import workdir
+from seqfair_jax import significance, workdir
 from seqfair_jax.metrics import parse_metric
 
 _SELECTIONS = (("test", ""), ("test_worst_group", ", best worst group"))
@@ -23,12 +23,19 @@ def main() -> None:
     """Print one table for all the run folders that are named."""
     family = flags.DEFINE_string("family", None, "the groups to show; all families where unset")
     metric = flags.DEFINE_string("metric", "NDCG@20", "which figure")
+    baseline = flags.DEFINE_string("baseline", None, "a run's folder to test the others against")
 
     def print_tables(argv):
         if len(argv) < 2:
-            sys.exit("usage: python -m seqfair_jax.report DIR [DIR ...] [--family=] [--metric=]")
+            sys.exit(
+                "usage: python -m seqfair_jax.report DIR [DIR ...] "
+                "[--family=] [--metric=] [--baseline=DIR]"
+            )
+        folders = [Path(name) for name in argv[1:]]
         try:
-            print(tables([Path(name) for name in argv[1:]], metric.value, family=family.value))
+            print(tables(folders, metric.value, family=family.value))
+            if baseline.value is not None:
+                print("\n" + comparison(folders, Path(baseline.value), metric.value, family.value))
         except ValueError as error:
             sys.exit(f"error: {error}")
 
@@ -36,7 +43,13 @@ def main() -> None:
 
 
 def read_summaries(folder: Path) -> list[dict[str, Any]]:
-    """The summaries of a folder's runs.
+    """The summaries of a folder's runs, in the order of `run_folders`."""
+    parts = [workdir.read_json(part / "summary.json") for part in _run_folders(folder)]
+    return [part for part in parts if part is not None]
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """The folders of a work directory's runs.
 
     Raises:
         ValueError: if there is none: the folder is not a work directory, or not finished.
@@ -47,11 +60,8 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
             f"{folder}: no summary.json; name the --workdir of a run that has finished"
         )
     if "runs" not in summary:
-        return [summary]
-    parts = [
-        workdir.read_json(folder / "runs" / run["run"] / "summary.json") for run in summary["runs"]
-    ]
-    return [part for part in parts if part is not None]
+        return [folder]
+    return [folder / "runs" / run["run"] for run in summary["runs"]]
 
 
 def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -> str:
@@ -91,6 +101,63 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
     return "\n\n".join(
         f"{titles}, {name}\n{_text(table(summaries, metric, name))}" for name in shown
     )
+
+
+def comparison(folders: Sequence[Path], baseline: Path, metric: str, family: str | None) -> str:
+    """Paired tests of every method against the runs of one folder (`significance.compare`).
+
+    Args:
+        folders: work directories of finished runs; `baseline` may be among them.
+        baseline: the work directory to compare with, of a single method.
+        metric: such as NDCG@20.
+        family: whose groups to show; None shows all.
+
+    Raises:
+        ValueError: if the folders do not hold the same users, or `baseline` holds several methods.
+    """
+    before = _per_user([baseline], "")
+    if len(before) != 1:
+        raise ValueError(f"--baseline={baseline} holds several methods: {', '.join(before)}")
+    methods: dict[str, list[pd.DataFrame]] = {}
+    others = [folder for folder in folders if folder.resolve() != baseline.resolve()]
+    for _, suffix in _SELECTIONS:
+        methods |= _per_user(others, suffix)
+    if not methods:
+        raise ValueError(f"--baseline={baseline}: name at least one other folder to compare")
+    [(name, tables_before)] = before.items()
+    rows = significance.compare(methods, tables_before, metric)
+    if family is not None:
+        rows = rows[
+            ~rows["slice"].str.contains("=")
+            | rows["slice"].str.startswith((f"{family}=", "target="))
+        ]
+    shown = rows.assign(star=np.where(rows["star"], "*", "")).drop(columns=["mean", "baseline"])
+    text = shown.to_string(
+        index=False,
+        float_format="{:.2g}".format,
+        formatters={
+            "difference": "{:+.4f}".format,
+            "low": "{:+.4f}".format,
+            "high": "{:+.4f}".format,
+        },
+    )
+    return (
+        f"{metric} against {name}: paired t-test over users (* p < 0.05), bootstrap 95 % interval, "
+        f"q after Benjamini-Hochberg\n{text}"
+    )
+
+
+def _per_user(folders: Sequence[Path], suffix: str) -> dict[str, list[pd.DataFrame]]:
+    """Each method's per-user tables, one a seed, under the name that its row has."""
+    found: dict[str, list[pd.DataFrame]] = {}
+    file = "per_user.parquet" if not suffix else "per_user_worst_group.parquet"
+    for folder in folders:
+        for part in _run_folders(folder):
+            summary = workdir.read_json(part / "summary.json")
+            if summary is not None and (part / file).exists():
+                table = pd.read_parquet(part / file)
+                found.setdefault(_name(summary) + suffix, []).append(table)
+    return found
 
 
 def table(summaries: Sequence[dict[str, Any]], metric: str, family: str) -> pd.DataFrame:

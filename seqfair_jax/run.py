@@ -238,10 +238,15 @@ def _dataset_summary(dataset: Dataset) -> dict[str, Any]:
 
 
 def _describe(experiment: Experiment) -> None:
-    dataset = _dataset_summary(experiment.dataset)
-    print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in dataset.items()))
-    for run in experiment.runs:
-        print(f"run {run.name}")
+    found = _dataset_summary(experiment.dataset)
+    print(
+        f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
+        f"{found['interactions']:,} interactions, {found['train_interactions']:,} of them to train "
+        f"on, {found['validation_users']:,} validation users; {found['dropped_users']} users too "
+        f"short, {found['unknown_targets']} test targets unknown\nlog {found['log_hash']}"
+    )
+    names = [run.name for run in experiment.runs]
+    print(f"{experiment.config.objective.name}: " + ", ".join(names))
 
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:

@@ -1,0 +1,153 @@
+"""Whether two methods' per-user metrics differ, overall and in each group.
+
+Shape letters: U users of the test, M comparisons of one table.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+_KEYS = ["user_id", "target_item_id", "repeat"]  # what two runs must agree on
+_RESAMPLES = 2000
+
+
+def compare(
+    tables: dict[str, list[pd.DataFrame]],
+    baseline: list[pd.DataFrame],
+    metric: str,
+    *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare methods with a baseline on per-user metrics (paper, section 4.1: tables 2 to 7).
+
+    Each row is a two-sided paired t-test over the users of a slice, whose p < 0.05 earns the
+    paper's star, with the effect (mean difference) and its percentile bootstrap 95 % interval
+    over users. `q` is p after Benjamini and Hochberg (1995) over all rows: the share of false
+    discoveries to expect among the rows with as small a q. Where a method has several seeds, a
+    user's metric is its mean over them, so the test sees the users' variation, not the seeds'.
+
+    Args:
+        tables: for each method, the per-user table (`per_user.parquet`) of each seed.
+        baseline: the same of the method to compare with.
+        metric: a column, such as NDCG@20.
+        seed: of the bootstrap.
+
+    Returns:
+        columns name, slice ("overall", "pop33=niche", ...), users, mean, baseline, difference,
+        low, high, p, q, star; a row for each method and each slice that holds a user. An
+        interval of a single user, and a test of one, are NaN; p is 1 where no user differs.
+
+    Raises:
+        ValueError: if the tables do not hold the same users with the same targets and groups, or
+            lack the metric.
+    """
+    reference = baseline[0]
+    columns = [c for c in reference if c in _KEYS or reference[c].dtype.kind not in "fiu"]
+    before = _seed_mean(baseline, reference, columns, metric, "the baseline")
+    rows = []
+    rng = np.random.default_rng(seed)
+    for name, seeds in tables.items():
+        after = _seed_mean(seeds, reference, columns, metric, name)
+        for slice_name, members in _slices(reference):
+            difference = (after - before)[members]
+            low, high = _interval(difference, rng)
+            rows.append(
+                {
+                    "name": name,
+                    "slice": slice_name,
+                    "users": len(difference),
+                    "mean": after[members].mean(),
+                    "baseline": before[members].mean(),
+                    "difference": difference.mean(),
+                    "low": low,
+                    "high": high,
+                    "p": _p_value(after[members], before[members]),
+                }
+            )
+    result = pd.DataFrame(rows)
+    tested = result["p"].notna()
+    result["q"] = np.nan
+    if tested.any():
+        result.loc[tested, "q"] = stats.false_discovery_control(result.loc[tested, "p"])
+    result["star"] = result["p"] < 0.05
+    return result
+
+
+def _seed_mean(seeds, reference, columns, metric, name) -> np.ndarray:
+    """A method's metric by user, in the reference's order, averaged over seeds: f64[U]."""
+    order = reference["user_id"]
+    values = []
+    for table in seeds:
+        if metric not in table:
+            raise ValueError(f"{name}: its per-user table has no column {metric!r}")
+        aligned = table.set_index("user_id").reindex(order)
+        missing = ~order.isin(table["user_id"])
+        extra = ~table["user_id"].isin(order)
+        if missing.any() or extra.any():
+            raise ValueError(
+                f"{name}: {int(missing.sum())} of the baseline's {len(order)} users are not in "
+                f"its test and {int(extra.sum())} others are; compare runs on one log and split"
+            )
+        for column in columns:
+            if column == "user_id":
+                continue
+            if column not in table:
+                raise ValueError(f"{name}: it was not evaluated by {column}, the baseline was")
+            differs = [
+                not _same(a, b) for a, b in zip(aligned[column], reference[column], strict=True)
+            ]
+            if any(differs):
+                user = order[np.flatnonzero(differs)[0]]
+                raise ValueError(
+                    f"{name}: {column} of user {user!r} is not the baseline's (in all "
+                    f"{sum(differs)} users differ); compare runs on one log and split"
+                )
+        values.append(aligned[metric].to_numpy(np.float64))
+    return np.mean(values, axis=0)
+
+
+def _same(a, b) -> bool:
+    return list(a) == list(b) if isinstance(a, list | np.ndarray) else a == b
+
+
+def _slices(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+    """Every slice's name and bool[U] of its users."""
+    yield "overall", np.ones(len(table), bool)
+    for name, repeat in (("repeat", True), ("new", False)):
+        members = table["repeat"].to_numpy(bool) == repeat
+        if members.any():
+            yield f"target={name}", members
+    for family in table.columns:
+        if family in _KEYS or table[family].dtype.kind in "fiu":
+            continue
+        labels = [
+            set(label) if isinstance(label, list | np.ndarray) else {label}
+            for label in table[family]
+        ]
+        for group in dict.fromkeys(sorted(set().union(*labels))):
+            yield f"{family}={group}", np.array([group in label for label in labels])
+
+
+def _p_value(after: np.ndarray, before: np.ndarray) -> float:
+    if len(after) < 2:
+        return np.nan
+    if np.ptp(after - before) == 0:  # t is 0/0, or a constant over 0
+        return 1.0 if (after == before).all() else 0.0
+    return float(stats.ttest_rel(after, before).pvalue)
+
+
+def _interval(difference: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    if len(difference) < 2:
+        return np.nan, np.nan
+    interval = stats.bootstrap(
+        (difference,),
+        np.mean,
+        n_resamples=_RESAMPLES,
+        batch=max(1, 2_000_000 // len(difference)),
+        vectorized=True,
+        method="percentile",
+        rng=rng,
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

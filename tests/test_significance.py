@@ -1,0 +1,117 @@
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose
+from scipy import stats
+
+from seqfair_jax.significance import compare
+
+
+def per_user(values, *, groups=None):
+    n = len(values)
+    return pd.DataFrame(
+        {
+            "user_id": [f"u{i}" for i in range(n)],
+            "target_item_id": np.arange(n),
+            "repeat": np.arange(n) % 2 == 0,
+            "rank": 1,
+            "NDCG@20": np.asarray(values, float),
+            "pop33": groups or ["niche", "popular", "popular"] * (n // 3),
+        }
+    )
+
+
+def draw(n=30, seed=0):
+    rng = np.random.default_rng(seed)
+    before = rng.random(n)
+    return before, before + rng.normal(0.05, 0.2, n)
+
+
+def test_p_values_and_effects_are_scipys_in_every_slice():
+    before, after = draw()
+    result = compare({"cvar": [per_user(after)]}, [per_user(before)], "NDCG@20")
+    result = result.set_index("slice")
+    assert list(result.index) == [
+        "overall",
+        "target=repeat",
+        "target=new",
+        "pop33=niche",
+        "pop33=popular",
+    ]
+    niche = np.arange(30) % 3 == 0
+    for name, members in {"overall": niche | True, "pop33=niche": niche}.items():
+        row = result.loc[name]
+        assert row["users"] == members.sum()
+        assert_allclose(row["difference"], (after - before)[members].mean())
+        assert_allclose(row["p"], stats.ttest_rel(after[members], before[members]).pvalue)
+        assert row["star"] == (row["p"] < 0.05)
+        assert row["low"] < row["difference"] < row["high"]
+        # By the normal approximation the interval is the mean and 1.96 standard errors.
+        error = (after - before)[members].std(ddof=1) / members.sum() ** 0.5
+        assert_allclose(row["high"] - row["low"], 2 * 1.96 * error, rtol=0.25)
+
+
+def test_benjamini_hochberg_by_hand():
+    before, after = draw()
+    result = compare(
+        {"a": [per_user(after)], "b": [per_user(before)]}, [per_user(before)], "NDCG@20"
+    )
+    p = result["p"].to_numpy()
+    order = np.argsort(p)
+    expected = np.empty(len(p))
+    smallest = 1.0
+    for rank in range(len(p), 0, -1):
+        i = order[rank - 1]
+        smallest = min(smallest, p[i] * len(p) / rank)
+        expected[i] = smallest
+    assert_allclose(result["q"], expected)
+    same = result[result["name"] == "b"]
+    assert (same["p"] == 1).all()
+    assert not same["star"].any()
+
+
+def test_users_are_aligned_by_id_and_averaged_over_seeds():
+    before, after = draw()
+    shuffled = per_user(after).sample(frac=1, random_state=0)
+    plain = compare({"a": [per_user(after)]}, [per_user(before)], "NDCG@20")
+    pd.testing.assert_frame_equal(compare({"a": [shuffled]}, [per_user(before)], "NDCG@20"), plain)
+    two = compare({"a": [per_user(after), per_user(after + 0.2)]}, [per_user(before)], "NDCG@20")
+    assert_allclose(two["difference"], plain["difference"] + 0.1)
+
+
+def test_overlapping_groups_count_a_user_in_each():
+    groups = [["a", "b"], ["b"], ["a"]]
+    result = compare(
+        {"x": [per_user([1, 0, 0], groups=groups)]},
+        [per_user([0, 0, 0], groups=groups)],
+        "NDCG@20",
+    ).set_index("slice")
+    assert result.loc["pop33=a", "users"] == result.loc["pop33=b", "users"] == 2
+    assert result.loc["pop33=a", "difference"] == 0.5
+
+
+def test_a_group_of_one_user_has_no_test():
+    groups = ["one", "many", "many", "many"]
+    result = compare(
+        {"x": [per_user([1, 0, 1, 0], groups=groups)]},
+        [per_user([0, 1, 0, 0.5], groups=groups)],
+        "NDCG@20",
+    ).set_index("slice")
+    assert np.isnan(result.loc["pop33=one", ["low", "high", "p", "q"]].astype(float)).all()
+    assert not result.loc["pop33=one", "star"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.iloc[1:], "1 of the baseline's 30 users are not in its test and 0 others"),
+        (lambda t: t.assign(target_item_id=7), "target_item_id of user 'u0' is not the baseline's"),
+        (lambda t: t.assign(pop33="niche"), "pop33 of user 'u1' is not .* 20 users differ"),
+        (lambda t: t.drop(columns="pop33"), "it was not evaluated by pop33"),
+        (lambda t: t.drop(columns="NDCG@20"), "no column 'NDCG@20'"),
+    ],
+)
+def test_tables_of_other_users_targets_or_groups_are_refused(change, message):
+    before, after = draw()
+    with pytest.raises(ValueError, match=message):
+        compare({"a": [change(per_user(after))]}, [per_user(before)], "NDCG@20")
