@@ -3,6 +3,7 @@
 `python -m seqfair_jax.report DIR [DIR ...] --family=pop33 --metric=NDCG@20 --baseline=DIR`
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,18 +25,30 @@ def main() -> None:
     family = flags.DEFINE_string("family", None, "the groups to show; all families where unset")
     metric = flags.DEFINE_string("metric", "NDCG@20", "which figure")
     baseline = flags.DEFINE_string("baseline", None, "a run's folder to test the others against")
+    out = flags.DEFINE_string("out", None, "an HTML file to write the whole report to")
 
     def print_tables(argv):
         if len(argv) < 2:
             sys.exit(
                 "usage: python -m seqfair_jax.report DIR [DIR ...] "
-                "[--family=] [--metric=] [--baseline=DIR]"
+                "[--family=] [--metric=] [--baseline=DIR] [--out=FILE.html]"
             )
         folders = [Path(name) for name in argv[1:]]
         try:
             print(tables(folders, metric.value, family=family.value))
             if baseline.value is not None:
                 print("\n" + comparison(folders, Path(baseline.value), metric.value, family.value))
+            if out.value is not None:
+                from seqfair_jax import html_report  # matplotlib is slow to import
+
+                html_report.write(
+                    folders,
+                    Path(out.value),
+                    metric.value,
+                    family=family.value,
+                    baseline=None if baseline.value is None else Path(baseline.value),
+                )
+                print(f"\nreport: {Path(out.value).resolve()}")
         except ValueError as error:
             sys.exit(f"error: {error}")
 
@@ -44,12 +57,12 @@ def main() -> None:
 
 def read_summaries(folder: Path) -> list[dict[str, Any]]:
     """The summaries of a folder's runs, in the order of `run_folders`."""
-    parts = [workdir.read_json(part / "summary.json") for part in _run_folders(folder)]
+    parts = [workdir.read_json(part / "summary.json") for part in run_folders(folder)]
     return [part for part in parts if part is not None]
 
 
-def _run_folders(folder: Path) -> list[Path]:
-    """The folders of a work directory's runs.
+def run_folders(folder: Path) -> list[Path]:
+    """The folders of a finished work directory's runs.
 
     Raises:
         ValueError: if there is none: the folder is not a work directory, or not finished.
@@ -62,6 +75,50 @@ def _run_folders(folder: Path) -> list[Path]:
     if "runs" not in summary:
         return [folder]
     return [folder / "runs" / run["run"] for run in summary["runs"]]
+
+
+def read_consistent(
+    folders: Sequence[Path], metric: str, family: str | None
+) -> list[dict[str, Any]]:
+    """The summaries of all folders' runs, checked to belong into one table.
+
+    Raises:
+        ValueError: if a folder is not finished, the logs differ, or the metric or family is not in
+            the results.
+    """
+    parse_metric(metric)
+    by_folder = [(folder, summary) for folder in folders for summary in read_summaries(folder)]
+    first = by_folder[0][1]
+    for folder, summary in by_folder:
+        if summary["dataset"] != first["dataset"]:
+            raise ValueError(
+                f"{folder} was trained on another log or split than {folders[0]} "
+                f"({summary['dataset']} against {first['dataset']}): no table compares the two"
+            )
+    any_test = first["baselines"]["most_popular"]
+    if metric not in any_test:
+        raise ValueError(f"{metric} was not evaluated; there are {', '.join(any_test)}")
+    summaries = [summary for _, summary in by_folder]
+    families = families_of(summaries, metric)
+    if family is not None and family not in families:
+        raise ValueError(f"family {family!r} was not evaluated; there are {', '.join(families)}")
+    return summaries
+
+
+def families_of(summaries: Sequence[dict[str, Any]], metric: str) -> list[str]:
+    """The group families that runs were evaluated by."""
+    slices = summaries[0]["baselines"]["most_popular"][metric]
+    return [
+        name
+        for name in dict.fromkeys(name.partition("=")[0] for name in slices if "=" in name)
+        if name != "target"
+    ]
+
+
+def is_shown(slice_name: str, families: Sequence[str]) -> bool:
+    """Whether a slice belongs into a table of these families: theirs, overall, repeat and new."""
+    owner, equals, _ = slice_name.partition("=")
+    return not equals or owner == "target" or owner in families
 
 
 def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -> str:
@@ -79,38 +136,38 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
         ValueError: if a folder is not finished, the logs differ, or the metric or family is not in
             the results.
     """
-    parse_metric(metric)
-    summaries = [summary for folder in folders for summary in read_summaries(folder)]
-    first = summaries[0]
-    for folder in folders:
-        for summary in read_summaries(folder):
-            if summary["dataset"] != first["dataset"]:
-                raise ValueError(
-                    f"{folder} was trained on another log or split than {folders[0]} "
-                    f"({summary['dataset']} against {first['dataset']}): no table compares the two"
-                )
-    any_test = first["baselines"]["most_popular"]
-    if metric not in any_test:
-        raise ValueError(f"{metric} was not evaluated; there are {', '.join(any_test)}")
-    families = dict.fromkeys(name.partition("=")[0] for name in any_test[metric] if "=" in name)
-    families.pop("target")
-    if family is not None and family not in families:
-        raise ValueError(f"family {family!r} was not evaluated; there are {', '.join(families)}")
-    shown = [family] if family is not None else list(families)
-    titles = f"{first['dataset']['name']}, {metric} on the test targets"
+    summaries = read_consistent(folders, metric, family)
+    shown = [family] if family is not None else families_of(summaries, metric)
+    titles = f"{summaries[0]['dataset']['name']}, {metric} on the test targets"
     return "\n\n".join(
         f"{titles}, {name}\n{_text(table(summaries, metric, name))}" for name in shown
     )
 
 
 def comparison(folders: Sequence[Path], baseline: Path, metric: str, family: str | None) -> str:
+    """`compare_folders` as text; `family` says whose groups to show, None shows all."""
+    rows = compare_folders(folders, baseline, metric)
+    if family is not None:
+        rows = rows[[is_shown(slice_name, [family]) for slice_name in rows["slice"]]]
+    shown = rows.assign(star=np.where(rows["star"], "*", "")).drop(columns=["mean", "baseline"])
+    text = shown.to_string(
+        index=False,
+        float_format="{:.2g}".format,
+        formatters=dict.fromkeys(("difference", "low", "high"), "{:+.4f}".format),
+    )
+    return (
+        f"{metric} against {baseline}: paired t-test over users (* p < 0.05), bootstrap 95 % "
+        f"interval, q after Benjamini-Hochberg\n{text}"
+    )
+
+
+def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.DataFrame:
     """Paired tests of every method against the runs of one folder (`significance.compare`).
 
     Args:
         folders: work directories of finished runs; `baseline` may be among them.
         baseline: the work directory to compare with, of a single method.
         metric: such as NDCG@20.
-        family: whose groups to show; None shows all.
 
     Raises:
         ValueError: if the folders do not hold the same users, or `baseline` holds several methods.
@@ -124,27 +181,8 @@ def comparison(folders: Sequence[Path], baseline: Path, metric: str, family: str
         methods |= _per_user(others, suffix)
     if not methods:
         raise ValueError(f"--baseline={baseline}: name at least one other folder to compare")
-    [(name, tables_before)] = before.items()
-    rows = significance.compare(methods, tables_before, metric)
-    if family is not None:
-        rows = rows[
-            ~rows["slice"].str.contains("=")
-            | rows["slice"].str.startswith((f"{family}=", "target="))
-        ]
-    shown = rows.assign(star=np.where(rows["star"], "*", "")).drop(columns=["mean", "baseline"])
-    text = shown.to_string(
-        index=False,
-        float_format="{:.2g}".format,
-        formatters={
-            "difference": "{:+.4f}".format,
-            "low": "{:+.4f}".format,
-            "high": "{:+.4f}".format,
-        },
-    )
-    return (
-        f"{metric} against {name}: paired t-test over users (* p < 0.05), bootstrap 95 % interval, "
-        f"q after Benjamini-Hochberg\n{text}"
-    )
+    [tables_before] = before.values()
+    return significance.compare(methods, tables_before, metric)
 
 
 def _per_user(folders: Sequence[Path], suffix: str) -> dict[str, list[pd.DataFrame]]:
@@ -152,11 +190,11 @@ def _per_user(folders: Sequence[Path], suffix: str) -> dict[str, list[pd.DataFra
     found: dict[str, list[pd.DataFrame]] = {}
     file = "per_user.parquet" if not suffix else "per_user_worst_group.parquet"
     for folder in folders:
-        for part in _run_folders(folder):
+        for part in run_folders(folder):
             summary = workdir.read_json(part / "summary.json")
             if summary is not None and (part / file).exists():
                 table = pd.read_parquet(part / file)
-                found.setdefault(_name(summary) + suffix, []).append(table)
+                found.setdefault(method_name(summary) + suffix, []).append(table)
     return found
 
 
@@ -166,12 +204,13 @@ def table(summaries: Sequence[dict[str, Any]], metric: str, family: str) -> pd.D
     for summary in summaries:
         for key, suffix in _SELECTIONS:
             if key in summary:
-                rows.setdefault(_name(summary) + suffix, []).append(summary[key][metric])
+                rows.setdefault(method_name(summary) + suffix, []).append(summary[key][metric])
     for name, slices in summaries[0]["baselines"].items():
         rows[f"[{name}]"] = [slices[metric]]
     records = []
     for name, seeds in rows.items():
-        record: dict[str, Any] = {"name": name + (f" ({len(seeds)} seeds)" if seeds[1:] else "")}
+        seeds_note = f" ({len(seeds)} seeds)" if seeds[1:] else ""
+        record: dict[str, Any] = {"name": name + seeds_note}
         for slice_name in seeds[0]:
             if slice_name.startswith((f"{family}=", "overall", "target=")) or (
                 slice_name == f"{family}/min"
@@ -189,13 +228,19 @@ def table(summaries: Sequence[dict[str, Any]], metric: str, family: str) -> pd.D
     return columns[["name", *(x for c in ordered for x in (c, f"{c} ±"))]]
 
 
+def without_seeds(name: str) -> str:
+    """A row's name without what `table` adds on the number of seeds."""
+    return re.sub(r" \(\d+ seeds\)$", "", name)
+
+
 def _half_width(values: np.ndarray) -> float:
     if len(values) < 2:
         return np.nan
     return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
 
-def _name(summary: dict[str, Any]) -> str:
+def method_name(summary: dict[str, Any]) -> str:
+    """What a run's row is called: all that sets it apart but the seed."""
     values = ", ".join(f"{key}={value:g}" for key, value in summary["hparams"].items())
     family = f" ({summary['group_family']})" if summary["needs_groups"] else ""
     return f"{summary['method']}{family}{' ' + values if values else ''}"

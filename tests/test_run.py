@@ -189,27 +189,6 @@ def test_report_refuses_folders_that_do_not_belong_together(tmp_path):
         report.tables([tmp_path / "a"], "NDCG@20", family="pop99")
 
 
-def test_report_compares_with_a_baseline(tmp_path):
-    run(small(), tmp_path / "erm")
-    run(small("cvar", **{"objective.alpha": (0.2, 0.5)}), tmp_path / "cvar")
-    folders = [tmp_path / "erm", tmp_path / "cvar"]
-    text = report.comparison(folders, tmp_path / "erm", "NDCG@20", "seq33")
-    assert "NDCG@20 against erm" in text
-    assert "seq33=short" in text
-    assert "pop33" not in text
-    lines = [line.split() for line in text.splitlines() if "cvar alpha=0.5 " in line]
-    means = [
-        pd.read_parquet(folder / "per_user.parquet")["NDCG@20"].mean()
-        for folder in (folders[0], folders[1] / "runs" / "alpha=0.5,seed=0")
-    ]
-    overall = next(line for line in lines if line[2] == "overall")
-    assert float(overall[4]) == pytest.approx(means[1] - means[0], abs=5e-5)
-    with pytest.raises(ValueError, match=r"holds several methods: cvar alpha=0.2, cvar alpha=0.5"):
-        report.comparison(folders, tmp_path / "cvar", "NDCG@20", None)
-    with pytest.raises(ValueError, match="at least one other folder"):
-        report.comparison(folders[:1], tmp_path / "erm", "NDCG@20", None)
-
-
 def test_metrics_log_drops_the_rows_of_a_lost_epoch(tmp_path):
     log = workdir.MetricsLog(tmp_path, last_epoch=0)
     for epoch in (1, 2):

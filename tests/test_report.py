@@ -1,0 +1,112 @@
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+from test_run import small
+
+from seqfair_jax import html_report, report
+from seqfair_jax.run import run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    run(small(), folder / "erm")
+    run(small("cvar", **{"objective.alpha": (0.2, 0.5)}), folder / "cvar")
+    run(small("gdro"), folder / "gdro")
+    return [folder / name for name in ("erm", "cvar", "gdro")]
+
+
+def test_comparison_with_a_baseline(folders):
+    text = report.comparison(folders, folders[0], "NDCG@20", "seq33")
+    assert f"NDCG@20 against {folders[0]}" in text
+    assert "seq33=short" in text
+    assert "pop33=" not in text
+    lines = [line.split() for line in text.splitlines() if "cvar alpha=0.5 " in line]
+    means = [
+        pd.read_parquet(folder / "per_user.parquet")["NDCG@20"].mean()
+        for folder in (folders[0], folders[1] / "runs" / "alpha=0.5,seed=0")
+    ]
+    overall = next(line for line in lines if line[2] == "overall")
+    assert float(overall[4]) == pytest.approx(means[1] - means[0], abs=5e-5)
+    with pytest.raises(ValueError, match=r"holds several methods: cvar alpha=0.2, cvar alpha=0.5"):
+        report.comparison(folders, folders[1], "NDCG@20", None)
+    with pytest.raises(ValueError, match="at least one other folder"):
+        report.comparison(folders[:1], folders[0], "NDCG@20", None)
+
+
+def test_the_html_report_holds_the_table_and_needs_no_network(folders, tmp_path):
+    path = tmp_path / "new" / "report.html"
+    html_report.write(folders, path, "NDCG@20", baseline=folders[0])
+    page = path.read_text()
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
+    summary = json.loads((folders[2] / "summary.json").read_text())
+    for name in ("overall", "pop33=niche", "seq33=long", "target=repeat"):
+        assert f"{summary['test']['NDCG@20'][name]:.4f}" in page
+    for heading in ("Group weights", "in the tail", "Hyperparameters", "Differences", "Settings"):
+        assert heading in page
+    assert page.count("[interleaved]") == 2
+    html_report.write(folders, tmp_path / "again.html", "NDCG@20", baseline=folders[0])
+    assert (tmp_path / "again.html").read_text() == page
+    html_report.write(folders, path, "NDCG@20", family="pop33")
+    assert "seq33=" not in path.read_text().split("<h2>Settings")[0]
+    assert "Differences" not in path.read_text()
+
+
+def test_best_second_and_stars_by_hand():
+    numbers = pd.DataFrame(
+        {
+            "name": ["a (2 seeds)", "b", "c", "[markov]"],
+            "niche": [0.1, 0.3, 0.3, 0.9],
+            "niche ±": [0.05, float("nan"), float("nan"), float("nan")],
+        }
+    )
+    rows = pd.DataFrame({"name": ["a"], "slice": ["pop33=niche"], "star": [True]})
+    cells = re.findall(r"<td.*?>(.*?)</td>", html_report._results(numbers, rows, "pop33"))
+    assert cells[1::2] == [
+        '<span class="second">0.1000</span>* <span class="half">±0.0500</span>',
+        '<span class="best">0.3000</span>',
+        '<span class="best">0.3000</span>',
+        '<span class="">0.9000</span>',
+    ]
+
+
+def test_no_sideways_scrolling(folders, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    html_report.write(folders, tmp_path / "report.html", "NDCG@20", baseline=folders[0])
+    page = html.escape((tmp_path / "report.html").read_text(), quote=True)
+    frames = "".join(
+        f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe>'
+        for width in (390, 1280)
+    )
+    (tmp_path / "frames.html").write_text(
+        f"<!doctype html><body>{frames}<p id=widths></p><script>onload = () => {{"
+        "widths.textContent = 'widths ' + [...document.querySelectorAll('iframe')].map("
+        "f => f.contentDocument.documentElement).map(e => e.scrollWidth - e.clientWidth)"
+        ".join(' ') + ' end';}</script>"
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    dom = subprocess.run(
+        [
+            chromium,
+            *flags,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            (tmp_path / "frames.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    found = re.search(r"widths (\d+) (\d+) end</p>", dom)
+    assert found is not None
+    assert found.groups() == ("0", "0")
