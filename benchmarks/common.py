@@ -17,10 +17,10 @@ from ml_collections import ConfigDict, config_flags
 
 from seqfair_jax.batching import epoch_batches
 from seqfair_jax.config import resolve
-from seqfair_jax.experiment import Experiment, prepare
+from seqfair_jax.experiment import prepare
 from seqfair_jax.main import use_compilation_cache
 from seqfair_jax.model import PRECISIONS
-from seqfair_jax.train import create_train_state, token_sizes
+from seqfair_jax.train import initial_states, token_sizes
 
 _PEAK_SIZE = {"cpu": 2048, "gpu": 8192}
 
@@ -91,20 +91,6 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     print("\n" + pd.DataFrame(list(rows)).to_string(index=False) + "\n", flush=True)
 
 
-def flop_per_target(experiment: Experiment) -> float:
-    """Multiplications and additions of a step's matrix products per real target.
-
-    Three passes (forward, and two backward) over the output table, the blocks' weights and the
-    pairs of tokens that attention must look at.
-    """
-    model, lengths = experiment.task.model, experiment.train_lengths.astype(np.int64)
-    dim = model.dim
-    table = 2 * model.num_items * dim
-    weights = model.num_blocks * 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
-    pairs = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
-    return float(3 * (table + weights + model.num_blocks * 4 * pairs * dim))
-
-
 class Steps:
     """An experiment's first epoch, laid out for `train.make_segment`."""
 
@@ -134,12 +120,8 @@ class Steps:
     def states(self):
         """Fresh states, [R, ...]."""
         experiment = self.experiment
-        return jax.tree.map(
-            lambda *leaves: jnp.stack(leaves),
-            *(
-                create_train_state(
-                    experiment.task, seed=run.seed, num_groups=len(experiment.loss_family.groups)
-                )
-                for run in experiment.runs
-            ),
+        return initial_states(
+            experiment.task,
+            seeds=[run.seed for run in experiment.runs],
+            num_groups=len(experiment.loss_family.groups),
         )

@@ -17,7 +17,7 @@ from scipy import stats
 from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
 from seqfair_jax.batching import Sequences, epoch_batches
 from seqfair_jax.model import SASRec
-from seqfair_jax.train import TrainData, create_train_state, make_segment, token_sizes
+from seqfair_jax.train import TrainData, initial_states, make_segment, token_sizes
 
 _FACTORS = {  # multiples of the config's own value
     "users": (1, 4, 16, 64),
@@ -99,10 +99,7 @@ def measure(experiment, size, steps, repeats):
     packed = token_sizes(tokens)
     index = jnp.asarray(np.searchsorted(packed, tokens), jnp.int32)
     segment = make_segment(task, packed, vmap=experiment.vmap)
-    states = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves),
-        *(create_train_state(task, seed=seed, num_groups=1) for seed in range(size["runs"])),
-    )
+    states = initial_states(task, seeds=range(size["runs"]), num_groups=1)
     hparams = jax.tree.map(lambda leaf: jnp.full(size["runs"], leaf[0]), experiment.hparams)
     times = []
     for i in range(repeats + 1):

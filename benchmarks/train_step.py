@@ -23,7 +23,6 @@ import optax
 
 from benchmarks.common import (
     Steps,
-    flop_per_target,
     matmul_timer,
     peak_memory_gb,
     print_table,
@@ -34,7 +33,7 @@ from benchmarks.common import (
 from seqfair_jax.batching import pack
 from seqfair_jax.model import PRECISIONS
 from seqfair_jax.softmax_loss import softmax_loss
-from seqfair_jax.train import make_segment, user_losses
+from seqfair_jax.train import flop_per_target, make_segment, user_losses
 
 
 def benchmark(config, *, steps, repeats, parts, first_step, one_step):
@@ -57,6 +56,7 @@ def benchmark(config, *, steps, repeats, parts, first_step, one_step):
     states = go(states, steps)
     memory = peak_memory_gb()  # before the matmul's own arrays
     matmul = matmul_timer(config.model.dtype)
+    flop = flop_per_target(experiment.task.model, experiment.train_lengths)
     rates, shares, peaks = [], [], []
     for _ in range(repeats):
         before = matmul()
@@ -66,7 +66,7 @@ def benchmark(config, *, steps, repeats, parts, first_step, one_step):
         peak = (before + matmul()) / 2
         rates.append(loop.targets.sum() / took)
         peaks.append(peak)
-        shares.append(rates[-1] * flop_per_target(experiment) / peak)
+        shares.append(rates[-1] * flop / peak)
     padding = 1 - loop.targets.sum() / np.broadcast_to(loop.tokens, loop.targets.shape).sum()
     step_ms = [1000 * loop.targets.sum() / steps / rate for rate in rates]
     print_table(
@@ -75,13 +75,13 @@ def benchmark(config, *, steps, repeats, parts, first_step, one_step):
             {"figure": "ms a step, all runs", "median (range)": spread(step_ms, "{:.2f}")},
             {
                 "figure": "GFLOP/s",
-                "median (range)": spread([r * flop_per_target(experiment) / 1e9 for r in rates]),
+                "median (range)": spread([r * flop / 1e9 for r in rates]),
             },
             {"figure": "matmul peak, GFLOP/s", "median (range)": spread([p / 1e9 for p in peaks])},
             {"figure": "share of the peak", "median (range)": spread(shares, "{:.3f}")},
             {
                 "figure": "MFLOP a target",
-                "median (range)": f"{flop_per_target(experiment) / 1e6:.1f}",
+                "median (range)": f"{flop / 1e6:.1f}",
             },
             {"figure": "padding, share of tokens", "median (range)": f"{padding:.3f}"},
             {"figure": "packed sizes", "median (range)": ", ".join(map(str, loop.sizes))},

@@ -1,8 +1,11 @@
 """The paper's settings for its two data sets; the method files start from here."""
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from seqfair_jax.config import default_config, parse_arguments
+from seqfair_jax.sweep import default_sweep
 
 
 def retailrocket(method: str, arg: str | None) -> ConfigDict:
@@ -29,6 +32,16 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
     config.train.batch_size = 256
     config.evaluate.mask_seen = True
     config.train.epochs = 700 if config.model.dim == 256 else 16
+    return config
+
+
+def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) -> ConfigDict:
+    """The whole of the paper's work on a data set, for `seqfair_jax.reproduce`."""
+    given = {"groups"} & {part.partition("=")[0] for part in (arg or "").split(",")}
+    config = data_set("erm", arg)
+    config.sweep = default_sweep()
+    if given:
+        config.sweep.families = config.groups
     return config
 
 

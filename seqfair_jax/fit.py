@@ -27,8 +27,8 @@ from seqfair_jax.metrics import parse_metric, rank_metrics, slice_means, worst_g
 from seqfair_jax.train import (
     KEY_IMPL,
     TrainState,
-    create_train_state,
     empty_totals,
+    initial_states,
     make_segment,
     token_sizes,
 )
@@ -286,13 +286,13 @@ def _num_groups(experiment: Experiment) -> int:
 
 
 def _initial(experiment: Experiment) -> tuple[TrainState, dict[str, Any]]:
-    states = [
-        create_train_state(experiment.task, seed=run.seed, num_groups=_num_groups(experiment))
-        for run in experiment.runs
-    ]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    states = initial_states(
+        experiment.task,
+        seeds=[run.seed for run in experiment.runs],
+        num_groups=_num_groups(experiment),
+    )
     # Copies, since a segment donates the states' buffers.
-    return stacked, {name: jax.tree.map(jnp.copy, stacked.params) for name in SELECTIONS}
+    return states, {name: jax.tree.map(jnp.copy, states.params) for name in SELECTIONS}
 
 
 def _restore(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any], Progress]:

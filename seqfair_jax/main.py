@@ -3,19 +3,29 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from seqfair_jax import workdir
 from seqfair_jax.run import run
 
 
 def main() -> None:
-    """Define the flags, read them and run; what a user can mend ends in one line, not a trace."""
+    """Train, test and report the runs of one config."""
+    command(run)
+
+
+def command(work: Callable[[ConfigDict, str], Any]) -> None:
+    """Define `--config` and `--workdir`, read the flags and call `work(config, workdir)`.
+
+    What a user can mend ends in one line, not in a trace.
+    """
     config = config_flags.DEFINE_config_file(
         "config", None, "a file of configs/, its arguments behind a colon"
     )
@@ -35,7 +45,7 @@ def main() -> None:
         logging.getLogger("seqfair_jax").setLevel(logging.INFO)
         use_compilation_cache()
         try:
-            run(config.value, directory.value)
+            work(config.value, directory.value)
         except (ValueError, OSError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
 

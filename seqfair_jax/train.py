@@ -4,7 +4,7 @@ Shape letters: R runs, S steps, B users in a batch, U users, G groups, V catalog
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +96,12 @@ def create_train_state(task: Task, *, seed: int, num_groups: int) -> TrainState:
         latest=totals.objective,
         failed_step=jnp.int32(-1),
     )
+
+
+def initial_states(task: Task, *, seeds: Iterable[int], num_groups: int) -> TrainState:
+    """`create_train_state` of every seed, stacked: each leaf [R, ...]."""
+    states = [create_train_state(task, seed=seed, num_groups=num_groups) for seed in seeds]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 def empty_totals(task: Task, num_groups: int) -> Totals:
@@ -220,7 +226,7 @@ def train_step(
     return state, {"loss": loss, "grad_norm": grad_norm, **aux}
 
 
-def make_segment(task: Task, sizes: Sequence[int], *, vmap: bool) -> Callable:
+def make_segment(task: Task, sizes: Sequence[int], *, vmap: bool) -> jax.stages.Wrapped:
     """The jitted loop over steps and runs.
 
     Returns:
@@ -250,6 +256,24 @@ def make_segment(task: Task, sizes: Sequence[int], *, vmap: bool) -> Callable:
         return lax.map(run, (states, hparams, user_ids, size_index))
 
     return jax.jit(side_by_side if vmap else in_turn, donate_argnums=0)
+
+
+def flop_per_target(model: SASRec, lengths: np.ndarray) -> float:
+    """Multiplications and additions of a step's matrix products per real target.
+
+    3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with n the mean number of tokens that a token
+    looks at: one pass forward and two backward over the output table, the blocks' weights, and the
+    pairs of tokens whose attention is needed.
+
+    Args:
+        model: the network.
+        lengths: i[U], real targets of each user.
+    """
+    lengths = lengths.astype(np.int64)
+    dim = model.dim
+    seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
+    weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
+    return float(3 * (2 * model.num_items * dim + model.num_blocks * (weights + 4 * seen * dim)))
 
 
 def token_sizes(totals: np.ndarray, *, multiple: int = BLOCK, most: int = 4) -> list[int]:

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from seqfair_jax import sweep
 from seqfair_jax.config import default_config, parse_arguments, plan_runs, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(path for path in CONFIGS.glob("*.py") if path.name != "paper.py")
+SWEEPS = {"paper_rr", "paper_ml1m"}
+FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in {"paper", *SWEEPS})
 
 
 def load(name, arg=None):
@@ -32,6 +34,15 @@ def test_every_config_is_valid_and_names_its_command(name):
     config, doc = load(name)
     resolve(config)
     assert f"python -m seqfair_jax.main --config=configs/{name}.py" in doc
+
+
+@pytest.mark.parametrize("name", sorted(SWEEPS))
+def test_every_sweep_is_valid_and_names_its_command(name):
+    config, doc = load(name, "scale=small,groups=pop33+seq33")
+    base, settings = sweep.split_config(config)
+    resolve(base)
+    assert settings.families == ("pop33", "seq33")
+    assert f"python -m seqfair_jax.reproduce --config=configs/{name}.py" in doc
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,423 @@
+"""The paper's tables 2 to 7 and figures 1 and 2 from a sweep's results, the published beside them.
+
+Everything is drawn from one long table (`long_table`): a row a method, loss family and slice.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from seqfair_jax import significance
+from seqfair_jax.report import read_summaries, run_folders
+from seqfair_jax.sweep import Call
+
+RULES = {"overall": "", "worst_group": "_worst_group"}  # how epoch and hyperparameters are chosen
+_LABELS = {
+    "erm": "ERM", "cb": "CB", "cb_log": "CBlog", "ipw": "IPW", "ipw_log": "IPWlog",
+    "gdro": "GDRO", "sdro": "SDRO", "cvar": "CVaR", "chi2": "chi2",
+}  # fmt: skip
+_TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting groups), figure
+    "retailrocket": (2, 3, 4, 1),
+    "ml1m": (5, 6, 7, 2),
+}
+_FIGURE_METHODS = ("gdro", "sdro", "cvar")
+
+
+class Entry(NamedTuple):
+    """A method at the hyperparameters that validate best: one run a seed."""
+
+    method: str
+    family: str  # of the loss; "" for a method that never looks at groups
+    hparams: dict[str, float]
+    summaries: list[dict[str, Any]]
+    per_user: list[pd.DataFrame]
+
+
+def choose(calls: Sequence[Call], directory: Path, metric: str, rule: str) -> list[Entry]:
+    """For every method and loss family, the hyperparameters that validate best.
+
+    The score is the validation metric averaged over seeds, at each run's best epoch: overall
+    (rule "overall", the paper's) or of the worst group of the loss's family (rule "worst_group",
+    epochs chosen by it too). Runs that failed before their first validation are left out.
+
+    Args:
+        calls: the finished calls of a sweep.
+        directory: the sweep's folder.
+        metric: such as NDCG@20.
+        rule: a key of `RULES`.
+    """
+    suffix = RULES[rule]
+    found: dict[tuple, dict[tuple, list[tuple[float, dict, Path]]]] = {}
+    for call in calls:
+        folder = directory / "calls" / call.name
+        for part, summary in zip(run_folders(folder), read_summaries(folder), strict=True):
+            if "val" + suffix not in summary:
+                continue
+            slices = summary["val" + suffix][metric]
+            score = slices["overall" if rule == "overall" else f"{summary['group_family']}/min"]
+            values = tuple(sorted(summary["hparams"].items()))
+            points = found.setdefault((call.method, call.family or ""), {})
+            points.setdefault(values, []).append((score, summary, part))
+    entries = []
+    for (method, family), points in found.items():
+        best = max(points, key=lambda values: np.mean([score for score, _, _ in points[values]]))
+        runs = points[best]
+        entries.append(
+            Entry(
+                method,
+                family,
+                dict(best),
+                [summary for _, summary, _ in runs],
+                [pd.read_parquet(part / f"per_user{suffix}.parquet") for _, _, part in runs],
+            )
+        )
+    return entries
+
+
+def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame:
+    """A row for each entry and slice, then for each baseline and slice.
+
+    Returns:
+        columns rule, method, group_family, hparams, slice, users, value (mean over seeds), sd
+        (over seeds), seeds, and against ERM: difference, low, high, p, q, star
+        (`significance.compare`); NaN for ERM itself and for the baselines.
+
+    Raises:
+        ValueError: if there is no ERM to compare with.
+    """
+    erm = next((entry for entry in entries if entry.method == "erm"), None)
+    if erm is None:
+        raise ValueError("the sweep holds no finished ERM run, which the others are tested against")
+    names = {_key(entry): entry for entry in entries if entry is not erm}
+    tests = pd.DataFrame(columns=["name", "slice"])
+    if names:
+        tables = {name: entry.per_user for name, entry in names.items()}
+        tests = significance.compare(tables, erm.per_user, metric)
+    rows = []
+    for entry in entries:
+        values = [summary["test" + RULES[rule]][metric] for summary in entry.summaries]
+        for name in values[0]:
+            seeds = np.array([v[name] for v in values if v[name] is not None], float)
+            rows.append(
+                {
+                    "name": _key(entry),
+                    "method": entry.method,
+                    "group_family": entry.family,
+                    "hparams": ", ".join(f"{k}={v:g}" for k, v in entry.hparams.items()),
+                    "slice": name,
+                    "value": seeds.mean() if len(seeds) else np.nan,
+                    "sd": seeds.std(ddof=1) if len(seeds) > 1 else np.nan,
+                    "seeds": len(seeds),
+                }
+            )
+    for baseline, metrics in erm.summaries[0]["baselines"].items():
+        for name, value in metrics[metric].items():
+            rows.append(
+                {
+                    "name": f"[{baseline}]", "method": f"[{baseline}]", "group_family": "",
+                    "hparams": "", "slice": name, "sd": np.nan, "seeds": 0,
+                    "value": np.nan if value is None else value,
+                }
+            )  # fmt: skip
+    tests = tests.drop(columns=["mean", "baseline"], errors="ignore")
+    joined = pd.DataFrame(rows).merge(tests, on=["name", "slice"], how="left")
+    joined["star"] = joined["star"].eq(True) if "star" in joined else False
+    return joined.drop(columns="name").assign(rule=rule)
+
+
+def _key(entry: Entry) -> str:
+    return f"{entry.method}({entry.family})" if entry.family else entry.method
+
+
+class Layout(NamedTuple):
+    """Which cell of a printed table shows which row of the long table."""
+
+    title: str
+    rows: list[tuple[str, str, str]]  # label, method, loss family ("" or "*": the column's own)
+    columns: list[tuple[str, str, str]]  # heading, label, slice
+    number: int | None  # the paper's table
+
+
+def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
+    """The paper's tables, as far as the sweep covers them.
+
+    Families of one kind stand side by side; a group method's figures under a family come from the
+    run whose loss used that family. The table of intersecting groups has a row for each loss
+    family instead, `GDRO_pop33`. Baselines stand below. Repeat and new targets have a table of
+    their own.
+    """
+    numbers = _TABLES.get(dataset, (None, None, None, None))
+    slices = list(dict.fromkeys(long["slice"]))
+    owners = dict.fromkeys(s.partition("=")[0] for s in slices if "=" in s)
+    families = [f for f in owners if f != "target" and "*" not in f]
+    methods = list(dict.fromkeys(long["method"]))
+    grouped = set(long.loc[long["group_family"] != "", "method"])
+
+    def groups(family: str) -> list[str]:
+        return [s for s in slices if s.startswith(f"{family}=")]
+
+    def heading(slice_name: str) -> str:
+        return slice_name.partition("=")[2].capitalize()
+
+    found = []
+    plain = [(_label(m), m, "*" if m in grouped else "") for m in methods]
+    for kind, what, number in (
+        ("pop", "popularity groups", numbers[0]),
+        ("seq", "sequence-length groups", numbers[1]),
+    ):
+        own = [family for family in families if family.startswith(kind)]
+        columns = [
+            column
+            for family in own
+            for column in (
+                *((family, heading(s), s) for s in groups(family)),
+                (family, "Overall", "overall"),
+            )
+        ]
+        if own:
+            found.append(Layout(what, plain, columns, number))
+    pairs = list(dict.fromkeys(zip(long["method"], long["group_family"], strict=True)))
+    shown = [f for f in ("pop33", "seq33") if f in families] or families[:2]
+    columns = [(family, heading(s), s) for family in shown for s in groups(family)]
+    # Between the paper's two families and any products of them.
+    wanted = {"", *shown, *(f for _, f in pairs if "*" in f)}
+    rows = [(f"{_label(m)}_{f}" if f else _label(m), m, f) for m, f in pairs if f in wanted]
+    if len(shown) > 1:
+        found.append(
+            Layout("intersecting groups", rows, [*columns, ("", "Overall", "overall")], numbers[2])
+        )
+    targets = [("target", heading(s), s) for s in groups("target")]
+    found.append(
+        Layout("repeat and new targets", rows, [*targets, ("", "Overall", "overall")], None)
+    )
+    return found
+
+
+def _label(method: str) -> str:
+    return _LABELS.get(method, method)
+
+
+def cells(long: pd.DataFrame, layout: Layout) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The values and the stars of a table: two frames, rows by label, columns (heading, label)."""
+    at = long.set_index(["method", "group_family", "slice"])
+    values, stars = [], []
+    for _, method, family in layout.rows:
+        keys = [
+            (method, column[0] if family == "*" else family, column[2]) for column in layout.columns
+        ]
+        values.append([at["value"].get(key, np.nan) for key in keys])
+        stars.append([bool(at["star"].get(key, False)) for key in keys])
+    index = [label for label, _, _ in layout.rows]
+    columns = pd.MultiIndex.from_tuples([column[:2] for column in layout.columns])
+    return pd.DataFrame(values, index, columns), pd.DataFrame(stars, index, columns)
+
+
+def published(layout: Layout) -> pd.DataFrame | None:
+    """The paper's own figures in the same cells; None where the table is not the paper's."""
+    if layout.number is None:
+        return None
+    file = resources.files("seqfair_jax") / "paper_tables.csv"
+    with resources.as_file(file) as path:
+        table = pd.read_csv(path, keep_default_na=False)
+    table = table[table["table"] == layout.number]
+    at = table.set_index(["method", "group_family", "slice"])["NDCG@20"]
+    side_by_side = layout.title != "intersecting groups"
+    values = []
+    for _, method, family in layout.rows:
+        row = []
+        for heading, _, name in layout.columns:
+            # The paper's overall figure differs between families: it trained ERM for each anew.
+            own = f"overall@{heading}" if name == "overall" and side_by_side else name
+            row.append(at.get((method, heading if family == "*" else family, own), np.nan))
+        values.append(row)
+    columns = pd.MultiIndex.from_tuples([column[:2] for column in layout.columns])
+    return pd.DataFrame(values, [label for label, _, _ in layout.rows], columns)
+
+
+def _decorated(
+    values: pd.DataFrame,
+    stars: pd.DataFrame,
+    best: Callable[[str], str],
+    second: Callable[[str], str],
+) -> list[list[str]]:
+    """Cells as text: four digits, the best method of a column and the second marked, stars."""
+    is_method = [not str(label).startswith("[") for label in values.index]
+    rounded = values.to_numpy(float).round(4)
+    starred = stars.to_numpy(bool)
+    marks = []
+    for place in range(values.shape[1]):
+        column = rounded[is_method, place]
+        top = sorted(set(column[~np.isnan(column)]), reverse=True)[:2]
+        marks.append(dict(zip(top, (best, second), strict=False)))
+    rows = []
+    for i, method in enumerate(is_method):
+        row = []
+        for j in range(values.shape[1]):
+            value = rounded[i, j]
+            if np.isnan(value):
+                row.append("-")
+                continue
+            text = f"{value:.4f}" + "*" * bool(starred[i, j])
+            row.append(marks[j][value](text) if method and value in marks[j] else text)
+        rows.append(row)
+    return rows
+
+
+def markdown(values: pd.DataFrame, stars: pd.DataFrame) -> str:
+    """A GitHub table; the families stand before the groups' names."""
+    heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
+    body = _decorated(values, stars, "**{}**".format, "<u>{}</u>".format)
+    lines = ["| Method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for label, row in zip(values.index, body, strict=True):
+        lines.append(f"| {label} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def latex(values: pd.DataFrame, stars: pd.DataFrame, caption: str) -> str:
+    """A booktabs table; needs \\usepackage{booktabs}."""
+
+    def escape(text: Any) -> str:
+        return str(text).replace("_", r"\_")
+
+    body = _decorated(values, stars, r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
+    spans = [
+        (head, len(list(run))) for head, run in itertools.groupby(values.columns, lambda c: c[0])
+    ]
+    ends = list(itertools.accumulate((width for _, width in spans), initial=1))
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape(caption)}}}",
+        r"\begin{tabular}{l" + "r" * values.shape[1] + "}",
+        r"\toprule",
+        " & ".join(["", *(rf"\multicolumn{{{w}}}{{c}}{{{escape(h)}}}" for h, w in spans)]) + r" \\",
+        "".join(
+            rf"\cmidrule(lr){{{start + 1}-{start + width}}}"
+            for start, (_, width) in zip(ends, spans, strict=False)
+        ),
+        " & ".join(["Method", *(escape(column[1]) for column in values.columns)]) + r" \\",
+        r"\midrule",
+    ]
+    previous_is_method = True
+    for label, row in zip(values.index, body, strict=True):
+        is_method = not str(label).startswith("[")
+        if previous_is_method and not is_method:
+            lines.append(r"\midrule")
+        previous_is_method = is_method
+        lines.append(" & ".join([escape(label), *row]) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
+    """Percentage change against ERM of the DRO methods, by group (paper, figures 1 and 2).
+
+    Bars with bootstrap 95 % intervals are ours, diamonds the paper's. None where no such method
+    ran.
+    """
+    layout = next((x for x in layouts(long, dataset) if x.title == "intersecting groups"), None)
+    if layout is None:
+        return None
+    wanted = [row for row in layout.rows if row[1] in _FIGURE_METHODS]
+    if not wanted:
+        return None
+    at = long.set_index(["method", "group_family", "slice"])
+    theirs = published(layout)
+    families = list(dict.fromkeys(head for head, _, _ in layout.columns if head))
+    drawing = Figure(figsize=(5.2 * len(families), 3.6), layout="constrained")
+    panels = drawing.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    width = 0.8 / len(wanted)
+    for axes, family in zip(panels, families, strict=True):
+        columns = [c for c in layout.columns if c[0] == family]
+        base = np.array([at["value"]["erm", "", name] for _, _, name in columns])
+        for number, (label, method, loss_family) in enumerate(wanted):
+            rows = at.loc[[(method, loss_family, name) for _, _, name in columns]]
+            change = 100 * rows["difference"].to_numpy(float) / base
+            errors = 100 * np.abs(
+                [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+            ) / base  # fmt: skip
+            places = np.arange(len(columns)) + (number - (len(wanted) - 1) / 2) * width
+            axes.bar(places, change, width, yerr=errors, label=label, capsize=2)
+            if theirs is not None:
+                paper, erm = (theirs[family].loc[row].to_numpy(float) for row in (label, "ERM"))
+                axes.plot(places, 100 * (paper / erm - 1), "kD", ms=3, fillstyle="none")
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xticks(range(len(columns)), [label for _, label, _ in columns])
+        axes.set_title(family)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("change against ERM, %")
+    panels[0].legend(fontsize=7, frameon=False)
+    return drawing
+
+
+def write(longs: Iterable[pd.DataFrame], dataset: str, metric: str, directory: Path) -> list[Path]:
+    """Write every table as Markdown, LaTeX and CSV, and the figure as PNG and PDF.
+
+    Args:
+        longs: `long_table` for each rule.
+        dataset: its name in the configs.
+        metric: such as NDCG@20.
+        directory: made if need be; files of the same names are replaced.
+
+    Returns:
+        the files.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def put(name: str, save: Callable[[Path], Any]) -> None:
+        temporary = directory / f".unfinished-{name}"
+        save(temporary)
+        os.replace(temporary, directory / name)
+        written.append(directory / name)
+
+    def put_text(name: str, text: str) -> None:
+        put(name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+
+    longs = list(longs)
+    put_text("results.csv", pd.concat(longs).to_csv(index=False))
+    for long in longs:
+        rule = long["rule"].iloc[0]
+        text = [f"# {dataset}: test {metric}, chosen by {rule} on validation\n"]
+        text.append(
+            "\\* two-sided paired t-test against ERM, p < 0.05; the best method is bold, the "
+            "second underlined; rows in brackets are baselines without training.\n"
+        )
+        tex = []
+        for layout in layouts(long, dataset):
+            values, stars = cells(long, layout)
+            number = f" (paper, table {layout.number})" if layout.number else ""
+            text += [f"## {layout.title.capitalize()}{number}\n", markdown(values, stars), ""]
+            tex.append(latex(values, stars, f"{metric}, {layout.title}, {dataset}"))
+            paper = published(layout)
+            if paper is not None and not paper.isna().all(axis=None):
+                kept = paper.dropna(how="all")
+                none = pd.DataFrame(False, kept.index, kept.columns)
+                text += ["Published:\n", markdown(kept, none), ""]
+                text += ["Ours less the published:\n", _signed(values.loc[kept.index] - kept), ""]
+            slug = layout.title.replace(" ", "_")
+            put_text(f"{rule}-{slug}.csv", values.to_csv())
+        put_text(f"{rule}.md", "\n".join(text))
+        put_text(f"{rule}.tex", "\n".join(tex))
+        drawing = figure(long, dataset)
+        if drawing is not None:
+            for form in ("png", "pdf"):
+                save = functools.partial(drawing.savefig, format=form, dpi=150)
+                put(f"{rule}-change.{form}", save)
+    return written
+
+
+def _signed(values: pd.DataFrame) -> str:
+    text = values.map(lambda x: "-" if np.isnan(x) else f"{x:+.4f}")
+    heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
+    lines = ["| Method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines += [f"| {label} | " + " | ".join(text.loc[label]) + " |" for label in text.index]
+    return "\n".join(lines)

@@ -1,0 +1,261 @@
+"""Plans a comparison of methods as calls of `run.run`, and works through them.
+
+A call trains together the runs that differ in traced values alone (seed, hyperparameters). Methods
+that never look at groups train once, however many families they are judged by.
+"""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from seqfair_jax import workdir
+from seqfair_jax.batching import epoch_batches
+from seqfair_jax.config import check_resumable, plan_runs, resolve
+from seqfair_jax.data.groups import FAMILIES
+from seqfair_jax.experiment import Experiment
+from seqfair_jax.objectives import METHODS
+from seqfair_jax.run import run
+from seqfair_jax.train import flop_per_target, initial_states, make_segment, token_sizes
+
+_MEMORY_SHARE = 0.6  # of the device's memory for one call
+_TIMED_STEPS = 4
+_log = logging.getLogger(__name__)
+
+
+class Call(NamedTuple):
+    """Runs that one program trains."""
+
+    name: str  # its folder below DIR/calls
+    method: str
+    family: str | None  # of the loss; None for a method that never looks at groups
+    config: ConfigDict  # resolved
+
+
+class Outcome(NamedTuple):
+    """What became of a call."""
+
+    call: Call
+    error: str | None
+
+
+def default_sweep() -> ConfigDict:
+    """The paper's work on one data set: 85 runs (section 3.1 and appendix B)."""
+    return ConfigDict(
+        {
+            "methods": ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
+            "families": FAMILIES,  # to train the group methods on, and to judge all methods by
+            "alpha": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+            "step_size": (1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
+            "stream_rate": (0.1,),
+            "radius": (1.0,),
+            "runs_per_call": 0,  # 0: as many as the device's memory holds
+        }
+    )
+
+
+def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
+    """A sweep's config as the runs' own config and its `sweep` part, checked.
+
+    Raises:
+        ValueError: on an unknown key, method or an empty list.
+    """
+    base = config.copy_and_resolve_references()
+    base.unlock()
+    if "sweep" not in base:
+        raise ValueError("the config has no `sweep`: name one such as configs/paper_rr.py")
+    sweep = base.sweep
+    del base["sweep"]
+    known = default_sweep()
+    for key in sweep:
+        if key not in known:
+            raise ValueError(f"sweep.{key} is not a setting; known: {', '.join(known)}")
+    for key in known:
+        if key not in sweep:
+            sweep[key] = known[key]
+        if key != "runs_per_call" and not tuple(sweep[key]):
+            raise ValueError(f"sweep.{key} is empty")
+    for method in sweep.methods:
+        if method not in METHODS:
+            raise ValueError(f"sweep.methods: {method!r} is unknown; known: {', '.join(METHODS)}")
+    if sweep.runs_per_call < 0:
+        raise ValueError(f"sweep.runs_per_call is {sweep.runs_per_call}: expected 0 or more")
+    base.groups = tuple(sweep.families)
+    return base, sweep
+
+
+def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_call: int) -> list[Call]:
+    """Every call of a sweep, in the order they are worked through.
+
+    Args:
+        base, sweep: from `split_config`.
+        runs_per_call: the most runs that train together, 1 or more.
+    """
+    calls = []
+    for method in sweep.methods:
+        reads = METHODS[method].hyperparams
+        families = sweep.families if METHODS[method].needs_groups else (None,)
+        # A call holds products of values, so the longest list is what it may take a part of.
+        varied = max(reads, key=lambda key: len(sweep[key]), default=None)
+        fixed = [key for key in reads if key != varied]
+        parts = _chunks(sweep[varied] if varied else (None,), tuple(base.seeds), runs_per_call)
+        combinations = list(itertools.product(*(sweep[key] for key in fixed)))
+        for family, values in itertools.product(families, combinations):
+            for number, (part, seeds) in enumerate(parts, start=1):
+                config = base.copy_and_resolve_references()
+                config.unlock()
+                config.seeds = seeds
+                config.objective.name = method
+                config.objective.group_family = family or sweep.families[0]
+                for key, value in zip(fixed, values, strict=True):
+                    config.objective[key] = (value,)
+                if varied:
+                    config.objective[varied] = tuple(part)
+                pieces = [method, *([family.replace("*", "x")] if family else [])]
+                if len(combinations) > 1:
+                    pieces += [f"{key}={value:g}" for key, value in zip(fixed, values, strict=True)]
+                if len(parts) > 1:
+                    pieces.append(f"part{number}")
+                calls.append(Call("-".join(pieces), method, family, resolve(config)))
+    return calls
+
+
+def _chunks(values: Sequence[Any], seeds: tuple[int, ...], most: int):
+    """Cut values x seeds into products of at most `most` runs, seeds together if they fit."""
+    if len(seeds) > most:
+        return [
+            ([value], seeds[i : i + most]) for value in values for i in range(0, len(seeds), most)
+        ]
+    size = most // len(seeds)
+    return [(values[i : i + size], seeds) for i in range(0, len(values), size)]
+
+
+def measure_runs_per_call(experiment: Experiment) -> int:
+    """How many runs of this size the device holds at once, from two compiled programs."""
+    one, two = (_program_bytes(experiment, runs) for runs in (1, 2))
+    stats = jax.devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    each = max(two - one, 1)
+    return max(1, int((_MEMORY_SHARE * memory - one) // each) + 1)
+
+
+def _program_bytes(experiment: Experiment, num_runs: int) -> int:
+    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=1)
+    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
+    analysis = segment.lower(states, *arguments).compile().memory_analysis()
+    if analysis is None:
+        raise ValueError(
+            f"{jax.default_backend()} does not tell what a program needs: set sweep.runs_per_call"
+        )
+    # Beside the program's own arrays, the two best parameter sets and a validation's worth.
+    params = sum(leaf.nbytes for leaf in jax.tree.leaves(states.params))
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + 2 * params
+    )
+
+
+def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
+    config, lengths = experiment.config, experiment.train_lengths
+    user_ids = np.stack(
+        [
+            epoch_batches(
+                seed, 0, num_users=len(lengths), batch_size=config.train.batch_size, steps=steps
+            )
+            for seed in range(num_runs)
+        ]
+    )
+    tokens = lengths[user_ids].sum(axis=-1)
+    tokens = tokens.max(axis=0) if experiment.vmap else tokens
+    sizes = tuple(token_sizes(tokens))
+    states = initial_states(
+        experiment.task, seeds=range(num_runs), num_groups=len(experiment.loss_family.groups)
+    )
+    hparams = jax.tree.map(lambda leaf: jnp.full(num_runs, leaf[0]), experiment.hparams)
+    index = jnp.asarray(np.searchsorted(sizes, tokens), jnp.int32)
+    arguments = (hparams, experiment.data, jnp.asarray(user_ids), index, 0, steps)
+    return states, arguments, sizes
+
+
+class Estimate(NamedTuple):
+    """What a sweep costs."""
+
+    runs: int
+    steps: int  # of all runs
+    flop: float  # of the matrix products, of all runs
+    seconds: float  # of training here, from a few timed steps; no compilation, no evaluation
+
+
+def estimate(calls: Sequence[Call], experiment: Experiment, runs_per_call: int) -> Estimate:
+    """Cost of a plan on this machine.
+
+    Args:
+        calls: the plan.
+        experiment: of one of its calls; all have the same shapes.
+        runs_per_call: as many runs are timed together.
+    """
+    config = experiment.config
+    sizes_of = [len(plan_runs(call.config)) for call in calls]
+    num_runs = min(runs_per_call, max(sizes_of))
+    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=_TIMED_STEPS)
+    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
+    states = jax.block_until_ready(segment(states, *arguments))  # compiles
+    began = time.perf_counter()
+    jax.block_until_ready(segment(states, *arguments))
+    per_run_step = (time.perf_counter() - began) / _TIMED_STEPS / num_runs
+    steps = sum(sizes_of) * config.train.epochs * config.train.steps_per_epoch
+    lengths = experiment.train_lengths
+    targets = config.train.batch_size * float(lengths.mean())
+    flop = flop_per_target(experiment.task.model, lengths)
+    return Estimate(sum(sizes_of), steps, steps * targets * flop, steps * per_run_step)
+
+
+def work(calls: Sequence[Call], directory: Path) -> list[Outcome]:
+    """Run every call that is not done; a call that fails is noted and the others go on.
+
+    Args:
+        calls: the plan.
+        directory: the sweep's folder; a call's files go to `directory/calls/NAME`.
+
+    Raises:
+        SystemExit: after SIGINT or SIGTERM, with the state saved.
+    """
+    outcomes = []
+    for number, call in enumerate(calls, start=1):
+        folder = directory / "calls" / call.name
+        if is_done(call, folder):
+            outcomes.append(Outcome(call, None))
+            continue
+        print(f"\n[{number}/{len(calls)}] {call.name}", flush=True)
+        try:
+            run(call.config, folder)
+            outcomes.append(Outcome(call, None))
+        except (ValueError, OSError, FloatingPointError) as error:
+            _log.warning("%s failed: %s", call.name, error)
+            outcomes.append(Outcome(call, str(error)))
+    return outcomes
+
+
+def is_done(call: Call, folder: Path) -> bool:
+    """Whether a call's results are there, made by its own config.
+
+    Raises:
+        ValueError: if they were made by another config.
+    """
+    saved = workdir.read_json(folder / "config.json")
+    if saved is None or workdir.read_json(folder / "summary.json") is None:
+        return False
+    settings = workdir.jsonable(call.config.to_dict())
+    check_resumable(saved, settings, str(folder / "config.json"))
+    return bool(saved == settings)

@@ -1,0 +1,211 @@
+import numpy as np
+import pandas as pd
+import pytest
+from test_run import small
+
+from configs import paper
+from seqfair_jax import paper_tables, sweep
+from seqfair_jax.config import plan_runs, resolve
+from seqfair_jax.experiment import prepare
+from seqfair_jax.reproduce import reproduce
+
+
+def tiny(**changes):
+    config = small()
+    config.sweep = sweep.default_sweep()
+    config.sweep.methods = ("erm", "gdro", "cvar")
+    config.sweep.families = ("pop33", "seq33")
+    config.sweep.alpha = (0.3, 0.6)
+    config.sweep.step_size = (0.01,)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def planned(config, runs_per_call=1000):
+    return sweep.plan(*sweep.split_config(config), runs_per_call=runs_per_call)
+
+
+@pytest.mark.parametrize("data_set", [paper.retailrocket, paper.ml1m])
+def test_the_papers_85_runs_and_their_sharing(data_set):
+    calls = planned(paper.sweep(data_set, None))
+    runs = {call.name: len(plan_runs(call.config)) for call in calls}
+    assert sum(runs.values()) == 85
+    assert len(calls) == 28
+    assert [runs[name] for name in ("erm", "cb", "cb_log", "cvar")] == [1, 1, 1, 10]
+    for family in ("pop33", "pop2060", "pop1080", "seq33", "seq2060", "seq1080"):
+        assert [runs[f"{m}-{family}"] for m in ("ipw", "ipw_log", "gdro", "sdro")] == [1, 1, 5, 5]
+    assert all(len(call.config.groups) == 6 for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "most", "sizes"),
+    [((0,), 4, [4, 4, 2]), ((0, 1, 2), 7, [6] * 5), ((0, 1, 2), 2, [2, 1] * 10)],
+)
+def test_no_call_holds_more_runs_than_allowed_and_none_is_lost(seeds, most, sizes):
+    config = paper.sweep(paper.retailrocket, None)
+    config.seeds = seeds
+    calls = [call for call in planned(config, most) if call.method == "cvar"]
+    runs = [plan_runs(call.config) for call in calls]
+    assert [len(part) for part in runs] == sizes
+    pairs = {(run.hparams["alpha"], run.seed) for part in runs for run in part}
+    assert len(pairs) == 10 * len(seeds)
+    assert len({call.name for call in calls}) == len(calls)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep.methods": ("erm", "xyz")}, "sweep.methods: 'xyz' is unknown"),
+        ({"sweep.alpha": ()}, "sweep.alpha is empty"),
+        ({"sweep.runs_per_call": -1}, "sweep.runs_per_call is -1"),
+    ],
+)
+def test_bad_sweeps_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sweep.split_config(tiny(**changes))
+    with pytest.raises(ValueError, match="no `sweep`"):
+        sweep.split_config(small())
+
+
+def test_memory_and_cost_of_a_plan():
+    config = tiny()
+    base, settings = sweep.split_config(config)
+    experiment = prepare(resolve(base))
+    assert sweep.measure_runs_per_call(experiment) > 100  # of a few kilobytes each
+    calls = sweep.plan(base, settings, runs_per_call=2)
+    cost = sweep.estimate(calls, experiment, 2)
+    assert (cost.runs, cost.steps) == (5, 5 * 2 * 5)
+    assert cost.seconds > 0
+    assert cost.flop > 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    reproduce(tiny(), folder)
+    return folder
+
+
+def test_tables_and_figures_of_a_sweep(finished, capsys):
+    tables = finished / "tables"
+    names = {path.name for path in tables.iterdir()}
+    for rule in ("overall", "worst_group"):
+        for slug in (
+            "popularity_groups",
+            "sequence-length_groups",
+            "intersecting_groups",
+            "repeat_and_new_targets",
+        ):
+            assert f"{rule}-{slug}.csv" in names
+        assert {f"{rule}.md", f"{rule}.tex", f"{rule}-change.png", f"{rule}-change.pdf"} <= names
+    results = pd.read_csv(tables / "results.csv", keep_default_na=False, na_values=[""])
+    chosen = results[(results["rule"] == "overall") & (results["slice"] == "overall")]
+    assert list(chosen["method"])[:4] == ["erm", "gdro", "gdro", "cvar"]
+    means = {}
+    for alpha in (0.3, 0.6):
+        folder = finished / "calls" / "cvar" / "runs" / f"alpha={alpha:g},seed=0"
+        rows = pd.read_json(folder / "metrics.jsonl", lines=True)
+        means[alpha] = rows["val/NDCG@20/overall"].max()
+    best = max(means, key=means.get)
+    cvar = chosen[chosen["method"] == "cvar"].iloc[0]
+    assert cvar["hparams"] == f"alpha={best:g}"
+    per_user = pd.read_parquet(
+        finished / "calls" / "cvar" / "runs" / f"alpha={best:g},seed=0" / "per_user.parquet"
+    )
+    assert cvar["value"] == pytest.approx(per_user["NDCG@20"].mean())
+
+
+def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch, capsys):
+    before = (finished / "tables" / "overall.md").read_text()
+    monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("trained again"))
+    reproduce(tiny(), finished)
+    assert (finished / "tables" / "overall.md").read_text() == before
+    with pytest.raises(ValueError, match="was begun with"):
+        reproduce(tiny(**{"sweep.runs_per_call": 1}), finished)
+    with pytest.raises(ValueError, match=r"train\.learning_rate"):
+        reproduce(tiny(**{"train.learning_rate": 0.5}), finished)
+
+
+def test_a_failing_call_is_reported_when_the_others_are_done(finished, tmp_path, monkeypatch):
+    real = sweep.run
+
+    def run(config, folder):
+        if config.objective.name == "gdro":
+            raise FloatingPointError("diverged")
+        return real(config, folder)
+
+    monkeypatch.setattr(sweep, "run", run)
+    with pytest.raises(SystemExit, match=r"2 of 4 calls failed:\n  gdro-pop33: diverged"):
+        reproduce(tiny(), tmp_path)
+    text = (tmp_path / "tables" / "overall.md").read_text()
+    assert "| CVaR |" in text
+    assert "GDRO" not in text
+
+
+def long_by_hand():
+    rows = []
+    values = {
+        ("erm", ""): [0.30, 0.20, 0.25], ("gdro", "pop33"): [0.32, 0.20, 0.26],
+        ("cvar", ""): [0.31, 0.25, 0.28], ("[markov]", ""): [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    starred = {("cvar", "pop33=popular"), ("cvar", "overall")}
+    for (method, family), row in values.items():
+        for name, value in zip(("pop33=niche", "pop33=popular", "overall"), row, strict=True):
+            rows.append(
+                {
+                    "method": method,
+                    "group_family": family,
+                    "slice": name,
+                    "value": value,
+                    "star": (method, name) in starred,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_markdown_and_latex_by_hand_to_the_last_star():
+    long = long_by_hand()
+    layout = paper_tables.layouts(long, "retailrocket")[0]
+    values, stars = paper_tables.cells(long, layout)
+    assert paper_tables.markdown(values, stars).splitlines() == [
+        "| Method | pop33 Niche | pop33 Popular | pop33 Overall |",
+        "|---|---|---|---|",
+        "| ERM | 0.3000 | <u>0.2000</u> | 0.2500 |",
+        "| GDRO | **0.3200** | <u>0.2000</u> | <u>0.2600</u> |",
+        "| CVaR | <u>0.3100</u> | **0.2500*** | **0.2800*** |",
+        "| [markov] | 0.5000 | 0.5000 | 0.5000 |",
+    ]
+    assert paper_tables.latex(values, stars, "a_b").splitlines() == [
+        r"\begin{table}",
+        r"\centering",
+        r"\caption{a\_b}",
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r" & \multicolumn{3}{c}{pop33} \\",
+        r"\cmidrule(lr){2-4}",
+        r"Method & Niche & Popular & Overall \\",
+        r"\midrule",
+        r"ERM & 0.3000 & \underline{0.2000} & 0.2500 \\",
+        r"GDRO & \textbf{0.3200} & \underline{0.2000} & \underline{0.2600} \\",
+        r"CVaR & \underline{0.3100} & \textbf{0.2500*} & \textbf{0.2800*} \\",
+        r"\midrule",
+        r"[markov] & 0.5000 & 0.5000 & 0.5000 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+
+
+def test_the_published_figures():
+    columns = [("pop33", "Niche", "pop33=niche"), ("pop33", "Overall", "overall")]
+    rows = [("ERM", "erm", ""), ("GDRO", "gdro", "*"), ("CVaR", "cvar", "")]
+    layout = paper_tables.Layout("popularity groups", rows, columns, 2)
+    expected = [[0.214, 0.225], [0.215, 0.230], [0.225, 0.239]]
+    np.testing.assert_array_equal(paper_tables.published(layout), expected)
+    rows = [("SDRO_seq33", "sdro", "seq33"), ("chi2", "chi2", "")]
+    columns = [("seq33", "Long", "seq33=long"), ("", "Overall", "overall")]
+    layout = paper_tables.Layout("intersecting groups", rows, columns, 7)
+    table = paper_tables.published(layout)
+    assert table.loc["chi2"].isna().all()
+    assert table.notna().loc["SDRO_seq33"].all()
+    assert paper_tables.published(layout._replace(number=None)) is None
