@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,9 +106,7 @@ def write(
         + "</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    workdir.write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def _html_table(header: Sequence[str], body: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -5,7 +5,6 @@ Everything is drawn from one long table (`long_table`): a row a method, loss fam
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seqfair_jax import significance
+from seqfair_jax import significance, workdir
 from seqfair_jax.report import read_summaries, run_folders
 from seqfair_jax.sweep import Call
 
@@ -374,9 +373,7 @@ def write(longs: Iterable[pd.DataFrame], dataset: str, metric: str, directory: P
     written = []
 
     def put(name: str, save: Callable[[Path], Any]) -> None:
-        temporary = directory / f".unfinished-{name}"
-        save(temporary)
-        os.replace(temporary, directory / name)
+        workdir.write_file(directory / name, save)
         written.append(directory / name)
 
     def put_text(name: str, text: str) -> None:

@@ -55,17 +55,18 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
             _log.info("%s is finished: its table again", folder)
             print(report.tables([folder], config.select.metric))
             return summary
-    elif any(folder.iterdir()):
+    elif any(not workdir.is_unfinished(path) for path in folder.iterdir()):
         raise ValueError(
             f"--workdir={directory} holds other files and no config.json; name an empty folder"
         )
     experiment = prepare(config)
     _describe(experiment)
+    (folder / "summary.json").unlink(missing_ok=True)  # of fewer epochs, or other cut-offs
+    # Before the other files, so that what a killed process leaves is known for this config's.
+    workdir.write_json(folder / "config.json", settings)
     for run_folder in run_folders(folder, [run.name for run in experiment.runs]):
         _write_data_files(run_folder, experiment)
         workdir.write_json(run_folder / "config.json", settings)
-    workdir.write_json(folder / "config.json", settings)
-    (folder / "summary.json").unlink(missing_ok=True)  # of fewer epochs, or other cut-offs
     states, best, progress = fit(experiment, folder)
     summary = test(experiment, folder, states, best, progress)
     print(report.tables([folder], config.select.metric))

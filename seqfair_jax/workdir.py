@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 
 from seqfair_jax import __version__
 
+_UNFINISHED = ".unfinished"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pandas")
 
 
@@ -35,7 +36,7 @@ def create(path: str | Path) -> Path:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object; NaN and infinity are refused, since JSON has neither."""
     text = json.dumps(value, indent=2, allow_nan=False)
-    _replace(path, lambda temporary: temporary.write_text(text + "\n"))
+    write_file(path, lambda temporary: temporary.write_text(text + "\n"))
 
 
 def jsonable(tree: Any) -> Any:
@@ -59,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
     """Write a table without its index."""
-    _replace(path, lambda temporary: table.to_parquet(temporary, index=False))
+    write_file(path, lambda temporary: table.to_parquet(temporary, index=False))
 
 
 def environment(*, lanes: int) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class MetricsLog:
         self._path = directory / "metrics.jsonl"
         rows = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         kept = [row for row in rows if _epoch(row) <= last_epoch]
-        _replace(self._path, lambda temporary: temporary.write_text("".join(kept)))
+        write_file(self._path, lambda temporary: temporary.write_text("".join(kept)))
         self._writer = SummaryWriter(str(directory), purge_step=last_epoch + 1)
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
@@ -125,7 +126,13 @@ def _epoch(row: str) -> float:
         return math.inf
 
 
-def _replace(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.unfinished")
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary path, then rename it to `path`."""
+    temporary = path.with_name(f".{path.name}{_UNFINISHED}")
     write(temporary)
     temporary.replace(path)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is what `write_file` leaves when its process dies."""
+    return path.name.startswith(".") and path.name.endswith(_UNFINISHED)

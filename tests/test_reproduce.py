@@ -1,3 +1,9 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +14,8 @@ from seqfair_jax import paper_tables, sweep
 from seqfair_jax.config import plan_runs, resolve
 from seqfair_jax.experiment import prepare
 from seqfair_jax.reproduce import reproduce
+
+TESTS = Path(__file__).parent
 
 
 def tiny(**changes):
@@ -209,3 +217,46 @@ def test_the_published_figures():
     assert table.loc["chi2"].isna().all()
     assert table.notna().loc["SDRO_seq33"].all()
     assert paper_tables.published(layout._replace(number=None)) is None
+
+
+_KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+left = int(sys.argv[1])
+
+def counting(real):
+    def move(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return move
+
+os.replace, os.rename = counting(os.replace), counting(os.rename)
+from test_reproduce import tiny
+from seqfair_jax.reproduce import reproduce
+reproduce(tiny(), sys.argv[2])
+"""
+
+
+def test_killed_at_ten_moments_it_ends_with_the_same_tables(finished, tmp_path):
+    # Every durable write is a rename, so kills before the n-th of them are spread over planning,
+    # training, checkpoints, tests and tables; the numbers grow, so that every life gets further.
+    script = tmp_path / "sweep.py"
+    script.write_text(_KILLED.format(paths=[str(TESTS.parent), str(TESTS)]))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    folder = tmp_path / "sweep"
+
+    def live(moves):
+        return subprocess.run(
+            [sys.executable, script, str(moves), folder], env=environment, capture_output=True
+        )
+
+    kills = [live(moves) for moves in (1, 5, 8, 11, 14, 17, 17, 17, 17, 12)]
+    assert [life.returncode for life in kills] == [-signal.SIGKILL] * 10
+    last = live(0)
+    assert last.returncode == 0, last.stderr.decode()
+    for name in ("results.csv", "overall.md", "worst_group.tex"):
+        assert (folder / "tables" / name).read_text() == (finished / "tables" / name).read_text()
+    assert not list(folder.rglob("*.unfinished*"))

@@ -165,6 +165,12 @@ def test_a_workdir_that_is_a_file_or_holds_other_things_is_refused(tmp_path):
         run(small(), tmp_path)
 
 
+def test_what_a_killed_process_left_unfinished_is_no_obstacle(tmp_path):
+    (tmp_path / ".config.json.unfinished").write_text("{")
+    run(small(), tmp_path)
+    assert not (tmp_path / ".config.json.unfinished").exists()
+
+
 def test_a_batch_larger_than_the_users_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"train\.batch_size is 4000"):
         run(small(**{"train.batch_size": 4000}), tmp_path)
