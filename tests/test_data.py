@@ -229,7 +229,7 @@ def test_the_synthetic_log_is_a_function_of_its_seed():
     other = settings(name="synthetic")
     other.synthetic.seed = 1
     assert data.prepare(other).log_hash != one.log_hash
-    assert one.counts["users"] == 3000
+    assert one.counts["users"] == 12_000
 
 
 TABLE_1A = {
