@@ -22,6 +22,7 @@ from seqfair_jax.main import use_compilation_cache
 from seqfair_jax.model import PRECISIONS
 from seqfair_jax.train import initial_states, token_sizes
 
+_SIZING_STEPS = 2560
 _PEAK_SIZE = {"cpu": 2048, "gpu": 8192}
 
 
@@ -98,21 +99,27 @@ class Steps:
         self.experiment = prepare(config)
         runs = self.experiment.runs
         lengths = self.experiment.train_lengths
-        user_ids = np.stack(
-            [
-                epoch_batches(
-                    run.seed,
-                    0,
-                    num_users=len(lengths),
-                    batch_size=config.train.batch_size,
-                    steps=num_steps,
-                )
-                for run in runs
-            ]
-        )
+
+        def draw(steps: int) -> np.ndarray:
+            users, batch = len(lengths), config.train.batch_size
+            return np.stack(
+                [
+                    epoch_batches(run.seed, 0, num_users=users, batch_size=batch, steps=steps)
+                    for run in runs
+                ]
+            )
+
+        def tokens_of(targets: np.ndarray) -> np.ndarray:
+            return targets.max(axis=0) if self.experiment.vmap else targets
+
+        # Fitted to many batches, as a training fits them: fewer would flatter the padding.
+        many = lengths[draw(max(num_steps, _SIZING_STEPS))].sum(axis=-1)
+        self.sizes = tuple(token_sizes(tokens_of(many)))
+        held = np.asarray(self.sizes)[np.searchsorted(self.sizes, tokens_of(many))]
+        self.padding = 1 - many.sum() / np.broadcast_to(held, many.shape).sum()
+        user_ids = draw(num_steps)
         self.targets = lengths[user_ids].sum(axis=-1)
-        tokens = self.targets.max(axis=0) if self.experiment.vmap else self.targets
-        self.sizes = tuple(token_sizes(tokens))
+        tokens = tokens_of(self.targets)
         index = np.searchsorted(self.sizes, tokens).astype(np.int32)
         self.tokens = np.asarray(self.sizes)[index]
         self.user_ids, self.size_index = jnp.asarray(user_ids), jnp.asarray(index)

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import pandas as pd
 
 from benchmarks.common import Steps, print_table, run, spread
-from seqfair_jax import workdir
 from seqfair_jax.train import make_segment
 
 # The versions that are compared. A CPU build of PyTorch: PIP_EXTRA_INDEX_URL with its index.
@@ -36,7 +35,7 @@ from rectools.models import SASRecModel
 
 settings = json.loads(sys.argv[1])
 seed_everything(0)
-log = pd.read_parquet(settings["log"])
+log = pd.read_csv(settings["log"], parse_dates=["datetime"])
 steps = []
 
 class Clock(Callback):
@@ -92,8 +91,8 @@ def benchmark(config, *, rounds, steps, peer_steps):
     states, _ = ours(states)  # compiles
     rates: dict[str, list[float]] = {"seqfair_jax": [], "RecTools": []}
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.parquet"
-        workdir.write_parquet(log, training_rows(experiment.dataset))
+        log = Path(folder) / "log.csv"
+        training_rows(experiment.dataset).to_csv(log, index=False)
         sizes = {key: config.model[key] for key in ("dim", "num_blocks", "num_heads")}
         settings = sizes | {
             "log": str(log),

@@ -67,7 +67,6 @@ def benchmark(config, *, steps, repeats, parts, first_step, one_step):
         rates.append(loop.targets.sum() / took)
         peaks.append(peak)
         shares.append(rates[-1] * flop / peak)
-    padding = 1 - loop.targets.sum() / np.broadcast_to(loop.tokens, loop.targets.shape).sum()
     step_ms = [1000 * loop.targets.sum() / steps / rate for rate in rates]
     print_table(
         [
@@ -83,7 +82,7 @@ def benchmark(config, *, steps, repeats, parts, first_step, one_step):
                 "figure": "MFLOP a target",
                 "median (range)": f"{flop / 1e6:.1f}",
             },
-            {"figure": "padding, share of tokens", "median (range)": f"{padding:.3f}"},
+            {"figure": "padding, share of tokens", "median (range)": f"{loop.padding:.3f}"},
             {"figure": "packed sizes", "median (range)": ", ".join(map(str, loop.sizes))},
             {"figure": "peak memory, GB", "median (range)": f"{memory:.2f}"},
         ]
