@@ -83,6 +83,8 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
             sweep[key] = known[key]
         if key != "runs_per_call" and not tuple(sweep[key]):
             raise ValueError(f"sweep.{key} is empty")
+    for key in ("methods", "families"):  # `--config.sweep.methods=erm,cvar` is one string
+        sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(","))
     for method in sweep.methods:
         if method not in METHODS:
             raise ValueError(f"sweep.methods: {method!r} is unknown; known: {', '.join(METHODS)}")

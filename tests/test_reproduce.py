@@ -75,6 +75,11 @@ def test_bad_sweeps_are_named(changes, message):
         sweep.split_config(small())
 
 
+def test_names_given_on_the_command_line_are_split():
+    _, settings = sweep.split_config(tiny(**{"sweep.methods": ("erm,cvar",)}))
+    assert settings.methods == ("erm", "cvar")
+
+
 def test_memory_and_cost_of_a_plan():
     config = tiny()
     base, settings = sweep.split_config(config)
