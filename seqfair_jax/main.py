@@ -57,12 +57,13 @@ def use_compilation_cache() -> None:
 
     XLA's programs for one processor can fail on another. `JAX_COMPILATION_CACHE_DIR` overrides.
     """
+    # However fast to compile: there are many small programs before the first step.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     model = "".join(c if c.isalnum() else "-" for c in workdir.processor())
     jax.config.update("jax_compilation_cache_dir", str(cache / "seqfair_jax" / "xla" / model))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from absl import app, flags
-from scipy import stats
+from scipy.special import stdtrit
 
-from seqfair_jax import significance, workdir
+from seqfair_jax import workdir
 from seqfair_jax.metrics import parse_metric
 
 _SELECTIONS = (("test", ""), ("test_worst_group", ", best worst group"))
@@ -172,6 +172,8 @@ def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.
     Raises:
         ValueError: if the folders do not hold the same users, or `baseline` holds several methods.
     """
+    from seqfair_jax import significance  # scipy.stats takes half a second; training needs none
+
     before = _per_user([baseline], "")
     if len(before) != 1:
         raise ValueError(f"--baseline={baseline} holds several methods: {', '.join(before)}")
@@ -236,7 +238,8 @@ def without_seeds(name: str) -> str:
 def _half_width(values: np.ndarray) -> float:
     if len(values) < 2:
         return np.nan
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    quantile = stdtrit(len(values) - 1, 0.975)  # of Student's t
+    return float(quantile * values.std(ddof=1) / len(values) ** 0.5)
 
 
 def method_name(summary: dict[str, Any]) -> str:
