@@ -151,8 +151,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.objective[key] = values
         _require(len(set(values)) == len(values) > 0, f"objective.{key}", values, "unequal values")
     seeds = tuple(config.seeds)
-    good = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
-    _require(good and len(set(seeds)) == len(seeds) > 0, "seeds", seeds, "unequal integers >= 0")
+    good = all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+    _require(
+        good and len(set(seeds)) == len(seeds) > 0,
+        "seeds",
+        seeds,
+        "unequal integers from 0 to 2**32 - 1",
+    )
 
     choices = {
         "data.name": DATA_NAMES,
