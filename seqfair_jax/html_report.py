@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seqfair_jax import __version__, report, workdir
+from seqfair_jax import __version__, tables, workdir
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -69,11 +69,11 @@ def write(
         baseline: the work directory of the method to compare with; None compares nothing.
 
     Raises:
-        ValueError: as `report.tables` and `report.compare_folders`.
+        ValueError: as `tables.tables` and `tables.compare_folders`.
     """
-    summaries = report.read_consistent(folders, metric, family)
-    families = report.families_of(summaries, metric) if family is None else [family]
-    rows = None if baseline is None else report.compare_folders(folders, baseline, metric)
+    summaries = tables.read_consistent(folders, metric, family)
+    families = tables.families_of(summaries, metric) if family is None else [family]
+    rows = None if baseline is None else tables.compare_folders(folders, baseline, metric)
     found = summaries[0]["dataset"]
     title = f"{found['name']}: {metric} by user group"
     sections = [
@@ -86,13 +86,13 @@ def write(
     ]
     for name in families:
         sections.append(f"<h2>{html.escape(name)}</h2>")
-        numbers = report.table(summaries, metric, name)
+        numbers = tables.table(summaries, metric, name)
         sections.append(_results(numbers, rows, name))
         if rows is not None:
             groups = [c for c in numbers.columns[1::2] if _slice_of(c, name).startswith(f"{name}=")]
             sections.append(_figures(_change_figures(rows, name, groups)))
     if rows is not None:
-        shown = rows[[report.is_shown(slice_name, families) for slice_name in rows["slice"]]]
+        shown = rows[[tables.is_shown(slice_name, families) for slice_name in rows["slice"]]]
         sections += ["<h2>Differences</h2>", _differences(shown, metric)]
     history = _history(folders)
     sections += _curves(history, metric, families)
@@ -145,7 +145,7 @@ def _results(numbers: pd.DataFrame, rows: pd.DataFrame | None, family: str) -> s
                 cells.append("-")
                 continue
             mark = marks[column].get(round(value, 4), "") if method else ""
-            has_star = (report.without_seeds(name), _slice_of(column, family)) in stars
+            has_star = (tables.without_seeds(name), _slice_of(column, family)) in stars
             spread = "" if np.isnan(half) else f' <span class="half">±{half:.4f}</span>'
             cells.append(f'<span class="{mark}">{value:.4f}</span>{"*" * has_star}{spread}')
         body.append(("" if method else "baseline", cells))
@@ -234,15 +234,15 @@ def _colour(number: int) -> str:
 
 def _history(folders: Sequence[Path]) -> pd.DataFrame:
     """Every run's `metrics.jsonl`, a row an epoch, with the method's name; seeds averaged."""
-    tables = []
+    histories = []
     for folder in folders:
         for part, summary in zip(
-            report.run_folders(folder), report.read_summaries(folder), strict=True
+            tables.run_folders(folder), tables.read_summaries(folder), strict=True
         ):
             lines = (part / "metrics.jsonl").read_text().splitlines()
             table = pd.DataFrame([json.loads(line) for line in lines])
-            tables.append(table.assign(name=report.method_name(summary)))
-    return pd.concat(tables).groupby(["name", "epoch"], sort=False).mean().reset_index()
+            histories.append(table.assign(name=tables.method_name(summary)))
+    return pd.concat(histories).groupby(["name", "epoch"], sort=False).mean().reset_index()
 
 
 def _curves(history: pd.DataFrame, metric: str, families: Sequence[str]) -> list[str]:
@@ -334,7 +334,7 @@ def _times(summaries: list[dict]) -> str:
         train, best = summary["train"], summary.get("best", {"epoch": "-"})
         rate = train["targets_per_second"]
         cells = [
-            html.escape(f"{report.method_name(summary)}, {summary['run']}"),
+            html.escape(f"{tables.method_name(summary)}, {summary['run']}"),
             html.escape(summary["status"]),
             f"{train['steps']:,}",
             str(best["epoch"]),

@@ -15,8 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from seqfair_jax import significance, workdir
-from seqfair_jax.report import read_summaries, run_folders
 from seqfair_jax.sweep import Call
+from seqfair_jax.tables import read_summaries, run_folders
 
 RULES = {"overall": "", "worst_group": "_worst_group"}  # how epoch and hyperparameters are chosen
 _LABELS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from seqfair_jax import checkpoint, report, workdir
+from seqfair_jax import checkpoint, tables, workdir
 from seqfair_jax.baselines import baseline_ranks
 from seqfair_jax.config import check_resumable, resolve
 from seqfair_jax.data.split import Dataset
@@ -53,7 +53,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
         summary = workdir.read_json(folder / "summary.json")
         if summary is not None and saved == settings:
             _log.info("%s is finished: its table again", folder)
-            print(report.tables([folder], config.select.metric))
+            print(tables.tables([folder], config.select.metric))
             return summary
     elif any(not workdir.is_unfinished(path) for path in folder.iterdir()):
         raise ValueError(
@@ -69,7 +69,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
         workdir.write_json(run_folder / "config.json", settings)
     states, best, progress = fit(experiment, folder)
     summary = test(experiment, folder, states, best, progress)
-    print(report.tables([folder], config.select.metric))
+    print(tables.tables([folder], config.select.metric))
     print(f"\nfiles: {folder.resolve()}")
     return summary
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from test_run import small
 
-from seqfair_jax import html_report, report
+from seqfair_jax import html_report, tables
 from seqfair_jax.run import run
 
 
@@ -22,7 +22,7 @@ def folders(tmp_path_factory):
 
 
 def test_comparison_with_a_baseline(folders):
-    text = report.comparison(folders, folders[0], "NDCG@20", "seq33")
+    text = tables.comparison(folders, folders[0], "NDCG@20", "seq33")
     assert f"NDCG@20 against {folders[0]}" in text
     assert "seq33=short" in text
     assert "pop33=" not in text
@@ -34,9 +34,9 @@ def test_comparison_with_a_baseline(folders):
     overall = next(line for line in lines if line[2] == "overall")
     assert float(overall[4]) == pytest.approx(means[1] - means[0], abs=5e-5)
     with pytest.raises(ValueError, match=r"holds several methods: cvar alpha=0.2, cvar alpha=0.5"):
-        report.comparison(folders, folders[1], "NDCG@20", None)
+        tables.comparison(folders, folders[1], "NDCG@20", None)
     with pytest.raises(ValueError, match="at least one other folder"):
-        report.comparison(folders[:1], folders[0], "NDCG@20", None)
+        tables.comparison(folders[:1], folders[0], "NDCG@20", None)
 
 
 def test_the_html_report_holds_the_table_and_needs_no_network(folders, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqfair_jax import fit, report, workdir
+from seqfair_jax import fit, tables, workdir
 from seqfair_jax.config import default_config
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.run import run
@@ -188,11 +188,11 @@ def test_report_refuses_folders_that_do_not_belong_together(tmp_path):
     run(small(), tmp_path / "a")
     run(small(**{"data.synthetic.seed": 5}), tmp_path / "b")
     with pytest.raises(ValueError, match="another log"):
-        report.tables([tmp_path / "a", tmp_path / "b"], "NDCG@20")
+        tables.tables([tmp_path / "a", tmp_path / "b"], "NDCG@20")
     with pytest.raises(ValueError, match=r"no summary\.json"):
-        report.tables([tmp_path], "NDCG@20")
+        tables.tables([tmp_path], "NDCG@20")
     with pytest.raises(ValueError, match="'pop99' was not evaluated"):
-        report.tables([tmp_path / "a"], "NDCG@20", family="pop99")
+        tables.tables([tmp_path / "a"], "NDCG@20", family="pop99")
 
 
 def test_metrics_log_drops_the_rows_of_a_lost_epoch(tmp_path):
