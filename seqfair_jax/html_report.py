@@ -51,7 +51,7 @@ def write(
     metric: str,
     *,
     family: str | None = None,
-    baseline: Path | None = None,
+    rows: pd.DataFrame | None = None,
 ) -> None:
     """Write the report of finished runs to one HTML file that needs no network.
 
@@ -66,14 +66,13 @@ def write(
         path: the file to write; replaced if it exists.
         metric: such as NDCG@20.
         family: the one to show; None shows all that were evaluated.
-        baseline: the work directory of the method to compare with; None compares nothing.
+        rows: the tests against a baseline, from `tables.compare_folders`; None shows none.
 
     Raises:
-        ValueError: as `tables.tables` and `tables.compare_folders`.
+        ValueError: as `tables.tables`.
     """
     summaries = tables.read_consistent(folders, metric, family)
     families = tables.families_of(summaries, metric) if family is None else [family]
-    rows = None if baseline is None else tables.compare_folders(folders, baseline, metric)
     found = summaries[0]["dataset"]
     title = f"{found['name']}: {metric} by user group"
     sections = [

@@ -272,8 +272,12 @@ def _decorated(
 
 def markdown(values: pd.DataFrame, stars: pd.DataFrame) -> str:
     """A GitHub table; the families stand before the groups' names."""
+    return _markdown(values, _decorated(values, stars, "**{}**".format, "<u>{}</u>".format))
+
+
+def _markdown(values: pd.DataFrame, body: Sequence[Sequence[str]]) -> str:
+    """Cells as text under the heads and beside the labels of `values`."""
     heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
-    body = _decorated(values, stars, "**{}**".format, "<u>{}</u>".format)
     lines = ["| Method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for label, row in zip(values.index, body, strict=True):
         lines.append(f"| {label} | " + " | ".join(row) + " |")
@@ -414,7 +418,4 @@ def write(longs: Iterable[pd.DataFrame], dataset: str, metric: str, directory: P
 
 def _signed(values: pd.DataFrame) -> str:
     text = values.map(lambda x: "-" if np.isnan(x) else f"{x:+.4f}")
-    heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
-    lines = ["| Method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(text.loc[label]) + " |" for label in text.index]
-    return "\n".join(lines)
+    return _markdown(values, text.to_numpy().tolist())

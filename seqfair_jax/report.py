@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from seqfair_jax import html_report, tables
+from seqfair_jax import tables
 
 
 def main() -> None:
@@ -27,18 +27,16 @@ def main() -> None:
         folders = [Path(name) for name in argv[1:]]
         try:
             print(tables.tables(folders, metric.value, family=family.value))
+            rows = None
             if baseline.value is not None:
-                print(
-                    "\n"
-                    + tables.comparison(folders, Path(baseline.value), metric.value, family.value)
-                )
+                before = Path(baseline.value)
+                rows = tables.compare_folders(folders, before, metric.value)
+                print("\n" + tables.comparison(rows, before, metric.value, family.value))
             if out.value is not None:
+                from seqfair_jax import html_report  # matplotlib is slow to import
+
                 html_report.write(
-                    folders,
-                    Path(out.value),
-                    metric.value,
-                    family=family.value,
-                    baseline=None if baseline.value is None else Path(baseline.value),
+                    folders, Path(out.value), metric.value, family=family.value, rows=rows
                 )
                 print(f"\nreport: {Path(out.value).resolve()}")
         except ValueError as error:

@@ -104,9 +104,8 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
     )
 
 
-def comparison(folders: Sequence[Path], baseline: Path, metric: str, family: str | None) -> str:
-    """`compare_folders` as text; `family` says whose groups to show, None shows all."""
-    rows = compare_folders(folders, baseline, metric)
+def comparison(rows: pd.DataFrame, baseline: Path, metric: str, family: str | None) -> str:
+    """What `compare_folders` returned as text; `family` says whose groups to show, None all."""
     if family is not None:
         rows = rows[[is_shown(slice_name, [family]) for slice_name in rows["slice"]]]
     shown = rows.assign(star=np.where(rows["star"], "*", "")).drop(columns=["mean", "baseline"])

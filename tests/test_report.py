@@ -22,7 +22,8 @@ def folders(tmp_path_factory):
 
 
 def test_comparison_with_a_baseline(folders):
-    text = tables.comparison(folders, folders[0], "NDCG@20", "seq33")
+    rows = tables.compare_folders(folders, folders[0], "NDCG@20")
+    text = tables.comparison(rows, folders[0], "NDCG@20", "seq33")
     assert f"NDCG@20 against {folders[0]}" in text
     assert "seq33=short" in text
     assert "pop33=" not in text
@@ -34,14 +35,15 @@ def test_comparison_with_a_baseline(folders):
     overall = next(line for line in lines if line[2] == "overall")
     assert float(overall[4]) == pytest.approx(means[1] - means[0], abs=5e-5)
     with pytest.raises(ValueError, match=r"holds several methods: cvar alpha=0.2, cvar alpha=0.5"):
-        tables.comparison(folders, folders[1], "NDCG@20", None)
+        tables.compare_folders(folders, folders[1], "NDCG@20")
     with pytest.raises(ValueError, match="at least one other folder"):
-        tables.comparison(folders[:1], folders[0], "NDCG@20", None)
+        tables.compare_folders(folders[:1], folders[0], "NDCG@20")
 
 
 def test_the_html_report_holds_the_table_and_needs_no_network(folders, tmp_path):
     path = tmp_path / "new" / "report.html"
-    html_report.write(folders, path, "NDCG@20", baseline=folders[0])
+    rows = tables.compare_folders(folders, folders[0], "NDCG@20")
+    html_report.write(folders, path, "NDCG@20", rows=rows)
     page = path.read_text()
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
@@ -51,7 +53,7 @@ def test_the_html_report_holds_the_table_and_needs_no_network(folders, tmp_path)
     for heading in ("Group weights", "in the tail", "Hyperparameters", "Differences", "Settings"):
         assert heading in page
     assert page.count("[interleaved]") == 2
-    html_report.write(folders, tmp_path / "again.html", "NDCG@20", baseline=folders[0])
+    html_report.write(folders, tmp_path / "again.html", "NDCG@20", rows=rows)
     assert (tmp_path / "again.html").read_text() == page
     html_report.write(folders, path, "NDCG@20", family="pop33")
     assert "seq33=" not in path.read_text().split("<h2>Settings")[0]
@@ -80,7 +82,8 @@ def test_no_sideways_scrolling(folders, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine")
-    html_report.write(folders, tmp_path / "report.html", "NDCG@20", baseline=folders[0])
+    rows = tables.compare_folders(folders, folders[0], "NDCG@20")
+    html_report.write(folders, tmp_path / "report.html", "NDCG@20", rows=rows)
     page = html.escape((tmp_path / "report.html").read_text(), quote=True)
     frames = "".join(
         f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe>'
