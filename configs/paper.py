@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from seqfair_jax.config import default_config, parse_arguments
+from seqfair_jax.search import default_search
 from seqfair_jax.sweep import default_sweep
 
 
@@ -20,7 +21,7 @@ def retailrocket(method: str, arg: str | None) -> ConfigDict:
     if config.model.dim == 256:
         config.train.epochs = 1000
     else:
-        config.train.epochs = 32  # 4,096 steps, where ERM has stopped rising
+        _short(config, epochs=8)
     return config
 
 
@@ -31,7 +32,10 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
     config.model.dropout = 0.5
     config.train.batch_size = 256
     config.evaluate.mask_seen = True
-    config.train.epochs = 700 if config.model.dim == 256 else 16
+    if config.model.dim == 256:
+        config.train.epochs = 700
+    else:
+        _short(config, epochs=8)
     return config
 
 
@@ -43,6 +47,64 @@ def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) ->
     if given:
         config.sweep.families = config.groups
     return config
+
+
+def backbone(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) -> ConfigDict:
+    """The search for a data set's model, by ERM's validation alone, for `seqfair_jax.search`.
+
+    At the paper's size every combination of appendix B, stopped after 200 epochs without a better
+    validation NDCG@20; at `scale=small` one setting after another, over a short budget.
+    """
+    config = data_set("erm", arg)
+    config.search = default_search()
+    if config.model.dim == 256:
+        config.train.early_stop_epochs = 200
+        config.search.grid = ConfigDict(
+            {
+                "model": {
+                    "dim": (128, 256),
+                    "ff_dim": (128, 256),
+                    "num_blocks": (1, 2, 3),
+                    "num_heads": (1, 2, 4),
+                    "dropout": (0.1, 0.2, 0.5),
+                },
+                "train": {"batch_size": (128, 256)},
+            }
+        )
+        return config
+    config.train.epochs = 5
+    config.train.decay_steps = config.train.epochs * config.train.steps_per_epoch
+    config.search.grid = ConfigDict(
+        {
+            "model": {
+                "dim": (64, 32, 96),
+                "num_blocks": (2, 1, 3),
+                "num_heads": (1, 2),
+                "dropout": (0.2, 0.1, 0.4),
+                "tie_embeddings": (True, False),
+                "init_scale": (0.05, 0.02, 0.2),
+            },
+            "train": {"learning_rate": (5e-3, 2.5e-3, 1e-2)},
+        }
+    )
+    config.search.one_by_one = (
+        "train.learning_rate",
+        "model.dropout",
+        "model.init_scale",
+        "model.tie_embeddings",
+        "model.num_heads",
+        "model.num_blocks",
+        "model.dim",
+    )
+    return config
+
+
+def _short(config: ConfigDict, *, epochs: int) -> None:
+    """A budget for two cores: a rate that falls to 0, so that the last epochs have settled."""
+    config.train.epochs = epochs
+    config.train.steps_per_epoch = 256
+    config.train.learning_rate = 5e-3
+    config.train.decay_steps = epochs * config.train.steps_per_epoch
 
 
 def _paper(method: str, arg: str | None) -> ConfigDict:

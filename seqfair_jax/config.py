@@ -2,8 +2,8 @@
 
 import difflib
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
@@ -86,6 +86,7 @@ def default_config() -> ConfigDict:
             "epochs": 30,
             "steps_per_epoch": 128,
             "learning_rate": 1e-3,
+            "decay_steps": 0,  # the rate falls to 0 over so many steps, by a cosine; 0: constant
             "weight_decay": 0.0,
             "clip_norm": 0.0,  # 0: off
             "early_stop_epochs": 0,  # 0: off
@@ -184,6 +185,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         "train.steps_per_epoch": 1,
         "evaluate.batch_size": 1,
         "train.early_stop_epochs": 0,
+        "train.decay_steps": 0,
         "train.weight_decay": 0,
         "train.clip_norm": 0,
         "train.max_logits": 1,
@@ -254,7 +256,7 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
         ValueError: naming each setting that differs and may not (`RESUMABLE` lists those that
             may).
     """
-    old, new = dict(_flatten(saved)), dict(_flatten(config))
+    old, new = dict(flatten(saved)), dict(flatten(config))
     changed = [
         f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)"
         for key in sorted(old.keys() | new.keys())
@@ -267,10 +269,11 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
         )
 
 
-def _flatten(tree: Mapping, prefix: str = ""):
+def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting's dotted name and value; tuples as lists."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, list(value) if isinstance(value, tuple) else value
 

@@ -57,15 +57,22 @@ def prepare(config: ConfigDict) -> Experiment:
     if objectives.METHODS[name].needs_groups:
         require_partition(loss_family, name, dataset.user_ids)
     judged_groups(loss_family.select(dataset.valid_users), min_users=config.select.min_users)
-    objective = objectives.make_objective(
-        name,
-        membership=loss_family.membership,
-        train_lengths=dataset.train_lengths,
-        count_by=config.objective.count_by,
-        absent_groups=config.objective.absent_groups,
+    objective = objectives.mean_objective(
+        [
+            objectives.make_objective(
+                name,
+                membership=part.membership,
+                train_lengths=dataset.train_lengths,
+                count_by=config.objective.count_by,
+                absent_groups=config.objective.absent_groups,
+            )
+            for part in loss_family.parts
+        ],
+        [len(part.groups) for part in loss_family.parts],
     )
     optimizer = make_optimizer(
         learning_rate=config.train.learning_rate,
+        decay_steps=config.train.decay_steps,
         weight_decay=config.train.weight_decay,
         clip_norm=config.train.clip_norm,
     )

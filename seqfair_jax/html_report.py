@@ -105,7 +105,7 @@ def write(
         + "</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    workdir.write_text(path, page)
 
 
 def _html_table(header: Sequence[str], body: Sequence[tuple[str, Sequence[str]]]) -> str:

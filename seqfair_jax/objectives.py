@@ -183,6 +183,40 @@ def make_objective(
     return Objective(name, method, target_weights, init, _apply_fn(weigh))
 
 
+def mean_objective(parts: Sequence[Objective], num_groups: Sequence[int]) -> Objective:
+    """The mean of one method's objectives over several group families at once.
+
+    loss = 1/n sum_k loss_k(user_losses, the columns of family k)
+
+    Each loss weighs the users, so this one's weights are the mean of theirs; each keeps a state
+    of its own. What is logged stands side by side, as the columns do. Beyond the paper, which
+    limits a group method to one family (section 3.3).
+
+    Args:
+        parts: n objectives; a single one is returned as it is.
+        num_groups: how many columns of the membership belong to each.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum(num_groups)
+
+    def init() -> State:
+        return tuple(part.init() for part in parts)
+
+    def apply(
+        user_losses: jax.Array, membership: jax.Array, state: State, hyperparams: Hyperparams
+    ):
+        results = [
+            part.apply(user_losses, membership[:, end - size : end], own, hyperparams)
+            for part, own, size, end in zip(parts, state, num_groups, ends, strict=True)
+        ]
+        losses, states, logs = zip(*results, strict=True)
+        joined = {key: jnp.concatenate([log[key] for log in logs]) for key in logs[0]}
+        return sum(losses) / len(losses), states, joined
+
+    return Objective(parts[0].name, parts[0].method, parts[0].target_weights, init, apply)
+
+
 def _apply_fn(weigh: _WeighFn):
     def apply(
         user_losses: jax.Array, membership: jax.Array, state: State, hyperparams: Hyperparams

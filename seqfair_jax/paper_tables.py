@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seqfair_jax import significance, workdir
+from seqfair_jax import significance, tables, workdir
 from seqfair_jax.sweep import Call
-from seqfair_jax.tables import read_summaries, run_folders
 
 RULES = {"overall": "", "worst_group": "_worst_group"}  # how epoch and hyperparameters are chosen
 _LABELS = {
@@ -27,7 +26,7 @@ _TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting
     "retailrocket": (2, 3, 4, 1),
     "ml1m": (5, 6, 7, 2),
 }
-_FIGURE_METHODS = ("gdro", "sdro", "cvar")
+DRO_METHODS = ("gdro", "sdro", "cvar", "chi2")  # of the figures and of the claims
 
 
 class Entry(NamedTuple):
@@ -40,7 +39,9 @@ class Entry(NamedTuple):
     per_user: list[pd.DataFrame]
 
 
-def choose(calls: Sequence[Call], directory: Path, metric: str, rule: str) -> list[Entry]:
+def choose(
+    calls: Sequence[Call], directory: Path, metric: str, rule: str, seeds: Sequence[int]
+) -> list[Entry]:
     """For every method and loss family, the hyperparameters that validate best.
 
     The score is the validation metric averaged over seeds, at each run's best epoch: overall
@@ -52,12 +53,16 @@ def choose(calls: Sequence[Call], directory: Path, metric: str, rule: str) -> li
         directory: the sweep's folder.
         metric: such as NDCG@20.
         rule: a key of `RULES`.
+        seeds: those that the score is averaged over (`sweep.choice_seeds`); an entry holds all
+            that there are of the chosen values.
     """
     suffix = RULES[rule]
     found: dict[tuple, dict[tuple, list[tuple[float, dict, Path]]]] = {}
     for call in calls:
         folder = directory / "calls" / call.name
-        for part, summary in zip(run_folders(folder), read_summaries(folder), strict=True):
+        for part, summary in zip(
+            tables.run_folders(folder), tables.read_summaries(folder), strict=True
+        ):
             if "val" + suffix not in summary:
                 continue
             slices = summary["val" + suffix][metric]
@@ -67,7 +72,14 @@ def choose(calls: Sequence[Call], directory: Path, metric: str, rule: str) -> li
             points.setdefault(values, []).append((score, summary, part))
     entries = []
     for (method, family), points in found.items():
-        best = max(points, key=lambda values: np.mean([score for score, _, _ in points[values]]))
+        scores = {
+            values: [score for score, summary, _ in runs if summary["seed"] in seeds]
+            for values, runs in points.items()
+        }
+        tried = {values: np.mean(score) for values, score in scores.items() if score}
+        if not tried:
+            continue
+        best = max(tried, key=tried.__getitem__)
         runs = points[best]
         entries.append(
             Entry(
@@ -95,11 +107,11 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
     erm = next((entry for entry in entries if entry.method == "erm"), None)
     if erm is None:
         raise ValueError("the sweep holds no finished ERM run, which the others are tested against")
-    names = {_key(entry): entry for entry in entries if entry is not erm}
+    names = {entry_name(entry): entry for entry in entries if entry is not erm}
     tests = pd.DataFrame(columns=["name", "slice"])
     if names:
-        tables = {name: entry.per_user for name, entry in names.items()}
-        tests = significance.compare(tables, erm.per_user, metric)
+        per_user = {name: entry.per_user for name, entry in names.items()}
+        tests = significance.compare(per_user, erm.per_user, metric)
     rows = []
     for entry in entries:
         values = [summary["test" + RULES[rule]][metric] for summary in entry.summaries]
@@ -107,7 +119,7 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
             seeds = np.array([v[name] for v in values if v[name] is not None], float)
             rows.append(
                 {
-                    "name": _key(entry),
+                    "name": entry_name(entry),
                     "method": entry.method,
                     "group_family": entry.family,
                     "hparams": ", ".join(f"{k}={v:g}" for k, v in entry.hparams.items()),
@@ -132,7 +144,8 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
     return joined.drop(columns="name").assign(rule=rule)
 
 
-def _key(entry: Entry) -> str:
+def entry_name(entry: Entry) -> str:
+    """The method, and its loss family if it has one: 'gdro(pop33)'."""
     return f"{entry.method}({entry.family})" if entry.family else entry.method
 
 
@@ -156,7 +169,8 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     numbers = _TABLES.get(dataset, (None, None, None, None))
     slices = list(dict.fromkeys(long["slice"]))
     owners = dict.fromkeys(s.partition("=")[0] for s in slices if "=" in s)
-    families = [f for f in owners if f != "target" and "*" not in f]
+    products = [f for f in owners if "*" in f]
+    families = [f for f in owners if f != "target" and f not in products]
     methods = list(dict.fromkeys(long["method"]))
     grouped = set(long.loc[long["group_family"] != "", "method"])
 
@@ -186,17 +200,17 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     pairs = list(dict.fromkeys(zip(long["method"], long["group_family"], strict=True)))
     shown = [f for f in ("pop33", "seq33") if f in families] or families[:2]
     columns = [(family, heading(s), s) for family in shown for s in groups(family)]
-    # Between the paper's two families and any products of them.
-    wanted = {"", *shown, *(f for _, f in pairs if "*" in f)}
+    # Between the paper's two families, and any products and unions of them.
+    wanted = {"", *shown, *(f for _, f in pairs if "*" in f or "&" in f)}
     rows = [(f"{_label(m)}_{f}" if f else _label(m), m, f) for m, f in pairs if f in wanted]
+    overall = ("", "Overall", "overall")
     if len(shown) > 1:
-        found.append(
-            Layout("intersecting groups", rows, [*columns, ("", "Overall", "overall")], numbers[2])
-        )
+        found.append(Layout("intersecting groups", rows, [*columns, overall], numbers[2]))
+    for family in products:
+        columns = [(family, heading(s), s) for s in groups(family)]
+        found.append(Layout(f"groups of {family.replace('*', ' x ')}", rows, columns, None))
     targets = [("target", heading(s), s) for s in groups("target")]
-    found.append(
-        Layout("repeat and new targets", rows, [*targets, ("", "Overall", "overall")], None)
-    )
+    found.append(Layout("repeat and new targets", rows, [*targets, overall], None))
     return found
 
 
@@ -204,19 +218,29 @@ def _label(method: str) -> str:
     return _LABELS.get(method, method)
 
 
-def cells(long: pd.DataFrame, layout: Layout) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The values and the stars of a table: two frames, rows by label, columns (heading, label)."""
+class Cells(NamedTuple):
+    """A printed table: frames of one shape, rows by label, columns (heading, label)."""
+
+    figures: pd.DataFrame
+    stars: pd.DataFrame  # bool
+    deviations: pd.DataFrame  # over seeds; NaN where there is a single one
+
+
+def cells(long: pd.DataFrame, layout: Layout) -> Cells:
+    """What a table shows of the long table."""
     at = long.set_index(["method", "group_family", "slice"])
-    values, stars = [], []
-    for _, method, family in layout.rows:
-        keys = [
-            (method, column[0] if family == "*" else family, column[2]) for column in layout.columns
-        ]
-        values.append([at["value"].get(key, np.nan) for key in keys])
-        stars.append([bool(at["star"].get(key, False)) for key in keys])
+    keys = [
+        [(method, column[0] if family == "*" else family, column[2]) for column in layout.columns]
+        for _, method, family in layout.rows
+    ]
     index = [label for label, _, _ in layout.rows]
     columns = pd.MultiIndex.from_tuples([column[:2] for column in layout.columns])
-    return pd.DataFrame(values, index, columns), pd.DataFrame(stars, index, columns)
+
+    def frame(name: str, missing: Any) -> pd.DataFrame:
+        body = [[at[name].get(key, missing) for key in row] for row in keys]
+        return pd.DataFrame(body, index, columns)
+
+    return Cells(frame("value", np.nan), frame("star", False).eq(True), frame("sd", np.nan))
 
 
 def published(layout: Layout) -> pd.DataFrame | None:
@@ -242,55 +266,54 @@ def published(layout: Layout) -> pd.DataFrame | None:
 
 
 def _decorated(
-    values: pd.DataFrame,
-    stars: pd.DataFrame,
-    best: Callable[[str], str],
-    second: Callable[[str], str],
+    table: Cells, best: Callable[[str], str], second: Callable[[str], str]
 ) -> list[list[str]]:
-    """Cells as text: four digits, the best method of a column and the second marked, stars."""
-    is_method = [not str(label).startswith("[") for label in values.index]
-    rounded = values.to_numpy(float).round(4)
-    starred = stars.to_numpy(bool)
+    """Cells as text: four digits, the best method of a column and the second marked, stars, and
+    the standard deviation over seeds."""
+    is_method = [not str(label).startswith("[") for label in table.figures.index]
+    rounded = table.figures.to_numpy(float).round(4)
+    starred = table.stars.to_numpy(bool)
+    deviations = table.deviations.to_numpy(float)
     marks = []
-    for place in range(values.shape[1]):
+    for place in range(rounded.shape[1]):
         column = rounded[is_method, place]
         top = sorted(set(column[~np.isnan(column)]), reverse=True)[:2]
         marks.append(dict(zip(top, (best, second), strict=False)))
     rows = []
     for i, method in enumerate(is_method):
         row = []
-        for j in range(values.shape[1]):
-            value = rounded[i, j]
+        for j, (value, deviation) in enumerate(zip(rounded[i], deviations[i], strict=True)):
             if np.isnan(value):
                 row.append("-")
                 continue
             text = f"{value:.4f}" + "*" * bool(starred[i, j])
-            row.append(marks[j][value](text) if method and value in marks[j] else text)
+            text = marks[j][value](text) if method and value in marks[j] else text
+            row.append(text + ("" if np.isnan(deviation) else f" ± {deviation:.4f}"))
         rows.append(row)
     return rows
 
 
-def markdown(values: pd.DataFrame, stars: pd.DataFrame) -> str:
+def markdown(table: Cells) -> str:
     """A GitHub table; the families stand before the groups' names."""
-    return _markdown(values, _decorated(values, stars, "**{}**".format, "<u>{}</u>".format))
+    return _markdown(table.figures, _decorated(table, "**{}**".format, "<u>{}</u>".format))
 
 
 def _markdown(values: pd.DataFrame, body: Sequence[Sequence[str]]) -> str:
     """Cells as text under the heads and beside the labels of `values`."""
     heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
-    lines = ["| Method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for label, row in zip(values.index, body, strict=True):
-        lines.append(f"| {label} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    rows = [[str(label), *row] for label, row in zip(values.index, body, strict=True)]
+    return tables.markdown(["Method", *heads], rows)
 
 
-def latex(values: pd.DataFrame, stars: pd.DataFrame, caption: str) -> str:
+def latex(table: Cells, caption: str) -> str:
     """A booktabs table; needs \\usepackage{booktabs}."""
 
     def escape(text: Any) -> str:
-        return str(text).replace("_", r"\_")
+        return str(text).replace("_", r"\_").replace("&", r"\&")
 
-    body = _decorated(values, stars, r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
+    values = table.figures
+    body = _decorated(table, r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
+    body = [[text.replace("±", r"$\pm$") for text in row] for row in body]
     spans = [
         (head, len(list(run))) for head, run in itertools.groupby(values.columns, lambda c: c[0])
     ]
@@ -329,7 +352,7 @@ def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
     layout = next((x for x in layouts(long, dataset) if x.title == "intersecting groups"), None)
     if layout is None:
         return None
-    wanted = [row for row in layout.rows if row[1] in _FIGURE_METHODS]
+    wanted = [row for row in layout.rows if row[1] in DRO_METHODS]
     if not wanted:
         return None
     at = long.set_index(["method", "group_family", "slice"])
@@ -361,7 +384,9 @@ def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
     return drawing
 
 
-def write(longs: Iterable[pd.DataFrame], dataset: str, metric: str, directory: Path) -> list[Path]:
+def write(
+    longs: Iterable[pd.DataFrame], dataset: str, metric: str, directory: Path, *, source: str
+) -> list[Path]:
     """Write every table as Markdown, LaTeX and CSV, and the figure as PNG and PDF.
 
     Args:
@@ -369,6 +394,7 @@ def write(longs: Iterable[pd.DataFrame], dataset: str, metric: str, directory: P
         dataset: its name in the configs.
         metric: such as NDCG@20.
         directory: made if need be; files of the same names are replaced.
+        source: a line under the title: what the figures come from.
 
     Returns:
         the files.
@@ -381,31 +407,35 @@ def write(longs: Iterable[pd.DataFrame], dataset: str, metric: str, directory: P
         written.append(directory / name)
 
     def put_text(name: str, text: str) -> None:
-        put(name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        workdir.write_text(directory / name, text)
+        written.append(directory / name)
 
     longs = list(longs)
     put_text("results.csv", pd.concat(longs).to_csv(index=False))
     for long in longs:
         rule = long["rule"].iloc[0]
-        text = [f"# {dataset}: test {metric}, chosen by {rule} on validation\n"]
+        text = [f"# {dataset}: test {metric}, chosen by {rule} on validation\n", f"{source}\n"]
         text.append(
             "\\* two-sided paired t-test against ERM, p < 0.05; the best method is bold, the "
-            "second underlined; rows in brackets are baselines without training.\n"
+            "second underlined; ± is the standard deviation over seeds, where there are several; "
+            "rows in brackets are baselines without training.\n"
         )
         tex = []
         for layout in layouts(long, dataset):
-            values, stars = cells(long, layout)
+            table = cells(long, layout)
             number = f" (paper, table {layout.number})" if layout.number else ""
-            text += [f"## {layout.title.capitalize()}{number}\n", markdown(values, stars), ""]
-            tex.append(latex(values, stars, f"{metric}, {layout.title}, {dataset}"))
+            text += [f"## {layout.title.capitalize()}{number}\n", markdown(table), ""]
+            tex.append(latex(table, f"{metric}, {layout.title}, {dataset}"))
             paper = published(layout)
             if paper is not None and not paper.isna().all(axis=None):
                 kept = paper.dropna(how="all")
                 none = pd.DataFrame(False, kept.index, kept.columns)
-                text += ["Published:\n", markdown(kept, none), ""]
-                text += ["Ours less the published:\n", _signed(values.loc[kept.index] - kept), ""]
+                unknown = pd.DataFrame(np.nan, kept.index, kept.columns)
+                text += ["Published:\n", markdown(Cells(kept, none, unknown)), ""]
+                change = table.figures.loc[kept.index] - kept
+                text += ["Ours less the published:\n", _signed(change), ""]
             slug = layout.title.replace(" ", "_")
-            put_text(f"{rule}-{slug}.csv", values.to_csv())
+            put_text(f"{rule}-{slug}.csv", table.figures.to_csv())
         put_text(f"{rule}.md", "\n".join(text))
         put_text(f"{rule}.tex", "\n".join(tex))
         drawing = figure(long, dataset)

@@ -67,12 +67,18 @@ def compare(
                 }
             )
     result = pd.DataFrame(rows)
-    tested = result["p"].notna()
-    result["q"] = np.nan
-    if tested.any():
-        result.loc[tested, "q"] = stats.false_discovery_control(result.loc[tested, "p"])
+    result["q"] = false_discovery_rates(result["p"])
     result["star"] = result["p"] < 0.05
     return result
+
+
+def false_discovery_rates(p_values: pd.Series) -> pd.Series:
+    """q of every p after Benjamini and Hochberg (1995); NaN for a test that was not made."""
+    rates = pd.Series(np.nan, p_values.index)
+    tested = p_values.notna()
+    if tested.any():
+        rates[tested] = stats.false_discovery_control(p_values[tested])
+    return rates
 
 
 def _seed_mean(seeds, reference, columns, metric, name) -> np.ndarray:

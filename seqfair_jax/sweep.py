@@ -1,20 +1,25 @@
 """Plans a comparison of methods as calls of `run.run`, and works through them.
 
 A call trains together the runs that differ in traced values alone (seed, hyperparameters). Methods
-that never look at groups train once, however many families they are judged by.
+that never look at groups train once, however many families they are judged by. Any number of
+processes may work through one sweep: each takes calls that no other holds.
 """
 
+import contextlib
+import hashlib
 import itertools
+import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
@@ -28,6 +33,7 @@ from seqfair_jax.train import flop_per_target, initial_states, make_segment, tok
 
 _MEMORY_SHARE = 0.6  # of the device's memory for one call
 _TIMED_STEPS = 4
+_POLL_SECONDS = 2.0  # between looks at whether another process is done with its call
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +59,11 @@ def default_sweep() -> ConfigDict:
         {
             "methods": ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
             "families": FAMILIES,  # to train the group methods on, and to judge all methods by
+            # Beyond the paper: products, pop33*seq33, and the mean over both at once, pop33&seq33.
+            "intersections": (),
+            "intersection_methods": ("gdro", "sdro"),  # which train on them besides
+            "one_seed_methods": (),  # train with the first seed alone
+            "choice_seeds": 0,  # how many seeds try every value, the rest the best; 0: all
             "alpha": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
             "step_size": (1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
             "stream_rate": (0.1,),
@@ -81,53 +92,134 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     for key in known:
         if key not in sweep:
             sweep[key] = known[key]
-        if key != "runs_per_call" and not tuple(sweep[key]):
+        if isinstance(known[key], tuple) and known[key] and not tuple(sweep[key]):
             raise ValueError(f"sweep.{key} is empty")
-    for key in ("methods", "families"):  # `--config.sweep.methods=erm,cvar` is one string
-        sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(","))
-    for method in sweep.methods:
-        if method not in METHODS:
-            raise ValueError(f"sweep.methods: {method!r} is unknown; known: {', '.join(METHODS)}")
-    if sweep.runs_per_call < 0:
-        raise ValueError(f"sweep.runs_per_call is {sweep.runs_per_call}: expected 0 or more")
-    base.groups = tuple(sweep.families)
+    names = ("methods", "families", "intersections", "intersection_methods", "one_seed_methods")
+    for key in names:  # `--config.sweep.methods=erm,cvar` is one string
+        sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(",") if part)
+    for key in ("methods", "intersection_methods", "one_seed_methods"):
+        for method in sweep[key]:
+            if method not in METHODS:
+                raise ValueError(f"sweep.{key}: {method!r} is unknown; known: {', '.join(METHODS)}")
+    for method in sweep.intersection_methods:
+        if not METHODS[method].needs_groups:
+            raise ValueError(f"sweep.intersection_methods: {method} looks at no groups")
+    for key, most in (("runs_per_call", None), ("choice_seeds", len(base.seeds))):
+        if sweep[key] < 0 or (most is not None and sweep[key] > most):
+            wanted = "0 or more" if most is None else f"0 to {most}, the number of seeds"
+            raise ValueError(f"sweep.{key} is {sweep[key]}: expected {wanted}")
+    # A union's groups are those of its parts, which are judged already.
+    products = [family for family in sweep.intersections if "&" not in family]
+    base.groups = tuple(dict.fromkeys([*sweep.families, *products]))
     return base, sweep
+
+
+def config_hash(base: ConfigDict, sweep: ConfigDict) -> str:
+    """Twelve hexadecimal digits that tell a sweep's settings apart, wherever its log lies."""
+    settings = workdir.jsonable({**base.to_dict(), "sweep": sweep.to_dict()})
+    for key in ("path", "cache_dir"):
+        del settings["data"][key]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_call: int) -> list[Call]:
     """Every call of a sweep, in the order they are worked through.
 
+    With `sweep.choice_seeds` these train on the first seeds alone; `plan_chosen` goes on.
+
     Args:
         base, sweep: from `split_config`.
         runs_per_call: the most runs that train together, 1 or more.
     """
-    calls = []
+    calls: list[Call] = []
     for method in sweep.methods:
-        reads = METHODS[method].hyperparams
-        families = sweep.families if METHODS[method].needs_groups else (None,)
-        # A call holds products of values, so the longest list is what it may take a part of.
-        varied = max(reads, key=lambda key: len(sweep[key]), default=None)
-        fixed = [key for key in reads if key != varied]
-        parts = _chunks(sweep[varied] if varied else (None,), tuple(base.seeds), runs_per_call)
-        combinations = list(itertools.product(*(sweep[key] for key in fixed)))
-        for family, values in itertools.product(families, combinations):
-            for number, (part, seeds) in enumerate(parts, start=1):
-                config = base.copy_and_resolve_references()
-                config.unlock()
-                config.seeds = seeds
-                config.objective.name = method
-                config.objective.group_family = family or sweep.families[0]
-                for key, value in zip(fixed, values, strict=True):
-                    config.objective[key] = (value,)
-                if varied:
-                    config.objective[varied] = tuple(part)
-                pieces = [method, *([family.replace("*", "x")] if family else [])]
-                if len(combinations) > 1:
-                    pieces += [f"{key}={value:g}" for key, value in zip(fixed, values, strict=True)]
-                if len(parts) > 1:
-                    pieces.append(f"part{number}")
-                calls.append(Call("-".join(pieces), method, family, resolve(config)))
+        values = {key: tuple(sweep[key]) for key in METHODS[method].hyperparams}
+        seeds, _ = _seeds(base, sweep, method)
+        for family in _loss_families(sweep, method):
+            calls += _calls(base, sweep, method, family, values, seeds, runs_per_call)
     return calls
+
+
+def plan_chosen(
+    base: ConfigDict,
+    sweep: ConfigDict,
+    chosen: Mapping[tuple[str, str | None], Mapping[str, float]],
+    *,
+    runs_per_call: int,
+) -> list[Call]:
+    """The calls that train the chosen values on the seeds that took no part in the choice.
+
+    Args:
+        base, sweep, runs_per_call: as for `plan`.
+        chosen: the values for each (method, loss family) of the plan; others are left out.
+    """
+    calls: list[Call] = []
+    for (method, family), hparams in chosen.items():
+        _, seeds = _seeds(base, sweep, method)
+        if seeds:
+            values = {key: (value,) for key, value in hparams.items()}
+            calls += _calls(base, sweep, method, family, values, seeds, runs_per_call, "more_seeds")
+    return calls
+
+
+def choice_seeds(base: ConfigDict, sweep: ConfigDict) -> tuple[int, ...]:
+    """The seeds on which every value of a hyperparameter is tried."""
+    return tuple(base.seeds)[: sweep.choice_seeds or None]
+
+
+def _seeds(base: ConfigDict, sweep: ConfigDict, method: str) -> tuple[tuple, tuple]:
+    """A method's seeds: those that try every value, and those for the chosen ones alone."""
+    seeds = tuple(base.seeds)
+    if method in sweep.one_seed_methods:
+        return seeds[:1], ()
+    first = choice_seeds(base, sweep)
+    return first, seeds[len(first) :]
+
+
+def _loss_families(sweep: ConfigDict, method: str) -> tuple[str | None, ...]:
+    if not METHODS[method].needs_groups:
+        return (None,)
+    more = sweep.intersections if method in sweep.intersection_methods else ()
+    return tuple(dict.fromkeys([*sweep.families, *more]))
+
+
+def _calls(
+    base: ConfigDict,
+    sweep: ConfigDict,
+    method: str,
+    family: str | None,
+    values: Mapping[str, tuple[float, ...]],
+    seeds: tuple[int, ...],
+    runs_per_call: int,
+    note: str = "",
+) -> Iterator[Call]:
+    """All of values x seeds of a method on a loss family, as calls of at most `runs_per_call`."""
+    # A call holds products of values, so the longest list is what it may take a part of.
+    varied = max(values, key=lambda key: len(values[key]), default=None)
+    fixed = [key for key in values if key != varied]
+    parts = _chunks(values[varied] if varied else (None,), seeds, runs_per_call)
+    combinations = list(itertools.product(*(values[key] for key in fixed)))
+    for combination in combinations:
+        for number, (part, part_seeds) in enumerate(parts, start=1):
+            config = base.copy_and_resolve_references()
+            config.unlock()
+            config.seeds = part_seeds
+            config.objective.name = method
+            config.objective.group_family = family or sweep.families[0]
+            for key, value in zip(fixed, combination, strict=True):
+                config.objective[key] = (value,)
+            if varied:
+                config.objective[varied] = tuple(part)
+            pieces = [method]
+            if family:
+                pieces.append(family.replace("*", "x").replace("&", "and"))
+            if len(combinations) > 1:
+                pieces += [
+                    f"{key}={value:g}" for key, value in zip(fixed, combination, strict=True)
+                ]
+            pieces += [note] if note else []
+            pieces += [f"part{number}"] if len(parts) > 1 else []
+            yield Call("-".join(pieces), method, family, resolve(config))
 
 
 def _chunks(values: Sequence[Any], seeds: tuple[int, ...], most: int):
@@ -226,27 +318,73 @@ def estimate(calls: Sequence[Call], experiment: Experiment, runs_per_call: int) 
 def work(calls: Sequence[Call], directory: Path) -> list[Outcome]:
     """Run every call that is not done; a call that fails is noted and the others go on.
 
+    Another process at work on the same folder is left its call: this one takes the next, and
+    waits at the end until the others are done. A process that dies gives its call up.
+
     Args:
         calls: the plan.
         directory: the sweep's folder; a call's files go to `directory/calls/NAME`.
 
+    Returns:
+        What became of each call, in their order.
+
     Raises:
         SystemExit: after SIGINT or SIGTERM, with the state saved.
     """
-    outcomes = []
-    for number, call in enumerate(calls, start=1):
-        folder = directory / "calls" / call.name
-        if is_done(call, folder):
-            outcomes.append(Outcome(call, None))
-            continue
-        print(f"\n[{number}/{len(calls)}] {call.name}", flush=True)
-        try:
-            run(call.config, folder)
-            outcomes.append(Outcome(call, None))
-        except (ValueError, OSError, FloatingPointError) as error:
-            _log.warning("%s failed: %s", call.name, error)
-            outcomes.append(Outcome(call, str(error)))
-    return outcomes
+    outcomes: dict[str, Outcome] = {}
+    said = False
+    while len(outcomes) < len(calls):
+        before = len(outcomes)
+        for number, call in enumerate(calls, start=1):
+            if call.name in outcomes:
+                continue
+            folder = directory / "calls" / call.name
+            if is_done(call, folder):
+                outcomes[call.name] = Outcome(call, None)
+                continue
+            with claim(directory, call.name) as ours:
+                if ours and not is_done(call, folder):
+                    print(f"\n[{number}/{len(calls)}] {call.name}", flush=True)
+                    outcomes[call.name] = _attempt(call, folder)
+        if len(outcomes) == before:
+            if not said:
+                print(f"waiting for {len(calls) - before} calls of other processes", flush=True)
+                said = True
+            time.sleep(_POLL_SECONDS)
+    return [outcomes[call.name] for call in calls]
+
+
+def _attempt(call: Call, folder: Path) -> Outcome:
+    try:
+        run(call.config, folder)
+    except (ValueError, OSError, FloatingPointError) as error:
+        _log.warning("%s failed: %s", call.name, error)
+        return Outcome(call, str(error))
+    return Outcome(call, None)
+
+
+@contextlib.contextmanager
+def claim(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a name of a sweep against other processes; yields whether it is held.
+
+    The lock is the operating system's, so that it ends with its process however that ends.
+
+    Args:
+        directory: the sweep's folder.
+        name: a call's, or of another thing that one process alone may do.
+        wait: until it is free, so that it is always held.
+    """
+    (directory / "locks").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / "locks" / f"{name}.lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def is_done(call: Call, folder: Path) -> bool:

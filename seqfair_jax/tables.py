@@ -189,6 +189,12 @@ def table(summaries: Sequence[dict[str, Any]], metric: str, family: str) -> pd.D
     return columns[["name", *(x for c in ordered for x in (c, f"{c} ±"))]]
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table of text cells."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
 def without_seeds(name: str) -> str:
     """A row's name without what `table` adds on the number of seeds."""
     return re.sub(r" \(\d+ seeds\)$", "", name)

@@ -63,13 +63,20 @@ class Task(NamedTuple):
 
 
 def make_optimizer(
-    *, learning_rate: float, weight_decay: float = 0.0, clip_norm: float = 0.0
+    *,
+    learning_rate: float,
+    decay_steps: int = 0,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam; decoupled weight decay and clipping by the global norm where they are above 0."""
-    if weight_decay:
-        adam = optax.adamw(learning_rate, weight_decay=weight_decay)
-    else:
-        adam = optax.adam(learning_rate)
+    """Adam; decoupled weight decay and clipping by the global norm where they are above 0.
+
+    With `decay_steps` n > 0 the rate at step t is learning_rate (1 + cos(pi min(t / n, 1))) / 2.
+    """
+    rate: float | optax.Schedule = learning_rate
+    if decay_steps:
+        rate = optax.cosine_decay_schedule(learning_rate, decay_steps)
+    adam = optax.adamw(rate, weight_decay=weight_decay) if weight_decay else optax.adam(rate)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
 
 

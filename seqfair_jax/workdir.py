@@ -35,8 +35,12 @@ def create(path: str | Path) -> Path:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object; NaN and infinity are refused, since JSON has neither."""
-    text = json.dumps(value, indent=2, allow_nan=False)
-    write_file(path, lambda temporary: temporary.write_text(text + "\n"))
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def jsonable(tree: Any) -> Any:
@@ -99,7 +103,7 @@ class MetricsLog:
         self._path = directory / "metrics.jsonl"
         rows = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         kept = [row for row in rows if _epoch(row) <= last_epoch]
-        write_file(self._path, lambda temporary: temporary.write_text("".join(kept)))
+        write_text(self._path, "".join(kept))
         self._writer = SummaryWriter(str(directory), purge_step=last_epoch + 1)
 
     def write(self, row: Mapping[str, float | int | None]) -> None:

@@ -8,7 +8,9 @@ from seqfair_jax.config import default_config, parse_arguments, plan_runs, resol
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SWEEPS = {"paper_rr", "paper_ml1m"}
-FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in {"paper", *SWEEPS})
+SEARCHES = {"backbone_rr", "backbone_ml1m"}
+OTHERS = {"paper", *SWEEPS, *SEARCHES}
+FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in OTHERS)
 
 
 def load(name, arg=None):

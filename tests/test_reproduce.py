@@ -171,6 +171,7 @@ def long_by_hand():
                     "slice": name,
                     "value": value,
                     "star": (method, name) in starred,
+                    "sd": 0.0125 if (method, name) == ("cvar", "overall") else np.nan,
                 }
             )
     return pd.DataFrame(rows)
@@ -179,19 +180,19 @@ def long_by_hand():
 def test_markdown_and_latex_by_hand_to_the_last_star():
     long = long_by_hand()
     layout = paper_tables.layouts(long, "retailrocket")[0]
-    values, stars = paper_tables.cells(long, layout)
-    assert paper_tables.markdown(values, stars).splitlines() == [
+    table = paper_tables.cells(long, layout)
+    assert paper_tables.markdown(table).splitlines() == [
         "| Method | pop33 Niche | pop33 Popular | pop33 Overall |",
         "|---|---|---|---|",
         "| ERM | 0.3000 | <u>0.2000</u> | 0.2500 |",
         "| GDRO | **0.3200** | <u>0.2000</u> | <u>0.2600</u> |",
-        "| CVaR | <u>0.3100</u> | **0.2500*** | **0.2800*** |",
+        "| CVaR | <u>0.3100</u> | **0.2500*** | **0.2800*** ± 0.0125 |",
         "| [markov] | 0.5000 | 0.5000 | 0.5000 |",
     ]
-    assert paper_tables.latex(values, stars, "a_b").splitlines() == [
+    assert paper_tables.latex(table, "a_b & c").splitlines() == [
         r"\begin{table}",
         r"\centering",
-        r"\caption{a\_b}",
+        r"\caption{a\_b \& c}",
         r"\begin{tabular}{lrrr}",
         r"\toprule",
         r" & \multicolumn{3}{c}{pop33} \\",
@@ -200,7 +201,7 @@ def test_markdown_and_latex_by_hand_to_the_last_star():
         r"\midrule",
         r"ERM & 0.3000 & \underline{0.2000} & 0.2500 \\",
         r"GDRO & \textbf{0.3200} & \underline{0.2000} & \underline{0.2600} \\",
-        r"CVaR & \underline{0.3100} & \textbf{0.2500*} & \textbf{0.2800*} \\",
+        r"CVaR & \underline{0.3100} & \textbf{0.2500*} & \textbf{0.2800*} $\pm$ 0.0125 \\",
         r"\midrule",
         r"[markov] & 0.5000 & 0.5000 & 0.5000 \\",
         r"\bottomrule",

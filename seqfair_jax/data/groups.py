@@ -29,6 +29,12 @@ class GroupFamily:
     name: str
     groups: tuple[str, ...]
     membership: np.ndarray  # bool[U, G]
+    united: tuple["GroupFamily", ...] = ()  # the families that stand side by side in a union
+
+    @property
+    def parts(self) -> tuple["GroupFamily", ...]:
+        """The families that a group objective is applied to, one by one."""
+        return self.united or (self,)
 
     @property
     def overlapping(self) -> bool:
@@ -37,7 +43,8 @@ class GroupFamily:
 
     def select(self, users: np.ndarray) -> "GroupFamily":
         """The same family over some of the users."""
-        return dataclasses.replace(self, membership=self.membership[users])
+        united = tuple(part.select(users) for part in self.united)
+        return dataclasses.replace(self, membership=self.membership[users], united=united)
 
     def labels(self) -> pd.Series:
         """Each user's group name; a list of names where the family overlaps; None without any."""
@@ -58,17 +65,20 @@ def build_family(
 
     Args:
         dataset: the split log.
-        name: one of `FAMILIES`, a family of `group_table`, or a product of such, 'pop33*seq33',
-            whose groups are the intersections 'niche*short', 'niche*medium', ...
+        name: one of `FAMILIES`, a family of `group_table`, a product of such, 'pop33*seq33',
+            whose groups are the intersections 'niche*short', 'niche*medium', ..., or a union of
+            any of these, 'pop33&seq33', whose groups 'pop33:niche', ..., 'seq33:long' overlap.
         group_table: columns user_id, family, group; a user may stand in several groups, or none.
 
     Raises:
         ValueError: on an unknown name (the closest is named).
     """
-    if "*" in name:
-        return _product(
-            name, [build_family(dataset, part, group_table=group_table) for part in name.split("*")]
-        )
+    for sign, combine in (("&", _union), ("*", _product)):
+        if sign in name:
+            parts = name.split(sign)
+            return combine(
+                name, [build_family(dataset, part, group_table=group_table) for part in parts]
+            )
     own = [] if group_table is None else sorted(set(group_table["family"]))
     if group_table is not None and name in own:
         return _from_table(dataset, name, group_table)
@@ -128,19 +138,20 @@ def cut_by_rows(key: np.ndarray, rows: np.ndarray, cuts: tuple[Fraction, ...]) -
 
 
 def require_partition(family: GroupFamily, method: str, user_ids: np.ndarray) -> None:
-    """Refuse a family in which some user is not in exactly one group.
+    """Refuse a family in which some user is not in exactly one group; a union, in each part.
 
     Raises:
         ValueError: naming how many and the first of them.
     """
-    wrong = user_ids[family.membership.sum(axis=1) != 1]
-    if len(wrong):
-        raise ValueError(
-            f"objective {method} needs every user in exactly one group, but in family "
-            f"{family.name!r} {len(wrong)} users are in none or several: "
-            f"{', '.join(map(str, wrong[:5]))}{', ...' if len(wrong) > 5 else ''}. Use another "
-            "family, or erm, cb, cvar or chi2, which need no groups"
-        )
+    for part in family.parts:
+        wrong = user_ids[part.membership.sum(axis=1) != 1]
+        if len(wrong):
+            raise ValueError(
+                f"objective {method} needs every user in exactly one group, but in family "
+                f"{part.name!r} {len(wrong)} users are in none or several: "
+                f"{', '.join(map(str, wrong[:5]))}{', ...' if len(wrong) > 5 else ''}. Use another "
+                "family, or erm, cb, cvar or chi2, which need no groups"
+            )
 
 
 def _product(name: str, families: list[GroupFamily]) -> GroupFamily:
@@ -150,6 +161,14 @@ def _product(name: str, families: list[GroupFamily]) -> GroupFamily:
         both = membership[:, :, None] & family.membership[:, None, :]
         membership = both.reshape(len(membership), -1)
     return GroupFamily(name, groups, membership)
+
+
+def _union(name: str, families: list[GroupFamily]) -> GroupFamily:
+    groups = tuple(f"{family.name}:{group}" for family in families for group in family.groups)
+    membership = np.concatenate([family.membership for family in families], axis=1)
+    if len(set(groups)) < len(groups):
+        raise ValueError(f"group family {name!r} names one family twice")
+    return GroupFamily(name, groups, membership, tuple(families))
 
 
 def _from_table(dataset: Dataset, name: str, table: pd.DataFrame) -> GroupFamily:

@@ -1,0 +1,79 @@
+"""The paper's three claims (section 1) as paired comparisons between a sweep's methods."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from seqfair_jax import significance, tables
+from seqfair_jax.objectives import METHODS
+from seqfair_jax.paper_tables import DRO_METHODS, Entry, entry_name
+
+CLAIMS = {
+    "DRO against ERM": "DRO methods beat ERM in groups and over all",
+    "CVaR against group methods": "CVaR, which sees no groups, beats GDRO and SDRO",
+    "Loss family": "group methods are sensitive to the family in the loss",
+}
+
+
+def compare(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
+    """Test what each claim sets against each other.
+
+    The DRO methods against ERM; CVaR against every group DRO run; and the same group DRO method
+    on any other loss family against the first of its families.
+
+    Args:
+        entries: from `paper_tables.choose`, ERM among them.
+        metric: such as NDCG@20.
+
+    Returns:
+        columns claim, name, against and those of `significance.compare`, whose `name` was trained
+        as the claim's favourite; q is over the whole table.
+    """
+    found = []
+    for claim, pairs in zip(CLAIMS, _pairs(entries), strict=True):
+        for favourites, against in pairs:
+            if not favourites:
+                continue
+            per_user = {entry_name(entry): entry.per_user for entry in favourites}
+            rows = significance.compare(per_user, against.per_user, metric)
+            found.append(rows.assign(claim=claim, against=entry_name(against)))
+    table = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["p"])
+    table["q"] = significance.false_discovery_rates(table["p"])
+    first = ["claim", "name", "against"]
+    return table.reindex(columns=[*first, *(c for c in table if c not in first)])
+
+
+def _pairs(entries: Sequence[Entry]) -> tuple[list[tuple[list[Entry], Entry]], ...]:
+    """For each claim, the entries to be compared with another one."""
+    dro = [entry for entry in entries if entry.method in DRO_METHODS]
+    grouped = [entry for entry in dro if METHODS[entry.method].needs_groups]
+    erm = [(dro, entry) for entry in entries if entry.method == "erm"]
+    cvar = [entry for entry in dro if entry.method == "cvar"]
+    families: dict[str, list[Entry]] = {}
+    for entry in grouped:
+        families.setdefault(entry.method, []).append(entry)
+    return erm, [(cvar, entry) for entry in grouped], [(f[1:], f[0]) for f in families.values()]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The comparisons as Markdown: a section a claim, a row a pair, differences by slice."""
+    shown = [name for name in dict.fromkeys(table["slice"]) if "*" not in name]
+    parts = [
+        "Differences (first less second), with the percentile bootstrap 95 % interval over users; "
+        "\\* two-sided paired t-test over users, p < 0.05. With several seeds a user's figure is "
+        "its mean over them, so the interval speaks of other users, not of other seeds.\n"
+    ]
+    for claim, rows in table.groupby("claim", sort=False):
+        body = []
+        for (name, against), pair in rows.groupby(["name", "against"], sort=False):
+            at = pair.set_index("slice")
+            cells = [_cell(at.loc[slice_name]) for slice_name in shown]
+            body.append([f"`{name}` - `{against}`", *cells])
+        parts += [f"## {claim}\n", f"Claim: {CLAIMS[str(claim)]}.\n"]
+        parts += [tables.markdown(["", *shown], body), ""]
+    return "\n".join(parts)
+
+
+def _cell(row: pd.Series) -> str:
+    star = "*" if row["star"] else ""
+    return f"{row['difference']:+.4f}{star} ({row['low']:+.4f} to {row['high']:+.4f})"
