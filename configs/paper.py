@@ -40,10 +40,25 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
 
 
 def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) -> ConfigDict:
-    """The whole of the paper's work on a data set, for `seqfair_jax.reproduce`."""
+    """The whole of the paper's work on a data set, for `seqfair_jax.reproduce`.
+
+    At `scale=small` the grids are thinned, a method's values are chosen on one seed and the chosen
+    ones train on three, and objectives over intersecting groups are added.
+    """
     given = {"groups"} & {part.partition("=")[0] for part in (arg or "").split(",")}
     config = data_set("erm", arg)
     config.sweep = default_sweep()
+    if config.model.dim != 256:
+        config.seeds = (0, 1, 2)
+        config.sweep.methods += ("chi2",)
+        config.sweep.families = ("pop33", "seq33")
+        config.sweep.intersections = ("pop33*seq33", "pop33&seq33")
+        config.sweep.one_seed_methods = ("cb", "cb_log", "ipw", "ipw_log", "chi2")
+        config.sweep.choice_seeds = 1
+        config.sweep.alpha = (0.5, 0.8, 0.95)
+        config.sweep.step_size = (1e-3, 1e-2)
+        config.sweep.radius = (0.1, 1.0)
+        config.sweep.runs_per_call = 1
     if given:
         config.sweep.families = config.groups
     return config

@@ -188,8 +188,8 @@ def _write(ranking: pd.DataFrame, keys: Sequence[str], base: ConfigDict, folder:
         ]
         for _, row in ranking.astype(object).iterrows()
     ]
-    first = ranking.iloc[0]
-    flags_text = " ".join(f"--config.{key}={first[key]}" for key in keys)
+    # Column by column, since a row would turn integers into floats.
+    flags_text = " ".join(f"--config.{key}={ranking[key].iloc[0]}" for key in keys)
     text = (
         f"# {base.data.name}: {base.objective.name} by validation, best first\n\n"
         f"{tables.markdown([str(column) for column in ranking], body)}\n\n"

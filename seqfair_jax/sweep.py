@@ -59,9 +59,10 @@ def default_sweep() -> ConfigDict:
         {
             "methods": ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
             "families": FAMILIES,  # to train the group methods on, and to judge all methods by
-            # Beyond the paper: products, pop33*seq33, and the mean over both at once, pop33&seq33.
+            # Beyond the paper, with the first seed alone: products of families, pop33*seq33, and
+            # the mean of the objectives over both, pop33&seq33; and which methods train on them.
             "intersections": (),
-            "intersection_methods": ("gdro", "sdro"),  # which train on them besides
+            "intersection_methods": ("gdro", "sdro"),
             "one_seed_methods": (),  # train with the first seed alone
             "choice_seeds": 0,  # how many seeds try every value, the rest the best; 0: all
             "alpha": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
@@ -134,8 +135,8 @@ def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_call: int) -> list[Cal
     calls: list[Call] = []
     for method in sweep.methods:
         values = {key: tuple(sweep[key]) for key in METHODS[method].hyperparams}
-        seeds, _ = _seeds(base, sweep, method)
         for family in _loss_families(sweep, method):
+            seeds, _ = _seeds(base, sweep, method, family)
             calls += _calls(base, sweep, method, family, values, seeds, runs_per_call)
     return calls
 
@@ -155,7 +156,7 @@ def plan_chosen(
     """
     calls: list[Call] = []
     for (method, family), hparams in chosen.items():
-        _, seeds = _seeds(base, sweep, method)
+        _, seeds = _seeds(base, sweep, method, family)
         if seeds:
             values = {key: (value,) for key, value in hparams.items()}
             calls += _calls(base, sweep, method, family, values, seeds, runs_per_call, "more_seeds")
@@ -167,10 +168,12 @@ def choice_seeds(base: ConfigDict, sweep: ConfigDict) -> tuple[int, ...]:
     return tuple(base.seeds)[: sweep.choice_seeds or None]
 
 
-def _seeds(base: ConfigDict, sweep: ConfigDict, method: str) -> tuple[tuple, tuple]:
+def _seeds(
+    base: ConfigDict, sweep: ConfigDict, method: str, family: str | None
+) -> tuple[tuple, tuple]:
     """A method's seeds: those that try every value, and those for the chosen ones alone."""
     seeds = tuple(base.seeds)
-    if method in sweep.one_seed_methods:
+    if method in sweep.one_seed_methods or family in sweep.intersections:
         return seeds[:1], ()
     first = choice_seeds(base, sweep)
     return first, seeds[len(first) :]

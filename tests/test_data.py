@@ -106,6 +106,24 @@ def test_products_and_unknown_families():
         build_family(dataset, "pop3")
 
 
+def test_a_union_holds_its_families_side_by_side():
+    dataset = split()
+    union = build_family(dataset, "pop33&pop33*seq33")
+    pop, product = build_family(dataset, "pop33"), build_family(dataset, "pop33*seq33")
+    assert union.groups[:4] == ("pop33:niche", "pop33:diverse", "pop33:popular",
+                                "pop33*seq33:niche*short")  # fmt: skip
+    both = np.concatenate([pop.membership, product.membership], axis=1)
+    np.testing.assert_array_equal(union.membership, both)
+    assert union.overlapping
+    assert [part.name for part in union.parts] == ["pop33", "pop33*seq33"]
+    chosen = union.select(np.array([1]))
+    assert [part.membership.shape for part in chosen.parts] == [(1, 3), (1, 9)]
+    assert pop.parts == (pop,)
+    require_partition(union, "gdro", dataset.user_ids)  # each part is one
+    with pytest.raises(ValueError, match="'pop33&pop33' names one family twice"):
+        build_family(dataset, "pop33&pop33")
+
+
 def test_groups_from_a_file(tmp_path):
     rows = [(1, "age", "old"), (1, "age", "young"), (2, "age", "young"), (9, "age", "old")]
     path = tmp_path / "groups.csv"
@@ -118,6 +136,9 @@ def test_groups_from_a_file(tmp_path):
     assert family.labels().tolist() == [["old", "young"], ["young"], []]
     with pytest.raises(ValueError, match="gdro needs every user in exactly one group.*1, 3"):
         require_partition(family, "gdro", np.array([1, 2, 3]))
+    union = build_family(split(), "pop33&age", group_table=table)
+    with pytest.raises(ValueError, match="in family 'age' 2 users are in none or several: 1, 3"):
+        require_partition(union, "gdro", np.array([1, 2, 3]))
 
 
 def test_labels_of_a_partition():

@@ -123,6 +123,45 @@ def test_group_dro_agrees_with_the_reference_over_fifty_steps(method, level):
         assert_allclose(loss, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gdro", "sdro"])
+def test_two_families_at_once_are_the_mean_of_two_objectives(name):
+    coarse = np.eye(2, dtype=bool)[GROUPS // 2]
+    parts = [
+        make_objective(name, membership=family, train_lengths=LENGTHS, absent_groups="hold")
+        for family in (MEMBERSHIP, coarse)
+    ]
+    both = objectives.mean_objective(parts, [3, 2])
+    step = jax.jit(
+        jax.value_and_grad(lambda *x: (lambda y: (y[0], y[1:]))(both.apply(*x)), 0, True)
+    )
+    omegas, estimates = [np.full(3, 1 / 3), np.full(2, 1 / 2)], [np.zeros(3), np.zeros(2)]
+    state = both.init()
+    all_losses, all_groups = fifty_batches(5.0)
+    for losses, groups in zip(all_losses, all_groups, strict=True):
+        wide, expected, weights = losses.astype(np.float64), [], np.zeros(len(losses))
+        for k, (own, num_groups) in enumerate([(groups, 3), (groups // 2, 2)]):
+            if name == "gdro":
+                loss, omegas[k] = reference.gdro_step(omegas[k], wide, own, 0.1)
+            else:
+                loss, omegas[k], estimates[k] = reference.sdro_step(
+                    omegas[k], estimates[k], wide, own, 0.1, 0.1, hold=True
+                )
+            expected.append(loss)
+            counts = np.bincount(own, minlength=num_groups)
+            weights += (omegas[k] / np.maximum(counts, 1))[own] / 2
+        membership = np.concatenate([np.eye(3)[groups], np.eye(2)[groups // 2]], axis=1) > 0
+        (loss, (state, logged)), gradient = step(losses, membership, state, HYPERPARAMS)
+        assert_allclose(loss, np.mean(expected), rtol=1e-5)
+        assert_allclose(gradient, weights, rtol=1e-4, atol=1e-6)
+        assert_allclose(logged["group_weight"], np.concatenate(omegas), rtol=1e-4, atol=1e-5)
+        assert_array_equal(logged["group_count"], membership.sum(axis=0))
+
+
+def test_the_mean_of_one_objective_is_itself():
+    objective = make("gdro")
+    assert objectives.mean_objective([objective], [3]) is objective
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_target_weights_agree_with_the_reference(log):
     counts = np.array([1, 3, 16], np.int32)

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,12 +61,73 @@ def test_no_call_holds_more_runs_than_allowed_and_none_is_lost(seeds, most, size
     assert len({call.name for call in calls}) == len(calls)
 
 
+def seeds_of(calls):
+    return {call.name: tuple(run.seed for run in plan_runs(call.config)) for call in calls}
+
+
+def test_values_are_tried_on_the_first_seeds_and_the_chosen_go_on_with_the_rest():
+    config = tiny(**{
+        "seeds": (0, 1, 2), "sweep.choice_seeds": 1, "sweep.one_seed_methods": ("gdro",),
+    })  # fmt: skip
+    base, settings = sweep.split_config(config)
+    first = sweep.plan(base, settings, runs_per_call=8)
+    assert seeds_of(first) == {
+        "erm": (0,), "gdro-pop33": (0,), "gdro-seq33": (0,), "cvar": (0, 0)
+    }  # fmt: skip
+    chosen = {
+        ("erm", None): {},
+        ("gdro", "pop33"): {"step_size": 0.01},
+        ("cvar", None): {"alpha": 0.6},
+    }
+    more = sweep.plan_chosen(base, settings, chosen, runs_per_call=8)
+    assert seeds_of(more) == {"erm-more_seeds": (1, 2), "cvar-more_seeds": (1, 2)}
+    assert more[1].config.objective.alpha == (0.6,)
+    assert sweep.choice_seeds(base, settings) == (0,)
+    # Without the setting every seed tries every value, and nothing is left.
+    base, settings = sweep.split_config(tiny(seeds=(0, 1, 2)))
+    assert seeds_of(sweep.plan(base, settings, runs_per_call=8))["cvar"] == (0, 1, 2, 0, 1, 2)
+    assert sweep.plan_chosen(base, settings, chosen, runs_per_call=8) == []
+
+
+def test_intersections_train_the_methods_that_are_named():
+    config = tiny(**{
+        "sweep.methods": ("erm", "ipw", "gdro"),
+        "sweep.intersections": ("pop33*seq33,pop33&seq33",),
+        "sweep.intersection_methods": ("gdro",),
+    })  # fmt: skip
+    base, settings = sweep.split_config(config)
+    calls = sweep.plan(base, settings, runs_per_call=8)
+    assert [call.name for call in calls] == [
+        "erm", "ipw-pop33", "ipw-seq33",
+        "gdro-pop33", "gdro-seq33", "gdro-pop33xseq33", "gdro-pop33andseq33",
+    ]  # fmt: skip
+    assert calls[-1].config.objective.group_family == "pop33&seq33"
+    config.seeds = (3, 4)
+    base, settings = sweep.split_config(config)
+    seeds = seeds_of(sweep.plan(base, settings, runs_per_call=8))
+    assert (seeds["gdro-pop33"], seeds["gdro-pop33xseq33"]) == ((3, 4), (3,))
+    # The union's groups are judged as those of its parts.
+    assert base.groups == ("pop33", "seq33", "pop33*seq33")
+
+
+def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_lies():
+    def of(**changes):
+        return sweep.config_hash(*sweep.split_config(tiny(**changes)))
+
+    assert len(of()) == 12
+    assert of() == of(**{"data.path": "elsewhere"})
+    assert len({of(), of(seeds=(1,)), of(**{"sweep.alpha": (0.3,)})}) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sweep.methods": ("erm", "xyz")}, "sweep.methods: 'xyz' is unknown"),
         ({"sweep.alpha": ()}, "sweep.alpha is empty"),
         ({"sweep.runs_per_call": -1}, "sweep.runs_per_call is -1"),
+        ({"sweep.choice_seeds": 2}, "sweep.choice_seeds is 2: expected 0 to 1"),
+        ({"sweep.one_seed_methods": ("xyz",)}, "sweep.one_seed_methods: 'xyz' is unknown"),
+        ({"sweep.intersection_methods": ("cvar",)}, "cvar looks at no groups"),
     ],
 )
 def test_bad_sweeps_are_named(changes, message):
@@ -137,6 +199,74 @@ def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch, capsys):
         reproduce(tiny(**{"sweep.runs_per_call": 1}), finished)
     with pytest.raises(ValueError, match=r"train\.learning_rate"):
         reproduce(tiny(**{"train.learning_rate": 0.5}), finished)
+
+
+def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
+    script = tmp_path / "sweep.py"
+    script.write_text(_SHARED.format(paths=[str(TESTS.parent), str(TESTS)]))
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, script, tmp_path / "sweep"]
+    both = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    printed = []
+    for process in both:
+        out, error = process.communicate(timeout=400)
+        assert process.returncode == 0, error
+        printed.append(out)
+    # Each call was trained by one of them, and both ended with the table.
+    names = {path.name for path in (tmp_path / "sweep" / "calls").iterdir()}
+    assert names == {
+        "erm", "erm-more_seeds", "gdro-pop33", "gdro-pop33-more_seeds", "gdro-pop33andseq33",
+        "cvar", "cvar-more_seeds",
+    }  # fmt: skip
+    trained = re.findall(r"^\[\d+/\d+\] (.+)$", "\n".join(printed), re.MULTILINE)
+    assert sorted(trained) == sorted(names)
+    assert all("| GDRO_pop33&seq33 |" in out for out in printed)
+
+    tables = tmp_path / "sweep" / "tables"
+    results = pd.read_csv(tables / "results.csv", keep_default_na=False, na_values=[""])
+    overall = results[results["slice"] == "overall"]
+    methods = overall[(overall["rule"] == "overall") & ~overall["method"].str.startswith("[")]
+    assert methods["seeds"].tolist() == [2, 2, 1, 2]  # the third over both families at once
+    assert methods["sd"].notna().tolist() == [True, True, False, True]
+    # Chosen on the first seed alone, though both are reported.
+    val = {}
+    for alpha in (0.3, 0.6):
+        run_folder = tmp_path / "sweep" / "calls" / "cvar" / "runs" / f"alpha={alpha:g},seed=0"
+        rows = pd.read_json(run_folder / "metrics.jsonl", lines=True)
+        val[alpha] = rows["val/NDCG@20/overall"].max()
+    [hparams] = methods.loc[methods["method"] == "cvar", "hparams"]
+    assert hparams == f"alpha={max(val, key=val.get):g}"
+    claims_text = (tables / "overall-claims.md").read_text()
+    assert "`cvar` - `gdro(pop33&seq33)`" in claims_text
+    assert "`gdro(pop33&seq33)` - `gdro(pop33)`" in claims_text
+    assert "settings " in claims_text.splitlines()[2]
+
+
+def test_a_call_that_another_process_holds_is_waited_for(finished, tmp_path, monkeypatch, capsys):
+    call = planned(tiny())[0]
+    naps = []
+
+    def nap(_):
+        naps.append(1)
+        if len(naps) == 2:  # the other process ends, its call done
+            folder = tmp_path / "calls" / call.name
+            folder.mkdir(parents=True)
+            for name in ("config.json", "summary.json"):
+                (folder / name).write_text((finished / "calls" / call.name / name).read_text())
+
+    monkeypatch.setattr(sweep.time, "sleep", nap)
+    monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("trained what another holds"))
+    with sweep.claim(tmp_path, call.name) as ours:
+        assert ours
+        [outcome] = sweep.work([call], tmp_path)
+    assert outcome.error is None
+    assert len(naps) == 2
+    assert capsys.readouterr().out.count("waiting for 1 calls of other processes") == 1
 
 
 def test_a_failing_call_is_reported_when_the_others_are_done(finished, tmp_path, monkeypatch):
@@ -224,6 +354,17 @@ def test_the_published_figures():
     assert table.notna().loc["SDRO_seq33"].all()
     assert paper_tables.published(layout._replace(number=None)) is None
 
+
+_SHARED = """
+import sys
+sys.path[:0] = {paths!r}
+from test_reproduce import tiny
+from seqfair_jax.reproduce import reproduce
+reproduce(tiny(**{{
+    "seeds": (0, 1), "sweep.choice_seeds": 1, "sweep.families": ("pop33",),
+    "sweep.intersections": ("pop33&seq33",),
+}}), sys.argv[1])
+"""
 
 _KILLED = """
 import os, signal, sys

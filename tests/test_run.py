@@ -184,6 +184,20 @@ def test_a_group_method_refuses_an_overlapping_family(tmp_path):
         run(small("gdro", **changes), tmp_path / "a")
 
 
+@pytest.mark.parametrize("method", ["gdro", "ipw", "cvar"])
+def test_a_loss_over_two_families_at_once(method, tmp_path):
+    summary = run(small(method, **{"objective.group_family": "pop33&seq33"}), tmp_path / "run")
+    assert summary["group_family"] == "pop33&seq33"
+    assert "pop33&seq33/min" in summary["val"]["NDCG@20"]
+    assert set(summary["test"]["NDCG@20"]) >= {"pop33=niche", "seq33=long"}
+    last = rows_of(tmp_path / "run")[-1]
+    assert "train/group_loss/seq33:long" in last
+    if method == "gdro":
+        for family, groups in (("pop33", "niche diverse popular"), ("seq33", "short medium long")):
+            omegas = [last[f"train/group_weight/{family}:{group}"] for group in groups.split()]
+            assert sum(omegas) == pytest.approx(1, abs=1e-5)
+
+
 def test_report_refuses_folders_that_do_not_belong_together(tmp_path):
     run(small(), tmp_path / "a")
     run(small(**{"data.synthetic.seed": 5}), tmp_path / "b")

@@ -75,8 +75,8 @@ def make_hparams(**values):
     return Hyperparams(**{k: jnp.float32(v) for k, v in (defaults | values).items()})
 
 
-def make_batches(seed=0):
-    user_ids = epoch_batches(seed, 0, num_users=NUM_USERS, batch_size=BATCH, steps=STEPS)
+def make_batches(seed=0, steps=STEPS):
+    user_ids = epoch_batches(seed, 0, num_users=NUM_USERS, batch_size=BATCH, steps=steps)
     tokens = np.asarray(make_data().sequences.lengths)[user_ids].sum(axis=1)
     return jnp.asarray(user_ids), jnp.asarray(np.searchsorted(SIZES, tokens), jnp.int32)
 
@@ -92,7 +92,7 @@ def segment_fn(task, vmap):
 
 def run_segment(task, seeds, hparams, *, vmap, cuts=((0, STEPS),), data=None):
     states = stack([create_train_state(task, seed=seed, num_groups=3) for seed in seeds])
-    batches = [make_batches(seed) for seed in seeds]
+    batches = [make_batches(seed, max(STEPS, *(stop for _, stop in cuts))) for seed in seeds]
     user_ids, size_index = (jnp.stack(part) for part in zip(*batches, strict=True))
     segment = segment_fn(task, vmap)
     for start, stop in cuts:
@@ -152,6 +152,25 @@ def test_a_vmapped_runs_first_step_equals_the_runs_alone(objective):
             together.opt_state[0].mu,
             alone.opt_state[0].mu,
         )
+
+
+@pytest.mark.parametrize(
+    ("objective", "key", "grid"),
+    [("cvar", "alpha", (0.2, 0.5, 0.9)), ("gdro", "step_size", (0.001, 0.01, 0.1))],
+)
+def test_a_vmapped_grid_equals_its_runs_alone_after_fifty_steps(objective, key, grid):
+    task = make_task(objective)
+    hparams = [make_hparams(**{key: value}) for value in grid]
+    together = run_segment(task, [0] * len(grid), hparams, vmap=True, cuts=[(0, 50)])
+    for r in range(len(grid)):
+        alone = run_segment(task, [0], [hparams[r]], vmap=True, cuts=[(0, 50)])
+        # Adam amplifies rounding, so not to the last digits.
+        jax.tree.map(
+            lambda x, y, r=r: assert_allclose(x[r], y[0], rtol=1e-2, atol=1e-4),
+            (together.totals, together.objective_state),
+            (alone.totals, alone.objective_state),
+        )
+    assert len(set(np.asarray(together.totals.loss).tolist())) == len(grid)
 
 
 def test_runs_in_turn_and_side_by_side_agree():
@@ -250,6 +269,19 @@ def test_clipping_and_weight_decay_act():
     _, state = update(clip_norm=1.0)
     mu = jax.tree.leaves(state)[1]
     assert_allclose(mu, [0.06, 0.08], rtol=1e-5)  # a tenth of the gradient scaled to norm 1
+
+
+def test_the_rate_falls_to_zero_by_a_cosine():
+    grads, params = {"w": jnp.array([2.0])}, {"w": jnp.array([0.0])}
+    optimizer = make_optimizer(learning_rate=0.1, decay_steps=4)
+    state = optimizer.init(params)
+    moves = []
+    for _ in range(6):
+        updates, state = optimizer.update(grads, state, params)
+        moves.append(-float(updates["w"][0]))
+    # Adam's step under a constant gradient is the rate itself.
+    half = 0.1 * (1 + 2**-0.5) / 2
+    assert_allclose(moves, [0.1, half, 0.05, 0.1 - half, 0, 0], atol=1e-6)
 
 
 def test_token_sizes_by_hand():
