@@ -1,5 +1,6 @@
 """What the benchmarks share: the config flag, timing, the machine's limit, tables."""
 
+import functools
 import resource
 import statistics
 import sys
@@ -15,7 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from seqfair_jax.batching import epoch_batches
+from seqfair_jax.batching import choose_sizes, draw_batches
 from seqfair_jax.config import resolve
 from seqfair_jax.experiment import prepare
 from seqfair_jax.main import use_compilation_cache
@@ -97,30 +98,21 @@ class Steps:
 
     def __init__(self, config: ConfigDict, num_steps: int):
         self.experiment = prepare(config)
-        runs = self.experiment.runs
-        lengths = self.experiment.train_lengths
-
-        def draw(steps: int) -> np.ndarray:
-            users, batch = len(lengths), config.train.batch_size
-            return np.stack(
-                [
-                    epoch_batches(run.seed, 0, num_users=users, batch_size=batch, steps=steps)
-                    for run in runs
-                ]
-            )
-
-        def tokens_of(targets: np.ndarray) -> np.ndarray:
-            return targets.max(axis=0) if self.experiment.vmap else targets
-
+        draw = functools.partial(
+            draw_batches,
+            [run.seed for run in self.experiment.runs],
+            0,
+            lengths=self.experiment.train_lengths,
+            batch_size=config.train.batch_size,
+            side_by_side=self.experiment.vmap,
+        )
         # Fitted to many batches, as a training fits them: fewer would flatter the padding.
-        many = lengths[draw(max(num_steps, _SIZING_STEPS))].sum(axis=-1)
-        self.sizes = tuple(token_sizes(tokens_of(many)))
-        held = np.asarray(self.sizes)[np.searchsorted(self.sizes, tokens_of(many))]
-        self.padding = 1 - many.sum() / np.broadcast_to(held, many.shape).sum()
-        user_ids = draw(num_steps)
-        self.targets = lengths[user_ids].sum(axis=-1)
-        tokens = tokens_of(self.targets)
-        index = np.searchsorted(self.sizes, tokens).astype(np.int32)
+        many = draw(steps=max(num_steps, _SIZING_STEPS))
+        self.sizes = tuple(token_sizes(many.tokens))
+        held = np.asarray(self.sizes)[choose_sizes(self.sizes, many.tokens)]
+        self.padding = 1 - many.targets.sum() / np.broadcast_to(held, many.targets.shape).sum()
+        user_ids, self.targets, tokens = draw(steps=num_steps)
+        index = choose_sizes(self.sizes, tokens)
         self.tokens = np.asarray(self.sizes)[index]
         self.user_ids, self.size_index = jnp.asarray(user_ids), jnp.asarray(index)
 

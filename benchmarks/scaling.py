@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
-from seqfair_jax.batching import Sequences, epoch_batches
+from seqfair_jax.batching import Sequences, choose_sizes, draw_batches
 from seqfair_jax.model import SASRec
 from seqfair_jax.train import TrainData, initial_states, make_segment, token_sizes
 
@@ -82,22 +82,16 @@ def measure(experiment, size, steps, repeats):
     sizes = {"dim": size["width"], "ff_dim": size["width"], "max_len": size["length"]}
     model = SASRec(num_items=size["items"], **(config.model.to_dict() | sizes))
     task = experiment.task._replace(model=model)
-    user_ids = np.stack(
-        [
-            epoch_batches(
-                seed,
-                0,
-                num_users=size["users"],
-                batch_size=config.train.batch_size,
-                steps=steps,
-            )
-            for seed in range(size["runs"])
-        ]
+    user_ids, targets, tokens = draw_batches(
+        range(size["runs"]),
+        0,
+        lengths=lengths,
+        batch_size=config.train.batch_size,
+        steps=steps,
+        side_by_side=experiment.vmap,
     )
-    targets = lengths[user_ids].sum(axis=-1)
-    tokens = targets.max(axis=0) if experiment.vmap else targets
     packed = token_sizes(tokens)
-    index = jnp.asarray(np.searchsorted(packed, tokens), jnp.int32)
+    index = jnp.asarray(choose_sizes(packed, tokens))
     segment = make_segment(task, packed, vmap=experiment.vmap)
     states = initial_states(task, seeds=range(size["runs"]), num_groups=1)
     hparams = jax.tree.map(lambda leaf: jnp.full(size["runs"], leaf[0]), experiment.hparams)

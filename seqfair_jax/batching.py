@@ -3,6 +3,7 @@
 Shape letters: U users, N rows, B users in a batch, L window, T packed tokens, V catalogue.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,14 @@ class Packed(NamedTuple):
     lengths: jax.Array  # i32[B]
 
 
+class Draw(NamedTuple):
+    """The batches of R runs over S steps."""
+
+    user_ids: np.ndarray  # i32[R, S, B]
+    targets: np.ndarray  # i64[R, S], real targets of each batch
+    tokens: np.ndarray  # what a step's packed size must hold: i64[R, S], or i64[S] for all runs
+
+
 def epoch_batches(
     seed: int, epoch: int, *, num_users: int, batch_size: int, steps: int
 ) -> np.ndarray:
@@ -59,6 +68,38 @@ def epoch_batches(
     ]
     batches = np.concatenate(permutations).reshape(-1, batch_size)
     return batches[:steps].astype(np.int32)
+
+
+def draw_batches(
+    seeds: Sequence[int],
+    epoch: int,
+    *,
+    lengths: np.ndarray,
+    batch_size: int,
+    steps: int,
+    side_by_side: bool,
+) -> Draw:
+    """`epoch_batches` of every run, with the tokens that they take.
+
+    Args:
+        seeds: of the R runs; runs of one seed see the same batches.
+        epoch: which epoch.
+        lengths: i[U], tokens of each user.
+        batch_size, steps: as for `epoch_batches`.
+        side_by_side: the runs go through a step together, in one packed size for all.
+    """
+    drawn = {
+        seed: epoch_batches(seed, epoch, num_users=len(lengths), batch_size=batch_size, steps=steps)
+        for seed in seeds
+    }
+    user_ids = np.stack([drawn[seed] for seed in seeds])
+    targets = lengths[user_ids].sum(axis=-1, dtype=np.int64)
+    return Draw(user_ids, targets, targets.max(axis=0) if side_by_side else targets)
+
+
+def choose_sizes(sizes: Sequence[int], tokens: np.ndarray) -> np.ndarray:
+    """Which of the ascending `sizes` is the least to hold each batch: i32, shaped as `tokens`."""
+    return np.searchsorted(sizes, tokens).astype(np.int32)
 
 
 def pack(sequences: Sequences, user_ids: jax.Array, *, num_tokens: int, num_items: int) -> Packed:

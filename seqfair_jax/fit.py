@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seqfair_jax import checkpoint, workdir
-from seqfair_jax.batching import epoch_batches
+from seqfair_jax.batching import choose_sizes, draw_batches
 from seqfair_jax.evaluate import make_queries, rank_targets, to_ranking
 from seqfair_jax.experiment import Experiment
 from seqfair_jax.metrics import parse_metric, rank_metrics, slice_means, worst_group
@@ -192,26 +192,20 @@ class _Batches:
     """
 
     def __init__(self, experiment: Experiment):
-        self._experiment = experiment
         self._kept: dict[int, _EpochBatches] = {}
         config = experiment.config
-        self._user_ids = functools.partial(
-            epoch_batches,
-            num_users=len(experiment.dataset.user_ids),
+        self._draw_runs = functools.partial(
+            draw_batches,
+            lengths=experiment.train_lengths,
             batch_size=config.train.batch_size,
             steps=config.train.steps_per_epoch,
+            side_by_side=experiment.vmap,
         )
-        sample = [
-            self._targets(run.seed, epoch)
-            for run in experiment.runs[:_SIZING_RUNS]
-            for epoch in range(_SIZING_EPOCHS)
-        ]
-        if experiment.vmap and len(experiment.runs) > 1:
-            sample = [np.max(sample, axis=0)]
+        self._seeds = [run.seed for run in experiment.runs]
+        # Side by side the largest of all runs' batches counts; else a few runs' tell enough.
+        seeds = self._seeds if experiment.vmap else self._seeds[:_SIZING_RUNS]
+        sample = [self._draw_runs(seeds, epoch).tokens for epoch in range(_SIZING_EPOCHS)]
         self.sizes = tuple(token_sizes(np.array(sample)))
-
-    def _targets(self, seed: int, epoch: int) -> np.ndarray:
-        return self._experiment.train_lengths[self._user_ids(seed, epoch)].sum(axis=-1)
 
     def __call__(self, epoch: int) -> _EpochBatches:
         if epoch not in self._kept:
@@ -220,16 +214,13 @@ class _Batches:
         return self._kept[epoch]
 
     def _draw(self, epoch: int) -> _EpochBatches:
-        drawn = {run.seed: self._user_ids(run.seed, epoch) for run in self._experiment.runs}
-        user_ids = np.stack([drawn[run.seed] for run in self._experiment.runs])
-        targets = self._experiment.train_lengths[user_ids].sum(axis=-1)
-        tokens = targets.max(axis=0) if self._experiment.vmap else targets
+        user_ids, targets, tokens = self._draw_runs(self._seeds, epoch)
         sizes = self.sizes
         if tokens.max() > sizes[-1]:
             # Rare, since the sizes come from thousands of batches: one more program, no cut.
             sizes += (-(-int(tokens.max()) // _OVERSIZE) * _OVERSIZE,)
-        size_index = np.searchsorted(sizes, tokens).astype(np.int32)
-        return _EpochBatches(jnp.asarray(user_ids), jnp.asarray(size_index), sizes, targets)
+        size_index = jnp.asarray(choose_sizes(sizes, tokens))
+        return _EpochBatches(jnp.asarray(user_ids), size_index, sizes, targets)
 
 
 class _Segments:

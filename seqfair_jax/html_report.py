@@ -130,10 +130,8 @@ def _results(numbers: pd.DataFrame, rows: pd.DataFrame | None, family: str) -> s
         stars = set(zip(starred["name"], starred["slice"], strict=True))
     marks = {}  # the two best values of each column, as printed, among the methods
     for column in columns:
-        values = numbers.loc[is_method, column].dropna().round(4)
-        marks[column] = dict(
-            zip(sorted(set(values), reverse=True), ("best", "second"), strict=False)
-        )
+        top = tables.top_two(numbers.loc[is_method, column])
+        marks[column] = dict(zip(top, ("best", "second"), strict=False))
     body = []
     for method, record in zip(is_method, numbers.to_dict("records"), strict=True):
         name = str(record["name"])

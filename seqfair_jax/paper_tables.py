@@ -275,10 +275,8 @@ def _decorated(
     starred = table.stars.to_numpy(bool)
     deviations = table.deviations.to_numpy(float)
     marks = []
-    for place in range(rounded.shape[1]):
-        column = rounded[is_method, place]
-        top = sorted(set(column[~np.isnan(column)]), reverse=True)[:2]
-        marks.append(dict(zip(top, (best, second), strict=False)))
+    for column in rounded[is_method].T:
+        marks.append(dict(zip(tables.top_two(column), (best, second), strict=False)))
     rows = []
     for i, method in enumerate(is_method):
         row = []

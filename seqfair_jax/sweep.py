@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.batching import epoch_batches
+from seqfair_jax.batching import choose_sizes, draw_batches
 from seqfair_jax.config import check_resumable, plan_runs, resolve
 from seqfair_jax.data.groups import FAMILIES
 from seqfair_jax.experiment import Experiment
@@ -264,23 +263,20 @@ def _program_bytes(experiment: Experiment, num_runs: int) -> int:
 
 
 def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
-    config, lengths = experiment.config, experiment.train_lengths
-    user_ids = np.stack(
-        [
-            epoch_batches(
-                seed, 0, num_users=len(lengths), batch_size=config.train.batch_size, steps=steps
-            )
-            for seed in range(num_runs)
-        ]
+    user_ids, _, tokens = draw_batches(
+        range(num_runs),
+        0,
+        lengths=experiment.train_lengths,
+        batch_size=experiment.config.train.batch_size,
+        steps=steps,
+        side_by_side=experiment.vmap,
     )
-    tokens = lengths[user_ids].sum(axis=-1)
-    tokens = tokens.max(axis=0) if experiment.vmap else tokens
     sizes = tuple(token_sizes(tokens))
     states = initial_states(
         experiment.task, seeds=range(num_runs), num_groups=len(experiment.loss_family.groups)
     )
     hparams = jax.tree.map(lambda leaf: jnp.full(num_runs, leaf[0]), experiment.hparams)
-    index = jnp.asarray(np.searchsorted(sizes, tokens), jnp.int32)
+    index = jnp.asarray(choose_sizes(sizes, tokens))
     arguments = (hparams, experiment.data, jnp.asarray(user_ids), index, 0, steps)
     return states, arguments, sizes
 

@@ -1,7 +1,7 @@
 """Reads finished runs and lays them out: the table by group, and the tests against a baseline."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table of text cells."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def top_two(values: Iterable[float]) -> list[float]:
+    """The best and the second best figure of a column as printed, to four digits; NaN is none."""
+    return sorted({round(value, 4) for value in values if not np.isnan(value)}, reverse=True)[:2]
 
 
 def without_seeds(name: str) -> str:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import reference
 
-from seqfair_jax.batching import Sequences, epoch_batches, pack
+from seqfair_jax.batching import Sequences, choose_sizes, draw_batches, epoch_batches, pack
 
 
 def test_epoch_batches_is_a_pure_function_of_seed_and_epoch():
@@ -25,6 +25,29 @@ def test_epoch_batches_follow_the_permutations_and_drop_the_partial_batch():
 def test_no_user_stands_twice_in_a_batch():
     for batch in epoch_batches(0, 0, num_users=9, batch_size=7, steps=30):
         assert len(set(batch.tolist())) == 7
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_several_runs_batches_and_the_tokens_that_they_take(side_by_side):
+    lengths = np.array([1, 20, 3, 4, 50, 6, 7, 8, 9, 2], np.int32)
+    seeds = (5, 3, 5)
+    drawn = draw_batches(
+        seeds, 2, lengths=lengths, batch_size=4, steps=6, side_by_side=side_by_side
+    )
+    assert drawn.user_ids.shape == (3, 6, 4)
+    for run, seed in enumerate(seeds):
+        alone = epoch_batches(seed, 2, num_users=10, batch_size=4, steps=6)
+        np.testing.assert_array_equal(drawn.user_ids[run], alone)
+        for step, users in enumerate(alone):
+            assert drawn.targets[run, step] == sum(lengths[user] for user in users)
+    expected = drawn.targets.max(axis=0) if side_by_side else drawn.targets
+    np.testing.assert_array_equal(drawn.tokens, expected)
+
+
+def test_the_least_size_that_holds_a_batch():
+    index = choose_sizes((128, 256), np.array([[1, 128], [129, 256]]))
+    assert index.tolist() == [[0, 0], [1, 1]]
+    assert index.dtype == np.int32
 
 
 @pytest.mark.parametrize("batch_size", [0, 11])
