@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from seqfair_jax import significance, tables, workdir
-from seqfair_jax.sweep import Call
+from seqfair_jax.worker import Call
 
 RULES = {"overall": "", "worst_group": "_worst_group"}  # how epoch and hyperparameters are chosen
 _LABELS = {

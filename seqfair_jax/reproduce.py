@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from seqfair_jax import __version__, claims, paper_tables, sweep, workdir
+from seqfair_jax import __version__, claims, paper_tables, sweep, workdir, worker
 from seqfair_jax.config import plan_runs, resolve
 from seqfair_jax.experiment import Experiment, prepare
 from seqfair_jax.main import command
@@ -57,7 +57,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         more = sweep.plan_chosen(base, settings, any_values, runs_per_call=runs_per_call)
         _print_plan(calls, more, sweep.estimate([*calls, *more], experiment, runs_per_call))
         return
-    with sweep.claim(folder, "plan", wait=True):
+    with worker.claim(folder, "plan", wait=True):
         # What another process measured in the meantime counts for this one too.
         runs_per_call = _runs_per_call(settings.runs_per_call or runs_per_call, experiment, folder)
         workdir.write_json(folder / _PLAN, {"runs_per_call": runs_per_call})
@@ -68,12 +68,12 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         metric=metric,
         seeds=sweep.choice_seeds(base, settings),
     )
-    outcomes = sweep.work(calls, folder)
+    outcomes = worker.work(calls, folder)
     best = choose(_done(outcomes), rule="overall")
     chosen = {(entry.method, entry.family or None): entry.hparams for entry in best}
     more = sweep.plan_chosen(base, settings, chosen, runs_per_call=runs_per_call)
-    outcomes += sweep.work(more, folder)
-    with sweep.claim(folder, "tables", wait=True):
+    outcomes += worker.work(more, folder)
+    with worker.claim(folder, "tables", wait=True):
         entries = {rule: choose(_done(outcomes), rule=rule) for rule in paper_tables.RULES}
         source = (
             f"seqfair_jax {__version__}, settings {sweep.config_hash(base, settings)}, log "
@@ -88,7 +88,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         sys.exit(f"{len(failed)} of {len(outcomes)} calls failed:\n{lines}")
 
 
-def _done(outcomes: list[sweep.Outcome]) -> list[sweep.Call]:
+def _done(outcomes: list[worker.Outcome]) -> list[worker.Call]:
     return [outcome.call for outcome in outcomes if outcome.error is None]
 
 
@@ -125,7 +125,7 @@ def _runs_per_call(asked: int, experiment: Experiment, folder: Path) -> int:
     return int(plan["runs_per_call"])
 
 
-def _print_plan(calls: list[sweep.Call], more: list[sweep.Call], cost: sweep.Estimate) -> None:
+def _print_plan(calls: list[worker.Call], more: list[worker.Call], cost: sweep.Estimate) -> None:
     for call in calls:
         print(f"{call.name}: " + ", ".join(run.name for run in plan_runs(call.config)))
     for call in more:

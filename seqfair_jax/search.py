@@ -17,7 +17,7 @@ import pandas as pd
 from absl import flags
 from ml_collections import ConfigDict
 
-from seqfair_jax import sweep, tables, workdir
+from seqfair_jax import tables, workdir, worker
 from seqfair_jax.config import flatten, resolve
 from seqfair_jax.main import command
 
@@ -66,14 +66,14 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         _print_plan(base, grid, order)
         return pd.DataFrame()
     folder = workdir.create(directory)
-    calls: dict[str, tuple[Point, sweep.Call]] = {}
+    calls: dict[str, tuple[Point, worker.Call]] = {}
     failed: dict[str, str] = {}
     ranking = pd.DataFrame()
 
     def train(points: Sequence[Point]) -> None:
         nonlocal ranking
         planned = [(point, _call(base, point)) for point in points]
-        for outcome in sweep.work([call for _, call in planned], folder):
+        for outcome in worker.work([call for _, call in planned], folder):
             if outcome.error is not None:
                 failed[outcome.call.name] = outcome.error
         calls.update(
@@ -89,7 +89,7 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
                 best = {name: ranking[name].iloc[0] for name in grid}
     else:
         train(_combinations(grid))
-    with sweep.claim(folder, "tables", wait=True):
+    with worker.claim(folder, "tables", wait=True):
         _write(ranking, list(grid), base, folder)
     print("\n" + (folder / "search.md").read_text(encoding="utf-8"))
     if failed:
@@ -137,19 +137,19 @@ def _combinations(grid: Mapping[str, tuple]) -> list[Point]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _call(base: ConfigDict, point: Point) -> sweep.Call:
+def _call(base: ConfigDict, point: Point) -> worker.Call:
     config = base.copy_and_resolve_references()
     config.unlock()
     config.update_from_flattened_dict({key: _plain(value) for key, value in point.items()})
     name = ",".join(f"{key}={_plain(value)}" for key, value in point.items())
-    return sweep.Call(name, config.objective.name, None, resolve(config))
+    return worker.Call(name, config.objective.name, None, resolve(config))
 
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _rank(done: Sequence[tuple[Point, sweep.Call]], directory: Path, metric: str) -> pd.DataFrame:
+def _rank(done: Sequence[tuple[Point, worker.Call]], directory: Path, metric: str) -> pd.DataFrame:
     rows = []
     for point, call in done:
         runs = [

@@ -1,55 +1,32 @@
-"""Plans a comparison of methods as calls of `run.run`, and works through them.
+"""Plans a comparison of methods as calls of `run.run`, and says what it costs.
 
 A call trains together the runs that differ in traced values alone (seed, hyperparameters). Methods
-that never look at groups train once, however many families they are judged by. Any number of
-processes may work through one sweep: each takes calls that no other holds.
+that never look at groups train once, however many families they are judged by.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.batching import choose_sizes, draw_batches
-from seqfair_jax.config import check_resumable, plan_runs, resolve
+from seqfair_jax.config import plan_runs, resolve
 from seqfair_jax.data.groups import FAMILIES
 from seqfair_jax.experiment import Experiment
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.run import run
 from seqfair_jax.train import flop_per_target, initial_states, make_segment, token_sizes
+from seqfair_jax.worker import Call
 
 _MEMORY_SHARE = 0.6  # of the device's memory for one call
 _TIMED_STEPS = 4
-_POLL_SECONDS = 2.0  # between looks at whether another process is done with its call
-_log = logging.getLogger(__name__)
-
-
-class Call(NamedTuple):
-    """Runs that one program trains."""
-
-    name: str  # its folder below DIR/calls
-    method: str
-    family: str | None  # of the loss; None for a method that never looks at groups
-    config: ConfigDict  # resolved
-
-
-class Outcome(NamedTuple):
-    """What became of a call."""
-
-    call: Call
-    error: str | None
 
 
 def default_sweep() -> ConfigDict:
@@ -312,89 +289,3 @@ def estimate(calls: Sequence[Call], experiment: Experiment, runs_per_call: int) 
     targets = config.train.batch_size * float(lengths.mean())
     flop = flop_per_target(experiment.task.model, lengths)
     return Estimate(sum(sizes_of), steps, steps * targets * flop, steps * per_run_step)
-
-
-def work(calls: Sequence[Call], directory: Path) -> list[Outcome]:
-    """Run every call that is not done; a call that fails is noted and the others go on.
-
-    Another process at work on the same folder is left its call: this one takes the next, and
-    waits at the end until the others are done. A process that dies gives its call up.
-
-    Args:
-        calls: the plan.
-        directory: the sweep's folder; a call's files go to `directory/calls/NAME`.
-
-    Returns:
-        What became of each call, in their order.
-
-    Raises:
-        SystemExit: after SIGINT or SIGTERM, with the state saved.
-    """
-    outcomes: dict[str, Outcome] = {}
-    said = False
-    while len(outcomes) < len(calls):
-        before = len(outcomes)
-        for number, call in enumerate(calls, start=1):
-            if call.name in outcomes:
-                continue
-            folder = directory / "calls" / call.name
-            if is_done(call, folder):
-                outcomes[call.name] = Outcome(call, None)
-                continue
-            with claim(directory, call.name) as ours:
-                if ours and not is_done(call, folder):
-                    print(f"\n[{number}/{len(calls)}] {call.name}", flush=True)
-                    outcomes[call.name] = _attempt(call, folder)
-        if len(outcomes) == before:
-            if not said:
-                print(f"waiting for {len(calls) - before} calls of other processes", flush=True)
-                said = True
-            time.sleep(_POLL_SECONDS)
-    return [outcomes[call.name] for call in calls]
-
-
-def _attempt(call: Call, folder: Path) -> Outcome:
-    try:
-        run(call.config, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
-        _log.warning("%s failed: %s", call.name, error)
-        return Outcome(call, str(error))
-    return Outcome(call, None)
-
-
-@contextlib.contextmanager
-def claim(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a name of a sweep against other processes; yields whether it is held.
-
-    The lock is the operating system's, so that it ends with its process however that ends.
-
-    Args:
-        directory: the sweep's folder.
-        name: a call's, or of another thing that one process alone may do.
-        wait: until it is free, so that it is always held.
-    """
-    (directory / "locks").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "locks" / f"{name}.lock")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def is_done(call: Call, folder: Path) -> bool:
-    """Whether a call's results are there, made by its own config.
-
-    Raises:
-        ValueError: if they were made by another config.
-    """
-    saved = workdir.read_json(folder / "config.json")
-    if saved is None or workdir.read_json(folder / "summary.json") is None:
-        return False
-    settings = workdir.jsonable(call.config.to_dict())
-    check_resumable(saved, settings, str(folder / "config.json"))
-    return bool(saved == settings)

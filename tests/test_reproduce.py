@@ -11,7 +11,7 @@ import pytest
 from test_run import small
 
 from configs import paper
-from seqfair_jax import paper_tables, sweep
+from seqfair_jax import paper_tables, sweep, worker
 from seqfair_jax.config import plan_runs, resolve
 from seqfair_jax.experiment import prepare
 from seqfair_jax.reproduce import reproduce
@@ -192,7 +192,7 @@ def test_tables_and_figures_of_a_sweep(finished, capsys):
 
 def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch, capsys):
     before = (finished / "tables" / "overall.md").read_text()
-    monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(worker, "run", lambda *_: pytest.fail("trained again"))
     reproduce(tiny(), finished)
     assert (finished / "tables" / "overall.md").read_text() == before
     with pytest.raises(ValueError, match="was begun with"):
@@ -259,25 +259,25 @@ def test_a_call_that_another_process_holds_is_waited_for(finished, tmp_path, mon
             for name in ("config.json", "summary.json"):
                 (folder / name).write_text((finished / "calls" / call.name / name).read_text())
 
-    monkeypatch.setattr(sweep.time, "sleep", nap)
-    monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("trained what another holds"))
-    with sweep.claim(tmp_path, call.name) as ours:
+    monkeypatch.setattr(worker.time, "sleep", nap)
+    monkeypatch.setattr(worker, "run", lambda *_: pytest.fail("trained what another holds"))
+    with worker.claim(tmp_path, call.name) as ours:
         assert ours
-        [outcome] = sweep.work([call], tmp_path)
+        [outcome] = worker.work([call], tmp_path)
     assert outcome.error is None
     assert len(naps) == 2
     assert capsys.readouterr().out.count("waiting for 1 calls of other processes") == 1
 
 
 def test_a_failing_call_is_reported_when_the_others_are_done(finished, tmp_path, monkeypatch):
-    real = sweep.run
+    real = worker.run
 
     def run(config, folder):
         if config.objective.name == "gdro":
             raise FloatingPointError("diverged")
         return real(config, folder)
 
-    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(worker, "run", run)
     with pytest.raises(SystemExit, match=r"2 of 4 calls failed:\n  gdro-pop33: diverged"):
         reproduce(tiny(), tmp_path)
     text = (tmp_path / "tables" / "overall.md").read_text()

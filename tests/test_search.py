@@ -3,7 +3,7 @@ import pytest
 from test_run import small
 
 from seqfair_jax import search as search_module
-from seqfair_jax import sweep
+from seqfair_jax import worker
 from seqfair_jax.search import default_search, search
 
 
@@ -34,7 +34,7 @@ def test_every_combination_is_ranked_by_validation(tmp_path, capsys, monkeypatch
     assert f"Best: `{flags}`" in out
     assert not any("test" in column for column in ranking)
 
-    monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(worker, "run", lambda *_: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(search(tiny(), tmp_path), ranking)
 
 
@@ -44,7 +44,7 @@ def test_one_setting_after_another(tmp_path, monkeypatch):
 
     def work(calls, directory):
         trained.append([call.name for call in calls])
-        return [sweep.Outcome(call, None) for call in calls]
+        return [worker.Outcome(call, None) for call in calls]
 
     def read_summaries(folder):
         pairs = dict(part.split("=") for part in folder.name.split(","))
@@ -59,7 +59,7 @@ def test_one_setting_after_another(tmp_path, monkeypatch):
             }
         ]
 
-    monkeypatch.setattr(sweep, "work", work)
+    monkeypatch.setattr(worker, "work", work)
     monkeypatch.setattr(search_module.tables, "read_summaries", read_summaries)
     order = ("model.dropout", "model.dim")
     ranking = search(tiny(order, dim=(8, 4, 16), dropout=(0.0, 0.5)), tmp_path)
@@ -73,14 +73,14 @@ def test_one_setting_after_another(tmp_path, monkeypatch):
 
 
 def test_a_failing_point_is_reported_when_the_others_are_done(tmp_path, monkeypatch):
-    real = sweep.run
+    real = worker.run
 
     def run(config, folder):
         if config.model.dim == 4:
             raise FloatingPointError("diverged")
         return real(config, folder)
 
-    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(worker, "run", run)
     with pytest.raises(SystemExit, match=r"1 of 2 points failed:\n  model.dim=4: diverged"):
         search(tiny(dim=(8, 4)), tmp_path)
     assert pd.read_csv(tmp_path / "search.csv")["model.dim"].tolist() == [8]
