@@ -124,7 +124,8 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
             raise ValueError(f"search.grid.{key} is {values}: expected unequal values")
     if not grid:
         raise ValueError("search.grid is empty: give a list of values for some setting")
-    order = tuple(part for name in settings.one_by_one for part in str(name).split(","))
+    # `--config.search.one_by_one=a,b` arrives as one string, `--config.search.one_by_one=` as ''.
+    order = tuple(part for name in settings.one_by_one for part in str(name).split(",") if part)
     if order and sorted(order) != sorted(grid):
         raise ValueError(
             f"search.one_by_one is {order}: expected each setting of the grid once, "
