@@ -58,7 +58,7 @@ def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) ->
         config.sweep.choice_seeds = 1
         config.sweep.alpha = (0.5, 0.8, 0.95)
         config.sweep.step_size = (1e-3, 1e-2)
-        config.sweep.radius = (0.1, 1.0)
+        config.sweep.radius = (0.1,)
         config.sweep.runs_per_call = 1
     if given:
         config.sweep.families = config.groups
@@ -120,7 +120,6 @@ def _short(config: ConfigDict) -> None:
 
     The rate falls to 0, so that every method has settled at the end of the same budget.
     """
-    config.model.dropout = 0.1
     config.train.epochs = 6
     config.train.steps_per_epoch = 256
     config.train.learning_rate = 0.01
@@ -142,7 +141,7 @@ def _paper(method: str, arg: str | None) -> ConfigDict:
         config.model.tie_embeddings = False
         config.model.init_scale = 1.0
     else:
-        config.model.init_scale = 0.2
+        config.model.init_scale = 0.1
     if arguments.tie >= 0:
         config.model.tie_embeddings = bool(arguments.tie)
     if arguments.init >= 0:

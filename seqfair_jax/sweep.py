@@ -4,6 +4,7 @@ A call trains together the runs that differ in traced values alone (seed, hyperp
 that never look at groups train once, however many families they are judged by.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -35,8 +36,9 @@ def default_sweep() -> ConfigDict:
         {
             "methods": ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
             "families": FAMILIES,  # to train the group methods on, and to judge all methods by
-            # Beyond the paper, with the first seed alone: products of families, pop33*seq33, and
-            # the mean of the objectives over both, pop33&seq33; and which methods train on them.
+            # Beyond the paper, with the first seed and at the values chosen for the first family:
+            # products of families, pop33*seq33, and the mean of the objectives over both,
+            # pop33&seq33; and which methods train on them.
             "intersections": (),
             "intersection_methods": ("gdro", "sdro"),
             "one_seed_methods": (),  # train with the first seed alone
@@ -102,7 +104,8 @@ def config_hash(base: ConfigDict, sweep: ConfigDict) -> str:
 def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_call: int) -> list[Call]:
     """Every call of a sweep, in the order they are worked through.
 
-    With `sweep.choice_seeds` these train on the first seeds alone; `plan_chosen` goes on.
+    With `sweep.choice_seeds` these train on the first seeds alone; `plan_chosen` goes on with the
+    others, and with the intersections.
 
     Args:
         base, sweep: from `split_config`.
@@ -111,8 +114,8 @@ def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_call: int) -> list[Cal
     calls: list[Call] = []
     for method in sweep.methods:
         values = {key: tuple(sweep[key]) for key in METHODS[method].hyperparams}
-        for family in _loss_families(sweep, method):
-            seeds, _ = _seeds(base, sweep, method, family)
+        seeds, _ = _seeds(base, sweep, method)
+        for family in sweep.families if METHODS[method].needs_groups else (None,):
             calls += _calls(base, sweep, method, family, values, seeds, runs_per_call)
     return calls
 
@@ -124,7 +127,8 @@ def plan_chosen(
     *,
     runs_per_call: int,
 ) -> list[Call]:
-    """The calls that train the chosen values on the seeds that took no part in the choice.
+    """The calls that train the chosen values: on the seeds that took no part in the choice, and
+    on the intersections.
 
     Args:
         base, sweep, runs_per_call: as for `plan`.
@@ -132,10 +136,14 @@ def plan_chosen(
     """
     calls: list[Call] = []
     for (method, family), hparams in chosen.items():
-        _, seeds = _seeds(base, sweep, method, family)
+        values = {key: (value,) for key, value in hparams.items()}
+        train = functools.partial(_calls, base, sweep, method)
+        _, seeds = _seeds(base, sweep, method)
         if seeds:
-            values = {key: (value,) for key, value in hparams.items()}
-            calls += _calls(base, sweep, method, family, values, seeds, runs_per_call, "more_seeds")
+            calls += train(family, values, seeds, runs_per_call, "more_seeds")
+        if method in sweep.intersection_methods and family == sweep.families[0]:
+            for intersection in sweep.intersections:
+                calls += train(intersection, values, tuple(base.seeds)[:1], runs_per_call)
     return calls
 
 
@@ -144,22 +152,13 @@ def choice_seeds(base: ConfigDict, sweep: ConfigDict) -> tuple[int, ...]:
     return tuple(base.seeds)[: sweep.choice_seeds or None]
 
 
-def _seeds(
-    base: ConfigDict, sweep: ConfigDict, method: str, family: str | None
-) -> tuple[tuple, tuple]:
+def _seeds(base: ConfigDict, sweep: ConfigDict, method: str) -> tuple[tuple, tuple]:
     """A method's seeds: those that try every value, and those for the chosen ones alone."""
     seeds = tuple(base.seeds)
-    if method in sweep.one_seed_methods or family in sweep.intersections:
+    if method in sweep.one_seed_methods:
         return seeds[:1], ()
     first = choice_seeds(base, sweep)
     return first, seeds[len(first) :]
-
-
-def _loss_families(sweep: ConfigDict, method: str) -> tuple[str | None, ...]:
-    if not METHODS[method].needs_groups:
-        return (None,)
-    more = sweep.intersections if method in sweep.intersection_methods else ()
-    return tuple(dict.fromkeys([*sweep.families, *more]))
 
 
 def _calls(

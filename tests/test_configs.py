@@ -81,7 +81,7 @@ def test_arguments_of_the_papers_configs():
     assert config.groups == ("pop2060",)
     assert (config.model.init_scale, config.model.tie_embeddings) == (0.05, True)
     small = load("rr_gdro", "scale=small,groups=seq33+pop33")[0]
-    assert (small.model.dim, small.model.num_blocks, small.model.init_scale) == (64, 2, 0.2)
+    assert (small.model.dim, small.model.num_blocks, small.model.init_scale) == (64, 2, 0.1)
     assert resolve(small).objective.group_family == "seq33"
     with pytest.raises(ValueError, match="did you mean 'groups'"):
         load("rr_gdro", "group=pop33")
