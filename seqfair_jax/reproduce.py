@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from seqfair_jax import __version__, claims, paper_tables, sweep, workdir, worker
-from seqfair_jax.config import plan_runs, resolve
+from seqfair_jax.config import resolve
 from seqfair_jax.experiment import Experiment, prepare
 from seqfair_jax.main import command
 from seqfair_jax.objectives import METHODS
@@ -127,16 +127,23 @@ def _runs_per_call(asked: int, experiment: Experiment, folder: Path) -> int:
 
 def _print_plan(calls: list[worker.Call], more: list[worker.Call], cost: sweep.Estimate) -> None:
     for call in calls:
-        print(f"{call.name}: " + ", ".join(run.name for run in plan_runs(call.config)))
+        values = [
+            f"{key}={','.join(f'{value:g}' for value in call.config.objective[key])}"
+            for key in METHODS[call.method].hyperparams
+        ]
+        print(" ".join([f"{call.name}:", *values, _seeds(call)]))
     for call in more:
-        seeds = ", ".join(str(seed) for seed in call.config.seeds)
-        print(f"{call.name}: the values that validate best, seeds {seeds}")
+        print(f"{call.name}: the values that validate best, {_seeds(call)}")
     print(
         f"{len(calls) + len(more)} calls, {cost.runs} runs, {cost.steps:,} steps, "
         f"{cost.flop:.2e} FLOP, "
         f"about {cost.seconds / 3600:.1f} hours of training here (from timed steps; without "
         "compilation, validation and test)"
     )
+
+
+def _seeds(call: worker.Call) -> str:
+    return "seed=" + ",".join(map(str, call.config.seeds))
 
 
 if __name__ == "__main__":

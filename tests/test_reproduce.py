@@ -89,23 +89,23 @@ def test_values_are_tried_on_the_first_seeds_and_the_chosen_go_on_with_the_rest(
     assert sweep.plan_chosen(base, settings, chosen, runs_per_call=8) == []
 
 
-def test_intersections_train_the_methods_that_are_named():
+def test_intersections_train_the_named_methods_at_the_first_familys_values():
     config = tiny(**{
+        "seeds": (3, 4),
         "sweep.methods": ("erm", "ipw", "gdro"),
+        "sweep.step_size": (0.01, 0.1),
         "sweep.intersections": ("pop33*seq33,pop33&seq33",),
         "sweep.intersection_methods": ("gdro",),
     })  # fmt: skip
     base, settings = sweep.split_config(config)
     calls = sweep.plan(base, settings, runs_per_call=8)
-    assert [call.name for call in calls] == [
-        "erm", "ipw-pop33", "ipw-seq33",
-        "gdro-pop33", "gdro-seq33", "gdro-pop33xseq33", "gdro-pop33andseq33",
-    ]  # fmt: skip
-    assert calls[-1].config.objective.group_family == "pop33&seq33"
-    config.seeds = (3, 4)
-    base, settings = sweep.split_config(config)
-    seeds = seeds_of(sweep.plan(base, settings, runs_per_call=8))
-    assert (seeds["gdro-pop33"], seeds["gdro-pop33xseq33"]) == ((3, 4), (3,))
+    assert list(seeds_of(calls)) == ["erm", "ipw-pop33", "ipw-seq33", "gdro-pop33", "gdro-seq33"]
+    chosen = {("erm", None): {}, ("ipw", "pop33"): {}, ("gdro", "pop33"): {"step_size": 0.1},
+              ("gdro", "seq33"): {"step_size": 0.01}}  # fmt: skip
+    more = sweep.plan_chosen(base, settings, chosen, runs_per_call=8)
+    assert seeds_of(more) == {"gdro-pop33xseq33": (3,), "gdro-pop33andseq33": (3,)}
+    assert more[1].config.objective.group_family == "pop33&seq33"
+    assert {call.config.objective.step_size for call in more} == {(0.1,)}
     # The union's groups are judged as those of its parts.
     assert base.groups == ("pop33", "seq33", "pop33*seq33")
 
@@ -152,6 +152,21 @@ def test_memory_and_cost_of_a_plan():
     assert (cost.runs, cost.steps) == (5, 5 * 2 * 5)
     assert cost.seconds > 0
     assert cost.flop > 0
+
+
+def test_the_plan_is_printed_and_nothing_made(tmp_path, capsys):
+    config = tiny(**{"seeds": (0, 1), "sweep.choice_seeds": 1})
+    reproduce(config, tmp_path / "none", dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == [
+        "erm: seed=0",
+        "gdro-pop33: step_size=0.01 seed=0",
+        "gdro-seq33: step_size=0.01 seed=0",
+        "cvar: alpha=0.3,0.6 seed=0",
+        "erm-more_seeds: the values that validate best, seed=1",
+    ]
+    assert lines[-1].startswith("8 calls, 9 runs, 90 steps, ")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.fixture(scope="module")
