@@ -20,6 +20,7 @@ def get_config(arg=None):
     config.model.ff_dim = 32
     config.model.num_blocks = 1
     config.model.max_len = 50
+    config.model.init_scale = 0.05
     config.train.learning_rate = 3e-3
     config.train.epochs = 8
     return config

@@ -89,7 +89,6 @@ def backbone(data_set: Callable[[str, str | None], ConfigDict], arg: str | None)
         )
         return config
     config.train.epochs = 5
-    config.train.decay_steps = config.train.epochs * config.train.steps_per_epoch
     config.search.grid = ConfigDict(
         {
             "model": {
@@ -123,7 +122,10 @@ def _short(config: ConfigDict) -> None:
     config.train.epochs = 6
     config.train.steps_per_epoch = 256
     config.train.learning_rate = 0.01
-    config.train.decay_steps = config.train.epochs * config.train.steps_per_epoch
+    # References, so that the rate still falls to 0 at the end if one of them is changed.
+    config.train.decay_steps = config.train.get_ref("epochs") * config.train.get_ref(
+        "steps_per_epoch"
+    )
 
 
 def _paper(method: str, arg: str | None) -> ConfigDict:
@@ -140,8 +142,6 @@ def _paper(method: str, arg: str | None) -> ConfigDict:
         config.model.num_blocks = 3
         config.model.tie_embeddings = False
         config.model.init_scale = 1.0
-    else:
-        config.model.init_scale = 0.1
     if arguments.tie >= 0:
         config.model.tie_embeddings = bool(arguments.tie)
     if arguments.init >= 0:

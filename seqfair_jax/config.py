@@ -64,7 +64,7 @@ def default_config() -> ConfigDict:
             "dropout": 0.2,
             "max_len": 200,  # the begin token included
             "tie_embeddings": True,
-            "init_scale": 0.05,
+            "init_scale": 0.1,
             "dtype": "float32",  # or tensorfloat32, bfloat16
         }
     )

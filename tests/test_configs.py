@@ -89,6 +89,15 @@ def test_arguments_of_the_papers_configs():
         load("rr_gdro", "scale=big")
 
 
+@pytest.mark.parametrize("name", ["own_log", "rr_cvar"])
+def test_the_rate_falls_over_however_many_epochs_are_asked_for(name):
+    config = load(name, "scale=small" if name == "rr_cvar" else None)[0]
+    config.train.epochs = 40
+    assert resolve(config).train.decay_steps == 40 * 256
+    config.train.decay_steps = 0
+    assert resolve(config).train.decay_steps == 0
+
+
 def test_parse_arguments():
     assert parse_arguments("a=3,b=x", a=1, b="y", c=0.5).to_dict() == {"a": 3, "b": "x", "c": 0.5}
     for text in ("a=x", "a"):
