@@ -53,7 +53,6 @@ def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) ->
         config.seeds = (0, 1, 2)
         config.sweep.methods += ("chi2",)
         config.sweep.families = ("pop33", "seq33")
-        config.sweep.intersections = ("pop33*seq33", "pop33&seq33")
         config.sweep.one_seed_methods = ("cb", "cb_log", "ipw", "ipw_log", "chi2")
         config.sweep.choice_seeds = 1
         config.sweep.alpha = (0.5, 0.8, 0.95)
@@ -62,6 +61,8 @@ def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) ->
         config.sweep.runs_per_call = 1
     if given:
         config.sweep.families = config.groups
+    if config.model.dim != 256 and len(config.sweep.families) > 1:
+        config.sweep.intersections = tuple(sign.join(config.sweep.families) for sign in "*&")
     return config
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Starts a command in several processes on this machine, each with cores or GPUs of its own. For
-# commands whose processes share the work: seqfair_jax.reproduce and seqfair_jax.search.
+# Starts a command in several processes on this (Linux) machine, each with cores of its own, and a
+# GPU of its own where there are any. For commands whose processes share the work:
+# seqfair_jax.reproduce and seqfair_jax.search.
 #
 #   launch/local.sh 2 python -m seqfair_jax.reproduce --config=configs/paper_rr.py --workdir=DIR
 #
@@ -8,25 +9,37 @@
 # stops them all, their states saved; the status is 0 if all of theirs are.
 set -euo pipefail
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 processes=$1
 shift
-cores=$(nproc)
-gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-share=$((cores / processes > 0 ? cores / processes : 1))
+
+# The cores that this process may use, 0-3,6, one by one.
+cores=()
+IFS=, read -ra ranges <<<"$(taskset -cp $$ | sed 's/.*: //')"
+for range in "${ranges[@]}"; do
+  for ((core = ${range%-*}; core <= ${range#*-}; core++)); do cores+=("$core"); done
+done
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+else
+  mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
+fi
+most=$((${#gpus[@]} ? ${#gpus[@]} : ${#cores[@]}))
+if ((processes > most)); then
+  echo "$processes processes, but ${#cores[@]} cores and ${#gpus[@]} GPUs: at most $most" >&2
+  exit 2
+fi
+share=$((${#cores[@]} / processes > 0 ? ${#cores[@]} / processes : 1))
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < processes; i++)); do
-  first=$(((i * share) % cores))
   (
     ((i == 0)) || exec >"${LOGS:-.}/local-$i.log" 2>&1
-    ((gpus == 0)) || export CUDA_VISIBLE_DEVICES=$((i % gpus))
-    # Where there is no taskset (macOS), the processes share the cores.
-    pin=()
-    command -v taskset >/dev/null && pin=(taskset -c "$first-$((first + share - 1))")
-    exec "${pin[@]}" "$@"
+    ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[i]}
+    own=("${cores[@]:i * share % ${#cores[@]}:share}")
+    exec taskset -c "$(IFS=, && echo "${own[*]}")" "$@"
   ) &
   pids+=($!)
 done

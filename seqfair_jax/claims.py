@@ -37,7 +37,7 @@ def compare(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
             per_user = {entry_name(entry): entry.per_user for entry in favourites}
             rows = significance.compare(per_user, against.per_user, metric)
             found.append(rows.assign(claim=claim, against=entry_name(against)))
-    table = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["p"])
+    table = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["slice", "p"])
     table["q"] = significance.false_discovery_rates(table["p"])
     first = ["claim", "name", "against"]
     return table.reindex(columns=[*first, *(c for c in table if c not in first)])

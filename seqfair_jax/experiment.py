@@ -57,6 +57,8 @@ def prepare(config: ConfigDict) -> Experiment:
     if objectives.METHODS[name].needs_groups:
         require_partition(loss_family, name, dataset.user_ids)
     judged_groups(loss_family.select(dataset.valid_users), min_users=config.select.min_users)
+    # A method that looks at no groups would be the mean of copies of itself.
+    parts = loss_family.parts if objectives.METHODS[name].needs_groups else (loss_family,)
     objective = objectives.mean_objective(
         [
             objectives.make_objective(
@@ -66,9 +68,9 @@ def prepare(config: ConfigDict) -> Experiment:
                 count_by=config.objective.count_by,
                 absent_groups=config.objective.absent_groups,
             )
-            for part in loss_family.parts
+            for part in parts
         ],
-        [len(part.groups) for part in loss_family.parts],
+        [len(part.groups) for part in parts],
     )
     optimizer = make_optimizer(
         learning_rate=config.train.learning_rate,

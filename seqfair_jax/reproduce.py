@@ -44,22 +44,19 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
     """
     base, settings = sweep.split_config(config)
     experiment = prepare(resolve(base))
-    folder = Path(directory) if dry_run else workdir.create(directory)
-    runs_per_call = _runs_per_call(settings.runs_per_call, experiment, folder)
-    calls = sweep.plan(base, settings, runs_per_call=runs_per_call)
     if dry_run:
-        any_values = {
-            (call.method, call.family): {
-                key: settings[key][0] for key in METHODS[call.method].hyperparams
-            }
-            for call in calls
-        }
+        runs_per_call = _runs_per_call(settings.runs_per_call, experiment, Path(directory))
+        calls = sweep.plan(base, settings, runs_per_call=runs_per_call)
+        any_values = [
+            (method, family, {key: settings[key][0] for key in METHODS[method].hyperparams})
+            for method, family in dict.fromkeys((call.method, call.family) for call in calls)
+        ]
         more = sweep.plan_chosen(base, settings, any_values, runs_per_call=runs_per_call)
         _print_plan(calls, more, sweep.estimate([*calls, *more], experiment, runs_per_call))
         return
+    folder = workdir.create(directory)
     with worker.claim(folder, "plan", wait=True):
-        # What another process measured in the meantime counts for this one too.
-        runs_per_call = _runs_per_call(settings.runs_per_call or runs_per_call, experiment, folder)
+        runs_per_call = _runs_per_call(settings.runs_per_call, experiment, folder)
         workdir.write_json(folder / _PLAN, {"runs_per_call": runs_per_call})
     metric = base.select.metric
     choose = functools.partial(
@@ -68,13 +65,23 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         metric=metric,
         seeds=sweep.choice_seeds(base, settings),
     )
-    outcomes = worker.work(calls, folder)
-    best = choose(_done(outcomes), rule="overall")
-    chosen = {(entry.method, entry.family or None): entry.hparams for entry in best}
+    calls = sweep.plan(base, settings, runs_per_call=runs_per_call)
+    errors = worker.work(calls, folder)
+    done = worker.done(calls, folder)
+    chosen = []
+    for rule in paper_tables.RULES:
+        for entry in choose(done, rule=rule):
+            value = (entry.method, entry.family or None, entry.hparams)
+            chosen += [value] if value not in chosen else []
     more = sweep.plan_chosen(base, settings, chosen, runs_per_call=runs_per_call)
-    outcomes += worker.work(more, folder)
+    errors |= worker.work(more, folder)
+    failed = worker.failures(errors, [*calls, *more], folder)
     with worker.claim(folder, "tables", wait=True):
-        entries = {rule: choose(_done(outcomes), rule=rule) for rule in paper_tables.RULES}
+        # As they lie in the folder, whichever process trained them.
+        done = worker.done([*calls, *more], folder)
+        if failed and not any(call.method == "erm" for call in done):
+            sys.exit(f"no tables without a finished ERM run\n{failed}")
+        entries = {rule: choose(done, rule=rule) for rule in paper_tables.RULES}
         source = (
             f"seqfair_jax {__version__}, settings {sweep.config_hash(base, settings)}, log "
             f"{experiment.dataset.log_hash[:12]}."
@@ -82,14 +89,8 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         files = _write_tables(entries, base.data.name, metric, folder / "tables", source)
     print("\n" + (folder / "tables" / "overall.md").read_text(encoding="utf-8"))
     print("files: " + ", ".join(str(path) for path in files))
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
-        lines = "\n".join(f"  {outcome.call.name}: {outcome.error}" for outcome in failed)
-        sys.exit(f"{len(failed)} of {len(outcomes)} calls failed:\n{lines}")
-
-
-def _done(outcomes: list[worker.Outcome]) -> list[worker.Call]:
-    return [outcome.call for outcome in outcomes if outcome.error is None]
+        sys.exit(failed)
 
 
 def _write_tables(
@@ -126,6 +127,7 @@ def _runs_per_call(asked: int, experiment: Experiment, folder: Path) -> int:
 
 
 def _print_plan(calls: list[worker.Call], more: list[worker.Call], cost: sweep.Estimate) -> None:
+    # The rules of choice may differ, so there may be more calls of chosen values than here.
     for call in calls:
         values = [
             f"{key}={','.join(f'{value:g}' for value in call.config.objective[key])}"

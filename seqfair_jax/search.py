@@ -6,9 +6,11 @@ Settings may change the model's shape, so each point is a call of its own. The s
 several processes shares the work.
 """
 
+import copy
 import itertools
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,35 +68,36 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         _print_plan(base, grid, order)
         return pd.DataFrame()
     folder = workdir.create(directory)
-    calls: dict[str, tuple[Point, worker.Call]] = {}
-    failed: dict[str, str] = {}
-    ranking = pd.DataFrame()
+    metric = base.select.metric
+    points: dict[str, Point] = {}
+    calls: dict[str, worker.Call] = {}
+    errors: dict[str, str] = {}
 
-    def train(points: Sequence[Point]) -> None:
-        nonlocal ranking
-        planned = [(point, _call(base, point)) for point in points]
-        for outcome in worker.work([call for _, call in planned], folder):
-            if outcome.error is not None:
-                failed[outcome.call.name] = outcome.error
-        calls.update(
-            {call.name: (point, call) for point, call in planned if call.name not in failed}
-        )
-        ranking = _rank(list(calls.values()), folder, base.select.metric)
+    def train(wanted: Sequence[Point]) -> list[tuple[Point, dict[str, Any]]]:
+        planned = [(point, _call(base, point)) for point in wanted]
+        points.update({call.name: point for point, call in planned})
+        calls.update({call.name: call for _, call in planned})
+        errors.update(worker.work([call for _, call in planned], folder))
+        done = worker.done(list(calls.values()), folder)
+        return _rank([(points[call.name], call) for call in done], folder, metric)
 
-    best = {key: values[0] for key, values in grid.items()}
+    ranked = []
     if order:
+        best = {key: values[0] for key, values in grid.items()}
         for key in order:
-            train([best | {key: value} for value in grid[key]])
-            if len(ranking):
-                best = {name: ranking[name].iloc[0] for name in grid}
+            ranked = train([best | {key: value} for value in grid[key]])
+            best = ranked[0][0] if ranked else best
     else:
-        train(_combinations(grid))
+        ranked = train(_combinations(grid))
+    failed = worker.failures(errors, list(calls.values()), folder)
+    if not ranked:
+        sys.exit(f"no point of the search has a validation score\n{failed}")
+    ranking = pd.DataFrame([point | figures for point, figures in ranked])
     with worker.claim(folder, "tables", wait=True):
-        _write(ranking, list(grid), base, folder)
+        _write(ranking, ranked[0][0], base, folder)
     print("\n" + (folder / "search.md").read_text(encoding="utf-8"))
     if failed:
-        lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
-        sys.exit(f"{len(failed)} of {len(failed) + len(calls)} points failed:\n{lines}")
+        sys.exit(failed)
     return ranking
 
 
@@ -102,9 +105,11 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
     """A search's config as the runs' own config, the grid by dotted names, and the order.
 
     Raises:
-        ValueError: on an unknown setting, an empty list, or an order that is not of the grid.
+        ValueError: on an unknown setting, a list that is empty, repeats a value or holds one of
+            another type than the setting, or an order that is not of the grid.
     """
-    base = config.copy_and_resolve_references()
+    # Not resolved, so that what follows from a setting of the grid still follows.
+    base = copy.deepcopy(config)
     base.unlock()
     if "search" not in base:
         raise ValueError("the config has no `search`: name one such as configs/backbone_rr.py")
@@ -116,12 +121,9 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
             f"search.{unknown[0]} is not a setting; known: {', '.join(default_search())}"
         )
     known = dict(flatten(base.to_dict()))
-    grid = {key: tuple(values) for key, values in flatten(settings.grid.to_dict())}
+    grid = dict(flatten(settings.grid.to_dict()))
     for key, values in grid.items():
-        if key not in known:
-            raise ValueError(f"search.grid.{key} is not a setting of a run")
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"search.grid.{key} is {values}: expected unequal values")
+        _check_values(key, values, known)
     if not grid:
         raise ValueError("search.grid is empty: give a list of values for some setting")
     # `--config.search.one_by_one=a,b` arrives as one string, `--config.search.one_by_one=` as ''.
@@ -131,7 +133,24 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
             f"search.one_by_one is {order}: expected each setting of the grid once, "
             f"{tuple(grid)}, or nothing for every combination"
         )
-    return base, grid, order
+    return base, {key: tuple(values) for key, values in grid.items()}, order
+
+
+def _check_values(key: str, values: Any, known: Mapping[str, Any]) -> None:
+    if key not in known:
+        raise ValueError(f"search.grid.{key} is not a setting of a run")
+    setting = known[key]
+    if not isinstance(setting, int | float | str):
+        raise ValueError(f"search.grid.{key}: the setting is {setting!r}, expected a single value")
+    kinds = (int, float) if isinstance(setting, float) else (type(setting),)
+    if (
+        not isinstance(values, list)
+        or not values
+        or any(type(value) not in kinds for value in values)
+        or len(set(values)) < len(values)
+    ):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"search.grid.{key} is {values!r}: expected unequal values, each {wanted}")
 
 
 def _combinations(grid: Mapping[str, tuple]) -> list[Point]:
@@ -139,61 +158,60 @@ def _combinations(grid: Mapping[str, tuple]) -> list[Point]:
 
 
 def _call(base: ConfigDict, point: Point) -> worker.Call:
-    config = base.copy_and_resolve_references()
-    config.unlock()
-    config.update_from_flattened_dict({key: _plain(value) for key, value in point.items()})
-    name = ",".join(f"{key}={_plain(value)}" for key, value in point.items())
+    config = copy.deepcopy(base)
+    config.update_from_flattened_dict(point)
+    name = ",".join(f"{key}={value}" for key, value in point.items())
     return worker.Call(name, config.objective.name, None, resolve(config))
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _rank(done: Sequence[tuple[Point, worker.Call]], directory: Path, metric: str) -> pd.DataFrame:
-    rows = []
+def _rank(
+    done: Sequence[tuple[Point, worker.Call]], directory: Path, metric: str
+) -> list[tuple[Point, dict[str, Any]]]:
+    """The points and their figures, best first; those without a validation are left out."""
+    ranked = []
     for point, call in done:
         runs = [
             run for run in tables.read_summaries(directory / "calls" / call.name) if "val" in run
         ]
         if not runs:
             continue
-        values = [run["val"][metric] for run in runs]
-        rows.append(
-            point
-            | {
-                f"val {metric}": np.mean([value["overall"] for value in values]),
-                "worst group": np.mean([v[f"{runs[0]['group_family']}/min"] for v in values]),
-                "repeat": np.mean([value["target=repeat"] for value in values]),
-                "new": np.mean([value["target=new"] for value in values]),
-                "epoch": np.mean([run["best"]["epoch"] for run in runs]),
-                "step": np.mean([run["best"]["step"] for run in runs]),
-                "seconds": np.mean([run["train"]["seconds"] for run in runs]),
-                "seeds": len(runs),
-            }
-        )
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return table
-    return table.sort_values(f"val {metric}", ascending=False, kind="stable", ignore_index=True)
+        slices = [run["val"][metric] for run in runs]
+        figures = {
+            f"val {metric}": _mean(part["overall"] for part in slices),
+            "worst group": _mean(part[f"{runs[0]['group_family']}/min"] for part in slices),
+            "repeat": _mean(part["target=repeat"] for part in slices),
+            "new": _mean(part["target=new"] for part in slices),
+            "epoch": _mean(run["best"]["epoch"] for run in runs),
+            "step": _mean(run["best"]["step"] for run in runs),
+            "seconds": _mean(run["train"]["seconds"] for run in runs),
+            "seeds": len(runs),
+        }
+        ranked.append((point, figures))
+    return sorted(ranked, key=lambda pair: -pair[1][f"val {metric}"])
 
 
-def _write(ranking: pd.DataFrame, keys: Sequence[str], base: ConfigDict, folder: Path) -> None:
-    if ranking.empty:
-        raise ValueError(f"{folder}: no point of the search has a validation score")
+def _mean(values: Iterable[float | None]) -> float:
+    found = [value for value in values if value is not None]  # a slice may hold no user
+    return float(np.mean(found)) if found else math.nan
+
+
+def _write(ranking: pd.DataFrame, best: Point, base: ConfigDict, folder: Path) -> None:
     forms = {"epoch": "{:.0f}", "step": "{:.0f}", "seconds": "{:.0f}", "seeds": "{}"}
-    body = [
-        [
-            str(value) if column in keys else forms.get(str(column), "{:.4f}").format(value)
-            for column, value in row.items()
+    columns = {
+        str(column): [
+            str(value)
+            if column in best
+            else "-"
+            if np.isnan(value)
+            else forms.get(str(column), "{:.4f}").format(value)
+            for value in ranking[column]
         ]
-        for _, row in ranking.astype(object).iterrows()
-    ]
-    # Column by column, since a row would turn integers into floats.
-    flags_text = " ".join(f"--config.{key}={ranking[key].iloc[0]}" for key in keys)
+        for column in ranking
+    }
+    flags_text = " ".join(f"--config.{key}={value}" for key, value in best.items())
     text = (
         f"# {base.data.name}: {base.objective.name} by validation, best first\n\n"
-        f"{tables.markdown([str(column) for column in ranking], body)}\n\n"
+        f"{tables.markdown(list(columns), list(zip(*columns.values(), strict=True)))}\n\n"
         f"Best: `{flags_text}`\n"
     )
     for name, content in (("search.csv", ranking.to_csv(index=False)), ("search.md", text)):

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,8 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     """A sweep's config as the runs' own config and its `sweep` part, checked.
 
     Raises:
-        ValueError: on an unknown key, method or an empty list.
+        ValueError: on an unknown key or method, an empty list, a name given twice, a number out
+            of range, or an intersection of families that the methods are not judged by.
     """
     base = config.copy_and_resolve_references()
     base.unlock()
@@ -76,6 +77,8 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     names = ("methods", "families", "intersections", "intersection_methods", "one_seed_methods")
     for key in names:  # `--config.sweep.methods=erm,cvar` is one string
         sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(",") if part)
+        if len(set(sweep[key])) < len(sweep[key]):
+            raise ValueError(f"sweep.{key} is {sweep[key]}: expected each name once")
     for key in ("methods", "intersection_methods", "one_seed_methods"):
         for method in sweep[key]:
             if method not in METHODS:
@@ -83,10 +86,20 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     for method in sweep.intersection_methods:
         if not METHODS[method].needs_groups:
             raise ValueError(f"sweep.intersection_methods: {method} looks at no groups")
-    for key, most in (("runs_per_call", None), ("choice_seeds", len(base.seeds))):
-        if sweep[key] < 0 or (most is not None and sweep[key] > most):
-            wanted = "0 or more" if most is None else f"0 to {most}, the number of seeds"
-            raise ValueError(f"sweep.{key} is {sweep[key]}: expected {wanted}")
+    for family in sweep.intersections:
+        unknown = set(family.replace("&", "*").split("*")) - set(sweep.families)
+        if unknown or family in sweep.families:
+            raise ValueError(
+                f"sweep.intersections: {family!r} is not made of two or more of sweep.families, "
+                f"{', '.join(sweep.families)}"
+            )
+    if sweep.runs_per_call < 0:
+        raise ValueError(f"sweep.runs_per_call is {sweep.runs_per_call}: expected 0 or more")
+    if not 0 <= sweep.choice_seeds <= len(base.seeds):
+        raise ValueError(
+            f"sweep.choice_seeds is {sweep.choice_seeds}: expected 0 to {len(base.seeds)}, the "
+            "number of seeds"
+        )
     # A union's groups are those of its parts, which are judged already.
     products = [family for family in sweep.intersections if "&" not in family]
     base.groups = tuple(dict.fromkeys([*sweep.families, *products]))
@@ -94,9 +107,9 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
 
 
 def config_hash(base: ConfigDict, sweep: ConfigDict) -> str:
-    """Twelve hexadecimal digits that tell a sweep's settings apart, wherever its log lies."""
+    """Twelve hexadecimal digits that tell a sweep's settings apart, wherever its files lie."""
     settings = workdir.jsonable({**base.to_dict(), "sweep": sweep.to_dict()})
-    for key in ("path", "cache_dir"):
+    for key in ("path", "cache_dir", "group_file"):
         del settings["data"][key]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -123,7 +136,7 @@ def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_call: int) -> list[Cal
 def plan_chosen(
     base: ConfigDict,
     sweep: ConfigDict,
-    chosen: Mapping[tuple[str, str | None], Mapping[str, float]],
+    chosen: Iterable[tuple[str, str | None, Mapping[str, float]]],
     *,
     runs_per_call: int,
 ) -> list[Call]:
@@ -132,18 +145,20 @@ def plan_chosen(
 
     Args:
         base, sweep, runs_per_call: as for `plan`.
-        chosen: the values for each (method, loss family) of the plan; others are left out.
+        chosen: method, loss family and values; a pair of the plan may have several values, or
+            none. The calls' names hold the values, so that another choice is another call.
     """
     calls: list[Call] = []
-    for (method, family), hparams in chosen.items():
+    for method, family, hparams in chosen:
         values = {key: (value,) for key, value in hparams.items()}
+        named = [f"{key}={value:g}" for key, value in hparams.items()]
         train = functools.partial(_calls, base, sweep, method)
         _, seeds = _seeds(base, sweep, method)
         if seeds:
-            calls += train(family, values, seeds, runs_per_call, "more_seeds")
+            calls += train(family, values, seeds, runs_per_call, [*named, "more_seeds"])
         if method in sweep.intersection_methods and family == sweep.families[0]:
             for intersection in sweep.intersections:
-                calls += train(intersection, values, tuple(base.seeds)[:1], runs_per_call)
+                calls += train(intersection, values, tuple(base.seeds)[:1], runs_per_call, named)
     return calls
 
 
@@ -169,9 +184,12 @@ def _calls(
     values: Mapping[str, tuple[float, ...]],
     seeds: tuple[int, ...],
     runs_per_call: int,
-    note: str = "",
+    notes: Sequence[str] = (),
 ) -> Iterator[Call]:
-    """All of values x seeds of a method on a loss family, as calls of at most `runs_per_call`."""
+    """All of values x seeds of a method on a loss family, as calls of at most `runs_per_call`.
+
+    `notes` go into the calls' names.
+    """
     # A call holds products of values, so the longest list is what it may take a part of.
     varied = max(values, key=lambda key: len(values[key]), default=None)
     fixed = [key for key in values if key != varied]
@@ -195,8 +213,7 @@ def _calls(
                 pieces += [
                     f"{key}={value:g}" for key, value in zip(fixed, combination, strict=True)
                 ]
-            pieces += [note] if note else []
-            pieces += [f"part{number}"] if len(parts) > 1 else []
+            pieces += [*notes, *([f"part{number}"] if len(parts) > 1 else [])]
             yield Call("-".join(pieces), method, family, resolve(config))
 
 

@@ -6,10 +6,11 @@ Sweeps (`reproduce`) and searches (`search`) plan the calls.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
@@ -30,59 +31,74 @@ class Call(NamedTuple):
     config: ConfigDict  # resolved
 
 
-class Outcome(NamedTuple):
-    """What became of a call."""
-
-    call: Call
-    error: str | None
-
-
-def work(calls: Sequence[Call], directory: Path) -> list[Outcome]:
+def work(calls: Sequence[Call], directory: Path) -> dict[str, str]:
     """Run every call that is not done; a call that fails is noted and the others go on.
 
     Another process at work on the same folder is left its call: this one takes the next, and
-    waits at the end until the others are done. A process that dies gives its call up.
+    waits at the end until the others are done. A process that dies gives its call up, and what
+    failed in one process is tried again by the others.
 
     Args:
-        calls: the plan.
+        calls: the plan, of unequal names.
         directory: the folder of all calls; a call's files go to `directory/calls/NAME`.
 
     Returns:
-        What became of each call, in their order.
+        The error of each call that failed here, by name. What is done, `done` tells.
 
     Raises:
+        ValueError: if a call's folder was made by another config.
         SystemExit: after SIGINT or SIGTERM, with the state saved.
     """
-    outcomes: dict[str, Outcome] = {}
+    errors: dict[str, str] = {}
+    left = list(enumerate(calls, start=1))
     said = False
-    while len(outcomes) < len(calls):
-        before = len(outcomes)
-        for number, call in enumerate(calls, start=1):
-            if call.name in outcomes:
-                continue
-            folder = directory / "calls" / call.name
+    while left:
+        held = []
+        for number, call in left:
+            folder = _folder(call, directory)
             if is_done(call, folder):
-                outcomes[call.name] = Outcome(call, None)
                 continue
             with claim(directory, call.name) as ours:
-                if ours and not is_done(call, folder):
+                if not ours:
+                    held.append((number, call))
+                elif not is_done(call, folder):  # it may have been done since the last look
                     print(f"\n[{number}/{len(calls)}] {call.name}", flush=True)
-                    outcomes[call.name] = _attempt(call, folder)
-        if len(outcomes) == before:
+                    error = _attempt(call, folder)
+                    if error is not None:
+                        errors[call.name] = error
+        if len(held) == len(left):
             if not said:
-                print(f"waiting for {len(calls) - before} calls of other processes", flush=True)
+                print(f"waiting for {len(held)} calls of other processes", flush=True)
                 said = True
             time.sleep(_POLL_SECONDS)
-    return [outcomes[call.name] for call in calls]
+        left = held
+    return errors
 
 
-def _attempt(call: Call, folder: Path) -> Outcome:
+def _folder(call: Call, directory: Path) -> Path:
+    return directory / "calls" / call.name
+
+
+def _attempt(call: Call, folder: Path) -> str | None:
+    """What went wrong, None if nothing did."""
     try:
         run(call.config, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
-        _log.warning("%s failed: %s", call.name, error)
-        return Outcome(call, str(error))
-    return Outcome(call, None)
+    except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        _log.warning("%s failed: %s", call.name, error)  # memory ran out is a JaxRuntimeError
+        return str(error)
+    return None
+
+
+def done(calls: Sequence[Call], directory: Path) -> list[Call]:
+    """Those of the calls whose results are in the folder, whichever process made them."""
+    return [call for call in calls if is_done(call, _folder(call, directory))]
+
+
+def failures(errors: Mapping[str, str], calls: Sequence[Call], directory: Path) -> str:
+    """What to say of the calls that failed here and that no other process finished; "" if none."""
+    left = {call.name for call in calls} - {call.name for call in done(calls, directory)}
+    lines = [f"  {name}: {error}" for name, error in errors.items() if name in left]
+    return "\n".join([f"{len(lines)} of {len(calls)} calls failed:", *lines]) if lines else ""
 
 
 @contextlib.contextmanager
