@@ -70,4 +70,6 @@ def test_claims_as_markdown():
 
 
 def test_without_dro_methods_there_is_nothing_to_compare():
-    assert claims.compare(ENTRIES[:2], "NDCG@20").empty
+    table = claims.compare(ENTRIES[:2], "NDCG@20")
+    assert table.empty
+    assert "##" not in claims.markdown(table)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -74,13 +75,17 @@ def test_values_are_tried_on_the_first_seeds_and_the_chosen_go_on_with_the_rest(
     assert seeds_of(first) == {
         "erm": (0,), "gdro-pop33": (0,), "gdro-seq33": (0,), "cvar": (0, 0)
     }  # fmt: skip
-    chosen = {
-        ("erm", None): {},
-        ("gdro", "pop33"): {"step_size": 0.01},
-        ("cvar", None): {"alpha": 0.6},
-    }
+    chosen = [
+        ("erm", None, {}),
+        ("gdro", "pop33", {"step_size": 0.01}),
+        ("cvar", None, {"alpha": 0.6}),
+        ("cvar", None, {"alpha": 0.3}),
+    ]
     more = sweep.plan_chosen(base, settings, chosen, runs_per_call=8)
-    assert seeds_of(more) == {"erm-more_seeds": (1, 2), "cvar-more_seeds": (1, 2)}
+    # Another choice is another call.
+    assert seeds_of(more) == dict.fromkeys(
+        ("erm-more_seeds", "cvar-alpha=0.6-more_seeds", "cvar-alpha=0.3-more_seeds"), (1, 2)
+    )
     assert more[1].config.objective.alpha == (0.6,)
     assert sweep.choice_seeds(base, settings) == (0,)
     # Without the setting every seed tries every value, and nothing is left.
@@ -100,10 +105,17 @@ def test_intersections_train_the_named_methods_at_the_first_familys_values():
     base, settings = sweep.split_config(config)
     calls = sweep.plan(base, settings, runs_per_call=8)
     assert list(seeds_of(calls)) == ["erm", "ipw-pop33", "ipw-seq33", "gdro-pop33", "gdro-seq33"]
-    chosen = {("erm", None): {}, ("ipw", "pop33"): {}, ("gdro", "pop33"): {"step_size": 0.1},
-              ("gdro", "seq33"): {"step_size": 0.01}}  # fmt: skip
+    chosen = [
+        ("erm", None, {}),
+        ("ipw", "pop33", {}),
+        ("gdro", "pop33", {"step_size": 0.1}),
+        ("gdro", "seq33", {"step_size": 0.01}),
+    ]
     more = sweep.plan_chosen(base, settings, chosen, runs_per_call=8)
-    assert seeds_of(more) == {"gdro-pop33xseq33": (3,), "gdro-pop33andseq33": (3,)}
+    assert seeds_of(more) == {
+        "gdro-pop33xseq33-step_size=0.1": (3,),
+        "gdro-pop33andseq33-step_size=0.1": (3,),
+    }
     assert more[1].config.objective.group_family == "pop33&seq33"
     assert {call.config.objective.step_size for call in more} == {(0.1,)}
     # The union's groups are judged as those of its parts.
@@ -125,6 +137,9 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_lies():
         ({"sweep.methods": ("erm", "xyz")}, "sweep.methods: 'xyz' is unknown"),
         ({"sweep.alpha": ()}, "sweep.alpha is empty"),
         ({"sweep.runs_per_call": -1}, "sweep.runs_per_call is -1"),
+        ({"sweep.methods": ("erm", "erm")}, "sweep.methods is .*expected each name once"),
+        ({"sweep.intersections": ("pop33*pop2060",)}, "'pop33.pop2060' is not made of two or more"),
+        ({"sweep.intersections": ("seq33",)}, "'seq33' is not made of two or more"),
         ({"sweep.choice_seeds": 2}, "sweep.choice_seeds is 2: expected 0 to 1"),
         ({"sweep.one_seed_methods": ("xyz",)}, "sweep.one_seed_methods: 'xyz' is unknown"),
         ({"sweep.intersection_methods": ("cvar",)}, "cvar looks at no groups"),
@@ -234,10 +249,13 @@ def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
         printed.append(out)
     # Each call was trained by one of them, and both ended with the table.
     names = {path.name for path in (tmp_path / "sweep" / "calls").iterdir()}
-    assert names == {
-        "erm", "erm-more_seeds", "gdro-pop33", "gdro-pop33-more_seeds", "gdro-pop33andseq33",
-        "cvar", "cvar-more_seeds",
+    chosen_alphas = {name for name in names if name.startswith("cvar-alpha=")}
+    assert names == chosen_alphas | {
+        "erm", "erm-more_seeds", "gdro-pop33", "gdro-pop33-step_size=0.01-more_seeds",
+        "gdro-seq33", "gdro-seq33-step_size=0.01-more_seeds",
+        "gdro-pop33andseq33-step_size=0.01", "cvar",
     }  # fmt: skip
+    assert 1 <= len(chosen_alphas) <= 2  # as the two rules agree or not
     trained = re.findall(r"^\[\d+/\d+\] (.+)$", "\n".join(printed), re.MULTILINE)
     assert sorted(trained) == sorted(names)
     assert all("| GDRO_pop33&seq33 |" in out for out in printed)
@@ -246,8 +264,9 @@ def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
     results = pd.read_csv(tables / "results.csv", keep_default_na=False, na_values=[""])
     overall = results[results["slice"] == "overall"]
     methods = overall[(overall["rule"] == "overall") & ~overall["method"].str.startswith("[")]
-    assert methods["seeds"].tolist() == [2, 2, 1, 2]  # the third over both families at once
-    assert methods["sd"].notna().tolist() == [True, True, False, True]
+    assert methods["group_family"].tolist() == ["", "pop33", "seq33", "", "pop33&seq33"]
+    assert methods["seeds"].tolist() == [2, 2, 2, 2, 1]
+    assert methods["sd"].notna().tolist() == [True, True, True, True, False]
     # Chosen on the first seed alone, though both are reported.
     val = {}
     for alpha in (0.3, 0.6):
@@ -278,10 +297,28 @@ def test_a_call_that_another_process_holds_is_waited_for(finished, tmp_path, mon
     monkeypatch.setattr(worker, "run", lambda *_: pytest.fail("trained what another holds"))
     with worker.claim(tmp_path, call.name) as ours:
         assert ours
-        [outcome] = worker.work([call], tmp_path)
-    assert outcome.error is None
+        assert worker.work([call], tmp_path) == {}
     assert len(naps) == 2
     assert capsys.readouterr().out.count("waiting for 1 calls of other processes") == 1
+
+
+def test_what_failed_here_and_another_process_finished_is_no_failure(finished, tmp_path):
+    calls = planned(tiny())[:2]
+    errors = {call.name: "diverged" for call in calls}
+    assert worker.failures(errors, calls, finished) == ""
+    lines = worker.failures(errors, calls, tmp_path).splitlines()
+    assert lines == ["2 of 2 calls failed:", "  erm: diverged", "  gdro-pop33: diverged"]
+    assert worker.done(calls, finished) == calls
+    assert worker.done(calls, tmp_path) == []
+
+
+def test_without_erm_the_failures_are_told_instead_of_tables(tmp_path, monkeypatch):
+    def run(config, folder):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(worker, "run", run)
+    with pytest.raises(SystemExit, match=r"no tables.*\n4 of 4 calls failed:\n  erm: RESOURCE"):
+        reproduce(tiny(), tmp_path)
 
 
 def test_a_failing_call_is_reported_when_the_others_are_done(finished, tmp_path, monkeypatch):
@@ -376,7 +413,7 @@ sys.path[:0] = {paths!r}
 from test_reproduce import tiny
 from seqfair_jax.reproduce import reproduce
 reproduce(tiny(**{{
-    "seeds": (0, 1), "sweep.choice_seeds": 1, "sweep.families": ("pop33",),
+    "seeds": (0, 1), "sweep.choice_seeds": 1,
     "sweep.intersections": ("pop33&seq33",),
 }}), sys.argv[1])
 """

@@ -44,12 +44,13 @@ def test_one_setting_after_another(tmp_path, monkeypatch):
 
     def work(calls, directory):
         trained.append([call.name for call in calls])
-        return [worker.Outcome(call, None) for call in calls]
+        return {}
 
     def read_summaries(folder):
         pairs = dict(part.split("=") for part in folder.name.split(","))
         score = scores[int(pairs["model.dim"]), float(pairs["model.dropout"])]
-        slices = {"overall": score, "pop33/min": 0, "target=repeat": 0, "target=new": 0}
+        # No validation target of MovieLens repeats.
+        slices = {"overall": score, "pop33/min": 0, "target=repeat": None, "target=new": 0}
         return [
             {
                 "val": {"NDCG@20": slices},
@@ -60,6 +61,7 @@ def test_one_setting_after_another(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(worker, "work", work)
+    monkeypatch.setattr(worker, "done", lambda calls, directory: calls)
     monkeypatch.setattr(search_module.tables, "read_summaries", read_summaries)
     order = ("model.dropout", "model.dim")
     ranking = search(tiny(order, dim=(8, 4, 16), dropout=(0.0, 0.5)), tmp_path)
@@ -70,6 +72,10 @@ def test_one_setting_after_another(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert ranking["val NDCG@20"].tolist() == [0.4, 0.3, 0.2, 0.1]
     assert ranking["model.dim"].tolist() == [16, 8, 4, 8]
+    assert (
+        "| 16 | 0.5 | 0.4000 | 0.0000 | - | 0.0000 | 1 | 3 | 1 | 1 |"
+        in (tmp_path / "search.md").read_text()
+    )
 
 
 def test_a_failing_point_is_reported_when_the_others_are_done(tmp_path, monkeypatch):
@@ -81,9 +87,29 @@ def test_a_failing_point_is_reported_when_the_others_are_done(tmp_path, monkeypa
         return real(config, folder)
 
     monkeypatch.setattr(worker, "run", run)
-    with pytest.raises(SystemExit, match=r"1 of 2 points failed:\n  model.dim=4: diverged"):
+    with pytest.raises(SystemExit, match=r"1 of 2 calls failed:\n  model.dim=4: diverged"):
         search(tiny(dim=(8, 4)), tmp_path)
     assert pd.read_csv(tmp_path / "search.csv")["model.dim"].tolist() == [8]
+
+
+def test_where_every_point_fails_the_reasons_are_told(tmp_path, monkeypatch):
+    def run(config, folder):
+        raise FloatingPointError("diverged")
+
+    monkeypatch.setattr(worker, "run", run)
+    with pytest.raises(SystemExit, match=r"no point .*\n1 of 1 calls failed:\n  model.dim=8: div"):
+        search(tiny(dim=(8,)), tmp_path)
+
+
+def test_what_follows_from_a_setting_of_the_grid_still_follows():
+    config = small()
+    config.train.decay_steps = config.train.get_ref("epochs") * 3
+    config.search = default_search()
+    config.search.grid.train = {"epochs": (2, 4)}
+    base, grid, _ = search_module.split_config(config)
+    points = search_module._combinations(grid)
+    assert [search_module._call(base, p).config.train.decay_steps for p in points] == [6, 12]
+    assert base.train.decay_steps == 6  # as it was
 
 
 def test_the_plan_alone(tmp_path, capsys):
@@ -99,7 +125,10 @@ def test_the_plan_alone(tmp_path, capsys):
     [
         (small(), "no `search`"),
         (tiny(dimension=(4,)), r"search\.grid\.model\.dimension is not a setting of a run"),
-        (tiny(dim=(4, 4)), r"search\.grid\.model\.dim is \(4, 4\): expected unequal values"),
+        (tiny(dim=(4, 4)), r"search\.grid\.model\.dim is \[4, 4\]: expected unequal values"),
+        (tiny(dim=8), r"search\.grid\.model\.dim is 8: expected unequal values, each int"),
+        (tiny(dim=(8, 4.5)), r"search\.grid\.model\.dim is \[8, 4.5\]"),
+        (tiny(dropout=("a",)), r"expected unequal values, each int or float"),
         (tiny(("model.dim",)), r"search\.one_by_one is \('model.dim',\): expected each setting"),
     ],
 )
@@ -112,6 +141,10 @@ def test_unknown_settings_and_empty_grids_are_named(tmp_path):
     config = tiny()
     config.search.points = 3
     with pytest.raises(ValueError, match=r"search\.points is not a setting; known: grid"):
+        search(config, tmp_path)
+    config.search = default_search()
+    config.search.grid.objective = {"step_size": (0.1, 0.2)}
+    with pytest.raises(ValueError, match=r"search\.grid\.objective\.step_size: the setting is"):
         search(config, tmp_path)
     config = small()
     config.search = default_search()
