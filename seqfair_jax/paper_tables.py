@@ -178,7 +178,7 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
         return [s for s in slices if s.startswith(f"{family}=")]
 
     def heading(slice_name: str) -> str:
-        return slice_name.partition("=")[2].capitalize()
+        return _shown(slice_name.partition("=")[2].capitalize())
 
     found = []
     plain = [(_label(m), m, "*" if m in grouped else "") for m in methods]
@@ -202,16 +202,20 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     columns = [(family, heading(s), s) for family in shown for s in groups(family)]
     # Between the paper's two families, and any products and unions of them.
     wanted = {"", *shown, *(f for _, f in pairs if "*" in f or "&" in f)}
-    rows = [(f"{_label(m)}_{f}" if f else _label(m), m, f) for m, f in pairs if f in wanted]
+    rows = [(f"{_label(m)}_{_shown(f)}" if f else _label(m), m, f) for m, f in pairs if f in wanted]
     overall = ("", "Overall", "overall")
     if len(shown) > 1:
         found.append(Layout("intersecting groups", rows, [*columns, overall], numbers[2]))
     for family in products:
-        columns = [(family, heading(s), s) for s in groups(family)]
-        found.append(Layout(f"groups of {family.replace('*', ' x ')}", rows, columns, None))
+        columns = [("", heading(s), s) for s in groups(family)]
+        found.append(Layout(f"groups of {_shown(family)}", rows, columns, None))
     targets = [("target", heading(s), s) for s in groups("target")]
     found.append(Layout("repeat and new targets", rows, [*targets, overall], None))
     return found
+
+
+def _shown(name: str) -> str:
+    return name.replace("*", "×")  # two asterisks in a line of Markdown are emphasis
 
 
 def _label(method: str) -> str:
@@ -307,7 +311,8 @@ def latex(table: Cells, caption: str) -> str:
     """A booktabs table; needs \\usepackage{booktabs}."""
 
     def escape(text: Any) -> str:
-        return str(text).replace("_", r"\_").replace("&", r"\&")
+        escaped = str(text).replace("_", r"\_").replace("&", r"\&")
+        return escaped.replace("×", r"$\times$")
 
     values = table.figures
     body = _decorated(table, r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
@@ -432,7 +437,7 @@ def write(
                 text += ["Published:\n", markdown(Cells(kept, none, unknown)), ""]
                 change = table.figures.loc[kept.index] - kept
                 text += ["Ours less the published:\n", _signed(change), ""]
-            slug = layout.title.replace(" ", "_")
+            slug = layout.title.replace(" ", "_").replace("×", "x")
             put_text(f"{rule}-{slug}.csv", table.figures.to_csv())
         put_text(f"{rule}.md", "\n".join(text))
         put_text(f"{rule}.tex", "\n".join(tex))

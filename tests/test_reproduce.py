@@ -392,6 +392,25 @@ def test_markdown_and_latex_by_hand_to_the_last_star():
     ]
 
 
+def test_intersections_have_rows_and_a_table_of_their_own():
+    slices = ["pop33=niche", "seq33=short", "pop33*seq33=niche*short", "overall"]
+    pairs = [("erm", ""), ("ipw", "pop2060"), ("gdro", "pop33*seq33"), ("gdro", "pop33&seq33")]
+    rows = [
+        {"method": m, "group_family": f, "slice": s, "value": 0.1, "star": False, "sd": np.nan}
+        for m, f in pairs
+        for s in slices
+    ]
+    long = pd.DataFrame(rows)
+    layouts = {layout.title: layout for layout in paper_tables.layouts(long, "retailrocket")}
+    intersecting = paper_tables.cells(long, layouts["intersecting groups"]).figures
+    assert list(intersecting.index) == ["ERM", "GDRO_pop33×seq33", "GDRO_pop33&seq33"]
+    assert (intersecting == 0.1).all(axis=None)
+    table = paper_tables.cells(long, layouts["groups of pop33×seq33"])
+    # Asterisks would be emphasis, and the sign is none of LaTeX's.
+    assert paper_tables.markdown(table).splitlines()[0] == "| Method | Niche×short |"
+    assert r"GDRO\_pop33$\times$seq33 & " in paper_tables.latex(table, "")
+
+
 def test_the_published_figures():
     columns = [("pop33", "Niche", "pop33=niche"), ("pop33", "Overall", "overall")]
     rows = [("ERM", "erm", ""), ("GDRO", "gdro", "*"), ("CVaR", "cvar", "")]
