@@ -116,7 +116,8 @@ def backbone(data_set: Callable[[str, str | None], ConfigDict], arg: str | None)
 
 
 def _short(config: ConfigDict) -> None:
-    """What validates best of a size and budget for two cores (docs/results has the search).
+    """What validates best on Retailrocket of a size and budget for two cores (docs/results has the
+    search; MovieLens-1M takes the same).
 
     The rate falls to 0, so that every method has settled at the end of the same budget.
     """
