@@ -11,7 +11,7 @@ where an item is never taken twice, such as films), train.epochs (of 256 steps: 
 thousand users, more users want more; the learning rate falls to 0 over all of them).
 """
 
-from seqfair_jax.config import default_config, parse_arguments
+from seqfair_jax.config import decay_over_training, default_config, parse_arguments
 
 
 def get_config(arg=None):
@@ -23,8 +23,5 @@ def get_config(arg=None):
     config.train.epochs = 12
     config.train.steps_per_epoch = 256
     config.train.learning_rate = 0.01
-    # References, so that the rate still falls to 0 at the end if one of them is changed.
-    config.train.decay_steps = config.train.get_ref("epochs") * config.train.get_ref(
-        "steps_per_epoch"
-    )
+    decay_over_training(config)
     return config

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from seqfair_jax.config import default_config, parse_arguments
+from seqfair_jax.config import decay_over_training, default_config, parse_arguments
 from seqfair_jax.search import default_search
 from seqfair_jax.sweep import default_sweep
 
@@ -124,10 +124,7 @@ def _short(config: ConfigDict) -> None:
     config.train.epochs = 6
     config.train.steps_per_epoch = 256
     config.train.learning_rate = 0.01
-    # References, so that the rate still falls to 0 at the end if one of them is changed.
-    config.train.decay_steps = config.train.get_ref("epochs") * config.train.get_ref(
-        "steps_per_epoch"
-    )
+    decay_over_training(config)
 
 
 def _paper(method: str, arg: str | None) -> ConfigDict:

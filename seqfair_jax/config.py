@@ -101,6 +101,15 @@ def default_config() -> ConfigDict:
     return config
 
 
+def decay_over_training(config: ConfigDict) -> None:
+    """Let the learning rate of a config file fall to 0 over all its steps.
+
+    By reference, so that it still does if the epochs or their steps are changed afterwards.
+    """
+    train = config.train
+    train.decay_steps = train.get_ref("epochs") * train.get_ref("steps_per_epoch")
+
+
 def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDict:
     """Read a config file's arguments, `key=value,key=value`, as in `configs/NAME.py:init=0.05`.
 
