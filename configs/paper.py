@@ -112,6 +112,10 @@ def backbone(data_set: Callable[[str, str | None], ConfigDict], arg: str | None)
         "model.num_blocks",
         "model.dim",
     )
+    if config.data.name == "ml1m":  # around Retailrocket's best, and for longer
+        config.train.epochs = 6
+        config.search.grid.model.init_scale = (0.1, 0.05, 0.2)
+        config.search.grid.train.learning_rate = (1e-2, 5e-3, 2e-2)
     return config
 
 
