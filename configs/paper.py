@@ -18,7 +18,7 @@ def retailrocket(method: str, arg: str | None) -> ConfigDict:
     config = _paper(method, arg)
     config.data.name = "retailrocket"
     config.data.valid_users = 10_000
-    if config.model.dim == 256:
+    if _at_paper_size(arg):
         config.train.epochs = 1000
     else:
         _short(config)
@@ -30,7 +30,7 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
     config = _paper(method, arg)
     config.data.name = "ml1m"
     config.evaluate.mask_seen = True
-    if config.model.dim == 256:
+    if _at_paper_size(arg):
         config.model.dropout = 0.5
         config.train.batch_size = 256
         config.train.epochs = 700
@@ -49,7 +49,7 @@ def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) ->
     given = {"groups"} & {part.partition("=")[0] for part in (arg or "").split(",")}
     config = data_set("erm", arg)
     config.sweep = default_sweep()
-    if config.model.dim != 256:
+    if not _at_paper_size(arg):
         config.seeds = (0, 1, 2)
         config.sweep.methods += ("chi2",)
         config.sweep.families = ("pop33", "seq33")
@@ -61,7 +61,7 @@ def sweep(data_set: Callable[[str, str | None], ConfigDict], arg: str | None) ->
         config.sweep.runs_per_call = 1
     if given:
         config.sweep.families = config.groups
-    if config.model.dim != 256 and len(config.sweep.families) > 1:
+    if not _at_paper_size(arg) and len(config.sweep.families) > 1:
         config.sweep.intersections = tuple(sign.join(config.sweep.families) for sign in "*&")
     return config
 
@@ -74,7 +74,7 @@ def backbone(data_set: Callable[[str, str | None], ConfigDict], arg: str | None)
     """
     config = data_set("erm", arg)
     config.search = default_search()
-    if config.model.dim == 256:
+    if _at_paper_size(arg):
         config.train.early_stop_epochs = 200
         config.search.grid = ConfigDict(
             {
@@ -131,15 +131,24 @@ def _short(config: ConfigDict) -> None:
     decay_over_training(config)
 
 
-def _paper(method: str, arg: str | None) -> ConfigDict:
+def _arguments(arg: str | None) -> ConfigDict:
     arguments = parse_arguments(arg, groups="pop33+seq33", scale="paper", tie=-1, init=-1.0)
     if arguments.scale not in ("paper", "small"):
         raise ValueError(f"scale={arguments.scale}: expected paper or small")
+    return arguments
+
+
+def _at_paper_size(arg: str | None) -> bool:
+    return _arguments(arg).scale == "paper"
+
+
+def _paper(method: str, arg: str | None) -> ConfigDict:
+    arguments = _arguments(arg)
     config = default_config()
     config.groups = tuple(arguments.groups.split("+"))
     config.objective.name = method
     config.objective.absent_groups = "decay"  # as in the published runs
-    if arguments.scale == "paper":
+    if _at_paper_size(arg):
         config.model.dim = 256
         config.model.ff_dim = 256
         config.model.num_blocks = 3
