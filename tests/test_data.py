@@ -53,6 +53,7 @@ def test_leave_one_out_by_hand():
     assert dataset.test_target_ids.tolist() == [12, 13, 99]
     assert dataset.item_counts.tolist() == [1, 2, 1]
     assert dataset.counts["unknown_test_targets"] == 2
+    assert dataset.counts["short_users"] == 1
 
 
 def test_only_validation_users_lose_a_second_row():
@@ -184,6 +185,8 @@ def test_retailrocket_keeps_views_and_movielens_reads_its_separator(tmp_path):
         ("user_id,item_id,user_id,timestamp\n1,2,3,4\n", "user_id stands more than once"),
         ("user_id,item_id,timestamp\n1,2,3\n1,,4\n", "have no item_id.*data row 2"),
         ("user_id,item_id,timestamp\n1,2,3\n1,5,soon\n", "data row 2 is 'soon'"),
+        ("user_id,item_id,timestamp\n1,2,3\n1,5,inf\n", "data row 2 is .*inf"),
+        ("user_id,item_id,timestamp\n1,2,3\n1,5\n", "cannot be read"),
     ],
 )
 def test_bad_tables(tmp_path, text, message):
@@ -193,11 +196,49 @@ def test_bad_tables(tmp_path, text, message):
         read_log("csv", path, COLUMNS)
 
 
-def test_iso_dates(tmp_path):
+@pytest.mark.parametrize("zone", ["", "Z", "+02:00"])
+def test_iso_dates(tmp_path, zone):
     path = tmp_path / "log.csv"
-    path.write_text("user_id,item_id,timestamp\n1,2,2024-01-01T00:00:01\n1,3,2024-01-01T00:00:00\n")
-    times = read_log("csv", path, COLUMNS)["timestamp"].tolist()
-    assert times[0] - times[1] == 1e9
+    rows = [f"1,2,2024-01-01T00:00:01{zone}", f"1,3,2024-01-01T00:00:00{zone}"]
+    path.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    times = read_log("csv", path, COLUMNS)["timestamp"]
+    hours = 2 if zone == "+02:00" else 0
+    start = pd.Timestamp("2024-01-01").value - hours * 3600 * 10**9
+    assert times.tolist() == [start + 10**9, start]
+    frame = pd.read_csv(path, parse_dates=["timestamp"])
+    frame.to_parquet(tmp_path / "log.parquet")
+    pd.testing.assert_series_equal(
+        read_log("csv", tmp_path / "log.parquet", COLUMNS)["timestamp"], times
+    )
+
+
+def test_ids_stay_as_they_are_written(tmp_path):
+    path = tmp_path / "log.csv"
+    long = ["12345678901234567890", "12345678901234567891"]
+    path.write_text(f"user_id,item_id,timestamp\n{long[0]},07,1\n{long[1]},7,2\n")
+    found = read_log("csv", path, COLUMNS)
+    assert found["user_id"].tolist() == long
+    assert found["item_id"].tolist() == ["07", "7"]
+    groups = "user_id,family,group\n07,age,old\n7,age,young\n"
+    (tmp_path / "groups.csv").write_text(groups)
+    assert read_group_table(str(tmp_path / "groups.csv"))["user_id"].tolist() == ["07", "7"]
+
+    floats = pd.DataFrame({"user_id": [1.0, 2.0], "item_id": [3, 4], "timestamp": [5, 6]})
+    floats.to_parquet(tmp_path / "log.parquet")
+    assert read_log("csv", tmp_path / "log.parquet", COLUMNS)["user_id"].tolist() == [1, 2]
+    for bad in (1.5, 2.0**60):
+        floats.assign(user_id=[1.0, bad]).to_parquet(tmp_path / "log.parquet")
+        with pytest.raises(ValueError, match="user_id of data row 2 is the float"):
+            read_log("csv", tmp_path / "log.parquet", COLUMNS)
+
+
+def test_a_damaged_archive(tmp_path):
+    path = tmp_path / "log.csv.gz"
+    packed = bytearray(gzip.compress(LOG.to_csv(index=False).encode()))
+    packed[12:40] = bytes(28)
+    path.write_bytes(packed)
+    with pytest.raises(ValueError, match=r"log\.csv\.gz cannot be unpacked"):
+        read_log("csv", path, COLUMNS)
 
 
 def test_missing_files_and_empty_results(tmp_path, monkeypatch):
@@ -228,13 +269,15 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         data.prepare(settings(name="ml1m"))
 
 
-def test_the_cache_gives_the_same_and_survives_corruption(tmp_path):
+def test_the_cache_gives_the_same_and_survives_corruption(tmp_path, monkeypatch):
     path, cache = tmp_path / "log.csv", tmp_path / "cache"
     LOG.to_csv(path, index=False)
     config = settings(path=str(path), cache_dir=str(cache))
     fresh = data.prepare(config)
     (entry,) = cache.iterdir()
-    cached = data.prepare(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_log", None)  # the cache alone is read
+        cached = data.prepare(config)
     entry.write_bytes(entry.read_bytes()[:100])
     rebuilt = data.prepare(config)
     for other in (cached, rebuilt):

@@ -15,7 +15,7 @@ from seqfair_jax.data.split import Dataset, leave_one_out
 from seqfair_jax.data.synthetic import generate
 
 __all__ = ["Dataset", "prepare", "read_group_table"]
-_FORMAT = 1  # raise it when what `prepare` computes changes
+_FORMAT = 2  # raise it when what `prepare` computes changes
 _ARRAYS = [field.name for field in dataclasses.fields(Dataset) if field.type is np.ndarray]
 
 

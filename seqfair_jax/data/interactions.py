@@ -4,13 +4,15 @@ import difflib
 import gzip
 import io
 import zipfile
+import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from seqfair_jax.data.split import id_order
+from seqfair_jax.data.split import id_order, whole_numbers
 
 COLUMNS = ["user_id", "item_id", "timestamp"]
 THIRD_PARTY = Path("third_party_data")
@@ -64,25 +66,22 @@ def read_log(name: str, path: Path, columns: ConfigDict) -> pd.DataFrame:
     Args:
         name: `retailrocket` (view events of events.csv), `ml1m` (ratings.dat) or `csv`.
         path: the file; plain, .gz or .zip alike.
-        columns: for `csv`, what the file calls the three columns.
+        columns: for `csv`, what the file calls the three columns. Its ids are text, so that '07'
+            and '7' are two and none is too long; integers where all of a column are.
 
     Raises:
         ValueError: naming the file and what is wrong: a missing or doubled column, an empty
-            file, an id that is missing, a time that is not one.
+            file, an id that is missing or a fraction, a time that is not one.
     """
-    try:
-        if name == "retailrocket":
-            wanted = {"user_id": "visitorid", "item_id": "itemid", "timestamp": "timestamp"}
-            frame = _select(_read_csv(path, _FILES[name]), {"event": "event", **wanted}, path)
-            frame = frame[frame["event"] == "view"].drop(columns="event")
-        elif name == "ml1m":
-            frame = _read_ratings(path)
-        else:
-            parquet = path.suffix in (".parquet", ".pq")
-            frame = pd.read_parquet(path) if parquet else _read_csv(path, None)
-            frame = _select(frame, columns, path)
-    except (pd.errors.ParserError, UnicodeDecodeError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    if name == "retailrocket":
+        wanted = {"user_id": "visitorid", "item_id": "itemid", "timestamp": "timestamp"}
+        frame = _select(_read_csv(path, _FILES[name]), {"event": "event", **wanted}, path)
+        frame = frame[frame["event"] == "view"].drop(columns="event")
+    elif name == "ml1m":
+        frame = _read_ratings(path)
+    else:
+        frame = _read_table(path, text=(columns["user_id"], columns["item_id"]))
+        frame = _select(frame, columns, path)
     if frame.empty:
         raise ValueError(f"{path} holds no interactions: expected rows of {', '.join(COLUMNS)}")
     for column in ("user_id", "item_id"):
@@ -92,8 +91,7 @@ def read_log(name: str, path: Path, columns: ConfigDict) -> pd.DataFrame:
                 f"{path}: {missing.sum()} rows have no {column}, the first of them data row "
                 f"{int(missing.argmax()) + 1}; remove or fill them"
             )
-        if frame[column].dtype.kind == "f":  # integers that pandas read beside missing ones
-            frame = frame.assign(**{column: frame[column].astype(np.int64)})
+        frame = frame.assign(**{column: _ids(frame[column], path)})
     return frame.assign(timestamp=_times(frame["timestamp"], path))[COLUMNS].reset_index(drop=True)
 
 
@@ -104,7 +102,7 @@ def read_group_table(path: str | None) -> pd.DataFrame | None:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"data.group_file={path}: no such file")
-    frame = pd.read_parquet(file) if file.suffix in (".parquet", ".pq") else _read_csv(file, None)
+    frame = _read_table(file, text=("user_id",))
     return _select(frame, {name: name for name in ("user_id", "family", "group")}, file)
 
 
@@ -137,32 +135,59 @@ def k_core(frame: pd.DataFrame, k: int) -> pd.DataFrame:
     return frame[good_user[user] & good_item[item]]
 
 
-def _read_csv(path: Path, member: str | None) -> pd.DataFrame:
+def _read_table(path: Path, *, text: Collection[str]) -> pd.DataFrame:
+    """A CSV or Parquet file; of a CSV the columns `text` stay as written."""
+    if path.suffix in (".parquet", ".pq"):
+        return pd.read_parquet(path)
+    return _read_csv(path, None, text=text)
+
+
+def _read_csv(path: Path, member: str | None, *, text: Collection[str] = ()) -> pd.DataFrame:
     """A CSV file, whose header may not name a column twice."""
-    with _open(path, member) as file:
-        content = file.read(_MAX_UNPACKED)
-    header = pd.read_csv(io.BytesIO(content), header=None, nrows=1, dtype=str) if content else None
-    if header is None:
+    content = _read(path, member)
+    if not content:
         raise ValueError(f"{path} is empty: expected a header line and rows")
-    names = header.iloc[0].tolist()
-    doubled = sorted({str(name) for name in names if names.count(name) > 1})
-    if doubled:
-        raise ValueError(f"{path}: column {', '.join(doubled)} stands more than once; rename one")
-    return pd.read_csv(io.BytesIO(content), engine="pyarrow")
+    try:
+        names = pd.read_csv(io.BytesIO(content), header=None, nrows=1, dtype=str).iloc[0].tolist()
+        doubled = sorted({str(name) for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(
+                f"{path}: column {', '.join(doubled)} stands more than once; rename one"
+            )
+        kinds = {name: str for name in text if name in names}
+        return pd.read_csv(io.BytesIO(content), engine="pyarrow", dtype=kinds)
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _read_ratings(path: Path) -> pd.DataFrame:
     """MovieLens-1M: `UserID::MovieID::Rating::Timestamp`, no header."""
-    with _open(path, _FILES["ml1m"]) as file:
-        content = file.read(_MAX_UNPACKED).replace(b"::", b",")
+    content = _read(path, _FILES["ml1m"]).replace(b"::", b",")
     names = ["user_id", "item_id", "rating", "timestamp"]
-    frame = pd.read_csv(io.BytesIO(content), engine="pyarrow", header=None)
+    try:
+        frame = pd.read_csv(io.BytesIO(content), engine="pyarrow", header=None)
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if len(frame.columns) != len(names):
         raise ValueError(
             f"{path}: row 1 has {len(frame.columns)} fields, expected 4 as in "
             "UserID::MovieID::Rating::Timestamp"
         )
     return frame.set_axis(names, axis=1).drop(columns="rating")
+
+
+def _read(path: Path, member: str | None) -> bytes:
+    try:
+        with _open(path, member) as file:
+            content = file.read(_MAX_UNPACKED + 1)
+    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}") from error
+    if len(content) > _MAX_UNPACKED:
+        raise ValueError(
+            f"{path} holds more than {_MAX_UNPACKED:,} bytes once unpacked: give a smaller log, or "
+            "Parquet"
+        )
+    return content
 
 
 def _open(path: Path, member: str | None):
@@ -187,8 +212,6 @@ def _open(path: Path, member: str | None):
             f"{path}: expected one {member or 'file'} in it, found {len(members)} (it holds "
             f"{names}, ...); unpack it and name the file"
         )
-    if members[0].file_size > _MAX_UNPACKED:
-        raise ValueError(f"{path}: {members[0].filename} unpacks to {members[0].file_size} bytes")
     return archive.open(members[0])
 
 
@@ -205,20 +228,37 @@ def _select(frame: pd.DataFrame, columns, path: Path) -> pd.DataFrame:
     return frame[list(columns.values())].set_axis(list(columns.keys()), axis=1)
 
 
+def _ids(ids: pd.Series, path: Path) -> pd.Series:
+    """Ids as integers where every one is an integer's text; else as they are."""
+    if ids.dtype.kind == "f":  # Parquet's way with integers beside missing ones
+        inexact = ((ids % 1 != 0) | (ids.abs() > 2**53)).to_numpy()
+        if inexact.any():
+            row = int(inexact.argmax())
+            raise ValueError(
+                f"{path}: the {ids.name} of data row {row + 1} is the float {ids.iloc[row]!r}; "
+                "expected integers or text: store the column as one of these"
+            )
+        return ids.astype(np.int64)
+    if ids.dtype.kind in "iu":
+        return ids
+    places, distinct = pd.factorize(ids)
+    numbers = whole_numbers(distinct.astype(str))
+    return ids if numbers is None else pd.Series(numbers[places], ids.index)
+
+
 def _times(times: pd.Series, path: Path) -> pd.Series:
-    """Numbers as they are, dates as nanoseconds since 1970."""
+    """Numbers as they are, dates as nanoseconds since 1970, without a zone in UTC."""
     if times.dtype.kind in "iuf":
-        bad = times.isna()
+        bad = ~np.isfinite(times)
         numbers = times
     elif times.dtype.kind == "M":
-        bad, numbers = times.isna(), times.astype("datetime64[ns]").astype(np.int64)
+        bad, numbers = times.isna(), _nanoseconds(times)
     else:
         numbers = pd.to_numeric(times, errors="coerce")
         bad = numbers.isna()
         if bad.all():
             dates = pd.to_datetime(times, errors="coerce", utc=True, format="ISO8601")
-            bad = dates.isna()
-            numbers = dates.astype("datetime64[ns, UTC]").astype(np.int64)
+            bad, numbers = dates.isna(), _nanoseconds(dates)
     if bad.any():
         row = int(bad.to_numpy().argmax())
         raise ValueError(
@@ -226,6 +266,11 @@ def _times(times: pd.Series, path: Path) -> pd.Series:
             "number, or an ISO date in every row"
         )
     return numbers
+
+
+def _nanoseconds(dates: pd.Series) -> pd.Series:
+    plain = pd.to_datetime(dates, utc=True).dt.tz_localize(None)
+    return plain.astype("datetime64[ns]").astype(np.int64)
 
 
 def _candidates(folder: Path, name: str) -> list[Path]:

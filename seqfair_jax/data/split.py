@@ -41,15 +41,18 @@ def id_order(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if ids.dtype.kind in "iu":
         return np.unique(ids, return_inverse=True)
     text = ids.astype(str)
+    numbers = whole_numbers(text)
+    # Code points sort as their UTF-8 bytes do.
+    return np.unique(text if numbers is None else numbers, return_inverse=True)
+
+
+def whole_numbers(text: np.ndarray) -> np.ndarray | None:
+    """The integers that texts spell, i64; None if one says another thing, or more: '7.0', '07'."""
     try:
         numbers = text.astype(np.int64)
     except (ValueError, OverflowError):
-        numbers = None
-    # '07' and '7' are two ids: integers only where the text says nothing more than the number.
-    if numbers is not None and (numbers.astype(str) == text).all():
-        return np.unique(numbers, return_inverse=True)
-    # Code points sort as their UTF-8 bytes do.
-    return np.unique(text, return_inverse=True)
+        return None
+    return numbers if (numbers.astype(str) == text).all() else None
 
 
 def leave_one_out(
@@ -68,7 +71,7 @@ def leave_one_out(
 
     Args:
         frame: columns user_id, item_id, timestamp; filtered. Users with fewer than `MIN_ROWS`
-            rows are dropped and counted.
+            rows are dropped and counted (`short_users`, which `dropped_users` includes).
         name: of the data set.
         num_valid_users: how many users validate, drawn without replacement from the sorted ids
             by `default_rng(split_seed)`; None for all.
@@ -140,6 +143,7 @@ def leave_one_out(
             "unknown_valid_targets": int((valid_targets < 0).sum()),
             "unknown_test_targets": int((test_targets < 0).sum()),
             "dropped_users": (raw_users or num_users) - num_users,
+            "short_users": int((rows_of < MIN_ROWS).sum()),
             "dropped_items": (raw_items or len(all_item_ids)) - len(all_item_ids),
         },
     )
