@@ -55,11 +55,7 @@ def epoch_batches(
     Raises:
         ValueError: if `batch_size` is larger than `num_users`.
     """
-    if not 1 <= batch_size <= num_users:
-        raise ValueError(
-            f"train.batch_size is {batch_size}, but there are {num_users} users to train on: "
-            f"give a batch size of 1 to {num_users}"
-        )
+    check_batch_size(batch_size, num_users)
     rng = np.random.default_rng([seed, epoch])
     per_permutation = num_users // batch_size
     permutations = [
@@ -68,6 +64,19 @@ def epoch_batches(
     ]
     batches = np.concatenate(permutations).reshape(-1, batch_size)
     return batches[:steps].astype(np.int32)
+
+
+def check_batch_size(batch_size: int, num_users: int) -> None:
+    """Refuse a batch in which some user would stand twice, or nobody.
+
+    Raises:
+        ValueError: naming the sizes that are possible.
+    """
+    if not 1 <= batch_size <= num_users:
+        raise ValueError(
+            f"train.batch_size is {batch_size}, but there are {num_users} users to train on: "
+            f"give a batch size of 1 to {num_users}"
+        )
 
 
 def draw_batches(

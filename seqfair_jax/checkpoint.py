@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 _ARRAYS, _PROGRESS, _MANIFEST = "arrays", "progress.json", "manifest.json"
-_TEMPORARY = ".unfinished-"
+_TEMPORARY, _REPLACED = ".unfinished-", ".replaced-"
 
 
 class CorruptCheckpointError(ValueError):
@@ -43,9 +43,13 @@ def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
         checkpointer.wait_until_finished()  # a failed write shows here and nowhere else
     (temporary / _PROGRESS).write_text(json.dumps(progress))
     manifest = {"signature": _signature(tree), "files": _hashes(temporary)}
-    (temporary / _MANIFEST).write_text(json.dumps(manifest))
-    shutil.rmtree(path, ignore_errors=True)
+    (temporary / _MANIFEST).write_text(json.dumps(manifest | {"digest": _digest(manifest)}))
+    _recover(path)
+    replaced = path.with_name(_REPLACED + path.name)
+    if path.exists():
+        path.rename(replaced)
     temporary.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
@@ -60,12 +64,16 @@ def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
         CorruptCheckpointError: if a file is missing, changed or added.
         ValueError: if the template's structure, a shape or a dtype is another than stored.
     """
+    _recover(path)
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        whole = manifest.pop("digest") == _digest(manifest)
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path} ({_MANIFEST} is not there)") from None
-    except ValueError:
-        raise CorruptCheckpointError(f"{path / _MANIFEST} is not JSON; remove {path}") from None
+    except (ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise CorruptCheckpointError(f"{path / _MANIFEST} is damaged; remove {path}")
     found = _hashes(path)
     expected = manifest["files"]
     changed = sorted(
@@ -121,7 +129,21 @@ def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | 
 def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
+    for replaced in directory.glob(f"{_REPLACED}*"):
+        _recover(directory / replaced.name.removeprefix(_REPLACED))
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), reverse=True)
+
+
+def _recover(path: Path) -> None:
+    """Bring back what a process put aside that died before its own checkpoint was in place."""
+    replaced = path.with_name(_REPLACED + path.name)
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _signature(tree: Any) -> dict[str, str]:

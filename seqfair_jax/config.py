@@ -25,6 +25,7 @@ RESUMABLE = (
     "evaluate.batch_size",
     "data.path",
     "data.cache_dir",
+    "data.group_file",  # its path: the groups themselves are compared with the checkpoint's
 )
 
 
@@ -220,7 +221,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
     cutoffs = tuple(config.evaluate.cutoffs)
     good = all(isinstance(k, int) and k >= 1 for k in cutoffs)
     _require(good and len(cutoffs) > 0, "evaluate.cutoffs", cutoffs, "integers >= 1")
-    parse_metric(config.select.metric)
+    selects_at = parse_metric(config.select.metric)[1]
+    if selects_at not in cutoffs:  # the tables show what the epochs are chosen by
+        config.evaluate.cutoffs = (*cutoffs, selects_at)
     plan_runs(config)  # checks the objective's values
     return config
 
@@ -272,9 +275,12 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
         if old.get(key) != new.get(key) and key not in RESUMABLE
     ]
     if changed:
+        follows = any(line.startswith("train.decay_steps ") for line in changed)
         raise ValueError(
             f"{where} was made by another config; these differ: {'; '.join(changed)}. "
             "Use another --workdir, or the settings it was made with"
+            + ". (The learning rate falls to 0 over train.decay_steps, which follow train.epochs "
+            "in this config: a longer training is another one from its first step on)" * follows
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seqfair_jax import data, objectives
-from seqfair_jax.batching import Sequences
+from seqfair_jax.batching import Sequences, check_batch_size
 from seqfair_jax.config import Run, plan_runs
 from seqfair_jax.data.groups import GroupFamily, build_family, require_partition
 from seqfair_jax.data.split import Dataset
@@ -45,10 +45,12 @@ def prepare(config: ConfigDict) -> Experiment:
         config: resolved (`config.resolve`).
 
     Raises:
-        ValueError: on bad data, an unknown group family, or a group method over a family in
-            which some user is not in exactly one group, or no group as large as `min_users`.
+        ValueError: on bad data, a batch larger than the log, an unknown group family, or a group
+            method over a family in which some user is not in exactly one group, or no group as
+            large as `min_users`.
     """
     dataset = data.prepare(config.data)
+    check_batch_size(config.train.batch_size, len(dataset.user_ids))
     group_table = data.read_group_table(config.data.group_file)
     family = functools.partial(build_family, dataset, group_table=group_table)
     families = [family(name) for name in config.groups]

@@ -23,7 +23,7 @@ from seqfair_jax import checkpoint, workdir
 from seqfair_jax.batching import choose_sizes, draw_batches
 from seqfair_jax.evaluate import make_queries, rank_targets, to_ranking
 from seqfair_jax.experiment import Experiment
-from seqfair_jax.metrics import parse_metric, rank_metrics, slice_means, worst_group
+from seqfair_jax.metrics import rank_metrics, slice_means, worst_group
 from seqfair_jax.train import (
     KEY_IMPL,
     TrainState,
@@ -45,6 +45,7 @@ class Progress:
     """What the host remembers of the runs; stored as JSON with each checkpoint."""
 
     log_hash: str
+    groups_hash: str  # of the objective's family: who is in which group
     key_impl: str
     best: list[dict[str, dict[str, float] | None]]  # [R][selection]: epoch, overall, worst_group
     stopped: list[int | None]  # [R], the epoch at which early stopping ended the run
@@ -72,15 +73,23 @@ def fit(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any
     config = experiment.config
     runs, num_steps = experiment.runs, config.train.steps_per_epoch
     states, best, progress = _restore(experiment, folder)
-    _write_environment(folder, lanes=len(runs), resumed=int(states.step[0]) > 0)
-    logs = [
-        workdir.MetricsLog(run_folder, last_epoch=progress.epoch)
-        for run_folder in run_folders(folder, [run.name for run in runs])
-    ]
+    folders = run_folders(folder, [run.name for run in runs])
+    logs = [workdir.MetricsLog(part, last_epoch=progress.epoch) for part in folders]
+    resumed = int(states.step[0]) > 0
+    environment = workdir.environment(lanes=len(runs))
+    for part in dict.fromkeys([*folders, folder]):
+        changed = _write_environment(part, environment, resumed=resumed)
+    if changed:
+        _log.warning(
+            "this machine differs from the one the run was on before, so its bits will differ "
+            "from an uninterrupted run's (%s)",
+            "; ".join(changed),
+        )
     draw, segments = _Batches(experiment), _Segments(experiment)
     validate = make_validation(experiment)
     saved_at = time.monotonic()
     first_step = int(states.step[0])
+    failed = np.asarray(states.failed_step) >= 0
     notes: dict[str, str] = {}
     bar = tqdm(
         total=config.train.epochs * num_steps,
@@ -107,6 +116,7 @@ def fit(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any
                 )
                 bar.update(stop - start)
                 start = stop
+                failed = _report_failures(states, runs, failed)
                 notes["loss"] = f"{_mean_loss(states):.4f}"
                 if progress.seconds:
                     notes["targets/s"] = f"{progress.timed_targets / progress.seconds:,.0f}"
@@ -116,16 +126,11 @@ def fit(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any
                     _save(folder, states, best, progress)
                     saved_at = time.monotonic()
                 if stop_requested():
-                    raise SystemExit(
-                        f"stopped at step {int(states.step[0])}; the state is saved in {folder}, "
-                        "and the same command goes on from there"
-                    )
-            _refuse_if_all_failed(states, runs)
-            scores = validate(states.params)
-            rows = _epoch_rows(experiment, states, scores, progress.epoch + 1)
-            for row, log, stopped in zip(rows, logs, progress.stopped, strict=True):
-                if stopped is None:
-                    log.write(row)
+                    raise _stopped(states, folder)
+            scores = validate(states.params, failed)
+            for r, score in enumerate(scores):
+                if score is not None and progress.stopped[r] is None:
+                    logs[r].write(_epoch_row(experiment, states, r, score, progress.epoch + 1))
             best, progress = _select(experiment, states, scores, best, progress)
             totals = jax.vmap(lambda _: empty_totals(experiment.task, _num_groups(experiment)))(
                 states.step
@@ -133,8 +138,10 @@ def fit(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any
             states = states._replace(totals=totals)
             notes |= _best_notes(experiment, progress)
             bar.set_postfix(notes)
-    if int(states.step[0]) > first_step:
-        _save(folder, states, best, progress)
+        if int(states.step[0]) > first_step:
+            _save(folder, states, best, progress)
+        if stop_requested():  # during the last validation
+            raise _stopped(states, folder)
     return states, best, progress
 
 
@@ -143,8 +150,11 @@ def run_folders(folder: Path, names: Sequence[str]) -> list[Path]:
     return [folder] if len(names) == 1 else [folder / "runs" / name for name in names]
 
 
-def make_validation(experiment: Experiment) -> Callable[[Any], list[dict]]:
-    """The function that gives each run's sliced metrics on the validation users."""
+def make_validation(experiment: Experiment) -> Callable[[Any, np.ndarray], list[dict | None]]:
+    """The function of the parameters [R, ...] that gives each run's metrics on validation users.
+
+    Its second argument, bool[R], names runs that have none: their scores may not be finite.
+    """
     config, dataset = experiment.config, experiment.dataset
     queries = make_queries(
         dataset,
@@ -157,7 +167,6 @@ def make_validation(experiment: Experiment) -> Callable[[Any], list[dict]]:
     loss_family = experiment.loss_family.select(dataset.valid_users)
     if all(family.name != loss_family.name for family in families):
         families.append(loss_family)
-    cutoffs = sorted({*config.evaluate.cutoffs, parse_metric(config.select.metric)[1]})
     rank_fn = jax.jit(
         functools.partial(
             jax.lax.map,
@@ -165,12 +174,15 @@ def make_validation(experiment: Experiment) -> Callable[[Any], list[dict]]:
         )
     )
 
-    def validate(params) -> list[dict]:
-        scores = []
-        for run, *ranked in zip(experiment.runs, *rank_fn(params), strict=True):
-            num_users = len(dataset.valid_users)
+    def validate(params, failed: np.ndarray) -> list[dict | None]:
+        scores: list[dict | None] = []
+        num_users = len(dataset.valid_users)
+        for run, skip, *ranked in zip(experiment.runs, failed, *rank_fn(params), strict=True):
+            if skip:
+                scores.append(None)
+                continue
             ranking = to_ranking(*ranked, num_users=num_users, what=f"validation of {run.name}")
-            values = rank_metrics(ranking.ranks, cutoffs)
+            values = rank_metrics(ranking.ranks, config.evaluate.cutoffs)
             scores.append(slice_means(values, families, dataset.valid_repeat))
         return scores
 
@@ -288,14 +300,17 @@ def _initial(experiment: Experiment) -> tuple[TrainState, dict[str, Any]]:
 
 def _restore(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any], Progress]:
     states, best = _initial(experiment)
-    log_hash = experiment.dataset.log_hash
+    marks = {
+        "log_hash": experiment.dataset.log_hash,
+        "groups_hash": experiment.loss_family.hash(),
+        "key_impl": KEY_IMPL,
+    }
     found = checkpoint.load_latest(
         folder / "checkpoints" / "latest", {"states": states, "best": best}
     )
     if found is None:
         progress = Progress(
-            log_hash=log_hash,
-            key_impl=KEY_IMPL,
+            **marks,
             best=[dict.fromkeys(SELECTIONS) for _ in experiment.runs],
             stopped=[None] * len(experiment.runs),
             targets=[0] * len(experiment.runs),
@@ -303,7 +318,7 @@ def _restore(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str
         return states, best, progress
     tree, stored = found
     progress = Progress(**stored)
-    for key, now in {"log_hash": log_hash, "key_impl": KEY_IMPL}.items():
+    for key, now in marks.items():
         before = getattr(progress, key)
         if before != now:
             raise ValueError(
@@ -323,29 +338,49 @@ def _save(folder: Path, states: TrainState, best: dict[str, Any], progress: Prog
     )
 
 
-def _write_environment(folder: Path, *, lanes: int, resumed: bool) -> None:
-    now, before = workdir.environment(lanes=lanes), workdir.read_json(folder / "env.json")
-    if resumed and before is not None:
-        changed = [
-            f"{key}: {before.get(key)} then, {now[key]} now"
-            for key in now
-            if before.get(key) != now[key]
-        ]
-        if changed:
-            _log.warning(
-                "this machine differs from the one the run began on, so its bits will differ "
-                "from an uninterrupted run's (%s)",
-                "; ".join(changed),
-            )
-    workdir.write_json(folder / "env.json", now)
+def _write_environment(folder: Path, environment: dict[str, Any], *, resumed: bool) -> list[str]:
+    """Write `env.json`: where the run began, and under `resumed_on` where else it went on.
+
+    Returns:
+        how this machine differs from the one before it, if the run was resumed.
+    """
+    path = folder / "env.json"
+    first = workdir.read_json(path) if resumed else None
+    if first is None:
+        workdir.write_json(path, environment)
+        return []
+    later = first.pop("resumed_on", [])
+    before = later[-1] if later else first
+    changed = [
+        f"{key}: {before.get(key)} then, {now} now"
+        for key, now in environment.items()
+        if before.get(key) != now
+    ]
+    if changed:
+        later.append(environment)
+    workdir.write_json(path, first | ({"resumed_on": later} if later else {}))
+    return changed
 
 
 def _mean_loss(states: TrainState) -> float:
-    return float(jnp.mean(states.totals.loss / jnp.maximum(states.totals.steps, 1)))
+    """The epoch's so far, over its steps and the runs that have not failed."""
+    totals, live = states.totals, states.failed_step < 0
+    return float(jnp.mean(totals.loss / jnp.maximum(totals.steps, 1), where=live))
 
 
-def _refuse_if_all_failed(states: TrainState, runs) -> None:
+def _stopped(states: TrainState, folder: Path) -> SystemExit:
+    return SystemExit(
+        f"stopped at step {int(states.step[0])}; the state is saved in {folder}, and the same "
+        "command goes on from there"
+    )
+
+
+def _report_failures(states: TrainState, runs, known: np.ndarray) -> np.ndarray:
+    """Which runs have failed, bool[R]; a warning for each that is not among the known."""
     failed = np.asarray(states.failed_step)
+    for run, step, was_known in zip(runs, failed, known, strict=True):
+        if step >= 0 and not was_known:
+            _log.warning("%s diverged at step %d: it stops there, the others go on", run.name, step)
     if (failed >= 0).all():
         named = ", ".join(
             f"{run.name} at step {step}" for run, step in zip(runs, failed, strict=True)
@@ -354,56 +389,50 @@ def _refuse_if_all_failed(states: TrainState, runs) -> None:
             f"every run diverged: a loss or gradient was not finite ({named}). "
             "Try a smaller train.learning_rate or objective.step_size, or set train.clip_norm"
         )
+    return failed >= 0
 
 
-def _epoch_rows(
-    experiment: Experiment, states: TrainState, scores: list[dict], epoch: int
-) -> list[dict]:
-    """Each run's line of `metrics.jsonl`."""
-    groups = experiment.loss_family.groups
-    totals, latest = jax.device_get((states.totals, states.latest))
-    rows = []
-    for r, score in enumerate(scores):
-        steps = max(int(totals.steps[r]), 1)
-        row: dict[str, Any] = {
-            "epoch": epoch,
-            "step": int(states.step[r]),
-            "train/loss": float(totals.loss[r]) / steps,
-            "train/grad_norm": float(totals.grad_norm[r]) / steps,
-        }
-        for g, group in enumerate(groups):
-            users = float(totals.group_users[r, g])
-            loss = float(totals.group_loss[r, g])
-            row[f"train/group_loss/{group}"] = loss / users if users else None
-            for key, values in totals.objective.items():
-                # omega is a state, so its newest value; the others are means over the steps.
-                state = key == "group_weight"
-                value = latest[key][r, g] if state else values[r, g] / steps
-                row[f"train/{key}/{group}"] = float(value)
-        for metric, slices in score.items():
-            row |= {f"val/{metric}/{name}": value for name, value in slices.items()}
-        rows.append(row)
-    return rows
+def _epoch_row(
+    experiment: Experiment, states: TrainState, r: int, score: dict, epoch: int
+) -> dict[str, Any]:
+    """Run r's line of `metrics.jsonl`."""
+    totals, latest = jax.device_get(jax.tree.map(lambda x: x[r], (states.totals, states.latest)))
+    steps = int(totals.steps)
+    row: dict[str, Any] = {
+        "epoch": epoch,
+        "step": int(states.step[r]),
+        "train/loss": float(totals.loss) / steps,
+        "train/grad_norm": float(totals.grad_norm) / steps,
+    }
+    for g, group in enumerate(experiment.loss_family.groups):
+        users = float(totals.group_users[g])
+        row[f"train/group_loss/{group}"] = float(totals.group_loss[g]) / users if users else None
+        for key, values in totals.objective.items():
+            # omega is a state, so its newest value; the others are means over the steps.
+            value = latest[key][g] if key == "group_weight" else values[g] / steps
+            row[f"train/{key}/{group}"] = float(value)
+    for metric, slices in score.items():
+        row |= {f"val/{metric}/{name}": value for name, value in slices.items()}
+    return row
 
 
 def _select(
     experiment: Experiment,
     states: TrainState,
-    scores: list[dict],
+    scores: list[dict | None],
     best: dict[str, Any],
     progress: Progress,
 ) -> tuple[dict[str, Any], Progress]:
     """Close the epoch: keep the parameters of the runs that got better, stop those that do not."""
     config = experiment.config
     epoch = progress.epoch + 1
-    failed = np.asarray(states.failed_step) >= 0
     records, stopped = [], []
     improved = {name: np.zeros(len(scores), bool) for name in SELECTIONS}
     for r, score in enumerate(scores):
-        overall, worst = _selection_scores(experiment, score)
-        candidate = {"epoch": epoch, "overall": overall, "worst_group": worst}
         record = dict(progress.best[r])
-        if progress.stopped[r] is None and not failed[r]:
+        if progress.stopped[r] is None and score is not None:
+            overall, worst = _selection_scores(experiment, score)
+            candidate = {"epoch": epoch, "overall": overall, "worst_group": worst}
             for name in SELECTIONS:
                 # Ties of the worst group go to the better mean; after that the earlier epoch.
                 keys = ("overall",) if name == "overall" else ("worst_group", "overall")

@@ -100,7 +100,11 @@ def test(
         "baselines": _test_baselines(experiment),
     }
     rank_fn = make_test(experiment)
-    scores = {name: make_validation(experiment)(best[name]) for name in SELECTIONS}
+    validate = make_validation(experiment)
+    scores = {
+        name: validate(best[name], np.array([record[name] is None for record in progress.best]))
+        for name in SELECTIONS
+    }
     summaries = []
     for r, run_folder in enumerate(run_folders(folder, [run.name for run in runs])):
         seconds, failed_step = progress.seconds, int(states.failed_step[r])
@@ -194,8 +198,12 @@ def score_ranking(experiment: Experiment, ranks: np.ndarray) -> tuple[pd.DataFra
 
 
 def _test_baselines(experiment: Experiment) -> dict[str, dict]:
+    settings = experiment.config.evaluate
     ranks = baseline_ranks(
-        experiment.dataset, split="test", mask_seen=experiment.config.evaluate.mask_seen
+        experiment.dataset,
+        split="test",
+        mask_seen=settings.mask_seen,
+        k=min(max(settings.cutoffs), len(experiment.dataset.item_ids)),
     )
     return {name: score_ranking(experiment, rank)[1] for name, rank in ranks.items()}
 
@@ -226,6 +234,7 @@ def _dataset_summary(dataset: Dataset) -> dict[str, Any]:
         "train_interactions",
         "validation_users",
         "dropped_users",
+        "short_users",
         "dropped_items",
     )
     return {
@@ -243,8 +252,10 @@ def _describe(experiment: Experiment) -> None:
     print(
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
         f"{found['interactions']:,} interactions, {found['train_interactions']:,} of them to train "
-        f"on, {found['validation_users']:,} validation users; {found['dropped_users']} users too "
-        f"short, {found['unknown_targets']} test targets unknown\nlog {found['log_hash']}"
+        f"on, {found['validation_users']:,} validation users, "
+        f"{found['unknown_targets']} test targets unknown; left out: {found['dropped_users']:,} "
+        f"users ({found['short_users']} of them too short to split after the filter) and "
+        f"{found['dropped_items']:,} items\nlog {found['log_hash']}"
     )
     names = [run.name for run in experiment.runs]
     print(f"{experiment.config.objective.name}: " + ", ".join(names))

@@ -4,6 +4,7 @@ Shape letters: U users of the test, M comparisons of one table.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,20 +103,24 @@ def _seed_mean(seeds, reference, columns, metric, name) -> np.ndarray:
             if column not in table:
                 raise ValueError(f"{name}: it was not evaluated by {column}, the baseline was")
             differs = [
-                not _same(a, b) for a, b in zip(aligned[column], reference[column], strict=True)
+                _groups(a) != _groups(b)
+                for a, b in zip(aligned[column], reference[column], strict=True)
             ]
             if any(differs):
                 user = order[np.flatnonzero(differs)[0]]
                 raise ValueError(
-                    f"{name}: {column} of user {user!r} is not the baseline's (in all "
+                    f"{name}: {column} of user {user} is not the baseline's (in all "
                     f"{sum(differs)} users differ); compare runs on one log and split"
                 )
         values.append(aligned[metric].to_numpy(np.float64))
     return np.mean(values, axis=0)
 
 
-def _same(a, b) -> bool:
-    return list(a) == list(b) if isinstance(a, list | np.ndarray) else a == b
+def _groups(label: Any) -> list[str]:
+    """The groups that a user's label names: one, several, or none, which Parquet gives as NaN."""
+    if isinstance(label, list | np.ndarray):
+        return list(label)
+    return [] if pd.isna(label) else [label]
 
 
 def _slices(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
@@ -128,10 +133,7 @@ def _slices(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
     for family in table.columns:
         if family in _KEYS or table[family].dtype.kind in "fiu":
             continue
-        labels = [
-            set(label) if isinstance(label, list | np.ndarray) else {label}
-            for label in table[family]
-        ]
+        labels = [set(_groups(label)) for label in table[family]]
         for group in dict.fromkeys(sorted(set().union(*labels))):
             yield f"{family}={group}", np.array([group in label for label in labels])
 

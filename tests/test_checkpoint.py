@@ -17,9 +17,9 @@ def make_tree(value=1.0):
     return {"state": State({"w": jnp.full((3, 4), value)}, jnp.int32(7)), "empty": ()}
 
 
-def flip_a_byte(path):
+def flip_a_byte(path, place=None):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if place is None else place] ^= 1
     path.write_bytes(bytes(content))
 
 
@@ -40,13 +40,40 @@ def test_saving_again_replaces(tmp_path):
     assert found["state"].params["w"][0, 0] == 2.0
 
 
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_process_that_dies_while_it_replaces_loses_nothing(tmp_path, monkeypatch, renames):
+    class Died(BaseException):
+        pass
+
+    checkpoint.save_step(tmp_path, 5, make_tree(1.0), {"epoch": 0})
+    rename, calls = type(tmp_path).rename, iter(range(1, 5))
+
+    def dies(path, target):
+        if next(calls) == renames:
+            raise Died
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "rename", dies)
+        with pytest.raises(Died):
+            checkpoint.save_step(tmp_path, 5, make_tree(2.0), {"epoch": 1})
+    found, progress = checkpoint.load_latest(tmp_path, make_tree())
+    assert (found["state"].params["w"][0, 0], progress) == (1.0, {"epoch": 0})
+    checkpoint.save_step(tmp_path, 5, make_tree(2.0), {"epoch": 1})
+    assert checkpoint.load_latest(tmp_path, make_tree())[1] == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["5"]
+
+
 def test_every_flipped_byte_is_found(tmp_path):
     checkpoint.save(tmp_path / "a", make_tree(), {"epoch": 3})
     files = [p for p in (tmp_path / "a").rglob("*") if p.is_file() and p.stat().st_size]
     assert len(files) > 3
-    for path in files:
+    flips = [(path, path.stat().st_size // 2) for path in files]
+    manifest = tmp_path / "a" / "manifest.json"
+    flips += [(manifest, place) for place in range(0, manifest.stat().st_size, 7)]
+    for path, place in flips:
         before = path.read_bytes()
-        flip_a_byte(path)
+        flip_a_byte(path, place)
         with pytest.raises(checkpoint.CorruptCheckpointError):
             checkpoint.load(tmp_path / "a", make_tree())
         path.write_bytes(before)

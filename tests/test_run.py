@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
 from seqfair_jax import fit, tables, workdir
-from seqfair_jax.config import default_config
+from seqfair_jax.config import decay_over_training, default_config
+from seqfair_jax.metrics import KINDS
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.run import run
 
@@ -127,7 +129,7 @@ def test_a_grid_of_runs(tmp_path, capsys):
     folder = tmp_path / "grid" / "runs"
     for name in names:
         found = {p.name for p in (folder / name).iterdir() if "tfevents" not in p.name}
-        assert found >= FILES - {"env.json"}
+        assert found >= FILES
     by_value = {}
     for r in summary["runs"]:
         score = r["val"]["NDCG@20"]["overall"]
@@ -151,10 +153,109 @@ def test_a_diverged_run_is_an_error(tmp_path):
         run(small(**{"train.learning_rate": 1e30}), tmp_path)
 
 
+@pytest.mark.parametrize("axis", ["vmap", "map"])
+def test_one_diverged_run_leaves_the_others(axis, tmp_path, monkeypatch, caplog):
+    """Its parameters are finite, but no loss and no score that they give is."""
+    initial = fit.initial_states
+
+    def poisoned(*args, **kwargs):
+        states = initial(*args, **kwargs)
+        params = jax.tree.map(lambda leaf: leaf.at[1].multiply(1e25), states.params)
+        return states._replace(params=params)
+
+    monkeypatch.setattr(fit, "initial_states", poisoned)
+    summary = run(small(seeds=(0, 1), **{"train.runs_axis": axis}), tmp_path / "two")
+    assert [found["status"] for found in summary["runs"]] == ["finished", "failed at step 0"]
+    assert summary["selected"]["seeds"] == 1
+    assert "seed=1 diverged at step 0" in caplog.text
+    folder = tmp_path / "two" / "runs"
+    assert rows_of(folder / "seed=1") == []
+    assert not (folder / "seed=1" / "per_user.parquet").exists()
+    assert [row["epoch"] for row in rows_of(folder / "seed=0")] == [1, 2]
+    assert "erm" in tables.tables([tmp_path / "two"], "NDCG@20")
+
+
+def test_a_signal_during_the_last_validation_stops_before_the_test(tmp_path, monkeypatch):
+    make_validation = fit.make_validation
+
+    def signalled(experiment):
+        validate = make_validation(experiment)
+        epochs = iter([False, True])
+
+        def then_stop(*args):
+            if next(epochs):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return validate(*args)
+
+        return then_stop
+
+    monkeypatch.setattr(fit, "make_validation", signalled)
+    with pytest.raises(SystemExit, match="stopped at step 10"):
+        run(small(), tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    assert run(small(), tmp_path)["train"]["steps"] == 10
+
+
 def test_a_workdir_of_another_config_is_refused_by_name(tmp_path):
     run(small(), tmp_path)
     with pytest.raises(ValueError, match=r"model\.dim \(8 there, 16 now\)"):
         run(small(**{"model.dim": 16}), tmp_path)
+
+
+def test_more_epochs_of_a_falling_rate_are_another_training(tmp_path):
+    def falling(epochs):
+        config = small(**{"train.epochs": epochs})
+        decay_over_training(config)
+        return config
+
+    run(falling(2), tmp_path)
+    with pytest.raises(ValueError, match=r"decay_steps \(10 there, 15 now\).*follow train.epochs"):
+        run(falling(3), tmp_path)
+
+
+def test_a_batch_larger_than_the_log_leaves_the_workdir_free(tmp_path):
+    with pytest.raises(ValueError, match="train.batch_size is 3000, but there are"):
+        run(small(**{"train.batch_size": 3000}), tmp_path)
+    run(small(), tmp_path)
+
+
+def test_the_table_has_what_epochs_are_chosen_by(tmp_path, capsys):
+    config = small(**{"evaluate.cutoffs": (5, 40), "model.max_len": 10})
+    summary = run(config, tmp_path)
+    assert list(summary["test"]) == [f"{m}@{k}" for k in (5, 40, 20) for m in KINDS]
+    assert "NDCG@20 on the test targets" in capsys.readouterr().out
+    recall = summary["baselines"]["most_popular"]
+    assert recall["Recall@40"]["overall"] > recall["Recall@20"]["overall"]
+
+
+def test_changed_groups_are_refused_and_a_moved_file_is_not(tmp_path):
+    users = pd.DataFrame({"user_id": range(300), "family": "age"})
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    users.assign(group=["old", "young"] * 150).to_csv(one, index=False)
+    users.assign(group=["young", "old"] * 150).to_csv(two, index=False)
+
+    def config(file, epochs):
+        changes = {"data.group_file": str(file), "groups": ("age",), "train.epochs": epochs}
+        return small("gdro", **changes)
+
+    run(config(one, 1), tmp_path / "run")
+    with pytest.raises(ValueError, match="written with groups_hash"):
+        run(config(two, 2), tmp_path / "run")
+    two.write_bytes(one.read_bytes())
+    assert run(config(two, 2), tmp_path / "run")["train"]["steps"] == 10
+
+
+def test_machines_are_remembered_in_order(tmp_path, monkeypatch, caplog):
+    run(small(), tmp_path)
+    first = workdir.environment(lanes=1)
+    monkeypatch.setattr(workdir, "environment", lambda *, lanes: first | {"cores": 77})
+    for epochs in (3, 4):
+        caplog.clear()
+        run(small(**{"train.epochs": epochs}), tmp_path)
+        assert (f"cores: {first['cores']} then, 77 now" in caplog.text) == (epochs == 3)
+    found = workdir.read_json(tmp_path / "env.json")
+    assert found == first | {"resumed_on": [first | {"cores": 77}]}
 
 
 def test_a_workdir_that_is_a_file_or_holds_other_things_is_refused(tmp_path):

@@ -101,12 +101,27 @@ def test_a_group_of_one_user_has_no_test():
     assert not result.loc["pop33=one", "star"]
 
 
+def test_users_in_no_group_are_in_no_slice(tmp_path):
+    before, after = draw(3)
+    for missing in (None, np.nan):
+        groups = ["old", missing, "young"]
+        tables = [per_user(values, groups=groups) for values in (after, before)]
+        for table in tables:  # Parquet gives back another kind of missing
+            table.to_parquet(tmp_path / "t.parquet")
+        stored = pd.read_parquet(tmp_path / "t.parquet")
+        result = compare({"a": [tables[0]]}, [stored], "NDCG@20").set_index("slice")
+        assert [name for name in result.index if "pop33" in name] == ["pop33=old", "pop33=young"]
+        assert (result.loc[["pop33=old", "pop33=young"], "users"] == 1).all()
+    with pytest.raises(ValueError, match="pop33 of user u1 is not the baseline's"):
+        compare({"a": [per_user(after)]}, [per_user(before, groups=groups)], "NDCG@20")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.iloc[1:], "1 of the baseline's 30 users are not in its test and 0 others"),
-        (lambda t: t.assign(target_item_id=7), "target_item_id of user 'u0' is not the baseline's"),
-        (lambda t: t.assign(pop33="niche"), "pop33 of user 'u1' is not .* 20 users differ"),
+        (lambda t: t.assign(target_item_id=7), "target_item_id of user u0 is not the baseline's"),
+        (lambda t: t.assign(pop33="niche"), "pop33 of user u1 is not .* 20 users differ"),
         (lambda t: t.drop(columns="pop33"), "it was not evaluated by pop33"),
         (lambda t: t.drop(columns="NDCG@20"), "no column 'NDCG@20'"),
     ],

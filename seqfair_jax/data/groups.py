@@ -5,6 +5,7 @@ Shape letters: U users, G groups, V vocabulary.
 
 import dataclasses
 import difflib
+import hashlib
 from fractions import Fraction
 
 import numpy as np
@@ -45,6 +46,12 @@ class GroupFamily:
         """The same family over some of the users."""
         united = tuple(part.select(users) for part in self.united)
         return dataclasses.replace(self, membership=self.membership[users], united=united)
+
+    def hash(self) -> str:
+        """SHA-256 of the groups' names and of who is in them."""
+        digest = hashlib.sha256("\0".join(self.groups).encode())
+        digest.update(np.packbits(self.membership, axis=1).tobytes())
+        return digest.hexdigest()
 
     def labels(self) -> pd.Series:
         """Each user's group name; a list of names where the family overlaps; None without any."""
