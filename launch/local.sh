@@ -21,7 +21,7 @@ IFS=, read -ra ranges <<<"$(taskset -cp $$ | sed 's/.*: //')"
 for range in "${ranges[@]}"; do
   for ((core = ${range%-*}; core <= ${range#*-}; core++)); do cores+=("$core"); done
 done
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # to nothing hides them all
   IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 else
   mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)

@@ -300,7 +300,7 @@ def _initial(experiment: Experiment) -> tuple[TrainState, dict[str, Any]]:
 
 def _restore(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any], Progress]:
     states, best = _initial(experiment)
-    marks = {
+    marks: dict[str, Any] = {
         "log_hash": experiment.dataset.log_hash,
         "groups_hash": experiment.loss_family.hash(),
         "key_impl": KEY_IMPL,

@@ -71,9 +71,9 @@ def write(
     Raises:
         ValueError: as `tables.tables`.
     """
-    summaries = tables.read_consistent(folders, metric, family)
-    families = tables.families_of(summaries, metric) if family is None else [family]
-    found = summaries[0]["dataset"]
+    runs = tables.read_consistent(folders, metric, family)
+    families = tables.families_of(runs, metric) if family is None else [family]
+    found = runs[0].summary["dataset"]
     title = f"{found['name']}: {metric} by user group"
     sections = [
         f"<h1>{html.escape(title)}</h1>",
@@ -85,18 +85,16 @@ def write(
     ]
     for name in families:
         sections.append(f"<h2>{html.escape(name)}</h2>")
-        numbers = tables.table(summaries, metric, name)
+        numbers = tables.table(runs, metric, name)
         sections.append(_results(numbers, rows, name))
         if rows is not None:
-            groups = [c for c in numbers.columns[1::2] if _slice_of(c, name).startswith(f"{name}=")]
-            sections.append(_figures(_change_figures(rows, name, groups)))
+            sections.append(_figures(_change_figures(rows, name, tables.shown_slices(numbers))))
     if rows is not None:
         shown = rows[[tables.is_shown(slice_name, families) for slice_name in rows["slice"]]]
         sections += ["<h2>Differences</h2>", _differences(shown, metric)]
-    history = _history(folders)
-    sections += _curves(history, metric, families)
-    sections += _grids(summaries, metric, families)
-    sections += ["<h2>Time</h2>", _times(summaries), *_settings(folders)]
+    sections += _curves(_history(runs), metric, families)
+    sections += _grids([run.summary for run in runs], metric, families)
+    sections += ["<h2>Time</h2>", _times(runs), *_settings(folders)]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -122,7 +120,7 @@ def _html_table(header: Sequence[str], body: Sequence[tuple[str, Sequence[str]]]
 
 
 def _results(numbers: pd.DataFrame, rows: pd.DataFrame | None, family: str) -> str:
-    columns = list(numbers.columns[1::2])
+    columns = tables.shown_slices(numbers)
     is_method = ~numbers["name"].str.startswith("[")
     stars = set()
     if rows is not None:
@@ -135,24 +133,18 @@ def _results(numbers: pd.DataFrame, rows: pd.DataFrame | None, family: str) -> s
     body = []
     for method, record in zip(is_method, numbers.to_dict("records"), strict=True):
         name = str(record["name"])
-        cells = [html.escape(name)]
+        cells = [html.escape(tables.row_label(name, record["seeds"]))]
         for column in columns:
             value, half = record[column], record[f"{column} ±"]
             if np.isnan(value):
                 cells.append("-")
                 continue
             mark = marks[column].get(round(value, 4), "") if method else ""
-            has_star = (tables.without_seeds(name), _slice_of(column, family)) in stars
+            has_star = (name, column) in stars
             spread = "" if np.isnan(half) else f' <span class="half">±{half:.4f}</span>'
             cells.append(f'<span class="{mark}">{value:.4f}</span>{"*" * has_star}{spread}')
         body.append(("" if method else "baseline", cells))
-    return _html_table(["", *columns], body)
-
-
-def _slice_of(column: str, family: str) -> str:
-    if column in ("repeat", "new"):
-        return f"target={column}"
-    return column if column in ("overall", "worst") else f"{family}={column}"
+    return _html_table(["", *tables.labels(columns, family)], body)
 
 
 def _differences(rows: pd.DataFrame, metric: str) -> str:
@@ -202,14 +194,15 @@ def _figures(panels: Sequence[tuple[str, Figure]]) -> str:
 
 
 def _change_figures(
-    rows: pd.DataFrame, family: str, groups: Sequence[str]
+    rows: pd.DataFrame, family: str, slices: Sequence[str]
 ) -> list[tuple[str, Figure]]:
     """Percentage change against the baseline: a panel a method, a bar a group, one scale."""
-    labels = [*groups, "overall"]
+    shown = [name for name in slices if name.startswith(f"{family}=")] + ["overall"]
+    labels = tables.labels(shown, family)
     panels = []
     lowest, highest = 0.0, 0.0
     for number, (name, part) in enumerate(rows.groupby("name", sort=False)):
-        part = part.set_index("slice").reindex([_slice_of(label, family) for label in labels])
+        part = part.set_index("slice").reindex(shown)
         scale = 100 / part["baseline"].where(part["baseline"] > 0)
         change, low, high = (part[column] * scale for column in ("difference", "low", "high"))
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
@@ -229,16 +222,13 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _history(folders: Sequence[Path]) -> pd.DataFrame:
+def _history(runs: Sequence[tables.Run]) -> pd.DataFrame:
     """Every run's `metrics.jsonl`, a row an epoch, with the method's name; seeds averaged."""
     histories = []
-    for folder in folders:
-        for part, summary in zip(
-            tables.run_folders(folder), tables.read_summaries(folder), strict=True
-        ):
-            lines = (part / "metrics.jsonl").read_text().splitlines()
-            table = pd.DataFrame([json.loads(line) for line in lines])
-            histories.append(table.assign(name=tables.method_name(summary)))
+    for run in runs:
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+        table = pd.DataFrame([json.loads(line) for line in lines])
+        histories.append(table.assign(name=run.name))
     return pd.concat(histories).groupby(["name", "epoch"], sort=False).mean().reset_index()
 
 
@@ -285,7 +275,7 @@ def _grids(summaries: list[dict], metric: str, families: Sequence[str]) -> list[
     """Test and validation over the values of a hyperparameter, where a method has several."""
     records = [
         {
-            "method": summary["method"],
+            "method": tables.method_family(summary),
             "key": key,
             "value": value,
             "part": part,
@@ -325,13 +315,14 @@ def _grids(summaries: list[dict], metric: str, families: Sequence[str]) -> list[
     return ["<h2>Hyperparameters</h2>", _figures(panels)] if panels else []
 
 
-def _times(summaries: list[dict]) -> str:
+def _times(runs: Sequence[tables.Run]) -> str:
     body = []
-    for summary in summaries:
+    for run in runs:
+        summary = run.summary
         train, best = summary["train"], summary.get("best", {"epoch": "-"})
         rate = train["targets_per_second"]
         cells = [
-            html.escape(f"{tables.method_name(summary)}, {summary['run']}"),
+            html.escape(f"{run.name}, {summary['run']}"),
             html.escape(summary["status"]),
             f"{train['steps']:,}",
             str(best["epoch"]),

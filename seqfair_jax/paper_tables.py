@@ -36,22 +36,20 @@ class Entry(NamedTuple):
     family: str  # of the loss; "" for a method that never looks at groups
     hparams: dict[str, float]
     summaries: list[dict[str, Any]]
-    per_user: list[pd.DataFrame]
+    per_user: dict[int, pd.DataFrame]  # by seed
 
 
-def choose(
-    calls: Sequence[Call], directory: Path, metric: str, rule: str, seeds: Sequence[int]
-) -> list[Entry]:
+def choose(calls: Sequence[Call], directory: Path, rule: str, seeds: Sequence[int]) -> list[Entry]:
     """For every method and loss family, the hyperparameters that validate best.
 
     The score is the validation metric averaged over seeds, at each run's best epoch: overall
-    (rule "overall", the paper's) or of the worst group of the loss's family (rule "worst_group",
-    epochs chosen by it too). Runs that failed before their first validation are left out.
+    (rule "overall", the paper's) or of the worst group of the loss's family that is large enough
+    to be judged (rule "worst_group", epochs chosen by it too). Runs that failed are left out, and
+    values that miss a seed thereby, while others are whole.
 
     Args:
         calls: the finished calls of a sweep.
         directory: the sweep's folder.
-        metric: such as NDCG@20.
         rule: a key of `RULES`.
         seeds: those that the score is averaged over (`sweep.choice_seeds`); an entry holds all
             that there are of the chosen values.
@@ -63,10 +61,9 @@ def choose(
         for part, summary in zip(
             tables.run_folders(folder), tables.read_summaries(folder), strict=True
         ):
-            if "val" + suffix not in summary:
+            if summary["status"] != "finished":
                 continue
-            slices = summary["val" + suffix][metric]
-            score = slices["overall" if rule == "overall" else f"{summary['group_family']}/min"]
+            score = summary["best" + suffix][rule]
             values = tuple(sorted(summary["hparams"].items()))
             points = found.setdefault((call.method, call.family or ""), {})
             points.setdefault(values, []).append((score, summary, part))
@@ -76,10 +73,9 @@ def choose(
             values: [score for score, summary, _ in runs if summary["seed"] in seeds]
             for values, runs in points.items()
         }
-        tried = {values: np.mean(score) for values, score in scores.items() if score}
-        if not tried:
+        best = tables.best_values(scores)
+        if best is None:
             continue
-        best = max(tried, key=tried.__getitem__)
         runs = points[best]
         entries.append(
             Entry(
@@ -87,7 +83,10 @@ def choose(
                 family,
                 dict(best),
                 [summary for _, summary, _ in runs],
-                [pd.read_parquet(part / f"per_user{suffix}.parquet") for _, _, part in runs],
+                {
+                    summary["seed"]: pd.read_parquet(part / f"per_user{suffix}.parquet")
+                    for _, summary, part in runs
+                },
             )
         )
     return entries
@@ -419,9 +418,12 @@ def write(
         rule = long["rule"].iloc[0]
         text = [f"# {dataset}: test {metric}, chosen by {rule} on validation\n", f"{source}\n"]
         text.append(
-            "\\* two-sided paired t-test against ERM, p < 0.05; the best method is bold, the "
-            "second underlined; ± is the standard deviation over seeds, where there are several; "
-            "rows in brackets are baselines without training.\n"
+            "\\* two-sided paired t-test against ERM over the seeds that both have, p < 0.05; the "
+            "best method is bold, the second underlined; ± is the standard deviation over seeds, "
+            "where there are several; rows in brackets are baselines without training."
+            + " Epochs and values are chosen by the worst group of the loss's family, of methods "
+            "that look at no groups by that of the sweep's first family, whichever they are shown "
+            "under." * (rule == "worst_group") + "\n"
         )
         tex = []
         for layout in layouts(long, dataset):

@@ -62,7 +62,6 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
     choose = functools.partial(
         paper_tables.choose,
         directory=folder,
-        metric=metric,
         seeds=sweep.choice_seeds(base, settings),
     )
     calls = sweep.plan(base, settings, runs_per_call=runs_per_call)

@@ -128,8 +128,8 @@ def test(
                 continue
             params = jax.tree.map(lambda leaf, r=r: leaf[r], best[name])
             summary["best" + suffix] = {
-                "epoch": chosen["epoch"],
                 "step": chosen["epoch"] * config.train.steps_per_epoch,
+                **chosen,  # epoch, and the validation scores that epochs are chosen by
             }
             summary["val" + suffix] = scores[name][r]
             ranking = rank_fn(params, f"test of {runs[r].name}, {name}")
@@ -216,13 +216,15 @@ def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any]
         if summary["status"] == "finished":
             values = tuple(summary["hparams"].items())
             scores.setdefault(values, []).append(summary["val"][metric]["overall"])
-    # A value of which a seed failed is no candidate while another is whole.
-    most = max(map(len, scores.values()), default=0)
-    means = {values: np.mean(s) for values, s in scores.items() if len(s) == most}
-    if not means:
+    best = tables.best_values(scores)
+    if best is None:
         return None
-    values = max(means, key=means.__getitem__)
-    return {"hparams": dict(values), f"val/{metric}/overall": float(means[values]), "seeds": most}
+    found = scores[best]
+    return {
+        "hparams": dict(best),
+        f"val/{metric}/overall": float(np.mean(found)),
+        "seeds": len(found),
+    }
 
 
 def _dataset_summary(dataset: Dataset) -> dict[str, Any]:

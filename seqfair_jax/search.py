@@ -178,7 +178,7 @@ def _rank(
         slices = [run["val"][metric] for run in runs]
         figures = {
             f"val {metric}": _mean(part["overall"] for part in slices),
-            "worst group": _mean(part[f"{runs[0]['group_family']}/min"] for part in slices),
+            "worst group": _mean(run["best"]["worst_group"] for run in runs),
             "repeat": _mean(part["target=repeat"] for part in slices),
             "new": _mean(part["target=new"] for part in slices),
             "epoch": _mean(run["best"]["epoch"] for run in runs),

@@ -3,7 +3,7 @@
 Shape letters: U users of the test, M comparisons of one table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ _RESAMPLES = 2000
 
 
 def compare(
-    tables: dict[str, list[pd.DataFrame]],
-    baseline: list[pd.DataFrame],
+    tables: Mapping[str, Mapping[int, pd.DataFrame]],
+    baseline: Mapping[int, pd.DataFrame],
     metric: str,
     *,
     seed: int = 0,
@@ -28,10 +28,12 @@ def compare(
     over users. `q` is p after Benjamini and Hochberg (1995) over all rows: the share of false
     discoveries to expect among the rows with as small a q. Where a method has several seeds, a
     user's metric is its mean over them, so the test sees the users' variation, not the seeds'.
+    A method and the baseline are compared over the seeds that both have, lest a single seed be
+    told from a mean; over all of each where they have none in common.
 
     Args:
-        tables: for each method, the per-user table (`per_user.parquet`) of each seed.
-        baseline: the same of the method to compare with.
+        tables: for each method, by seed, the per-user table (`per_user.parquet`).
+        baseline: the same of the method to compare with, by seed.
         metric: a column, such as NDCG@20.
         seed: of the bootstrap.
 
@@ -44,13 +46,19 @@ def compare(
         ValueError: if the tables do not hold the same users with the same targets and groups, or
             lack the metric.
     """
-    reference = baseline[0]
+    reference = next(iter(baseline.values()))
     columns = [c for c in reference if c in _KEYS or reference[c].dtype.kind not in "fiu"]
-    before = _seed_mean(baseline, reference, columns, metric, "the baseline")
+
+    def values(table: pd.DataFrame, name: str) -> np.ndarray:
+        return _aligned(table, reference, columns, metric, name)
+
+    of_baseline = {s: values(table, "the baseline") for s, table in baseline.items()}
     rows = []
     rng = np.random.default_rng(seed)
     for name, seeds in tables.items():
-        after = _seed_mean(seeds, reference, columns, metric, name)
+        common = [s for s in seeds if s in baseline]
+        after = np.mean([values(seeds[s], name) for s in common or seeds], axis=0)
+        before = np.mean([of_baseline[s] for s in common or baseline], axis=0)
         for slice_name, members in _slices(reference):
             difference = (after - before)[members]
             low, high = _interval(difference, rng)
@@ -82,38 +90,35 @@ def false_discovery_rates(p_values: pd.Series) -> pd.Series:
     return rates
 
 
-def _seed_mean(seeds, reference, columns, metric, name) -> np.ndarray:
-    """A method's metric by user, in the reference's order, averaged over seeds: f64[U]."""
+def _aligned(table, reference, columns, metric, name) -> np.ndarray:
+    """A run's metric by user in the reference's order, f64[U]."""
     order = reference["user_id"]
-    values = []
-    for table in seeds:
-        if metric not in table:
-            raise ValueError(f"{name}: its per-user table has no column {metric!r}")
-        aligned = table.set_index("user_id").reindex(order)
-        missing = ~order.isin(table["user_id"])
-        extra = ~table["user_id"].isin(order)
-        if missing.any() or extra.any():
+    if metric not in table:
+        raise ValueError(f"{name}: its per-user table has no column {metric!r}")
+    aligned = table.set_index("user_id").reindex(order)
+    missing = ~order.isin(table["user_id"])
+    extra = ~table["user_id"].isin(order)
+    if missing.any() or extra.any():
+        raise ValueError(
+            f"{name}: {int(missing.sum())} of the baseline's {len(order)} users are not in "
+            f"its test and {int(extra.sum())} others are; compare runs on one log and split"
+        )
+    for column in columns:
+        if column == "user_id":
+            continue
+        if column not in table:
+            raise ValueError(f"{name}: it was not evaluated by {column}, the baseline was")
+        differs = [
+            _groups(a) != _groups(b)
+            for a, b in zip(aligned[column], reference[column], strict=True)
+        ]
+        if any(differs):
+            user = order[np.flatnonzero(differs)[0]]
             raise ValueError(
-                f"{name}: {int(missing.sum())} of the baseline's {len(order)} users are not in "
-                f"its test and {int(extra.sum())} others are; compare runs on one log and split"
+                f"{name}: {column} of user {user} is not the baseline's (in all "
+                f"{sum(differs)} users differ); compare runs on one log and split"
             )
-        for column in columns:
-            if column == "user_id":
-                continue
-            if column not in table:
-                raise ValueError(f"{name}: it was not evaluated by {column}, the baseline was")
-            differs = [
-                _groups(a) != _groups(b)
-                for a, b in zip(aligned[column], reference[column], strict=True)
-            ]
-            if any(differs):
-                user = order[np.flatnonzero(differs)[0]]
-                raise ValueError(
-                    f"{name}: {column} of user {user} is not the baseline's (in all "
-                    f"{sum(differs)} users differ); compare runs on one log and split"
-                )
-        values.append(aligned[metric].to_numpy(np.float64))
-    return np.mean(values, axis=0)
+    return aligned[metric].to_numpy(np.float64)
 
 
 def _groups(label: Any) -> list[str]:

@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.batching import choose_sizes, draw_batches
-from seqfair_jax.config import plan_runs, resolve
+from seqfair_jax.config import default_config, plan_runs, resolve
 from seqfair_jax.data.groups import FAMILIES
 from seqfair_jax.experiment import Experiment
-from seqfair_jax.objectives import METHODS
+from seqfair_jax.objectives import METHODS, Hyperparams
 from seqfair_jax.train import flop_per_target, initial_states, make_segment, token_sizes
 from seqfair_jax.worker import Call
 
@@ -57,7 +57,8 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
 
     Raises:
         ValueError: on an unknown key or method, an empty list, a name given twice, a number out
-            of range, or an intersection of families that the methods are not judged by.
+            of range, a sweep without erm, a run's setting that the sweep's own would replace, or
+            an intersection of families that the methods are not judged by.
     """
     base = config.copy_and_resolve_references()
     base.unlock()
@@ -93,6 +94,24 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
                 f"sweep.intersections: {family!r} is not made of two or more of sweep.families, "
                 f"{', '.join(sweep.families)}"
             )
+    if "erm" not in sweep.methods:
+        raise ValueError(
+            f"sweep.methods is {sweep.methods}: expected erm among them, which the others are "
+            "tested against"
+        )
+    default = default_config()
+    for key in Hyperparams._fields:
+        if tuple(base.objective[key]) != tuple(default.objective[key]):
+            raise ValueError(
+                f"objective.{key} is {base.objective[key]}: a sweep's values are those of "
+                f"sweep.{key}; set that"
+            )
+    unjudged = set(base.groups) - set(sweep.families)
+    if unjudged:
+        raise ValueError(
+            f"groups names {', '.join(sorted(unjudged))}: a sweep is judged by sweep.families, "
+            f"{', '.join(sweep.families)}; set that"
+        )
     if sweep.runs_per_call < 0:
         raise ValueError(f"sweep.runs_per_call is {sweep.runs_per_call}: expected 0 or more")
     if not 0 <= sweep.choice_seeds <= len(base.seeds):

@@ -1,18 +1,29 @@
 """Reads finished runs and lays them out: the table by group, and the tests against a baseline."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
 from seqfair_jax import workdir
+from seqfair_jax.config import RESUMABLE, flatten
 from seqfair_jax.metrics import parse_metric
 
 _SELECTIONS = (("test", ""), ("test_worst_group", ", best worst group"))
+# Settings that runs of one row may differ in; `method_name` tells the objective's values.
+_FREE = {"seeds", "objective.step_size", "objective.stream_rate", "objective.alpha"}
+_FREE |= {"objective.radius", *RESUMABLE} - {"train.epochs"}
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    name: str  # of its row: runs of one name differ in the seed alone
+    summary: dict[str, Any]
 
 
 def read_summaries(folder: Path) -> list[dict[str, Any]]:
@@ -37,42 +48,84 @@ def run_folders(folder: Path) -> list[Path]:
     return [folder / "runs" / run["run"] for run in summary["runs"]]
 
 
-def read_consistent(
-    folders: Sequence[Path], metric: str, family: str | None
-) -> list[dict[str, Any]]:
-    """The summaries of all folders' runs, checked to belong into one table.
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of work directories, named so that other settings make another name.
 
     Raises:
-        ValueError: if a folder is not finished, the logs differ, or the metric or family is not in
-            the results.
+        ValueError: if a folder is not finished, or two runs differ in nothing.
+    """
+    found = []
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        for part in run_folders(folder):
+            summary, config = (
+                workdir.read_json(part / f"{name}.json") for name in ("summary", "config")
+            )
+            if summary is not None:
+                settings = dict(flatten(config or {}))
+                kept = {key: str(settings[key]) for key in settings if key not in _FREE}
+                found.append((part, method_name(summary), kept, summary))
+    variants: dict[str, list[dict[str, str]]] = {}
+    for _, name, kept, _ in found:
+        variants.setdefault(name, []).append(kept)
+    runs: dict[tuple, Run] = {}
+    for part, name, kept, summary in found:
+        differing = [
+            f"{key}={kept[key]}"
+            for key in kept
+            if any(other.get(key) != kept[key] for other in variants[name])
+        ]
+        run = Run(part, " ".join([name, *differing]), summary)
+        first = runs.setdefault((run.name, summary["seed"]), run)
+        if first is not run:
+            raise ValueError(
+                f"{first.folder} and {part} are the same training ({run.name}, seed "
+                f"{summary['seed']}): name one of them"
+            )
+    return list(runs.values())
+
+
+def read_consistent(folders: Sequence[Path], metric: str, family: str | None) -> list[Run]:
+    """All folders' runs, checked to belong into one table.
+
+    Raises:
+        ValueError: if a folder is not finished, two runs are the same, the logs differ, or the
+            metric or family is not in some run's results.
     """
     parse_metric(metric)
-    by_folder = [(folder, summary) for folder in folders for summary in read_summaries(folder)]
-    first = by_folder[0][1]
-    for folder, summary in by_folder:
-        if summary["dataset"] != first["dataset"]:
+    runs = read_runs(folders)
+    first = runs[0]
+    for run in runs:
+        summary = run.summary
+        if summary["dataset"] != first.summary["dataset"]:
             raise ValueError(
-                f"{folder} was trained on another log or split than {folders[0]} "
-                f"({summary['dataset']} against {first['dataset']}): no table compares the two"
+                f"{run.folder} was trained on another log or split than {first.folder} "
+                f"({summary['dataset']} against {first.summary['dataset']}): no table compares "
+                "the two"
             )
-    any_test = first["baselines"]["most_popular"]
-    if metric not in any_test:
-        raise ValueError(f"{metric} was not evaluated; there are {', '.join(any_test)}")
-    summaries = [summary for _, summary in by_folder]
-    families = families_of(summaries, metric)
-    if family is not None and family not in families:
-        raise ValueError(f"family {family!r} was not evaluated; there are {', '.join(families)}")
-    return summaries
+        if metric not in summary["baselines"]["most_popular"]:
+            known = ", ".join(summary["baselines"]["most_popular"])
+            raise ValueError(f"{run.folder}: {metric} was not evaluated; there are {known}")
+        families = _families(summary, metric)
+        if family is not None and family not in families:
+            raise ValueError(
+                f"{run.folder}: family {family!r} was not evaluated; there are "
+                f"{', '.join(families)}"
+            )
+    if not families_of(runs, metric):
+        raise ValueError("the runs have no family in common that all were evaluated by")
+    return runs
 
 
-def families_of(summaries: Sequence[dict[str, Any]], metric: str) -> list[str]:
-    """The group families that runs were evaluated by."""
-    slices = summaries[0]["baselines"]["most_popular"][metric]
-    return [
-        name
-        for name in dict.fromkeys(name.partition("=")[0] for name in slices if "=" in name)
-        if name != "target"
-    ]
+def families_of(runs: Sequence[Run], metric: str) -> list[str]:
+    """The group families that all runs were evaluated by."""
+    found = [_families(run.summary, metric) for run in runs]
+    return [name for name in found[0] if all(name in families for families in found)]
+
+
+def _families(summary: dict[str, Any], metric: str) -> list[str]:
+    slices = summary["baselines"]["most_popular"][metric]
+    names = dict.fromkeys(name.partition("=")[0] for name in slices if "=" in name)
+    return [name for name in names if name != "target"]
 
 
 def is_shown(slice_name: str, families: Sequence[str]) -> bool:
@@ -85,7 +138,8 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
     """One text table a group family: a row a method, then the baselines' rows.
 
     Runs that differ in the seed alone share a row: their mean and, from two seeds on, the
-    half-width of its 95 % interval (t distribution).
+    half-width of its 95 % interval (t distribution). Where runs of one method differ in other
+    settings, the rows' names say which.
 
     Args:
         folders: work directories of finished runs on one log.
@@ -93,14 +147,13 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
         family: the one to show; None shows every family that was evaluated.
 
     Raises:
-        ValueError: if a folder is not finished, the logs differ, or the metric or family is not in
-            the results.
+        ValueError: as `read_consistent`.
     """
-    summaries = read_consistent(folders, metric, family)
-    shown = [family] if family is not None else families_of(summaries, metric)
-    titles = f"{summaries[0]['dataset']['name']}, {metric} on the test targets"
+    runs = read_consistent(folders, metric, family)
+    shown = [family] if family is not None else families_of(runs, metric)
+    titles = f"{runs[0].summary['dataset']['name']}, {metric} on the test targets"
     return "\n\n".join(
-        f"{titles}, {name}\n{_text(table(summaries, metric, name))}" for name in shown
+        f"{titles}, {name}\n{_text(table(runs, metric, name), name)}" for name in shown
     )
 
 
@@ -124,7 +177,8 @@ def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.
     """Paired tests of every method against the runs of one folder (`significance.compare`).
 
     Args:
-        folders: work directories of finished runs; `baseline` may be among them.
+        folders: work directories of finished runs; `baseline` may be among them, and other seeds
+            of its method are taken to it.
         baseline: the work directory to compare with, of a single method.
         metric: such as NDCG@20.
 
@@ -133,11 +187,14 @@ def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.
     """
     from seqfair_jax import significance  # scipy.stats takes half a second; training needs none
 
-    before = _per_user([baseline], "")
-    if len(before) != 1:
-        raise ValueError(f"--baseline={baseline} holds several methods: {', '.join(before)}")
-    methods: dict[str, list[pd.DataFrame]] = {}
-    others = [folder for folder in folders if folder.resolve() != baseline.resolve()]
+    runs = read_runs([baseline, *folders])
+    held = set(run_folders(baseline.resolve()))
+    names = list(dict.fromkeys(run.name for run in runs if run.folder in held))
+    if len(names) != 1:
+        raise ValueError(f"--baseline={baseline} holds several methods: {', '.join(names)}")
+    before = _per_user([run for run in runs if run.name in names], "")
+    others = [run for run in runs if run.name not in names]
+    methods: dict[str, dict[int, pd.DataFrame]] = {}
     for _, suffix in _SELECTIONS:
         methods |= _per_user(others, suffix)
     if not methods:
@@ -146,47 +203,69 @@ def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.
     return significance.compare(methods, tables_before, metric)
 
 
-def _per_user(folders: Sequence[Path], suffix: str) -> dict[str, list[pd.DataFrame]]:
-    """Each method's per-user tables, one a seed, under the name that its row has."""
-    found: dict[str, list[pd.DataFrame]] = {}
+def _per_user(runs: Sequence[Run], suffix: str) -> dict[str, dict[int, pd.DataFrame]]:
+    """Each method's per-user table of each seed, under the name that its row has."""
+    found: dict[str, dict[int, pd.DataFrame]] = {}
     file = "per_user.parquet" if not suffix else "per_user_worst_group.parquet"
-    for folder in folders:
-        for part in run_folders(folder):
-            summary = workdir.read_json(part / "summary.json")
-            if summary is not None and (part / file).exists():
-                table = pd.read_parquet(part / file)
-                found.setdefault(method_name(summary) + suffix, []).append(table)
+    for run in runs:
+        if (run.folder / file).exists():
+            table = pd.read_parquet(run.folder / file)
+            found.setdefault(run.name + suffix, {})[run.summary["seed"]] = table
     return found
 
 
-def table(summaries: Sequence[dict[str, Any]], metric: str, family: str) -> pd.DataFrame:
-    """The same as a table of numbers: columns `name`, the slices, and each slice's `±`."""
+def table(runs: Sequence[Run], metric: str, family: str) -> pd.DataFrame:
+    """The same as a table of numbers: columns `name`, `seeds`, and each slice and its `±`."""
     rows: dict[str, list[dict[str, float | None]]] = {}
-    for summary in summaries:
+    for run in runs:
         for key, suffix in _SELECTIONS:
-            if key in summary:
-                rows.setdefault(method_name(summary) + suffix, []).append(summary[key][metric])
-    for name, slices in summaries[0]["baselines"].items():
+            if key in run.summary:
+                rows.setdefault(run.name + suffix, []).append(run.summary[key][metric])
+    for name, slices in runs[0].summary["baselines"].items():
         rows[f"[{name}]"] = [slices[metric]]
+    slices = next(iter(rows.values()))[0]
+    shown = [name for name in slices if name.startswith(f"{family}=")]
+    shown += ["overall", f"{family}/min", *(s for s in slices if s.startswith("target="))]
     records = []
     for name, seeds in rows.items():
-        seeds_note = f" ({len(seeds)} seeds)" if seeds[1:] else ""
-        record: dict[str, Any] = {"name": name + seeds_note}
-        for slice_name in seeds[0]:
-            if slice_name.startswith((f"{family}=", "overall", "target=")) or (
-                slice_name == f"{family}/min"
-            ):
-                column = slice_name.removeprefix(f"{family}=").removeprefix("target=")
-                column = "worst" if column == f"{family}/min" else column
-                values = np.array([s[slice_name] for s in seeds if s[slice_name] is not None])
-                record[column] = values.mean() if len(values) else np.nan
-                record[f"{column} ±"] = _half_width(values)
+        record: dict[str, Any] = {"name": name, "seeds": len(seeds)}
+        for slice_name in shown:
+            values = np.array([s[slice_name] for s in seeds if s[slice_name] is not None])
+            record[slice_name] = values.mean() if len(values) else np.nan
+            record[f"{slice_name} ±"] = _half_width(values)
         records.append(record)
-    columns = pd.DataFrame(records)
-    slices = [name for name in columns if name != "name" and not str(name).endswith("±")]
-    ordered = [c for c in slices if c not in ("overall", "worst", "repeat", "new")]
-    ordered += [c for c in ("overall", "worst", "repeat", "new") if c in slices]
-    return columns[["name", *(x for c in ordered for x in (c, f"{c} ±"))]]
+    return pd.DataFrame(records)
+
+
+def shown_slices(numbers: pd.DataFrame) -> list[str]:
+    """The slices that a `table` has columns of."""
+    return list(numbers.columns[2::2])
+
+
+def labels(slices: Sequence[str], family: str) -> list[str]:
+    """What the slices' columns are headed in a family's table: 'niche' for 'pop33=niche'."""
+    short = [
+        "worst" if name == f"{family}/min" else name.partition("=")[2] or name for name in slices
+    ]
+    return [
+        label if short.count(label) == 1 else name
+        for name, label in zip(slices, short, strict=True)
+    ]
+
+
+def row_label(name: str, seeds: int) -> str:
+    """A row's name and, from two on, how many seeds it is the mean of."""
+    return f"{name} ({seeds} seeds)" if seeds > 1 else name
+
+
+def best_values(scores: Mapping[Any, Sequence[float]]) -> Any:
+    """The key whose scores have the best mean over seeds; None where nothing was scored.
+
+    A key that misses a seed, since its run failed, is no candidate while another has more.
+    """
+    most = max(map(len, scores.values()), default=0)
+    means = {key: np.mean(found) for key, found in scores.items() if len(found) == most > 0}
+    return max(means, key=means.__getitem__, default=None)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -200,11 +279,6 @@ def top_two(values: Iterable[float]) -> list[float]:
     return sorted({round(value, 4) for value in values if not np.isnan(value)}, reverse=True)[:2]
 
 
-def without_seeds(name: str) -> str:
-    """A row's name without what `table` adds on the number of seeds."""
-    return re.sub(r" \(\d+ seeds\)$", "", name)
-
-
 def _half_width(values: np.ndarray) -> float:
     if len(values) < 2:
         return np.nan
@@ -213,23 +287,29 @@ def _half_width(values: np.ndarray) -> float:
 
 
 def method_name(summary: dict[str, Any]) -> str:
-    """What a run's row is called: all that sets it apart but the seed."""
+    """A run's method, its loss family if it has one, and the objective's values."""
     values = ", ".join(f"{key}={value:g}" for key, value in summary["hparams"].items())
-    family = f" ({summary['group_family']})" if summary["needs_groups"] else ""
-    return f"{summary['method']}{family}{' ' + values if values else ''}"
+    return method_family(summary) + (f" {values}" if values else "")
 
 
-def _text(numbers: pd.DataFrame) -> str:
-    width = max(len(name) for name in numbers["name"])
-    shown = {"": [name.ljust(width) for name in numbers["name"]]}
-    for column in numbers.columns[1::2]:
-        shown[column] = [
+def method_family(summary: dict[str, Any]) -> str:
+    """A run's method, and its loss family if it has one."""
+    return summary["method"] + (f" ({summary['group_family']})" if summary["needs_groups"] else "")
+
+
+def _text(numbers: pd.DataFrame, family: str) -> str:
+    names = [row_label(*row) for row in zip(numbers["name"], numbers["seeds"], strict=True)]
+    width = max(map(len, names))
+    shown = {"": [name.ljust(width) for name in names]}
+    slices = shown_slices(numbers)
+    for column, label in zip(slices, labels(slices, family), strict=True):
+        shown[label] = [
             "-" if np.isnan(value) else f"{value:.4f}" + ("" if np.isnan(half) else f"±{half:.4f}")
             for value, half in zip(numbers[column], numbers[f"{column} ±"], strict=True)
         ]
     lines = pd.DataFrame(shown).to_string(index=False).splitlines()
     first_baseline = next(
-        (i for i, name in enumerate(numbers["name"], start=1) if name.startswith("[")), len(lines)
+        (i for i, name in enumerate(names, start=1) if name.startswith("[")), len(lines)
     )
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:first_baseline], rule, *lines[first_baseline:]])

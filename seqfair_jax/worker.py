@@ -49,6 +49,8 @@ def work(calls: Sequence[Call], directory: Path) -> dict[str, str]:
         ValueError: if a call's folder was made by another config.
         SystemExit: after SIGINT or SIGTERM, with the state saved.
     """
+    for call in calls:  # all, before any trains: a folder never holds two configs' results
+        is_done(call, _folder(call, directory))
     errors: dict[str, str] = {}
     left = list(enumerate(calls, start=1))
     said = False
@@ -126,14 +128,14 @@ def claim(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
 
 
 def is_done(call: Call, folder: Path) -> bool:
-    """Whether a call's results are there, made by its own config.
+    """Whether a call's results are there.
 
     Raises:
-        ValueError: if they were made by another config.
+        ValueError: if the folder was made by another config, finished or not.
     """
     saved = workdir.read_json(folder / "config.json")
-    if saved is None or workdir.read_json(folder / "summary.json") is None:
+    if saved is None:
         return False
     settings = workdir.jsonable(call.config.to_dict())
     check_resumable(saved, settings, str(folder / "config.json"))
-    return bool(saved == settings)
+    return saved == settings and workdir.read_json(folder / "summary.json") is not None

@@ -23,7 +23,7 @@ def entry(method, family, shift, seeds=1):
             "pop33*seq33": "all",
         }
     )
-    return Entry(method, family, {}, [], [per_user] * seeds)
+    return Entry(method, family, {}, [], dict.fromkeys(range(seeds), per_user))
 
 
 ENTRIES = [

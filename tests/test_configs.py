@@ -1,9 +1,10 @@
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 
-from seqfair_jax import sweep
+from seqfair_jax import search, sweep
 from seqfair_jax.config import default_config, parse_arguments, plan_runs, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,6 +46,27 @@ def test_every_sweep_is_valid_and_names_its_command(name):
     resolve(base)
     assert settings.families == ("pop33", "seq33")
     assert f"python -m seqfair_jax.reproduce --config=configs/{name}.py" in doc
+
+
+@pytest.mark.parametrize("name", sorted(SEARCHES))
+def test_every_search_is_valid_and_names_its_command(name):
+    config, doc = load(name)
+    assert f"python -m seqfair_jax.search --config=configs/{name}.py" in doc
+    base, grid, order = search.split_config(config)
+    resolve(base)
+    # Appendix B: every combination, stopped after 200 epochs without a better validation.
+    assert math.prod(map(len, grid.values())) == 216
+    assert base.train.early_stop_epochs == 200
+    assert not order
+    assert set(grid) == {
+        "model.dim", "model.ff_dim", "model.num_blocks", "model.num_heads", "model.dropout",
+        "train.batch_size",
+    }  # fmt: skip
+    base, grid, order = search.split_config(load(name, "scale=small")[0])
+    base.update_from_flattened_dict({key: values[0] for key, values in grid.items()})
+    assert resolve(base).train.decay_steps == base.train.epochs * base.train.steps_per_epoch
+    assert set(order) == set(grid)
+    assert set(order) >= {"model.tie_embeddings", "model.init_scale", "train.learning_rate"}
 
 
 @pytest.mark.parametrize(

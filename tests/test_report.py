@@ -63,9 +63,10 @@ def test_the_html_report_holds_the_table_and_needs_no_network(folders, tmp_path)
 def test_best_second_and_stars_by_hand():
     numbers = pd.DataFrame(
         {
-            "name": ["a (2 seeds)", "b", "c", "[markov]"],
-            "niche": [0.1, 0.3, 0.3, 0.9],
-            "niche ±": [0.05, float("nan"), float("nan"), float("nan")],
+            "name": ["a", "b", "c", "[markov]"],
+            "seeds": [2, 1, 1, 1],
+            "pop33=niche": [0.1, 0.3, 0.3, 0.9],
+            "pop33=niche ±": [0.05, float("nan"), float("nan"), float("nan")],
         }
     )
     rows = pd.DataFrame({"name": ["a"], "slice": ["pop33=niche"], "star": [True]})
@@ -76,6 +77,68 @@ def test_best_second_and_stars_by_hand():
         '<span class="best">0.3000</span>',
         '<span class="">0.9000</span>',
     ]
+
+
+def copied(folder, target, *, seed=0, **changes):
+    """A run's folder again, as if trained with another seed and other settings."""
+    shutil.copytree(folder, target)
+    for name in ("config", "summary"):
+        path = target / f"{name}.json"
+        found = json.loads(path.read_text())
+        if name == "summary":
+            found["seed"] = seed
+        for key, value in changes.items():
+            if name == "config":
+                found["train"][key] = value
+        path.write_text(json.dumps(found))
+    return target
+
+
+def test_only_runs_that_differ_in_the_seed_share_a_row(folders, tmp_path):
+    erm, _, gdro = folders
+    second = copied(erm, tmp_path / "second", seed=1, segment_seconds=9.0)
+    fast = copied(erm, tmp_path / "fast", learning_rate=0.5)
+    text = tables.tables([erm, second, fast, gdro], "NDCG@20", family="pop33")
+    lines = [line for line in text.splitlines() if line.startswith("erm")]
+    assert [re.split(r" +0\.\d{4}", line, maxsplit=1)[0] for line in lines] == [
+        "erm train.learning_rate=0.001 (2 seeds)",
+        "erm train.learning_rate=0.001, best worst group (2 seeds)",
+        "erm train.learning_rate=0.5",
+        "erm train.learning_rate=0.5, best worst group",
+    ]
+    rows = tables.compare_folders([gdro, fast], second, "NDCG@20")
+    assert set(rows["name"].str.partition(",")[0]) == {
+        "gdro (pop33) step_size=0.01", "erm train.learning_rate=0.5",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"are the same training \(erm, seed 0\)"):
+        tables.tables([erm, copied(erm, tmp_path / "again")], "NDCG@20")
+    # Another seed of the baseline's method is the baseline's, not a method to test.
+    with pytest.raises(ValueError, match="at least one other folder"):
+        tables.compare_folders([erm, second], erm, "NDCG@20")
+
+
+def test_every_run_must_have_what_is_shown(folders, tmp_path):
+    other = tmp_path / "other"
+    run(small("chi2", groups=("seq33",), **{"evaluate.cutoffs": (5,), "train.epochs": 1}), other)
+    assert ", pop33" not in tables.tables([folders[0], other], "NDCG@20")
+    with pytest.raises(ValueError, match=r"other: family 'pop33' was not evaluated; there are seq"):
+        tables.tables([folders[0], other], "NDCG@20", family="pop33")
+    with pytest.raises(ValueError, match=r"erm: NDCG@5 was not evaluated; there are NDCG@20"):
+        tables.tables([other, folders[0]], "NDCG@5")
+    html_report.write([folders[0], other], tmp_path / "report.html", "NDCG@20")
+
+
+def test_a_group_may_be_called_new():
+    slices = ["tenure=new", "tenure=old", "overall", "tenure/min", "target=repeat", "target=new"]
+    assert tables.labels(slices, "tenure") == [
+        "tenure=new", "old", "overall", "worst", "repeat", "target=new",
+    ]  # fmt: skip
+
+
+def test_values_that_miss_a_seed_are_no_candidates():
+    assert tables.best_values({"lucky": [0.9], "whole": [0.2, 0.4], "other": [0.1, 0.1]}) == "whole"
+    assert tables.best_values({"only": [0.9], "none": []}) == "only"
+    assert tables.best_values({"none": []}) is None
 
 
 def test_no_sideways_scrolling(folders, tmp_path):

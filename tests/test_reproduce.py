@@ -12,7 +12,7 @@ import pytest
 from test_run import small
 
 from configs import paper
-from seqfair_jax import paper_tables, sweep, worker
+from seqfair_jax import paper_tables, sweep, workdir, worker
 from seqfair_jax.config import plan_runs, resolve
 from seqfair_jax.experiment import prepare
 from seqfair_jax.reproduce import reproduce
@@ -143,6 +143,9 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_lies():
         ({"sweep.choice_seeds": 2}, "sweep.choice_seeds is 2: expected 0 to 1"),
         ({"sweep.one_seed_methods": ("xyz",)}, "sweep.one_seed_methods: 'xyz' is unknown"),
         ({"sweep.intersection_methods": ("cvar",)}, "cvar looks at no groups"),
+        ({"sweep.methods": ("cvar",)}, "expected erm among them"),
+        ({"objective.alpha": (0.3,)}, "objective.alpha is .*those of sweep.alpha"),
+        ({"groups": ("pop33", "pop1080")}, "groups names pop1080: .*sweep.families"),
     ],
 )
 def test_bad_sweeps_are_named(changes, message):
@@ -301,6 +304,19 @@ def test_a_call_that_another_process_holds_is_waited_for(finished, tmp_path, mon
         assert worker.work([call], tmp_path) == {}
     assert len(naps) == 2
     assert capsys.readouterr().out.count("waiting for 1 calls of other processes") == 1
+
+
+def test_an_unfinished_call_of_another_config_stops_the_work_before_it_begins(
+    tmp_path, monkeypatch
+):
+    calls = planned(tiny())
+    others = planned(tiny(**{"train.learning_rate": 0.5}))
+    folder = tmp_path / "calls" / others[-1].name
+    folder.mkdir(parents=True)
+    workdir.write_json(folder / "config.json", workdir.jsonable(others[-1].config.to_dict()))
+    monkeypatch.setattr(worker, "run", lambda *_: pytest.fail("trained beside another config"))
+    with pytest.raises(ValueError, match=r"another config.*train\.learning_rate \(0\.5 there"):
+        worker.work(calls, tmp_path)
 
 
 def test_what_failed_here_and_another_process_finished_is_no_failure(finished, tmp_path):

@@ -272,11 +272,6 @@ def test_what_a_killed_process_left_unfinished_is_no_obstacle(tmp_path):
     assert not (tmp_path / ".config.json.unfinished").exists()
 
 
-def test_a_batch_larger_than_the_users_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"train\.batch_size is 4000"):
-        run(small(**{"train.batch_size": 4000}), tmp_path)
-
-
 def test_a_group_method_refuses_an_overlapping_family(tmp_path):
     path = tmp_path / "groups.csv"
     path.write_text("user_id,family,group\n0,age,old\n0,age,young\n")

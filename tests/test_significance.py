@@ -29,7 +29,7 @@ def draw(n=30, seed=0):
 
 def test_p_values_and_effects_are_scipys_in_every_slice():
     before, after = draw()
-    result = compare({"cvar": [per_user(after)]}, [per_user(before)], "NDCG@20")
+    result = compare({"cvar": {0: per_user(after)}}, {0: per_user(before)}, "NDCG@20")
     result = result.set_index("slice")
     assert list(result.index) == [
         "overall",
@@ -54,7 +54,7 @@ def test_p_values_and_effects_are_scipys_in_every_slice():
 def test_benjamini_hochberg_by_hand():
     before, after = draw()
     result = compare(
-        {"a": [per_user(after)], "b": [per_user(before)]}, [per_user(before)], "NDCG@20"
+        {"a": {0: per_user(after)}, "b": {0: per_user(before)}}, {0: per_user(before)}, "NDCG@20"
     )
     p = result["p"].to_numpy()
     order = np.argsort(p)
@@ -73,17 +73,29 @@ def test_benjamini_hochberg_by_hand():
 def test_users_are_aligned_by_id_and_averaged_over_seeds():
     before, after = draw()
     shuffled = per_user(after).sample(frac=1, random_state=0)
-    plain = compare({"a": [per_user(after)]}, [per_user(before)], "NDCG@20")
-    pd.testing.assert_frame_equal(compare({"a": [shuffled]}, [per_user(before)], "NDCG@20"), plain)
-    two = compare({"a": [per_user(after), per_user(after + 0.2)]}, [per_user(before)], "NDCG@20")
+    plain = compare({"a": {0: per_user(after)}}, {0: per_user(before)}, "NDCG@20")
+    pd.testing.assert_frame_equal(
+        compare({"a": {0: shuffled}}, {0: per_user(before)}, "NDCG@20"), plain
+    )
+    seeds = {3: per_user(after), 4: per_user(after + 0.2)}
+    two = compare({"a": seeds}, {0: per_user(before)}, "NDCG@20")
     assert_allclose(two["difference"], plain["difference"] + 0.1)
+
+
+def test_a_single_seed_is_compared_with_its_own():
+    before, after = draw()
+    plain = compare({"a": {0: per_user(after)}}, {0: per_user(before)}, "NDCG@20")
+    many = {0: per_user(before), 1: per_user(before + 1), 2: per_user(before - 3)}
+    pd.testing.assert_frame_equal(compare({"a": {0: per_user(after)}}, many, "NDCG@20"), plain)
+    both = compare({"a": {1: per_user(after), 2: per_user(after)}}, many, "NDCG@20")
+    assert_allclose(both["difference"], plain["difference"] + 1)
 
 
 def test_overlapping_groups_count_a_user_in_each():
     groups = [["a", "b"], ["b"], ["a"]]
     result = compare(
-        {"x": [per_user([1, 0, 0], groups=groups)]},
-        [per_user([0, 0, 0], groups=groups)],
+        {"x": {0: per_user([1, 0, 0], groups=groups)}},
+        {0: per_user([0, 0, 0], groups=groups)},
         "NDCG@20",
     ).set_index("slice")
     assert result.loc["pop33=a", "users"] == result.loc["pop33=b", "users"] == 2
@@ -93,8 +105,8 @@ def test_overlapping_groups_count_a_user_in_each():
 def test_a_group_of_one_user_has_no_test():
     groups = ["one", "many", "many", "many"]
     result = compare(
-        {"x": [per_user([1, 0, 1, 0], groups=groups)]},
-        [per_user([0, 1, 0, 0.5], groups=groups)],
+        {"x": {0: per_user([1, 0, 1, 0], groups=groups)}},
+        {0: per_user([0, 1, 0, 0.5], groups=groups)},
         "NDCG@20",
     ).set_index("slice")
     assert np.isnan(result.loc["pop33=one", ["low", "high", "p", "q"]].astype(float)).all()
@@ -109,11 +121,12 @@ def test_users_in_no_group_are_in_no_slice(tmp_path):
         for table in tables:  # Parquet gives back another kind of missing
             table.to_parquet(tmp_path / "t.parquet")
         stored = pd.read_parquet(tmp_path / "t.parquet")
-        result = compare({"a": [tables[0]]}, [stored], "NDCG@20").set_index("slice")
+        result = compare({"a": {0: tables[0]}}, {0: stored}, "NDCG@20").set_index("slice")
         assert [name for name in result.index if "pop33" in name] == ["pop33=old", "pop33=young"]
         assert (result.loc[["pop33=old", "pop33=young"], "users"] == 1).all()
+    others = per_user(after, groups=["old", "old", "young"])
     with pytest.raises(ValueError, match="pop33 of user u1 is not the baseline's"):
-        compare({"a": [per_user(after)]}, [per_user(before, groups=groups)], "NDCG@20")
+        compare({"a": {0: others}}, {0: stored}, "NDCG@20")
 
 
 @pytest.mark.parametrize(
@@ -129,4 +142,4 @@ def test_users_in_no_group_are_in_no_slice(tmp_path):
 def test_tables_of_other_users_targets_or_groups_are_refused(change, message):
     before, after = draw()
     with pytest.raises(ValueError, match=message):
-        compare({"a": [change(per_user(after))]}, [per_user(before)], "NDCG@20")
+        compare({"a": {0: change(per_user(after))}}, {0: per_user(before)}, "NDCG@20")

@@ -242,7 +242,7 @@ def _ids(ids: pd.Series, path: Path) -> pd.Series:
     if ids.dtype.kind in "iu":
         return ids
     places, distinct = pd.factorize(ids)
-    numbers = whole_numbers(distinct.astype(str))
+    numbers = whole_numbers(np.asarray(distinct, str))
     return ids if numbers is None else pd.Series(numbers[places], ids.index)
 
 
