@@ -6,7 +6,7 @@ import pandas as pd
 
 from seqfair_jax import significance, tables
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.paper_tables import DRO_METHODS, Entry, entry_name
+from seqfair_jax.paper_tables import Entry, entry_name
 
 CLAIMS = {
     "DRO against ERM": "DRO methods beat ERM in groups and over all",
@@ -45,7 +45,7 @@ def compare(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
 
 def _pairs(entries: Sequence[Entry]) -> tuple[list[tuple[list[Entry], Entry]], ...]:
     """For each claim, the entries to be compared with another one."""
-    dro = [entry for entry in entries if entry.method in DRO_METHODS]
+    dro = [entry for entry in entries if METHODS[entry.method].is_robust]
     grouped = [entry for entry in dro if METHODS[entry.method].needs_groups]
     erm = [(dro, entry) for entry in entries if entry.method == "erm"]
     cvar = [entry for entry in dro if entry.method == "cvar"]

@@ -33,20 +33,22 @@ class Hyperparams(NamedTuple):
 class Method(NamedTuple):
     """What is known of an objective before any data is read."""
 
+    label: str  # in printed tables
     needs_groups: bool  # every user must then be in at most one group
     hyperparams: tuple[str, ...]  # the fields of `Hyperparams` that it reads
+    is_robust: bool = False  # distributionally: of the paper's figures and claims
 
 
 METHODS = {
-    "erm": Method(False, ()),
-    "cb": Method(False, ()),
-    "cb_log": Method(False, ()),
-    "ipw": Method(True, ()),
-    "ipw_log": Method(True, ()),
-    "gdro": Method(True, ("step_size",)),
-    "sdro": Method(True, ("step_size", "stream_rate")),
-    "cvar": Method(False, ("alpha",)),
-    "chi2": Method(False, ("radius",)),
+    "erm": Method("ERM", False, ()),
+    "cb": Method("CB", False, ()),
+    "cb_log": Method("CBlog", False, ()),
+    "ipw": Method("IPW", True, ()),
+    "ipw_log": Method("IPWlog", True, ()),
+    "gdro": Method("GDRO", True, ("step_size",), is_robust=True),
+    "sdro": Method("SDRO", True, ("step_size", "stream_rate"), is_robust=True),
+    "cvar": Method("CVaR", False, ("alpha",), is_robust=True),
+    "chi2": Method("chi2", False, ("radius",), is_robust=True),
 }
 NAMES = tuple(METHODS)
 COUNT_BY = ("rows", "users")

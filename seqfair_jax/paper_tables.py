@@ -15,18 +15,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from seqfair_jax import significance, tables, workdir
+from seqfair_jax.data.groups import FAMILIES
+from seqfair_jax.objectives import METHODS
 from seqfair_jax.worker import Call
 
 RULES = {"overall": "", "worst_group": "_worst_group"}  # how epoch and hyperparameters are chosen
-_LABELS = {
-    "erm": "ERM", "cb": "CB", "cb_log": "CBlog", "ipw": "IPW", "ipw_log": "IPWlog",
-    "gdro": "GDRO", "sdro": "SDRO", "cvar": "CVaR", "chi2": "chi2",
-}  # fmt: skip
 _TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting groups), figure
     "retailrocket": (2, 3, 4, 1),
     "ml1m": (5, 6, 7, 2),
 }
-DRO_METHODS = ("gdro", "sdro", "cvar", "chi2")  # of the figures and of the claims
 
 
 class Entry(NamedTuple):
@@ -176,6 +173,9 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     def groups(family: str) -> list[str]:
         return [s for s in slices if s.startswith(f"{family}=")]
 
+    def kind_of(family: str) -> str:
+        return family[:3] if family in FAMILIES else ""
+
     def heading(slice_name: str) -> str:
         return _shown(slice_name.partition("=")[2].capitalize())
 
@@ -184,8 +184,9 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     for kind, what, number in (
         ("pop", "popularity groups", numbers[0]),
         ("seq", "sequence-length groups", numbers[1]),
+        ("", "groups from a file", None),
     ):
-        own = [family for family in families if family.startswith(kind)]
+        own = [family for family in families if kind_of(family) == kind]
         columns = [
             column
             for family in own
@@ -218,7 +219,7 @@ def _shown(name: str) -> str:
 
 
 def _label(method: str) -> str:
-    return _LABELS.get(method, method)
+    return METHODS[method].label if method in METHODS else method  # or a baseline, [markov]
 
 
 class Cells(NamedTuple):
@@ -354,7 +355,7 @@ def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
     layout = next((x for x in layouts(long, dataset) if x.title == "intersecting groups"), None)
     if layout is None:
         return None
-    wanted = [row for row in layout.rows if row[1] in DRO_METHODS]
+    wanted = [row for row in layout.rows if row[1] in METHODS and METHODS[row[1]].is_robust]
     if not wanted:
         return None
     at = long.set_index(["method", "group_family", "slice"])

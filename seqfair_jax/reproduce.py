@@ -1,4 +1,4 @@
-"""The paper's tables 2 to 7 and figures from one command, resumable.
+"""The paper's tables 1 to 7 and figures from one command, resumable.
 
 `python -m seqfair_jax.reproduce --config=configs/paper_rr.py --workdir=runs/paper_rr`
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from seqfair_jax import __version__, claims, paper_tables, sweep, workdir, worker
+from seqfair_jax import __version__, claims, paper_tables, sweep, tables, workdir, worker
 from seqfair_jax.config import resolve
+from seqfair_jax.data.split import Dataset
+from seqfair_jax.data.table1 import table_1a, table_1b
 from seqfair_jax.experiment import Experiment, prepare
 from seqfair_jax.main import command
 from seqfair_jax.objectives import METHODS
@@ -86,6 +88,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
             f"{experiment.dataset.log_hash[:12]}."
         )
         files = _write_tables(entries, base.data.name, metric, folder / "tables", source)
+        files += _write_table_1(experiment.dataset, folder / "tables", source)
     print("\n" + (folder / "tables" / "overall.md").read_text(encoding="utf-8"))
     print("files: " + ", ".join(str(path) for path in files))
     if failed:
@@ -110,6 +113,18 @@ def _write_tables(
             workdir.write_text(path, content)
             files.append(path)
     return files
+
+
+def _write_table_1(dataset: Dataset, directory: Path, source: str) -> list[Path]:
+    text = [f"# {dataset.name}: the paper's table 1\n", f"{source}\n"]
+    files = []
+    for part, table in (("1a", table_1a(dataset)), ("1b", table_1b(dataset))):
+        rows = table.astype(str).to_numpy().tolist()
+        text += [tables.markdown(list(map(str, table)), rows), ""]
+        files.append(directory / f"table_{part}.csv")
+        workdir.write_text(files[-1], table.to_csv(index=False))
+    workdir.write_text(directory / "table_1.md", "\n".join(text))
+    return [*files, directory / "table_1.md"]
 
 
 def _runs_per_call(asked: int, experiment: Experiment, folder: Path) -> int:

@@ -206,6 +206,10 @@ def test_tables_and_figures_of_a_sweep(finished, capsys):
         ):
             assert f"{rule}-{slug}.csv" in names
         assert {f"{rule}.md", f"{rule}.tex", f"{rule}-change.png", f"{rule}-change.pdf"} <= names
+    assert {"table_1.md", "table_1a.csv", "table_1b.csv"} <= names
+    summary = workdir.read_json(finished / "calls" / "erm" / "summary.json")
+    assert pd.read_csv(tables / "table_1b.csv")["users"].tolist() == [summary["dataset"]["users"]]
+    assert "| pop33 | niche/diverse/popular |" in (tables / "table_1.md").read_text()
     results = pd.read_csv(tables / "results.csv", keep_default_na=False, na_values=[""])
     chosen = results[(results["rule"] == "overall") & (results["slice"] == "overall")]
     assert list(chosen["method"])[:4] == ["erm", "gdro", "gdro", "cvar"]
@@ -426,6 +430,17 @@ def test_intersections_have_rows_and_a_table_of_their_own():
     # Asterisks would be emphasis, and the sign is none of LaTeX's.
     assert paper_tables.markdown(table).splitlines()[0] == "| Method | Niche×short |"
     assert r"GDRO\_pop33$\times$seq33 & " in paper_tables.latex(table, "")
+
+
+def test_families_of_ones_own_have_a_table():
+    long = long_by_hand()
+    long["slice"] = long["slice"].str.replace("pop33=", "tenure=")
+    long["group_family"] = long["group_family"].replace("pop33", "tenure")
+    layout = paper_tables.layouts(long, "csv")[0]
+    assert layout.title == "groups from a file"
+    text = paper_tables.markdown(paper_tables.cells(long, layout))
+    assert "| Method | tenure Niche | tenure Popular | tenure Overall |" in text
+    assert "| GDRO | **0.3200** |" in text
 
 
 def test_the_published_figures():
