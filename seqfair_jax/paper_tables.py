@@ -383,7 +383,8 @@ def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
         axes.set_title(family)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("change against ERM, %")
-    panels[0].legend(fontsize=7, frameon=False)
+    handles = panels[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside right center", fontsize=7, frameon=False)
     return drawing
 
 
