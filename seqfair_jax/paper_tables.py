@@ -163,22 +163,9 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     their own.
     """
     numbers = _TABLES.get(dataset, (None, None, None, None))
-    slices = list(dict.fromkeys(long["slice"]))
-    owners = dict.fromkeys(s.partition("=")[0] for s in slices if "=" in s)
-    products = [f for f in owners if "*" in f]
-    families = [f for f in owners if f != "target" and f not in products]
+    families, products = _families(long)
     methods = list(dict.fromkeys(long["method"]))
     grouped = set(long.loc[long["group_family"] != "", "method"])
-
-    def groups(family: str) -> list[str]:
-        return [s for s in slices if s.startswith(f"{family}=")]
-
-    def kind_of(family: str) -> str:
-        return family[:3] if family in FAMILIES else ""
-
-    def heading(slice_name: str) -> str:
-        return _shown(slice_name.partition("=")[2].capitalize())
-
     found = []
     plain = [(_label(m), m, "*" if m in grouped else "") for m in methods]
     for kind, what, number in (
@@ -186,32 +173,52 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
         ("seq", "sequence-length groups", numbers[1]),
         ("", "groups from a file", None),
     ):
-        own = [family for family in families if kind_of(family) == kind]
         columns = [
             column
-            for family in own
-            for column in (
-                *((family, heading(s), s) for s in groups(family)),
-                (family, "Overall", "overall"),
-            )
+            for family in families
+            if (family[:3] if family in FAMILIES else "") == kind
+            for column in (*_columns(long, family), (family, "Overall", "overall"))
         ]
-        if own:
+        if columns:
             found.append(Layout(what, plain, columns, number))
-    pairs = list(dict.fromkeys(zip(long["method"], long["group_family"], strict=True)))
+    intersecting = _side_by_side(long, dataset)
+    if len({heading for heading, _, _ in intersecting.columns}) > 2:
+        found.append(intersecting)
+    overall = ("", "Overall", "overall")
+    for family in products:
+        columns = [("", label, name) for _, label, name in _columns(long, family)]
+        found.append(Layout(f"groups of {_shown(family)}", intersecting.rows, columns, None))
+    targets = [*_columns(long, "target"), overall]
+    found.append(Layout("repeat and new targets", intersecting.rows, targets, None))
+    return found
+
+
+def _families(long: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """The single families that methods are judged by, and the products."""
+    owners = dict.fromkeys(s.partition("=")[0] for s in long["slice"] if "=" in s)
+    products = [family for family in owners if "*" in family]
+    return [f for f in owners if f != "target" and f not in products], products
+
+
+def _columns(long: pd.DataFrame, family: str) -> list[tuple[str, str, str]]:
+    """A column for each group of a family."""
+    names = [s for s in dict.fromkeys(long["slice"]) if s.startswith(f"{family}=")]
+    return [(family, _shown(name.partition("=")[2].capitalize()), name) for name in names]
+
+
+def _side_by_side(long: pd.DataFrame, dataset: str) -> Layout:
+    """The groups of the paper's two families, pop33 and seq33, or of the first two there are.
+
+    A row for each method and loss family: those two, and any products and unions.
+    """
+    families, _ = _families(long)
     shown = [f for f in ("pop33", "seq33") if f in families] or families[:2]
-    columns = [(family, heading(s), s) for family in shown for s in groups(family)]
-    # Between the paper's two families, and any products and unions of them.
+    pairs = list(dict.fromkeys(zip(long["method"], long["group_family"], strict=True)))
     wanted = {"", *shown, *(f for _, f in pairs if "*" in f or "&" in f)}
     rows = [(f"{_label(m)}_{_shown(f)}" if f else _label(m), m, f) for m, f in pairs if f in wanted]
-    overall = ("", "Overall", "overall")
-    if len(shown) > 1:
-        found.append(Layout("intersecting groups", rows, [*columns, overall], numbers[2]))
-    for family in products:
-        columns = [("", heading(s), s) for s in groups(family)]
-        found.append(Layout(f"groups of {_shown(family)}", rows, columns, None))
-    targets = [("target", heading(s), s) for s in groups("target")]
-    found.append(Layout("repeat and new targets", rows, [*targets, overall], None))
-    return found
+    columns = [column for family in shown for column in _columns(long, family)]
+    number = _TABLES.get(dataset, (None, None, None, None))[2]
+    return Layout("intersecting groups", rows, [*columns, ("", "Overall", "overall")], number)
 
 
 def _shown(name: str) -> str:
@@ -352,9 +359,7 @@ def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
     Bars with bootstrap 95 % intervals are ours, diamonds the paper's. None where no such method
     ran.
     """
-    layout = next((x for x in layouts(long, dataset) if x.title == "intersecting groups"), None)
-    if layout is None:
-        return None
+    layout = _side_by_side(long, dataset)
     wanted = [row for row in layout.rows if row[1] in METHODS and METHODS[row[1]].is_robust]
     if not wanted:
         return None

@@ -441,6 +441,10 @@ def test_families_of_ones_own_have_a_table():
     text = paper_tables.markdown(paper_tables.cells(long, layout))
     assert "| Method | tenure Niche | tenure Popular | tenure Overall |" in text
     assert "| GDRO | **0.3200** |" in text
+    # A single family has no table of intersections, but its figure.
+    drawing = paper_tables.figure(long.assign(difference=0.01, low=0.0, high=0.02), "csv")
+    assert [axes.get_title() for axes in drawing.axes] == ["tenure"]
+    assert [text.get_text() for text in drawing.legends[0].get_texts()] == ["GDRO_tenure", "CVaR"]
 
 
 def test_the_published_figures():
