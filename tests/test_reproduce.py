@@ -13,6 +13,7 @@ from test_run import small
 
 from configs import paper
 from seqfair_jax import paper_tables, sweep, workdir, worker
+from seqfair_jax import tables as report_tables
 from seqfair_jax.config import plan_runs, resolve
 from seqfair_jax.experiment import prepare
 from seqfair_jax.reproduce import reproduce
@@ -283,6 +284,13 @@ def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
         val[alpha] = rows["val/NDCG@20/overall"].max()
     [hparams] = methods.loc[methods["method"] == "cvar", "hparams"]
     assert hparams == f"alpha={max(val, key=val.get):g}"
+    # The general report takes a sweep's folders too, and both seeds of ERM for the baseline.
+    calls = sorted((tmp_path / "sweep" / "calls").iterdir())
+    rows = report_tables.compare_folders(calls, tmp_path / "sweep" / "calls" / "erm", "NDCG@20")
+    assert not rows["name"].str.startswith("erm").any()
+    one = rows[(rows["slice"] == "overall") & (rows["name"] == f"cvar {hparams}")]
+    [sweeps] = methods.loc[methods["method"] == "cvar", "difference"]
+    assert one["difference"].item() == pytest.approx(sweeps)
     claims_text = (tables / "overall-claims.md").read_text()
     assert "`cvar` - `gdro(pop33&seq33)`" in claims_text
     assert "`gdro(pop33&seq33)` - `gdro(pop33)`" in claims_text
