@@ -46,20 +46,21 @@ def compare(
         ValueError: if the tables do not hold the same users with the same targets and groups, or
             lack the metric.
     """
-    reference = next(iter(baseline.values()))
+    reference = next(iter(baseline.values())).reset_index(drop=True)
     columns = [c for c in reference if c in _KEYS or reference[c].dtype.kind not in "fiu"]
 
     def values(table: pd.DataFrame, name: str) -> np.ndarray:
         return _aligned(table, reference, columns, metric, name)
 
     of_baseline = {s: values(table, "the baseline") for s, table in baseline.items()}
+    slices = list(_slices(reference))
     rows = []
     rng = np.random.default_rng(seed)
     for name, seeds in tables.items():
         common = [s for s in seeds if s in baseline]
         after = np.mean([values(seeds[s], name) for s in common or seeds], axis=0)
         before = np.mean([of_baseline[s] for s in common or baseline], axis=0)
-        for slice_name, members in _slices(reference):
+        for slice_name, members in slices:
             difference = (after - before)[members]
             low, high = _interval(difference, rng)
             rows.append(
@@ -108,17 +109,21 @@ def _aligned(table, reference, columns, metric, name) -> np.ndarray:
             continue
         if column not in table:
             raise ValueError(f"{name}: it was not evaluated by {column}, the baseline was")
-        differs = [
-            _groups(a) != _groups(b)
-            for a, b in zip(aligned[column], reference[column], strict=True)
-        ]
-        if any(differs):
-            user = order[np.flatnonzero(differs)[0]]
+        differs = _differ(aligned[column].reset_index(drop=True), reference[column])
+        if differs.any():
+            user = order[differs.argmax()]
             raise ValueError(
                 f"{name}: {column} of user {user} is not the baseline's (in all "
-                f"{sum(differs)} users differ); compare runs on one log and split"
+                f"{differs.sum()} users differ); compare runs on one log and split"
             )
     return aligned[metric].to_numpy(np.float64)
+
+
+def _differ(a: pd.Series, b: pd.Series) -> np.ndarray:
+    """Where two columns differ, bool[U]; two missing values are the same."""
+    if any(isinstance(label, list | np.ndarray) for column in (a, b) for label in column):
+        return np.array([_groups(x) != _groups(y) for x, y in zip(a, b, strict=True)])
+    return ((a != b) & ~(a.isna() & b.isna())).to_numpy(bool)
 
 
 def _groups(label: Any) -> list[str]:
