@@ -77,6 +77,8 @@ def test_users_are_aligned_by_id_and_averaged_over_seeds():
     pd.testing.assert_frame_equal(
         compare({"a": {0: shuffled}}, {0: per_user(before)}, "NDCG@20"), plain
     )
+    back = compare({"a": {0: per_user(before)}}, {0: shuffled}, "NDCG@20")
+    assert_allclose(back["difference"], -plain["difference"])
     seeds = {3: per_user(after), 4: per_user(after + 0.2)}
     two = compare({"a": seeds}, {0: per_user(before)}, "NDCG@20")
     assert_allclose(two["difference"], plain["difference"] + 0.1)
