@@ -126,6 +126,16 @@ def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | 
     return None
 
 
+def latest_progress(directory: Path) -> dict[str, Any] | None:
+    """The JSON object of the newest step, not checked; None where it cannot be read."""
+    for step in _steps(directory)[:1]:
+        try:
+            return json.loads((directory / str(step) / _PROGRESS).read_text())
+        except (OSError, ValueError):  # `load_latest` tells what is wrong
+            return None
+    return None
+
+
 def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []

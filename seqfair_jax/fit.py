@@ -37,6 +37,7 @@ SELECTIONS = ("overall", "worst_group")  # which epoch is best: by the mean, by 
 _SIZING_EPOCHS = 20  # the packed sizes are fitted to the batches of the first epochs
 _SIZING_RUNS = 4
 _OVERSIZE = 1024  # a batch beyond the largest size is given the next multiple of this
+_LATEST = Path("checkpoints", "latest")
 _log = logging.getLogger(__name__)
 
 
@@ -300,38 +301,55 @@ def _initial(experiment: Experiment) -> tuple[TrainState, dict[str, Any]]:
 
 def _restore(experiment: Experiment, folder: Path) -> tuple[TrainState, dict[str, Any], Progress]:
     states, best = _initial(experiment)
-    marks: dict[str, Any] = {
-        "log_hash": experiment.dataset.log_hash,
-        "groups_hash": experiment.loss_family.hash(),
-        "key_impl": KEY_IMPL,
-    }
-    found = checkpoint.load_latest(
-        folder / "checkpoints" / "latest", {"states": states, "best": best}
-    )
+    found = checkpoint.load_latest(folder / _LATEST, {"states": states, "best": best})
     if found is None:
         progress = Progress(
-            **marks,
+            **_marks(experiment),
             best=[dict.fromkeys(SELECTIONS) for _ in experiment.runs],
             stopped=[None] * len(experiment.runs),
             targets=[0] * len(experiment.runs),
         )
         return states, best, progress
     tree, stored = found
+    _compare_marks(stored, experiment, folder)
     progress = Progress(**stored)
-    for key, now in marks.items():
-        before = getattr(progress, key)
+    _log.info("resumed from step %d", int(tree["states"].step[0]))
+    return tree["states"], tree["best"], progress
+
+
+def check_input(experiment: Experiment, folder: Path) -> None:
+    """Refuse another log, or other groups, than the newest checkpoint in `folder` was made with.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    stored = checkpoint.latest_progress(folder / _LATEST)
+    if stored is not None:
+        _compare_marks(stored, experiment, folder)
+
+
+def _marks(experiment: Experiment) -> dict[str, Any]:
+    """What a run must be gone on with."""
+    return {
+        "log_hash": experiment.dataset.log_hash,
+        "groups_hash": experiment.loss_family.hash(),
+        "key_impl": KEY_IMPL,
+    }
+
+
+def _compare_marks(stored: dict[str, Any], experiment: Experiment, folder: Path) -> None:
+    for key, now in _marks(experiment).items():
+        before = stored.get(key)
         if before != now:
             raise ValueError(
                 f"{folder}: its checkpoint was written with {key} {before}, but now it is {now}; "
                 "use the same input as then, or another --workdir"
             )
-    _log.info("resumed from step %d", int(tree["states"].step[0]))
-    return tree["states"], tree["best"], progress
 
 
 def _save(folder: Path, states: TrainState, best: dict[str, Any], progress: Progress) -> None:
     checkpoint.save_step(
-        folder / "checkpoints" / "latest",
+        folder / _LATEST,
         int(states.step[0]),
         {"states": states, "best": best},
         dataclasses.asdict(progress),

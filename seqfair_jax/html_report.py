@@ -93,7 +93,7 @@ def write(
         shown = rows[[tables.is_shown(slice_name, families) for slice_name in rows["slice"]]]
         sections += ["<h2>Differences</h2>", _differences(shown, metric)]
     sections += _curves(_history(runs), metric, families)
-    sections += _grids([run.summary for run in runs], metric, families)
+    sections += _grids(runs, metric, families)
     sections += ["<h2>Time</h2>", _times(runs), *_settings(folders)]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -271,21 +271,22 @@ def _curves(history: pd.DataFrame, metric: str, families: Sequence[str]) -> list
     return sections
 
 
-def _grids(summaries: list[dict], metric: str, families: Sequence[str]) -> list[str]:
+def _grids(runs: Sequence[tables.Run], metric: str, families: Sequence[str]) -> list[str]:
     """Test and validation over the values of a hyperparameter, where a method has several."""
     records = [
         {
-            "method": tables.method_family(summary),
+            # All that the row's name tells but this value.
+            "method": run.name.replace(f"{key}={value:g}", key),
             "key": key,
             "value": value,
             "part": part,
             "slice": name,
-            "figure": summary[part][metric][name],
+            "figure": run.summary[part][metric][name],
         }
-        for summary in summaries
-        for key, value in summary["hparams"].items()
+        for run in runs
+        for key, value in run.summary["hparams"].items()
         for part in ("val", "test")
-        if part in summary
+        if part in run.summary
         for name in ("overall", *(f"{family}/min" for family in families))
     ]
     table = pd.DataFrame(records, columns=["method", "key", "value", "part", "slice", "figure"])
@@ -293,7 +294,7 @@ def _grids(summaries: list[dict], metric: str, families: Sequence[str]) -> list[
     for (method, key), part in table.groupby(["method", "key"], sort=False):
         if part["value"].nunique() < 2:
             continue
-        figure, axes = _panel(f"{method}: {metric} over {key}")
+        figure, axes = _panel(f"{metric}, {method}")
         lines = part.groupby(["slice", "part", "value"])["figure"].mean()
         for number, name in enumerate(part["slice"].unique()):
             for split, style in (("val", "--"), ("test", "-")):
@@ -311,7 +312,7 @@ def _grids(summaries: list[dict], metric: str, families: Sequence[str]) -> list[
             axes.set_xscale("log")
         axes.set_xlabel(key, fontsize=8)
         axes.legend(fontsize=6, frameon=False)
-        panels.append((f"{method}: {metric} over {key}", figure))
+        panels.append((f"{metric}, {method}", figure))
     return ["<h2>Hyperparameters</h2>", _figures(panels)] if panels else []
 
 

@@ -25,11 +25,13 @@ def main() -> None:
                 "[--family=] [--metric=] [--baseline=DIR] [--out=FILE.html]"
             )
         folders = [Path(name) for name in argv[1:]]
+        before = None if baseline.value is None else Path(baseline.value)
+        if before is not None:  # so that its row stands in the table
+            folders.append(before)
         try:
             print(tables.tables(folders, metric.value, family=family.value))
             rows = None
-            if baseline.value is not None:
-                before = Path(baseline.value)
+            if before is not None:
                 rows = tables.compare_folders(folders, before, metric.value)
                 print("\n" + tables.comparison(rows, before, metric.value, family.value))
             if out.value is not None:

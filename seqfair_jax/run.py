@@ -20,12 +20,18 @@ from seqfair_jax.config import check_resumable, resolve
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.evaluate import Ranking, make_queries, rank_targets, to_ranking
 from seqfair_jax.experiment import Experiment, prepare
-from seqfair_jax.fit import SELECTIONS, Progress, fit, make_validation, run_folders
+from seqfair_jax.fit import (
+    SELECTIONS,
+    Progress,
+    check_input,
+    fit,
+    make_validation,
+    run_folders,
+)
 from seqfair_jax.metrics import rank_metrics, recommendation_stats, slice_means
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.train import TrainState
 
-SCHEMA_VERSION = 1
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +67,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
         )
     experiment = prepare(config)
     _describe(experiment)
+    check_input(experiment, folder)
     (folder / "summary.json").unlink(missing_ok=True)  # of fewer epochs, or other cut-offs
     # Before the other files, so that what a killed process leaves is known for this config's.
     workdir.write_json(folder / "config.json", settings)
@@ -92,7 +99,7 @@ def test(
     """
     runs, config = experiment.runs, experiment.config
     shared = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": tables.SCHEMA_VERSION,
         "dataset": _dataset_summary(experiment.dataset),
         "method": config.objective.name,
         "group_family": experiment.loss_family.name,

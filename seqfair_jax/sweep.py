@@ -106,12 +106,6 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
                 f"objective.{key} is {base.objective[key]}: a sweep's values are those of "
                 f"sweep.{key}; set that"
             )
-    unjudged = set(base.groups) - set(sweep.families)
-    if unjudged:
-        raise ValueError(
-            f"groups names {', '.join(sorted(unjudged))}: a sweep is judged by sweep.families, "
-            f"{', '.join(sweep.families)}; set that"
-        )
     if sweep.runs_per_call < 0:
         raise ValueError(f"sweep.runs_per_call is {sweep.runs_per_call}: expected 0 or more")
     if not 0 <= sweep.choice_seeds <= len(base.seeds):

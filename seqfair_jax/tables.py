@@ -15,7 +15,8 @@ from seqfair_jax.metrics import parse_metric
 _SELECTIONS = (("test", ""), ("test_worst_group", ", best worst group"))
 # Settings that runs of one row may differ in; `method_name` tells the objective's values.
 _FREE = {"seeds", "objective.step_size", "objective.stream_rate", "objective.alpha"}
-_FREE |= {"objective.radius", *RESUMABLE} - {"train.epochs"}
+_FREE |= {"objective.radius", *RESUMABLE} - {"train.epochs", "data.group_file"}
+SCHEMA_VERSION = 2  # of summary.json
 
 
 class Run(NamedTuple):
@@ -36,12 +37,18 @@ def run_folders(folder: Path) -> list[Path]:
     """The folders of a finished work directory's runs.
 
     Raises:
-        ValueError: if there is none: the folder is not a work directory, or not finished.
+        ValueError: if there is none: the folder is not a work directory, or not finished; or if
+            another version wrote it.
     """
     summary = workdir.read_json(folder / "summary.json")
     if summary is None:
         raise ValueError(
             f"{folder}: no summary.json; name the --workdir of a run that has finished"
+        )
+    if summary["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder}: summary.json has schema_version {summary['schema_version']}, this version "
+            f"reads {SCHEMA_VERSION}; train in a new --workdir, or use the version it was made with"
         )
     if "runs" not in summary:
         return [folder]
@@ -55,15 +62,15 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         ValueError: if a folder is not finished, or two runs differ in nothing.
     """
     found = []
-    for folder in dict.fromkeys(folder.resolve() for folder in folders):
-        for part in run_folders(folder):
-            summary, config = (
-                workdir.read_json(part / f"{name}.json") for name in ("summary", "config")
-            )
-            if summary is not None:
-                settings = dict(flatten(config or {}))
-                kept = {key: str(settings[key]) for key in settings if key not in _FREE}
-                found.append((part, method_name(summary), kept, summary))
+    # A grid and one of its runs may both be named.
+    for part in dict.fromkeys(part for folder in folders for part in run_folders(folder.resolve())):
+        summary, config = (
+            workdir.read_json(part / f"{name}.json") for name in ("summary", "config")
+        )
+        if summary is not None:
+            settings = dict(flatten(config or {}))
+            kept = {key: str(settings[key]) for key in settings if key not in _FREE}
+            found.append((part, method_name(summary), kept, summary))
     variants: dict[str, list[dict[str, str]]] = {}
     for _, name, kept, _ in found:
         variants.setdefault(name, []).append(kept)
@@ -289,12 +296,8 @@ def _half_width(values: np.ndarray) -> float:
 def method_name(summary: dict[str, Any]) -> str:
     """A run's method, its loss family if it has one, and the objective's values."""
     values = ", ".join(f"{key}={value:g}" for key, value in summary["hparams"].items())
-    return method_family(summary) + (f" {values}" if values else "")
-
-
-def method_family(summary: dict[str, Any]) -> str:
-    """A run's method, and its loss family if it has one."""
-    return summary["method"] + (f" ({summary['group_family']})" if summary["needs_groups"] else "")
+    family = f" ({summary['group_family']})" if summary["needs_groups"] else ""
+    return f"{summary['method']}{family}{' ' + values if values else ''}"
 
 
 def _text(numbers: pd.DataFrame, family: str) -> str:

@@ -232,6 +232,15 @@ def test_ids_stay_as_they_are_written(tmp_path):
             read_log("csv", tmp_path / "log.parquet", COLUMNS)
 
 
+@pytest.mark.parametrize("kind", ["Int64", "Float64", "float64"])
+def test_a_missing_time_is_refused(tmp_path, kind):
+    times = pd.Series([1, None], dtype=kind)
+    frame = pd.DataFrame({"user_id": [1, 2], "item_id": [3, 4], "timestamp": times})
+    frame.to_parquet(tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match="timestamp of data row 2"):
+        read_log("csv", tmp_path / "log.parquet", COLUMNS)
+
+
 def test_a_damaged_archive(tmp_path):
     path = tmp_path / "log.csv.gz"
     packed = bytearray(gzip.compress(LOG.to_csv(index=False).encode()))

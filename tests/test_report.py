@@ -95,7 +95,7 @@ def copied(folder, target, *, seed=0, **changes):
 
 
 def test_only_runs_that_differ_in_the_seed_share_a_row(folders, tmp_path):
-    erm, _, gdro = folders
+    erm, cvar, gdro = folders
     second = copied(erm, tmp_path / "second", seed=1, segment_seconds=9.0)
     fast = copied(erm, tmp_path / "fast", learning_rate=0.5)
     text = tables.tables([erm, second, fast, gdro], "NDCG@20", family="pop33")
@@ -112,6 +112,9 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(folders, tmp_path):
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"are the same training \(erm, seed 0\)"):
         tables.tables([erm, copied(erm, tmp_path / "again")], "NDCG@20")
+    # A grid and a run of it: the run is the baseline, the others are told from it.
+    rows = tables.compare_folders([cvar], cvar / "runs" / "alpha=0.5,seed=0", "NDCG@20")
+    assert set(rows["name"]) == {"cvar alpha=0.2", "cvar alpha=0.2, best worst group"}
     # Another seed of the baseline's method is the baseline's, not a method to test.
     with pytest.raises(ValueError, match="at least one other folder"):
         tables.compare_folders([erm, second], erm, "NDCG@20")
@@ -126,6 +129,14 @@ def test_every_run_must_have_what_is_shown(folders, tmp_path):
     with pytest.raises(ValueError, match=r"erm: NDCG@5 was not evaluated; there are NDCG@20"):
         tables.tables([other, folders[0]], "NDCG@5")
     html_report.write([folders[0], other], tmp_path / "report.html", "NDCG@20")
+
+
+def test_results_of_another_version_are_refused(folders, tmp_path):
+    old = copied(folders[0], tmp_path / "old")
+    summary = json.loads((old / "summary.json").read_text())
+    (old / "summary.json").write_text(json.dumps(summary | {"schema_version": 1}))
+    with pytest.raises(ValueError, match="schema_version 1, this version reads 2"):
+        tables.tables([old], "NDCG@20")
 
 
 def test_a_group_may_be_called_new():

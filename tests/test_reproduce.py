@@ -146,7 +146,6 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_lies():
         ({"sweep.intersection_methods": ("cvar",)}, "cvar looks at no groups"),
         ({"sweep.methods": ("cvar",)}, "expected erm among them"),
         ({"objective.alpha": (0.3,)}, "objective.alpha is .*those of sweep.alpha"),
-        ({"groups": ("pop33", "pop1080")}, "groups names pop1080: .*sweep.families"),
     ],
 )
 def test_bad_sweeps_are_named(changes, message):

@@ -242,6 +242,7 @@ def test_changed_groups_are_refused_and_a_moved_file_is_not(tmp_path):
     run(config(one, 1), tmp_path / "run")
     with pytest.raises(ValueError, match="written with groups_hash"):
         run(config(two, 2), tmp_path / "run")
+    assert (tmp_path / "run" / "summary.json").exists()  # refused, and nothing touched
     two.write_bytes(one.read_bytes())
     assert run(config(two, 2), tmp_path / "run")["train"]["steps"] == 10
 

@@ -249,8 +249,8 @@ def _ids(ids: pd.Series, path: Path) -> pd.Series:
 def _times(times: pd.Series, path: Path) -> pd.Series:
     """Numbers as they are, dates as nanoseconds since 1970, without a zone in UTC."""
     if times.dtype.kind in "iuf":
-        bad = ~np.isfinite(times)
         numbers = times
+        bad = pd.Series(~np.isfinite(times.to_numpy(float, na_value=np.nan)), times.index)
     elif times.dtype.kind == "M":
         bad, numbers = times.isna(), _nanoseconds(times)
     else:
