@@ -60,8 +60,8 @@ def markdown(table: pd.DataFrame) -> str:
     shown = [name for name in dict.fromkeys(table["slice"]) if "*" not in name]
     parts = [
         "Differences (first less second), with the percentile bootstrap 95 % interval over users; "
-        "\\* two-sided paired t-test over users, p < 0.05. With several seeds a user's figure is "
-        "its mean over them, so the interval speaks of other users, not of other seeds.\n"
+        "\\* two-sided paired t-test over users, p < 0.05. A user's figure is its mean over the "
+        "seeds that both have, so the interval speaks of other users, not of other seeds.\n"
     ]
     for claim, rows in table.groupby("claim", sort=False):
         body = []

@@ -165,8 +165,8 @@ def _differences(rows: pd.DataFrame, metric: str) -> str:
     note = (
         f'<p class="note">Difference in mean {html.escape(metric)} from the baseline; two-sided '
         "paired t-test over users (* p &lt; 0.05), percentile bootstrap 95 % interval over users, "
-        "q after Benjamini and Hochberg over all rows. With several seeds a user's figure is its "
-        "mean over them.</p>"
+        "q after Benjamini and Hochberg over all rows. A user's figure is its mean over the "
+        "seeds that both have.</p>"
     )
     return note + _html_table(["", "users", "difference", "95 % interval", "p", "q"], body)
 
