@@ -156,7 +156,7 @@ def _paper(method: str, arg: str | None) -> ConfigDict:
     config.groups = tuple(arguments.groups.split("+"))
     config.objective.name = method
     config.objective.absent_groups = "decay"  # as in the published runs
-    if _at_paper_size(arg):
+    if arguments.scale == "paper":
         config.model.dim = 256
         config.model.ff_dim = 256
         config.model.num_blocks = 3

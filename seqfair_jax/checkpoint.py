@@ -128,12 +128,11 @@ def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | 
 
 def latest_progress(directory: Path) -> dict[str, Any] | None:
     """The JSON object of the newest step, not checked; None where it cannot be read."""
-    for step in _steps(directory)[:1]:
-        try:
-            return json.loads((directory / str(step) / _PROGRESS).read_text())
-        except (OSError, ValueError):  # `load_latest` tells what is wrong
-            return None
-    return None
+    steps = _steps(directory)
+    try:
+        return json.loads((directory / str(steps[0]) / _PROGRESS).read_text()) if steps else None
+    except (OSError, ValueError):  # `load_latest` tells what is wrong
+        return None
 
 
 def _steps(directory: Path) -> list[int]:

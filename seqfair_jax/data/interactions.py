@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -147,15 +148,18 @@ def _read_csv(path: Path, member: str | None, *, text: Collection[str] = ()) -> 
     content = _read(path, member)
     if not content:
         raise ValueError(f"{path} is empty: expected a header line and rows")
+    names = _parse(content, path, header=None, nrows=1, dtype=str).iloc[0].tolist()
+    doubled = sorted({str(name) for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"{path}: column {', '.join(doubled)} stands more than once; rename one")
+    kinds = {name: str for name in text if name in names}
+    return _parse(content, path, engine="pyarrow", dtype=kinds)
+
+
+def _parse(content: bytes, path: Path, **options: Any) -> pd.DataFrame:
+    """`pandas.read_csv` of a file's content, whose errors name the file."""
     try:
-        names = pd.read_csv(io.BytesIO(content), header=None, nrows=1, dtype=str).iloc[0].tolist()
-        doubled = sorted({str(name) for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(
-                f"{path}: column {', '.join(doubled)} stands more than once; rename one"
-            )
-        kinds = {name: str for name in text if name in names}
-        return pd.read_csv(io.BytesIO(content), engine="pyarrow", dtype=kinds)
+        return pd.read_csv(io.BytesIO(content), **options)
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -164,10 +168,7 @@ def _read_ratings(path: Path) -> pd.DataFrame:
     """MovieLens-1M: `UserID::MovieID::Rating::Timestamp`, no header."""
     content = _read(path, _FILES["ml1m"]).replace(b"::", b",")
     names = ["user_id", "item_id", "rating", "timestamp"]
-    try:
-        frame = pd.read_csv(io.BytesIO(content), engine="pyarrow", header=None)
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    frame = _parse(content, path, header=None, engine="pyarrow")
     if len(frame.columns) != len(names):
         raise ValueError(
             f"{path}: row 1 has {len(frame.columns)} fields, expected 4 as in "
