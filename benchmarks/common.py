@@ -16,12 +16,12 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from seqfair_jax.batching import choose_sizes, draw_batches
+from seqfair_jax.training.batches import choose_sizes, draw_batches
 from seqfair_jax.config import resolve
-from seqfair_jax.experiment import prepare
+from seqfair_jax.training.experiment import prepare
 from seqfair_jax.main import use_compilation_cache
-from seqfair_jax.model import PRECISIONS
-from seqfair_jax.train import initial_states, token_sizes
+from seqfair_jax.model.sasrec import PRECISIONS
+from seqfair_jax.training.step import initial_states, token_sizes
 
 _SIZING_STEPS = 2560
 _PEAK_SIZE = {"cpu": 2048, "gpu": 8192}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pandas as pd
 
 from benchmarks.common import Steps, print_table, run, spread
-from seqfair_jax.train import make_segment
+from seqfair_jax.training.step import make_segment
 
 # The versions that are compared. A CPU build of PyTorch: PIP_EXTRA_INDEX_URL with its index.
 REQUIREMENTS = ("torch==2.13.0", "rectools[torch]==0.19.0")

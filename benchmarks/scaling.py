@@ -15,9 +15,9 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
-from seqfair_jax.batching import Sequences, choose_sizes, draw_batches
-from seqfair_jax.model import SASRec
-from seqfair_jax.train import TrainData, initial_states, make_segment, token_sizes
+from seqfair_jax.training.batches import Sequences, choose_sizes, draw_batches
+from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.training.step import TrainData, initial_states, make_segment, token_sizes
 
 _FACTORS = {  # multiples of the config's own value
     "users": (1, 4, 16, 64),

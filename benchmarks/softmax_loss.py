@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common import matmul_timer, print_table, run, seconds, spread
-from seqfair_jax.model import PRECISIONS
-from seqfair_jax.softmax_loss import softmax_loss
+from seqfair_jax.model.sasrec import PRECISIONS
+from seqfair_jax.model.softmax_loss import softmax_loss
 
 
 def benchmark(config, *, tokens, items, repeats, embedding_gradient):

@@ -30,10 +30,10 @@ from benchmarks.common import (
     seconds,
     spread,
 )
-from seqfair_jax.batching import pack
-from seqfair_jax.model import PRECISIONS
-from seqfair_jax.softmax_loss import softmax_loss
-from seqfair_jax.train import flop_per_target, make_segment, user_losses
+from seqfair_jax.training.batches import pack
+from seqfair_jax.model.sasrec import PRECISIONS
+from seqfair_jax.model.softmax_loss import softmax_loss
+from seqfair_jax.training.step import flop_per_target, make_segment, user_losses
 
 
 def benchmark(config, *, steps, repeats, parts, first_step, one_step):

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict, config_dict
 
 from seqfair_jax import objectives
 from seqfair_jax.data.synthetic import default_settings
-from seqfair_jax.metrics import parse_metric
-from seqfair_jax.model import PRECISIONS
-from seqfair_jax.softmax_loss import DEFAULT_MAX_LOGITS
+from seqfair_jax.evaluation.metrics import parse_metric
+from seqfair_jax.model.sasrec import PRECISIONS
+from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 
 DATA_NAMES = ("retailrocket", "ml1m", "csv", "synthetic")
 # What may differ when a work directory is taken up again: how long, how often and what to show.

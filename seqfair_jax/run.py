@@ -15,12 +15,12 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from seqfair_jax import checkpoint, tables, workdir
-from seqfair_jax.baselines import baseline_ranks
+from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.config import check_resumable, resolve
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.evaluate import Ranking, make_queries, rank_targets, to_ranking
-from seqfair_jax.experiment import Experiment, prepare
-from seqfair_jax.fit import (
+from seqfair_jax.evaluation.ranking import Ranking, make_queries, rank_targets, to_ranking
+from seqfair_jax.training.experiment import Experiment, prepare
+from seqfair_jax.training.loop import (
     SELECTIONS,
     Progress,
     check_input,
@@ -28,9 +28,9 @@ from seqfair_jax.fit import (
     make_validation,
     run_folders,
 )
-from seqfair_jax.metrics import rank_metrics, recommendation_stats, slice_means
+from seqfair_jax.evaluation.metrics import rank_metrics, recommendation_stats, slice_means
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.train import TrainState
+from seqfair_jax.training.step import TrainState
 
 _log = logging.getLogger(__name__)
 

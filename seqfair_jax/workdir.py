@@ -1,36 +1,301 @@
-"""The files a run leaves behind; each is written under a temporary name, then renamed."""
+"""The files and folders of runs: their names, their schema, and how they are written and locked.
 
+A work directory of one run:
+
+    config.json env.json metrics.jsonl summary.json finished.json
+    groups.parquet split.parquet per_user.parquet per_user_worst_group.parquet checkpoints/
+
+A grid of runs has the same files for each run in `runs/NAME/`, and its own `summary.json`. A sweep
+or search has a work directory for each job in `jobs/NAME/`, and locks in `locks/`.
+
+A file is written under a temporary name and then renamed, so it is whole or absent.
+"""
+
+import contextlib
+import errno
+import hashlib
 import json
-import math
 import os
-import platform
-from collections.abc import Callable, Mapping
-from importlib import metadata
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import pandas as pd
-from tensorboardX import SummaryWriter
+import platformdirs
+from filelock import FileLock, Timeout
 
-from seqfair_jax import __version__
+from seqfair_jax.errors import UserError
 
+SCHEMA_VERSION = 3  # of summary.json and of everything beside it
+
+CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.json", "env.json", "metrics.jsonl", "summary.json"
+GROUPS, SPLIT = "groups.parquet", "split.parquet"
+LATEST_CHECKPOINT = Path("checkpoints", "latest")
+_FINISHED = "finished.json"  # written last: the hashes of the files above
+_LOCK = ".lock"
 _UNFINISHED = ".unfinished"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pandas")
+_RESULTS = (_FINISHED, SUMMARY, "per_user.parquet", "per_user_worst_group.parquet")
+_LONGEST_NAME = 150  # bytes; file systems allow 255, and suffixes and temporary names need some
+
+
+# Names of files and folders.
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave, with `~` expanded.
+
+    Raises:
+        UserError: if `~` has no meaning here, since there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}; give the path without ~") from None
+
+
+def cache_folder() -> Path | None:
+    """The user's cache folder for this package; None where there is no home folder."""
+    try:
+        return platformdirs.user_cache_path("seqfair_jax")
+    except RuntimeError:
+        return None
+
+
+def path_name(name: str) -> str:
+    """A name as one component of a path; unequal names give unequal components.
+
+    Letters, digits, space and `_.,=+@-` stay, other characters become `%XX` of their UTF-8
+    bytes, as does a leading dot or space. A long name is cut and ends in a hash of the whole.
+    """
+    kept = re.compile(rb"[A-Za-z0-9 _.,=+@-]")
+    data = name.encode()
+    encoded = "".join(
+        chr(byte)
+        if kept.match(data[i : i + 1]) and not (chr(byte) in ". " and i in (0, len(data) - 1))
+        else f"%{byte:02X}"
+        for i, byte in enumerate(data)
+    )
+    if not encoded or len(encoded) > _LONGEST_NAME:
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        return f"{encoded[: _LONGEST_NAME - 17]}%{digest}"
+    return encoded
+
+
+def run_folders(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Where the files of each run go: `folder` itself for a single run."""
+    return [folder] if len(names) == 1 else [folder / "runs" / path_name(n) for n in names]
+
+
+def job_folder(folder: Path, name: str) -> Path:
+    """The work directory of a sweep's or search's job."""
+    return folder / "jobs" / path_name(name)
+
+
+def per_user(folder: Path, suffix: str) -> Path:
+    """The per-user table of a run, by the suffix of the rule that its epoch was chosen by."""
+    return folder / f"per_user{suffix}.parquet"
+
+
+def best_checkpoint(folder: Path, rule: str) -> Path:
+    """The parameters of the epoch that a rule chose."""
+    return folder / "checkpoints" / f"best_{rule}"
+
+
+# Work directories.
 
 
 def create(path: str | Path) -> Path:
-    """Make the folder, parents and all.
+    """Make the folder and its parents.
 
     Raises:
-        ValueError: if it is a file.
+        UserError: if a part of the path is a file, or the folder cannot be made.
     """
-    directory = Path(path)
+    directory = user_path(path)
     for part in (directory, *directory.parents):
         if part.exists() and not part.is_dir():
-            raise ValueError(f"--workdir={path}: {part} is a file; name a folder")
-    directory.mkdir(parents=True, exist_ok=True)
+            raise UserError(f"{path}: {part} is a file; name a folder")
+    with _named_errors(directory, "make the folder"):
+        directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but locks and what killed processes left."""
+    return all(
+        path.name.startswith(_LOCK) or is_unfinished(path) for path in folder.iterdir()
+    )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote left in a run's folder."""
+    for path in [*folder.glob(f".*{_UNFINISHED}"), *folder.glob(f"checkpoints/**/{_UNFINISHED}*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_results(folder: Path) -> None:
+    """Remove the results of a run, so that none stay beside another config."""
+    for name in _RESULTS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def finish(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Mark a run as finished: store the hashes of its files and of its inputs.
+
+    Args:
+        folder: of the run.
+        inputs: SHA-256 of the log and of the group file.
+    """
+    names = (*_RESULTS[1:], CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT)
+    files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
+    write_json(folder / _FINISHED, {"files": files, "inputs": dict(inputs)})
+
+
+def finished_inputs(folder: Path) -> dict[str, str] | None:
+    """The hashes of a finished run's inputs; None if the run has not finished."""
+    stored = read_json(folder / _FINISHED)
+    return None if stored is None else stored["inputs"]
+
+
+def check_finished(folder: Path) -> None:
+    """Compare the files of a finished run with those that were written.
+
+    Raises:
+        UserError: if the run has not finished, or a file changed or is missing.
+    """
+    stored = read_json(folder / _FINISHED)
+    if stored is None:
+        raise UserError(
+            f"{folder}: no {_FINISHED}; name the --workdir of a run that has finished"
+        )
+    damaged = [
+        f"{name} {'changed' if (folder / name).is_file() else 'is missing'}"
+        for name, digest in stored["files"].items()
+        if not (folder / name).is_file() or sha256(folder / name) != digest
+    ]
+    if damaged:
+        raise UserError(
+            f"{folder}: {', '.join(damaged)} since the run finished. Restore the files, or remove "
+            f"{_FINISHED} and run the training command again: it repeats the test"
+        )
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    Raises:
+        UserError: if there is none, another version wrote it, or it is damaged.
+    """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {found}; name the --workdir of a run that has finished")
+    if (folder / "calls").is_dir():
+        raise UserError(
+            f"{folder}: version 0.1.0 made this sweep, and this version cannot read it; use "
+            "another --workdir, or the version that made it"
+        )
+    summary = read_json(folder / SUMMARY)
+    if summary is None:
+        raise UserError(
+            f"{folder}: no {SUMMARY}; name the --workdir of a run that has finished"
+        )
+    version = summary.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{folder / SUMMARY} has schema_version {version}, but this version reads "
+            f"{SCHEMA_VERSION}; train in a new --workdir, or use the version that made it"
+        )
+    return summary
+
+
+def finished_folders(folder: Path) -> list[Path]:
+    """The folders of a finished work directory's runs, each checked (`check_finished`)."""
+    summary = read_summary(folder)
+    check_finished(folder)
+    if "runs" not in summary:
+        return [folder]
+    parts = run_folders(folder, [run["run"] for run in summary["runs"]])
+    for part in parts:
+        read_summary(part)
+        check_finished(part)
+    return parts
+
+
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """The rows of `metrics.jsonl`, one for each epoch.
+
+    Raises:
+        UserError: naming the file and the line that cannot be read.
+    """
+    path = folder / METRICS
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); restore it") from None
+    return pd.DataFrame(rows)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file against other processes; yields whether it is held.
+
+    The operating system releases the lock when its process ends, however it ends.
+
+    Args:
+        path: the lock file.
+        wait: wait until the lock is free.
+    """
+    with _named_errors(path, "lock"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path)
+        try:
+            held.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+    owner = path.with_name(path.name + ".owner")
+    try:
+        with contextlib.suppress(OSError):  # it only makes the other process's message better
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield True
+    finally:
+        owner.unlink(missing_ok=True)
+        held.release()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process alone.
+
+    Raises:
+        UserError: naming the process that holds it.
+    """
+    path = folder / _LOCK
+    with lock(path) as ours:
+        if not ours:
+            try:
+                owner = path.with_name(path.name + ".owner").read_text()
+            except OSError:
+                owner = "another process"
+            raise UserError(
+                f"{folder} is in use by {owner}; wait until it ends, or use another --workdir"
+            )
+        yield
+
+
+def job_lock(folder: Path, name: str) -> Path:
+    """The lock file of a job, or of another thing that only one process of a sweep may do."""
+    return folder / "locks" / f"{path_name(name)}.lock"
+
+
+# Reading and writing.
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -39,27 +304,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file."""
+    """Write a text file in UTF-8."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def jsonable(tree: Any) -> Any:
-    """The value as JSON gives it back: tuples as lists."""
-    return json.loads(json.dumps(tree))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None if there is no such file.
-
-    Raises:
-        ValueError: if the file is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); remove it or restore it") from None
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
@@ -67,76 +313,92 @@ def write_parquet(path: Path, table: pd.DataFrame) -> None:
     write_file(path, lambda temporary: table.to_parquet(temporary, index=False))
 
 
-def environment(*, lanes: int) -> dict[str, Any]:
-    """What bit-for-bit repetition depends on; stored with a run as `env.json`."""
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        "seqfair_jax": __version__,
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "platform": device.platform,
-        "device_kind": device.device_kind,
-        "device_count": jax.device_count(),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "lanes": lanes,
-    }
-
-
-def processor() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-class MetricsLog:
-    """One object a line in `metrics.jsonl`, and the same figures as TensorBoard events."""
-
-    def __init__(self, directory: Path, *, last_epoch: int):
-        """Go on after `last_epoch`: rows of later epochs, from before a crash, are dropped."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / "metrics.jsonl"
-        rows = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = [row for row in rows if _epoch(row) <= last_epoch]
-        write_text(self._path, "".join(kept))
-        self._writer = SummaryWriter(str(directory), purge_step=last_epoch + 1)
-
-    def write(self, row: Mapping[str, float | int | None]) -> None:
-        """Append a row; its `epoch` is the events' step. Values that are not finite are null."""
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        with self._path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-        for key, value in row.items():
-            if "/" in key and value is not None:
-                self._writer.add_scalar(key, value, row["epoch"])
-
-    def close(self) -> None:
-        """Write what is still held back."""
-        self._writer.close()
-
-
-def _epoch(row: str) -> float:
-    try:
-        return json.loads(row)["epoch"]
-    except ValueError:  # a line cut off by a crash
-        return math.inf
-
-
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary path, then rename it to `path`."""
+    """Call `write` with a temporary path, then rename it to `path`; makes the folder.
+
+    Raises:
+        UserError: naming the file, if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}{_UNFINISHED}")
-    write(temporary)
-    temporary.replace(path)
+    with _named_errors(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file.
+
+    Raises:
+        UserError: naming the file, if it cannot be written.
+    """
+    with _named_errors(path, "write"), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def is_unfinished(path: Path) -> bool:
     """Whether a file is what `write_file` leaves when its process dies."""
     return path.name.startswith(".") and path.name.endswith(_UNFINISHED)
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        UserError: naming the file, if it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it") from None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file.
+
+    Raises:
+        UserError: naming the file, if it cannot be read or holds no JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(read_text(path))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from None
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path} holds a {type(value).__name__}, expected a JSON object; remove or restore it"
+        )
+    return value
+
+
+def jsonable(tree: Any) -> Any:
+    """The value as JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(tree))
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn an operating system's error into one that names the file.
+
+    pyarrow raises its own class, a subclass of OSError, for a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = "; free some space" if error.errno == errno.ENOSPC else ""
+        raise UserError(f"cannot {what} {path}: {reason}{advice}") from error

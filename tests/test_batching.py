@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import reference
 
-from seqfair_jax.batching import Sequences, choose_sizes, draw_batches, epoch_batches, pack
+from seqfair_jax.training.batches import Sequences, choose_sizes, draw_batches, epoch_batches, pack
 
 
 def test_epoch_batches_is_a_pure_function_of_seed_and_epoch():

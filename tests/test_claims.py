@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from seqfair_jax import claims
-from seqfair_jax.paper_tables import Entry
+from seqfair_jax.paper.tables import Entry
 
 USERS = 60
 

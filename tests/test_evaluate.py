@@ -6,11 +6,11 @@ import pytest
 import reference
 
 from seqfair_jax import data, evaluate, metrics
-from seqfair_jax.baselines import baseline_ranks
+from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.config import default_config
 from seqfair_jax.data.groups import build_family
 from seqfair_jax.data.split import leave_one_out
-from seqfair_jax.model import SASRec
+from seqfair_jax.model.sasrec import SASRec
 
 MAX_LEN = 12
 

@@ -5,7 +5,7 @@ import reference
 from numpy.testing import assert_allclose
 
 from seqfair_jax.data.groups import GroupFamily
-from seqfair_jax.metrics import (
+from seqfair_jax.evaluation.metrics import (
     parse_metric,
     rank_metrics,
     recommendation_stats,

@@ -15,8 +15,8 @@ from configs import paper
 from seqfair_jax import paper_tables, sweep, workdir, worker
 from seqfair_jax import tables as report_tables
 from seqfair_jax.config import plan_runs, resolve
-from seqfair_jax.experiment import prepare
-from seqfair_jax.reproduce import reproduce
+from seqfair_jax.training.experiment import prepare
+from seqfair_jax.paper.reproduce import reproduce
 
 TESTS = Path(__file__).parent
 
@@ -473,7 +473,7 @@ _SHARED = """
 import sys
 sys.path[:0] = {paths!r}
 from test_reproduce import tiny
-from seqfair_jax.reproduce import reproduce
+from seqfair_jax.paper.reproduce import reproduce
 reproduce(tiny(**{{
     "seeds": (0, 1), "sweep.choice_seeds": 1,
     "sweep.intersections": ("pop33&seq33",),
@@ -496,7 +496,7 @@ def counting(real):
 
 os.replace, os.rename = counting(os.replace), counting(os.rename)
 from test_reproduce import tiny
-from seqfair_jax.reproduce import reproduce
+from seqfair_jax.paper.reproduce import reproduce
 reproduce(tiny(), sys.argv[2])
 """
 

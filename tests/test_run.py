@@ -12,7 +12,7 @@ import pytest
 
 from seqfair_jax import fit, tables, workdir
 from seqfair_jax.config import decay_over_training, default_config
-from seqfair_jax.metrics import KINDS
+from seqfair_jax.evaluation.metrics import KINDS
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.run import run
 

@@ -4,7 +4,7 @@ from test_run import small
 
 from seqfair_jax import search as search_module
 from seqfair_jax import worker
-from seqfair_jax.search import default_search, search
+from seqfair_jax.sweeps.search import default_search, search
 
 
 def tiny(one_by_one=(), **grid):

@@ -4,7 +4,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from seqfair_jax.significance import compare
+from seqfair_jax.evaluation.significance import compare
 
 
 def per_user(values, *, groups=None):

@@ -6,7 +6,7 @@ import reference
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose
 
-from seqfair_jax.softmax_loss import chunk_sizes, softmax_loss
+from seqfair_jax.model.softmax_loss import chunk_sizes, softmax_loss
 
 # Of the 77 logits of `draw`: all at once, tokens in chunks, tokens and items in chunks.
 MAX_LOGITS = [77, 30, 5]

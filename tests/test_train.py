@@ -7,10 +7,10 @@ import pytest
 import reference
 from numpy.testing import assert_allclose, assert_array_equal
 
-from seqfair_jax.batching import BLOCK, Sequences, epoch_batches
-from seqfair_jax.model import SASRec
+from seqfair_jax.training.batches import BLOCK, Sequences, epoch_batches
+from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.objectives import Hyperparams, make_objective
-from seqfair_jax.train import (
+from seqfair_jax.training.step import (
     Task,
     TrainData,
     create_train_state,

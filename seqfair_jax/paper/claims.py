@@ -6,7 +6,7 @@ import pandas as pd
 
 from seqfair_jax import significance, tables
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.paper_tables import Entry, entry_name
+from seqfair_jax.paper.tables import Entry, entry_name
 
 CLAIMS = {
     "DRO against ERM": "DRO methods beat ERM in groups and over all",

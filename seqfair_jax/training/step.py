@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from seqfair_jax.batching import BLOCK, Sequences, pack
-from seqfair_jax.model import PRECISIONS, SASRec
+from seqfair_jax.training.batches import BLOCK, Sequences, pack
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec
 from seqfair_jax.objectives import Hyperparams, Objective
-from seqfair_jax.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
+from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 
 KEY_IMPL = "threefry2x32"  # the one implementation that draws the same bits under vmap as alone
 

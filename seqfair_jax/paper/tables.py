@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from seqfair_jax import significance, tables, workdir
 from seqfair_jax.data.groups import FAMILIES
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.worker import Call
+from seqfair_jax.sweeps.jobs import Call
 
 RULES = {"overall": "", "worst_group": "_worst_group"}  # how epoch and hyperparameters are chosen
 _TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting groups), figure

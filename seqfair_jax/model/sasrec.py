@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry_2x32
 
-from seqfair_jax.batching import BLOCK, Packed
+from seqfair_jax.training.batches import BLOCK, Packed
 
 PRECISIONS = {
     # config value: (activations' dtype, precision of matrix products)

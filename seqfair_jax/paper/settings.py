@@ -5,8 +5,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from seqfair_jax.config import decay_over_training, default_config, parse_arguments
-from seqfair_jax.search import default_search
-from seqfair_jax.sweep import default_sweep
+from seqfair_jax.sweeps.search import default_search
+from seqfair_jax.sweeps.grid import default_sweep
 
 
 def retailrocket(method: str, arg: str | None) -> ConfigDict:

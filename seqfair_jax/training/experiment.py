@@ -9,13 +9,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seqfair_jax import data, objectives
-from seqfair_jax.batching import Sequences, check_batch_size
+from seqfair_jax.training.batches import Sequences, check_batch_size
 from seqfair_jax.config import Run, plan_runs
 from seqfair_jax.data.groups import GroupFamily, build_family, require_partition
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.metrics import judged_groups
-from seqfair_jax.model import SASRec
-from seqfair_jax.train import Task, TrainData, make_optimizer
+from seqfair_jax.evaluation.metrics import judged_groups
+from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.training.step import Task, TrainData, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from seqfair_jax.batching import BLOCK, Sequences, pack
+from seqfair_jax.training.batches import BLOCK, Sequences, pack
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.model import PRECISIONS, SASRec
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec
 
 _TOKENS = 4096  # packed tokens encoded at once
 

@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 
 from seqfair_jax import workdir
 from seqfair_jax.config import RESUMABLE, flatten
-from seqfair_jax.metrics import parse_metric
+from seqfair_jax.evaluation.metrics import parse_metric
 
 _SELECTIONS = (("test", ""), ("test_worst_group", ", best worst group"))
 # Settings that runs of one row may differ in; `method_name` tells the objective's values.

@@ -20,11 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from seqfair_jax import checkpoint, workdir
-from seqfair_jax.batching import choose_sizes, draw_batches
-from seqfair_jax.evaluate import make_queries, rank_targets, to_ranking
-from seqfair_jax.experiment import Experiment
-from seqfair_jax.metrics import rank_metrics, slice_means, worst_group
-from seqfair_jax.train import (
+from seqfair_jax.training.batches import choose_sizes, draw_batches
+from seqfair_jax.evaluation.ranking import make_queries, rank_targets, to_ranking
+from seqfair_jax.training.experiment import Experiment
+from seqfair_jax.evaluation.metrics import rank_metrics, slice_means, worst_group
+from seqfair_jax.training.step import (
     KEY_IMPL,
     TrainState,
     empty_totals,

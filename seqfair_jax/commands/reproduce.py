@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from seqfair_jax import __version__, claims, paper_tables, sweep, tables, workdir, worker
 from seqfair_jax.config import resolve
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.data.table1 import table_1a, table_1b
-from seqfair_jax.experiment import Experiment, prepare
+from seqfair_jax.paper.table1 import table_1a, table_1b
+from seqfair_jax.training.experiment import Experiment, prepare
 from seqfair_jax.main import command
 from seqfair_jax.objectives import METHODS
 

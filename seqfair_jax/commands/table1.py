@@ -6,7 +6,7 @@ from absl import app, flags
 
 from seqfair_jax import data
 from seqfair_jax.config import default_config
-from seqfair_jax.data.table1 import PAPER_COUNTS, table_1a, table_1b
+from seqfair_jax.paper.table1 import PAPER_COUNTS, table_1a, table_1b
 
 
 def main() -> None:

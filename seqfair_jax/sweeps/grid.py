@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.batching import choose_sizes, draw_batches
+from seqfair_jax.training.batches import choose_sizes, draw_batches
 from seqfair_jax.config import default_config, plan_runs, resolve
 from seqfair_jax.data.groups import FAMILIES
-from seqfair_jax.experiment import Experiment
+from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.objectives import METHODS, Hyperparams
-from seqfair_jax.train import flop_per_target, initial_states, make_segment, token_sizes
-from seqfair_jax.worker import Call
+from seqfair_jax.training.step import flop_per_target, initial_states, make_segment, token_sizes
+from seqfair_jax.sweeps.jobs import Call
 
 _MEMORY_SHARE = 0.6  # of the device's memory for one call
 _TIMED_STEPS = 4
