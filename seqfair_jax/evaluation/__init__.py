@@ -1,0 +1,1 @@
+"""From scores to figures: ranks, metrics, slices, baselines, significance."""

@@ -1,0 +1,1 @@
+"""The recommender: packing of users, the network, the softmax loss."""

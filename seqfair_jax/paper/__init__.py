@@ -1,0 +1,1 @@
+"""The paper: its settings, tables, claims and published figures."""

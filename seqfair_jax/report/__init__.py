@@ -1,0 +1,1 @@
+"""Finished runs, read and shown: text tables and the HTML report."""
