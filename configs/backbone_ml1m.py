@@ -1,14 +1,14 @@
 """The search for the MovieLens-1M model of the paper's table 8 (appendix B), by ERM's validation.
 
-    python -m seqfair_jax.search --config=configs/backbone_ml1m.py --workdir=runs/backbone_ml1m
+    python -m seqfair_jax search --config=configs/backbone_ml1m.py --workdir=runs/backbone_ml1m
 
 `--dry_run` prints the 216 points. The paper chose dim 256, ff_dim 256, 3 blocks, 1 head, dropout
 0.5, batch size 256. With `:scale=small` one setting after another is tried, of a model that two
 cores train in minutes. Lists of values: --config.search.grid.model.dropout=0.1,0.2
 """
 
-from configs import paper
+from seqfair_jax.paper import plans, settings
 
 
 def get_config(arg=None):
-    return paper.backbone(paper.ml1m, arg)
+    return plans.backbone(settings.ml1m, arg)

@@ -1,14 +1,14 @@
 """The search for the Retailrocket model of the paper's table 8 (appendix B), by ERM's validation.
 
-    python -m seqfair_jax.search --config=configs/backbone_rr.py --workdir=runs/backbone_rr
+    python -m seqfair_jax search --config=configs/backbone_rr.py --workdir=runs/backbone_rr
 
 `--dry_run` prints the 216 points. The paper chose dim 256, ff_dim 256, 3 blocks, 1 head, dropout
 0.2, batch size 128. With `:scale=small` one setting after another is tried, of a model that two
 cores train in minutes. Lists of values: --config.search.grid.model.dropout=0.1,0.2
 """
 
-from configs import paper
+from seqfair_jax.paper import plans, settings
 
 
 def get_config(arg=None):
-    return paper.backbone(paper.retailrocket, arg)
+    return plans.backbone(settings.retailrocket, arg)

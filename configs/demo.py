@@ -22,5 +22,7 @@ def get_config(arg=None):
     config.model.max_len = 50
     config.model.init_scale = 0.05
     config.train.learning_rate = 3e-3
+    config.train.decay_steps = 0
     config.train.epochs = 8
+    config.train.steps_per_epoch = 128
     return config

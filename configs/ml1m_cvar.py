@@ -8,11 +8,11 @@
 The paper chooses alpha on validation:
 --config.objective.alpha=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95 trains the grid.
 
-Arguments behind a colon: see `paper.ml1m` (ml1m_cvar.py:groups=pop2060,scale=small).
+Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
 """
 
-from configs import paper
+from seqfair_jax.paper import settings
 
 
 def get_config(arg=None):
-    return paper.ml1m("cvar", arg)
+    return settings.ml1m("cvar", arg)

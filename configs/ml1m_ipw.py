@@ -5,11 +5,11 @@
 
     python -m seqfair_jax.main --config=configs/ml1m_ipw.py --workdir=runs/ml1m_ipw
 
-Arguments behind a colon: see `paper.ml1m` (ml1m_ipw.py:groups=pop2060,scale=small).
+Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
 """
 
-from configs import paper
+from seqfair_jax.paper import settings
 
 
 def get_config(arg=None):
-    return paper.ml1m("ipw", arg)
+    return settings.ml1m("ipw", arg)

@@ -8,11 +8,11 @@
 The paper chooses eta on validation: --config.objective.step_size=0.001,0.005,0.01,0.05,0.1
 trains the grid.
 
-Arguments behind a colon: see `paper.ml1m` (ml1m_sdro.py:groups=pop2060,scale=small).
+Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
 """
 
-from configs import paper
+from seqfair_jax.paper import settings
 
 
 def get_config(arg=None):
-    return paper.ml1m("sdro", arg)
+    return settings.ml1m("sdro", arg)

@@ -1,14 +1,14 @@
 """The paper's MovieLens-1M tables 5 to 7 and figure 2: 85 runs, trained, chosen, tested.
 
-    python -m seqfair_jax.reproduce --config=configs/paper_ml1m.py --workdir=runs/paper_ml1m
+    python -m seqfair_jax reproduce --config=configs/paper_ml1m.py --workdir=runs/paper_ml1m
 
-`--dry_run` prints the plan. Arguments behind a colon: see `paper.ml1m`
+`--dry_run` prints the plan. Arguments behind a colon: see `seqfair_jax.paper.settings`
 (paper_ml1m.py:scale=small); `groups` are the families to train the group methods on. What is worked
 through are the lists of `config.sweep` (--config.sweep.alpha=0.3,0.5).
 """
 
-from configs import paper
+from seqfair_jax.paper import plans, settings
 
 
 def get_config(arg=None):
-    return paper.sweep(paper.ml1m, arg)
+    return plans.sweep(settings.ml1m, arg)

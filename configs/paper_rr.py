@@ -1,14 +1,14 @@
 """The paper's Retailrocket tables 2 to 4 and figure 1: 85 runs, trained, chosen, tested.
 
-    python -m seqfair_jax.reproduce --config=configs/paper_rr.py --workdir=runs/paper_rr
+    python -m seqfair_jax reproduce --config=configs/paper_rr.py --workdir=runs/paper_rr
 
-`--dry_run` prints the plan. Arguments behind a colon: see `paper.retailrocket`
+`--dry_run` prints the plan. Arguments behind a colon: see `seqfair_jax.paper.settings`
 (paper_rr.py:scale=small); `groups` are the families to train the group methods on. What is worked
 through are the lists of `config.sweep` (--config.sweep.alpha=0.3,0.5).
 """
 
-from configs import paper
+from seqfair_jax.paper import plans, settings
 
 
 def get_config(arg=None):
-    return paper.sweep(paper.retailrocket, arg)
+    return plans.sweep(settings.retailrocket, arg)

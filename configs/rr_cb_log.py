@@ -5,11 +5,11 @@
 
     python -m seqfair_jax.main --config=configs/rr_cb_log.py --workdir=runs/rr_cb_log
 
-Arguments behind a colon: see `paper.retailrocket` (rr_cb_log.py:groups=pop2060,scale=small).
+Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
 """
 
-from configs import paper
+from seqfair_jax.paper import settings
 
 
 def get_config(arg=None):
-    return paper.retailrocket("cb_log", arg)
+    return settings.retailrocket("cb_log", arg)

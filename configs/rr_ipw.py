@@ -5,11 +5,11 @@
 
     python -m seqfair_jax.main --config=configs/rr_ipw.py --workdir=runs/rr_ipw
 
-Arguments behind a colon: see `paper.retailrocket` (rr_ipw.py:groups=pop2060,scale=small).
+Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
 """
 
-from configs import paper
+from seqfair_jax.paper import settings
 
 
 def get_config(arg=None):
-    return paper.retailrocket("ipw", arg)
+    return settings.retailrocket("ipw", arg)

@@ -1,7 +1,8 @@
-"""Which settings exist, their defaults and their checks; config files and `main` start here."""
+"""The settings: their defaults and their checks. Config files start from `default_config`."""
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,13 +10,14 @@ from ml_collections import ConfigDict, config_dict
 
 from seqfair_jax import objectives
 from seqfair_jax.data.synthetic import default_settings
+from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.metrics import parse_metric
-from seqfair_jax.model.sasrec import PRECISIONS
+from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 
 DATA_NAMES = ("retailrocket", "ml1m", "csv", "synthetic")
-# What may differ when a work directory is taken up again: how long, how often and what to show.
-# `evaluate.mask_seen` is not among them, since the kept best epochs were chosen under it.
+# What may differ when a run is resumed: how long, how often and what to show.
+# `evaluate.mask_seen` is not among them, since the best epochs were chosen under it.
 RESUMABLE = (
     "groups",
     "train.epochs",
@@ -27,18 +29,23 @@ RESUMABLE = (
     "data.cache_dir",
     "data.group_file",  # its path: the groups themselves are compared with the checkpoint's
 )
+_MAX_BATCHED_USERS = 2**26  # of an epoch: its user ids are drawn at once, 256 MiB a run
 
 
-class Run(NamedTuple):
-    """One training run: what distinguishes it from the others of its config."""
+class RunSpec(NamedTuple):
+    """One training run of a config: what sets it apart from the others."""
 
     name: str
     seed: int
-    hparams: dict[str, float]  # every traced value, those that the objective ignores too
+    hparams: dict[str, float]  # every traced value, also those that the objective ignores
 
 
 def default_config() -> ConfigDict:
-    """The settings that measure best here: tied tables at a small initial scale, D 64."""
+    """The settings that measure best on two cores (docs/results): the recipe of every config.
+
+    D 64, 2 blocks, one item embedding for input and output with small initial values, and Adam at
+    0.01 that falls to 0 over 6 epochs of 256 steps. A larger log needs more epochs.
+    """
     config = ConfigDict()
     config.seeds = (0,)
     config.groups = ("pop33", "seq33")  # families to evaluate
@@ -49,10 +56,10 @@ def default_config() -> ConfigDict:
             "path": config_dict.placeholder(str),  # a file or a folder
             "columns": {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"},
             "min_interactions": 5,  # k of the k-core filter; 1 turns it off
-            "valid_users": config_dict.placeholder(int),  # None: every user
+            "valid_users": 0,  # 0: every user
             "split_seed": 42,
             "group_file": config_dict.placeholder(str),  # columns user_id, family, group
-            "cache_dir": config_dict.placeholder(str),  # None: the user's; '': no cache
+            "cache_dir": config_dict.placeholder(str),  # None: the user's; '': none
             "synthetic": default_settings(),
         }
     )
@@ -78,34 +85,37 @@ def default_config() -> ConfigDict:
             "alpha": (0.5,),  # level of cvar
             "radius": (1.0,),  # rho of chi2
             "count_by": "rows",  # or users: what ipw's f(group) counts
-            "absent_groups": "hold",  # or decay: sdro's estimate of a group not in the batch
+            "absent_groups": "hold",  # or decay: sdro's loss estimate of a group not in the batch
         }
     )
     config.train = ConfigDict(
         {
             "batch_size": 128,
-            "epochs": 30,
-            "steps_per_epoch": 128,
-            "learning_rate": 1e-3,
-            "decay_steps": 0,  # the rate falls to 0 over so many steps, by a cosine; 0: constant
+            "epochs": 6,
+            "steps_per_epoch": 256,
+            "learning_rate": 0.01,
+            # The rate falls to 0 over so many steps, by a cosine; 0: constant. By default it
+            # follows epochs * steps_per_epoch (`decay_over_training`).
+            "decay_steps": 0,
             "weight_decay": 0.0,
             "clip_norm": 0.0,  # 0: off
             "early_stop_epochs": 0,  # 0: off
             "max_logits": DEFAULT_MAX_LOGITS,  # of [tokens, items] alive at once, per run
             "runs_axis": "auto",  # vmap, or map (one after another inside the program)
-            "segment_seconds": 5.0,  # how long the device runs between looks at the host
+            "segment_seconds": 5.0,  # how long the device runs before the host checks for signals
             "checkpoint_minutes": 5.0,
         }
     )
+    decay_over_training(config)
     config.select = ConfigDict({"metric": "NDCG@20", "min_users": 20})
     config.evaluate = ConfigDict({"cutoffs": (20,), "mask_seen": False, "batch_size": 256})
     return config
 
 
 def decay_over_training(config: ConfigDict) -> None:
-    """Let the learning rate of a config file fall to 0 over all its steps.
+    """Let the learning rate fall to 0 over all steps.
 
-    By reference, so that it still does if the epochs or their steps are changed afterwards.
+    Sets a reference, so `train.decay_steps` follows later changes of the epochs and their steps.
     """
     train = config.train
     train.decay_steps = train.get_ref("epochs") * train.get_ref("steps_per_epoch")
@@ -117,13 +127,13 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
     Values take the type of their default.
 
     Raises:
-        ValueError: on a key without a default (the closest is named) or a value of another type.
+        UserError: on a key without a default (names the closest) or a value of another type.
     """
     arguments = ConfigDict(defaults)
     for part in filter(None, (text or "").split(",")):
         key, equals, value = part.partition("=")
         if key not in defaults:
-            raise ValueError(
+            raise UserError(
                 f"config argument {part!r}: unknown key {key!r}{_closest(key, defaults)}; "
                 f"known: {', '.join(defaults)}"
             )
@@ -133,7 +143,7 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
                 raise ValueError
             arguments[key] = kind(value)
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"config argument {part!r}: expected {key}=VALUE with a {kind.__name__}"
             ) from None
     return arguments
@@ -143,7 +153,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """Check every setting and return a copy with tuples normalised and defaults filled in.
 
     Raises:
-        ValueError: naming the key, what was found and what was expected.
+        UserError: naming the key, what was found and what was expected.
     """
     config = config.copy_and_resolve_references()
     config.unlock()
@@ -153,7 +163,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     # `--config.groups=pop33,seq33` arrives as one string: only literals split on their own.
     config.groups = tuple(part for name in config.groups for part in str(name).split(","))
     if not config.groups:
-        raise ValueError("groups is empty: name at least one family, such as pop33")
+        raise UserError("groups is empty: name at least one family, such as pop33")
     if not config.objective.group_family:
         config.objective.group_family = config.groups[0]
 
@@ -181,7 +191,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for key, known in choices.items():
         value = _get(config, key)
         if value not in known:
-            raise ValueError(
+            raise UserError(
                 f"{key} is {value!r}{_closest(value, known)}; known: {', '.join(known)}"
             )
     ranges = {
@@ -207,11 +217,19 @@ def resolve(config: ConfigDict) -> ConfigDict:
     }
     for key, least in ranges.items():
         value = _get(config, key)
-        _require(value >= least, key, value, f"{least} or more")
+        _require(least <= value < math.inf, key, value, f"a number, {least} or more")
+    train = config.train
+    rate = train.learning_rate
+    _require(0 < rate < math.inf, "train.learning_rate", rate, "a number above 0")
     _require(
-        config.train.learning_rate > 0, "train.learning_rate", config.train.learning_rate, "> 0"
+        train.steps_per_epoch * train.batch_size <= _MAX_BATCHED_USERS,
+        "train.steps_per_epoch",
+        train.steps_per_epoch,
+        f"at most {_MAX_BATCHED_USERS // train.batch_size:,} at train.batch_size "
+        f"{train.batch_size}, since an epoch's batches are drawn at once; use more epochs",
     )
-    _require(0 <= config.model.dropout < 1, "model.dropout", config.model.dropout, "in [0, 1)")
+    dropout = config.model.dropout
+    _require(0 <= dropout <= MAX_DROPOUT, "model.dropout", dropout, f"0 to {MAX_DROPOUT}")
     _require(
         config.model.dim % config.model.num_heads == 0,
         "model.dim",
@@ -228,45 +246,44 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def plan_runs(config: ConfigDict) -> list[Run]:
-    """The grid of runs: every combination of the objective's values with every seed.
+def plan_runs(config: ConfigDict) -> list[RunSpec]:
+    """The grid of runs: every combination of the objective's values and the seeds.
 
     Raises:
-        ValueError: if a value is outside the objective's range, or several are given for one
-            that the objective does not read (the runs would be copies).
+        UserError: if a value is outside the objective's range, or if several values are given
+            for a hyperparameter that the objective does not read (the runs would be copies).
     """
     name = config.objective.name
-    reads = objectives.METHODS[name].hyperparams
-    for key in objectives.Hyperparams._fields:
+    reads = objectives.METHODS[name].hparams
+    for key in objectives.HParams._fields:
         given = config.objective[key]
         if key not in reads and len(given) > 1:
-            raise ValueError(
+            raise UserError(
                 f"objective.{key} has {len(given)} values, but {name} does not read it: "
-                "the runs would be copies of each other; give one"
+                "the runs would be copies of each other; give one value"
             )
-    values = {key: config.objective[key] for key in objectives.Hyperparams._fields}
-    objectives.check_hyperparams(name, values)
+    values = {key: config.objective[key] for key in objectives.HParams._fields}
+    objectives.check_hparams(name, values)
     grid = values.values()
     varied = [key for key in reads if len(config.objective[key]) > 1]
     runs = []
     for *point, seed in itertools.product(*grid, config.seeds):
-        hparams = dict(zip(objectives.Hyperparams._fields, point, strict=True))
-        parts = [f"{key}={hparams[key]:g}" for key in varied] + [f"seed={seed}"]
-        runs.append(Run(",".join(parts), seed, hparams))
+        hparams = dict(zip(objectives.HParams._fields, point, strict=True))
+        parts = [f"{key}={format_value(hparams[key])}" for key in varied] + [f"seed={seed}"]
+        runs.append(RunSpec(",".join(parts), seed, hparams))
     return runs
 
 
 def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
-    """Refuse to go on with another config than a work directory was made by.
+    """Refuse to resume a work directory with another config.
 
     Args:
-        saved: the settings found in `where`, as nested dicts.
-        config: the settings asked for now.
+        saved: the settings in `where`, as nested dicts.
+        config: the settings of this call.
         where: the file, for the message.
 
     Raises:
-        ValueError: naming each setting that differs and may not (`RESUMABLE` lists those that
-            may).
+        UserError: naming each setting that differs; those in `RESUMABLE` may differ.
     """
     old, new = dict(flatten(saved)), dict(flatten(config))
     changed = [
@@ -276,11 +293,11 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
     ]
     if changed:
         follows = any(line.startswith("train.decay_steps ") for line in changed)
-        raise ValueError(
+        raise UserError(
             f"{where} was made by another config; these differ: {'; '.join(changed)}. "
-            "Use another --workdir, or the settings it was made with"
-            + ". (The learning rate falls to 0 over train.decay_steps, which follow train.epochs "
-            "in this config: a longer training is another one from its first step on)" * follows
+            "Use another --workdir, or the same settings as before"
+            + ". (The learning rate falls to 0 over train.decay_steps, which follows train.epochs "
+            "in this config. To train longer, start a new run)" * follows
         )
 
 
@@ -293,15 +310,21 @@ def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
+def format_value(value: float) -> str:
+    """A number as short text that reads back as the same number, so unequal values stay so."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
+
+
 def _check_keys(config: Mapping, default: Mapping, prefix: str) -> None:
     for key, value in config.items():
         if key not in default:
-            raise ValueError(f"unknown config key {prefix}{key}{_closest(key, default)}")
+            raise UserError(f"unknown config key {prefix}{key}{_closest(key, default)}")
         if isinstance(default[key], Mapping):
             _check_keys(value, default[key], f"{prefix}{key}.")
     for key in default:
         if key not in config:
-            raise ValueError(f"config key {prefix}{key} is missing: start from default_config()")
+            raise UserError(f"config key {prefix}{key} is missing: start from default_config()")
 
 
 def _get(config: ConfigDict, key: str):
@@ -312,7 +335,7 @@ def _get(config: ConfigDict, key: str):
 
 def _require(good: bool, key: str, found: object, expected: str) -> None:
     if not good:
-        raise ValueError(f"{key} is {found}: expected {expected}")
+        raise UserError(f"{key} is {found}: expected {expected}")
 
 
 def _closest(name: object, known) -> str:

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqfair_jax.errors import UserError
+
 State = Any  # a pytree, () for an objective that remembers nothing
 
 
-class Hyperparams(NamedTuple):
+class HParams(NamedTuple):
     """What a grid search varies: traced scalars, so that runs can be vmapped over them."""
 
     step_size: jax.Array  # eta of GDRO and SDRO, > 0
@@ -30,13 +32,26 @@ class Hyperparams(NamedTuple):
     radius: jax.Array  # rho of chi2, >= 0
 
 
+class Log(NamedTuple):
+    """A figure for each group that an objective logs beside the group's mean loss."""
+
+    key: str  # in what `apply` returns, and in metrics.jsonl: train/KEY/GROUP
+    title: str  # of its plot in the report
+    epoch: str  # what stands for an epoch: the "mean" over its steps, or the "last" step's value
+
+
+GROUP_WEIGHT = Log("group_weight", "Group weights ω", "last")  # a state, so its newest value
+TAIL_SHARE = Log("tail_share", "Share of the users' weights that falls on each group", "mean")
+
+
 class Method(NamedTuple):
     """What is known of an objective before any data is read."""
 
     label: str  # in printed tables
     needs_groups: bool  # every user must then be in at most one group
-    hyperparams: tuple[str, ...]  # the fields of `Hyperparams` that it reads
+    hparams: tuple[str, ...]  # the fields of `HParams` that it reads
     is_robust: bool = False  # distributionally: of the paper's figures and claims
+    logs: tuple[Log, ...] = ()
 
 
 METHODS = {
@@ -45,10 +60,10 @@ METHODS = {
     "cb_log": Method("CBlog", False, ()),
     "ipw": Method("IPW", True, ()),
     "ipw_log": Method("IPWlog", True, ()),
-    "gdro": Method("GDRO", True, ("step_size",), is_robust=True),
-    "sdro": Method("SDRO", True, ("step_size", "stream_rate"), is_robust=True),
-    "cvar": Method("CVaR", False, ("alpha",), is_robust=True),
-    "chi2": Method("chi2", False, ("radius",), is_robust=True),
+    "gdro": Method("GDRO", True, ("step_size",), True, (GROUP_WEIGHT,)),
+    "sdro": Method("SDRO", True, ("step_size", "stream_rate"), True, (GROUP_WEIGHT,)),
+    "cvar": Method("CVaR", False, ("alpha",), True, (TAIL_SHARE,)),
+    "chi2": Method("chi2", False, ("radius",), True, (TAIL_SHARE,)),
 }
 NAMES = tuple(METHODS)
 COUNT_BY = ("rows", "users")
@@ -74,13 +89,13 @@ class GroupState(NamedTuple):
 class Objective(NamedTuple):
     """An objective as three pure functions.
 
-    `apply(user_losses f[B], membership bool[B, G], state, hyperparams)` returns the scalar loss,
+    `apply(user_losses f[B], membership bool[B, G], state, hparams)` returns the scalar loss,
     the next state and what is worth logging, each f[G] or i32[G]:
 
     - `group_loss`: mean over the batch's users of the group, 0 where it has none;
     - `group_count`: its users in the batch;
-    - `group_weight` (GDRO, SDRO): omega, after this step's move;
-    - `tail_share` (CVaR, chi2): the share of the users' weights that falls on the group.
+    - what the method's `logs` declare: omega after this step's move for GDRO and SDRO, the share
+      of the users' weights that falls on the group for CVaR and chi2.
     """
 
     name: str
@@ -88,7 +103,7 @@ class Objective(NamedTuple):
     target_weights: Callable[[np.ndarray], np.ndarray]  # item counts i32[V] -> f32[V]
     init: Callable[[], State]  # the state before the first step
     apply: Callable[
-        [jax.Array, jax.Array, State, Hyperparams],
+        [jax.Array, jax.Array, State, HParams],
         tuple[jax.Array, State, dict[str, jax.Array]],
     ]
 
@@ -101,34 +116,34 @@ class _Batch(NamedTuple):
 
 
 # Gives the users' weights f[B], the next state, and what else to log.
-_WeighFn = Callable[[_Batch, Any, Hyperparams], tuple[jax.Array, State, dict[str, jax.Array]]]
+_WeighFn = Callable[[_Batch, Any, HParams], tuple[jax.Array, State, dict[str, jax.Array]]]
 
 
-def check_hyperparams(name: str, values: Mapping[str, float | Sequence[float]]) -> None:
+def check_hparams(name: str, values: Mapping[str, float | Sequence[float]]) -> None:
     """Refuses an unknown objective, and a hyperparameter outside its range or missing.
 
     Args:
         name: the objective.
-        values: for each field of `Hyperparams` its value, or those of a grid. Values that the
+        values: for each field of `HParams` its value, or those of a grid. Values that the
             objective does not read may be left out, but are checked if they are there.
 
     Raises:
-        ValueError: as above, naming the configuration key, what was found and what to give.
+        UserError: as above, naming the configuration key, what was found and what to give.
     """
     _check_choice("objective.name", name, NAMES)
-    for key in METHODS[name].hyperparams:
+    for key in METHODS[name].hparams:
         if np.size(values.get(key, ())) == 0:
-            raise ValueError(
+            raise UserError(
                 f"objective.{key} has no value, but objective.name = {name!r} reads it: "
                 f"give a number {_RANGES[key][0]}"
             )
     for key, given in values.items():
-        _check_choice("objective hyperparameter", key, Hyperparams._fields)
+        _check_choice("objective hyperparameter", key, HParams._fields)
         wanted, in_range = _RANGES[key]
         for value in given if isinstance(given, (tuple, list)) else (given,):
             number = isinstance(value, numbers.Real) and math.isfinite(value)
             if not (number and in_range(value)):
-                raise ValueError(f"objective.{key} is {value!r}: give a number {wanted}")
+                raise UserError(f"objective.{key} is {value!r}: give a number {wanted}")
 
 
 def make_objective(
@@ -137,7 +152,7 @@ def make_objective(
     membership: np.ndarray,
     train_lengths: np.ndarray,
     count_by: str = "rows",
-    absent_groups: str = "decay",
+    absent_groups: str = "hold",
 ) -> Objective:
     """Builds an objective for the users of a data set.
 
@@ -148,11 +163,11 @@ def make_objective(
         train_lengths: i32[U], training rows of each user.
         count_by: what measures a group's size for IPW: its training `rows`, from which the
             paper's tables come, or its `users`, as the paper's text says.
-        absent_groups: what becomes of SDRO's loss estimate of a group that the batch lacks: it
-            may `decay` towards 0, as in the published runs, or `hold`.
+        absent_groups: what SDRO does with its loss estimate of a group that the batch lacks:
+            `hold` keeps it, `decay` moves it towards 0, as the published runs do.
 
     Raises:
-        ValueError: if a name is unknown or the objective needs groups that are not there.
+        UserError: if a name is unknown or the objective needs groups that are not there.
     """
     _check_choice("objective.name", name, NAMES)
     _check_choice("objective.count_by", count_by, COUNT_BY)
@@ -160,7 +175,7 @@ def make_objective(
     method = METHODS[name]
     num_groups = membership.shape[1]
     if method.needs_groups and num_groups == 0:
-        raise ValueError(
+        raise UserError(
             f"objective.name = {name!r} needs groups, but there are none: "
             "name a family in objective.group_family"
         )
@@ -205,11 +220,9 @@ def mean_objective(parts: Sequence[Objective], num_groups: Sequence[int]) -> Obj
     def init() -> State:
         return tuple(part.init() for part in parts)
 
-    def apply(
-        user_losses: jax.Array, membership: jax.Array, state: State, hyperparams: Hyperparams
-    ):
+    def apply(user_losses: jax.Array, membership: jax.Array, state: State, hparams: HParams):
         results = [
-            part.apply(user_losses, membership[:, end - size : end], own, hyperparams)
+            part.apply(user_losses, membership[:, end - size : end], own, hparams)
             for part, own, size, end in zip(parts, state, num_groups, ends, strict=True)
         ]
         losses, states, logs = zip(*results, strict=True)
@@ -220,14 +233,12 @@ def mean_objective(parts: Sequence[Objective], num_groups: Sequence[int]) -> Obj
 
 
 def _apply_fn(weigh: _WeighFn):
-    def apply(
-        user_losses: jax.Array, membership: jax.Array, state: State, hyperparams: Hyperparams
-    ):
+    def apply(user_losses: jax.Array, membership: jax.Array, state: State, hparams: HParams):
         fixed = jax.lax.stop_gradient(user_losses)
         counts = membership.sum(axis=0)
         sums = jnp.where(membership, fixed[:, None], 0).sum(axis=0)
         batch = _Batch(fixed, membership, sums / jnp.maximum(counts, 1), counts)
-        weights, state, extra = weigh(batch, state, hyperparams)
+        weights, state, extra = weigh(batch, state, hparams)
         loss = (weights * user_losses).sum()
         return loss, state, {"group_loss": batch.group_losses, "group_count": counts, **extra}
 
@@ -245,7 +256,7 @@ def _inverse_frequency(item_counts: np.ndarray) -> np.ndarray:
     """CB (equation 2): w(i) = sum_j f(j) / f(i), f in training rows."""
     absent = np.flatnonzero(item_counts < 1)
     if absent.size:
-        raise ValueError(
+        raise UserError(
             f"item {absent[0]} has {item_counts[absent[0]]} training rows, so that 1 / f(item) "
             "has no value: leave items without training rows out of the vocabulary"
         )
@@ -260,7 +271,7 @@ def _log_inverse_frequency(item_counts: np.ndarray) -> np.ndarray:
 # Weights of the users, [B].
 
 
-def _mean(batch: _Batch, state: State, hyperparams: Hyperparams):
+def _mean(batch: _Batch, state: State, hparams: HParams):
     """ERM (equation 1): q_u = 1 / B."""
     return jnp.full_like(batch.losses, 1 / batch.losses.size), state, {}
 
@@ -271,33 +282,33 @@ def _inverse_propensity(sizes: np.ndarray, *, log: bool) -> _WeighFn:
     if log:
         weights = np.log(weights)
         if np.count_nonzero(sizes) < 2:
-            raise ValueError(
+            raise UserError(
                 "objective.name = 'ipw_log' with users in a single group gives them all the "
                 "weight log 1 = 0: choose an objective.group_family with more groups"
             )
 
-    def weigh(batch: _Batch, state: State, hyperparams: Hyperparams):
+    def weigh(batch: _Batch, state: State, hparams: HParams):
         group_weights = jnp.asarray(weights, batch.losses.dtype)
         return _per_user(group_weights, batch.membership) / batch.losses.size, state, {}
 
     return weigh
 
 
-def _group_dro(batch: _Batch, state: GroupState, hyperparams: Hyperparams):
+def _group_dro(batch: _Batch, state: GroupState, hparams: HParams):
     """GDRO (section 2.3.5): omega is moved by the batch's own group losses."""
-    return _ascend(batch, state.log_weights, batch.group_losses, hyperparams)
+    return _ascend(batch, state.log_weights, batch.group_losses, hparams)
 
 
 def _streaming_dro(hold: bool) -> _WeighFn:
     """SDRO: omega is moved by L~_g <- (1 - beta) L~_g + beta L_g, from 0 (footnote 3, where the
     first term is the last batch's L_g; the published runs have L~_g there)."""
 
-    def weigh(batch: _Batch, state: GroupState, hyperparams: Hyperparams):
-        rate = hyperparams.stream_rate
+    def weigh(batch: _Batch, state: GroupState, hparams: HParams):
+        rate = hparams.stream_rate
         estimate = (1 - rate) * state.loss_estimate + rate * batch.group_losses
         if hold:
             estimate = jnp.where(batch.group_counts > 0, estimate, state.loss_estimate)
-        return _ascend(batch, state.log_weights, estimate, hyperparams)
+        return _ascend(batch, state.log_weights, estimate, hparams)
 
     return weigh
 
@@ -306,27 +317,27 @@ def _init_groups(num_groups: int) -> GroupState:
     return GroupState(jnp.full(num_groups, -math.log(num_groups), float), jnp.zeros(num_groups))
 
 
-def _ascend(batch: _Batch, log_weights: jax.Array, estimate: jax.Array, hyperparams: Hyperparams):
+def _ascend(batch: _Batch, log_weights: jax.Array, estimate: jax.Array, hparams: HParams):
     """omega_g <- omega_g exp(eta estimate_g), normalised; then sum_u q_u l_u = sum_g omega_g L_g
     (equation 5)."""
-    log_weights = jax.nn.log_softmax(log_weights + hyperparams.step_size * estimate)
+    log_weights = jax.nn.log_softmax(log_weights + hparams.step_size * estimate)
     weights = jnp.exp(log_weights)
     user_weights = _per_user(weights / jnp.maximum(batch.group_counts, 1), batch.membership)
-    return user_weights, GroupState(log_weights, estimate), {"group_weight": weights}
+    return user_weights, GroupState(log_weights, estimate), {GROUP_WEIGHT.key: weights}
 
 
-def _cvar(batch: _Batch, state: State, hyperparams: Hyperparams):
+def _cvar(batch: _Batch, state: State, hparams: HParams):
     """CVaR (equation 4): q = clip(alpha B - r, 0, 1) / (alpha B) for the r-th largest loss, from 0.
 
     Equal losses rank in the batch's order.
     """
-    tail = hyperparams.alpha * batch.losses.size
+    tail = hparams.alpha * batch.losses.size
     rank = jnp.argsort(jnp.argsort(-batch.losses))  # jnp's sort is stable
     weights = jnp.clip(tail - rank, 0, 1) / tail
     return weights, state, _tail_share(batch, weights)
 
 
-def _chi2(batch: _Batch, state: State, hyperparams: Hyperparams):
+def _chi2(batch: _Batch, state: State, hparams: HParams):
     """Chi-square ball (Levy et al. 2020): the q of sup sum_u q_u l_u over the simplex with
     (1 / 2B) sum_u (B q_u - 1)^2 <= rho.
 
@@ -339,7 +350,7 @@ def _chi2(batch: _Batch, state: State, hyperparams: Hyperparams):
 
     Where no eta below the largest loss breaks it, v is 0 and those at that loss share alike.
     """
-    size, radius = batch.losses.size, hyperparams.radius
+    size, radius = batch.losses.size, hparams.radius
     # Counted from the largest loss, so that a spread far below the losses themselves keeps its
     # digits, and scaled, so that squares of small gaps do not underflow.
     losses = batch.losses - batch.losses.max()
@@ -365,13 +376,13 @@ def _per_user(group_values: jax.Array, membership: jax.Array) -> jax.Array:
 
 
 def _tail_share(batch: _Batch, weights: jax.Array) -> dict[str, jax.Array]:
-    return {"tail_share": jnp.where(batch.membership, weights[:, None], 0).sum(axis=0)}
+    return {TAIL_SHARE.key: jnp.where(batch.membership, weights[:, None], 0).sum(axis=0)}
 
 
 def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         close = difflib.get_close_matches(str(value), known, n=1, cutoff=0)
-        raise ValueError(
+        raise UserError(
             f"{key} is {value!r}, which is not one of {', '.join(known)}: "
             f"did you mean {close[0]!r}?"
         )

@@ -1,11 +1,10 @@
-"""From a config to the files of its runs: prepare, fit, test, write, print.
+"""From a config to the files of its runs: load, train, test, write, print.
 
-Shape letters: R runs, U users, V catalogue, k length of a recommended list.
+Shape letters: U users.
 """
 
-import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,141 +13,142 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from seqfair_jax import checkpoint, tables, workdir
-from seqfair_jax.evaluation.baselines import baseline_ranks
+from seqfair_jax import workdir
 from seqfair_jax.config import check_resumable, resolve
+from seqfair_jax.data.cache import source_hashes
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.evaluation.ranking import Ranking, make_queries, rank_targets, to_ranking
-from seqfair_jax.training.experiment import Experiment, prepare
-from seqfair_jax.training.loop import (
-    SELECTIONS,
-    Progress,
-    check_input,
-    fit,
-    make_validation,
-    run_folders,
-)
-from seqfair_jax.evaluation.metrics import rank_metrics, recommendation_stats, slice_means
+from seqfair_jax.errors import DivergedError, UserError
+from seqfair_jax.evaluation.baselines import baseline_ranks
+from seqfair_jax.evaluation.metrics import rank_metrics, recommendation_stats
+from seqfair_jax.evaluation.slices import OVERALL, slice_means
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.training.step import TrainState
+from seqfair_jax.report import text
+from seqfair_jax.training import checkpoint, selection
+from seqfair_jax.training.experiment import Experiment, build_experiment
+from seqfair_jax.training.loop import fit, make_validation
+from seqfair_jax.training.progress import Snapshot
+from seqfair_jax.training.resume import check_input
 
 _log = logging.getLogger(__name__)
 
 
 def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
-    """Train, select, test and report; the same call takes an interrupted run up again.
+    """Train, select, test and report; the same call resumes an interrupted run.
 
     Args:
         config: see `config.default_config`.
-        directory: the work directory, made if need be.
+        directory: the work directory; made if it does not exist.
 
     Returns:
         The content of `summary.json`.
 
     Raises:
-        ValueError: on a bad setting, bad data, or a work directory made by another config.
-        FloatingPointError: if every run diverged.
+        UserError: on a bad setting, bad data, a work directory made by another config or in use
+            by another process, or if every run diverged.
         SystemExit: after SIGINT or SIGTERM, with the state saved.
     """
     config = resolve(config)
     folder = workdir.create(directory)
+    with workdir.exclusive(folder):
+        try:
+            return _run(config, folder)
+        except KeyboardInterrupt:  # outside of the training steps, or at the second signal
+            raise SystemExit(_interrupted(folder)) from None
+
+
+def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     settings = workdir.jsonable(config.to_dict())
-    saved = workdir.read_json(folder / "config.json")
+    saved = workdir.read_json(folder / workdir.CONFIG)
     if saved is not None:
-        check_resumable(saved, settings, str(folder / "config.json"))
-        summary = workdir.read_json(folder / "summary.json")
-        if summary is not None and saved == settings:
-            _log.info("%s is finished: its table again", folder)
-            print(tables.tables([folder], config.select.metric))
-            return summary
-    elif any(not workdir.is_unfinished(path) for path in folder.iterdir()):
-        raise ValueError(
-            f"--workdir={directory} holds other files and no config.json; name an empty folder"
+        check_resumable(saved, settings, str(folder / workdir.CONFIG))
+        stored = workdir.finished_inputs(folder)
+        if stored is not None and saved == settings:
+            _log.info("%s has finished; this is its table", folder)
+            _warn_of_changed_inputs(config, stored)
+            print(text.tables([folder], config.select.metric))
+            return workdir.read_summary(folder)
+    elif not workdir.is_empty(folder):
+        raise UserError(
+            f"--workdir={folder} holds other files and no {workdir.CONFIG}; name an empty folder"
         )
-    experiment = prepare(config)
+    inputs = source_hashes(config.data)
+    experiment = build_experiment(config)
     _describe(experiment)
     check_input(experiment, folder)
-    (folder / "summary.json").unlink(missing_ok=True)  # of fewer epochs, or other cut-offs
-    # Before the other files, so that what a killed process leaves is known for this config's.
-    workdir.write_json(folder / "config.json", settings)
-    for run_folder in run_folders(folder, [run.name for run in experiment.runs]):
-        _write_data_files(run_folder, experiment)
-        workdir.write_json(run_folder / "config.json", settings)
-    states, best, progress = fit(experiment, folder)
-    summary = test(experiment, folder, states, best, progress)
-    print(tables.tables([folder], config.select.metric))
+    folders = workdir.run_folders(folder, experiment.names)
+    # Results of fewer epochs or other cut-offs must not stay beside the new config.
+    for part in dict.fromkeys([folder, *folders]):
+        workdir.remove_results(part)
+        workdir.remove_unfinished(part)
+    # The config comes first, so that the other files of a killed process can be traced to it.
+    workdir.write_json(folder / workdir.CONFIG, settings)
+    for part in folders:
+        _write_data_files(part, experiment)
+        workdir.write_json(part / workdir.CONFIG, settings)
+    snapshot = fit(experiment, folder)
+    summary = test(experiment, folder, snapshot, inputs)
+    print(text.tables([folder], config.select.metric))
     print(f"\nfiles: {folder.resolve()}")
     return summary
 
 
 def test(
-    experiment: Experiment,
-    folder: Path,
-    states: TrainState,
-    best: dict[str, Any],
-    progress: Progress,
+    experiment: Experiment, folder: Path, snapshot: Snapshot, inputs: Mapping[str, str]
 ) -> dict[str, Any]:
     """Test the best epochs of every run and write the results.
 
     Args:
-        experiment, folder: as for `fit.fit`.
-        states, best, progress: as `fit.fit` returned them.
+        experiment, folder: as for `loop.fit`.
+        snapshot: as `loop.fit` returned it.
+        inputs: SHA-256 of the log and of the group file (`data.cache.source_hashes`).
 
     Returns:
         The content of `folder/summary.json`.
+
+    Raises:
+        DivergedError: if the scores of every run are not finite.
     """
-    runs, config = experiment.runs, experiment.config
+    config = experiment.config
+    method = METHODS[config.objective.name]
     shared = {
-        "schema_version": tables.SCHEMA_VERSION,
+        "schema_version": workdir.SCHEMA_VERSION,
         "dataset": _dataset_summary(experiment.dataset),
         "method": config.objective.name,
         "group_family": experiment.loss_family.name,
-        "needs_groups": METHODS[config.objective.name].needs_groups,
+        "needs_groups": method.needs_groups,
         "baselines": _test_baselines(experiment),
     }
-    rank_fn = make_test(experiment)
-    validate = make_validation(experiment)
-    scores = {
-        name: validate(best[name], np.array([record[name] is None for record in progress.best]))
-        for name in SELECTIONS
-    }
+    tester = _Tester(experiment)
+    states, progress = snapshot.states, snapshot.progress
     summaries = []
-    for r, run_folder in enumerate(run_folders(folder, [run.name for run in runs])):
-        seconds, failed_step = progress.seconds, int(states.failed_step[r])
+    for r, part in enumerate(workdir.run_folders(folder, experiment.names)):
+        spec, failed_step = experiment.runs[r], int(states.failed_step[r])
+        seconds = progress.seconds
         summary = shared | {
-            "run": runs[r].name,
-            "hparams": {
-                key: runs[r].hparams[key] for key in METHODS[config.objective.name].hyperparams
-            },
-            "seed": runs[r].seed,
+            "run": spec.name,
+            "hparams": {key: spec.hparams[key] for key in method.hparams},
+            "seed": spec.seed,
             "status": "finished" if failed_step < 0 else f"failed at step {failed_step}",
             "train": {  # the time is that of all runs together, without compilation
                 "steps": int(states.step[r]),
                 "targets": progress.targets[r],
                 "seconds": seconds,
                 "targets_per_second": progress.timed_targets / seconds if seconds else None,
+                "stopped_epoch": progress.stopped[r],
             },
         }
-        for name, suffix in zip(SELECTIONS, ("", "_worst_group"), strict=True):
-            chosen = progress.best[r][name]
-            if chosen is None:  # the run failed before its first validation
-                continue
-            params = jax.tree.map(lambda leaf, r=r: leaf[r], best[name])
-            summary["best" + suffix] = {
-                "step": chosen["epoch"] * config.train.steps_per_epoch,
-                **chosen,  # epoch, and the validation scores that epochs are chosen by
-            }
-            summary["val" + suffix] = scores[name][r]
-            ranking = rank_fn(params, f"test of {runs[r].name}, {name}")
-            table, summary["test" + suffix] = score_ranking(experiment, ranking.ranks)
-            summary["recommended" + suffix] = recommendation_stats(
-                ranking.top_items, experiment.dataset.item_counts
-            )
-            workdir.write_parquet(run_folder / f"per_user{suffix}.parquet", table)
-            checkpoint.save(run_folder / "checkpoints" / f"best_{name}", params, chosen)
-        workdir.write_json(run_folder / "summary.json", summary)
+        try:
+            summary |= tester.test_run(snapshot, r, part)
+        except DivergedError as error:
+            _log.warning("%s", error)
+            summary["status"] = "failed in the test"
+        workdir.write_json(part / workdir.SUMMARY, summary)
         summaries.append(summary)
-    if len(runs) == 1:
+    if not any(map(selection.is_result, summaries)):
+        raise DivergedError("every run diverged; try a smaller train.learning_rate")
+    for part in workdir.run_folders(folder, experiment.names):
+        workdir.finish(part, inputs)
+    if len(summaries) == 1:
         return summaries[0]
     whole = shared | {
         "runs": [
@@ -157,31 +157,54 @@ def test(
         ],
         "selected": _select_hparams(config, summaries),
     }
-    workdir.write_json(folder / "summary.json", whole)
+    workdir.write_json(folder / workdir.SUMMARY, whole)
+    workdir.finish(folder, inputs)
     return whole
 
 
-def make_test(experiment: Experiment) -> Callable[[Any, str], Ranking]:
-    """The function of one run's parameters, and of its name, that ranks every test target."""
-    config, dataset = experiment.config, experiment.dataset
-    queries = make_queries(
-        dataset,
-        "test",
-        max_len=config.model.max_len,
-        mask_seen=config.evaluate.mask_seen,
-        batch_size=config.evaluate.batch_size,
-    )
-    top_k = min(max(config.evaluate.cutoffs), len(dataset.item_ids))
-    rank_fn = jax.jit(functools.partial(rank_targets, experiment.task.model, top_k=top_k))
+class _Tester:
+    """Tests the best epochs of runs; an epoch that both rules chose is tested once."""
 
-    def rank(params, what: str) -> Ranking:
-        return to_ranking(*rank_fn(params, queries), num_users=len(dataset.user_ids), what=what)
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        cutoffs = experiment.config.evaluate.cutoffs
+        top_k = min(max(cutoffs), len(experiment.dataset.item_ids))
+        self._rank = experiment.make_ranker("test", top_k=top_k)
+        self._validate = make_validation(experiment)
 
-    return rank
+    def test_run(self, snapshot: Snapshot, r: int, folder: Path) -> dict[str, Any]:
+        """Run r's part of `summary.json`; writes its per-user tables and best parameters."""
+        experiment = self._experiment
+        name = experiment.names[r]
+        found: dict[str, Any] = {}
+        tested: dict[float, tuple] = {}  # by epoch
+        for rule in selection.RULES.values():
+            chosen = snapshot.progress.best[r][rule.name]
+            if chosen is None:  # the run failed before its first validation
+                continue
+            params = jax.tree.map(lambda leaf: leaf[r], snapshot.best[rule.name])
+            if chosen["epoch"] not in tested:
+                ranking = self._rank(params, f"test of {name}")
+                tested[chosen["epoch"]] = (
+                    self._validate(params, name),
+                    *score_ranking(experiment, ranking.ranks),
+                    recommendation_stats(ranking.top_items, experiment.dataset.item_counts),
+                )
+            val, table, means, recommended = tested[chosen["epoch"]]
+            found["best" + rule.suffix] = {
+                "step": chosen["epoch"] * experiment.config.train.steps_per_epoch,
+                **chosen,  # epoch, and the validation scores that epochs are chosen by
+            }
+            found["val" + rule.suffix] = val
+            found["test" + rule.suffix] = means
+            found["recommended" + rule.suffix] = recommended
+            workdir.write_parquet(workdir.per_user(folder, rule.suffix), table)
+            checkpoint.save(workdir.best_checkpoint(folder, rule.name), params, chosen)
+        return found
 
 
 def score_ranking(experiment: Experiment, ranks: np.ndarray) -> tuple[pd.DataFrame, dict]:
-    """The test's figures: a row a user, and the means by group.
+    """The figures of the test: a row for each user, and the means by group.
 
     Args:
         experiment: whose users they are.
@@ -195,7 +218,7 @@ def score_ranking(experiment: Experiment, ranks: np.ndarray) -> tuple[pd.DataFra
             "user_id": dataset.user_ids,
             "target_item_id": dataset.test_target_ids,
             "repeat": dataset.test_repeat,
-            # A target outside the vocabulary has no rank, but counts as a miss.
+            # A target outside the vocabulary has no rank and counts as a miss.
             "rank": pd.Series(ranks, dtype="Int32").where(known),
             **values,
             **{family.name: family.labels() for family in families},
@@ -219,19 +242,44 @@ def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any]
     """The values with the best validation score averaged over seeds; None if all runs failed."""
     metric = config.select.metric
     scores: dict[tuple, list[float]] = {}
-    for summary in summaries:
-        if summary["status"] == "finished":
-            values = tuple(summary["hparams"].items())
-            scores.setdefault(values, []).append(summary["val"][metric]["overall"])
-    best = tables.best_values(scores)
+    for summary in filter(selection.is_result, summaries):
+        values = tuple(summary["hparams"].items())
+        scores.setdefault(values, []).append(summary["val"][metric][OVERALL])
+    best = selection.best_values(scores)
     if best is None:
         return None
-    found = scores[best]
     return {
         "hparams": dict(best),
-        f"val/{metric}/overall": float(np.mean(found)),
-        "seeds": len(found),
+        f"val/{metric}/{OVERALL}": float(np.mean(scores[best])),
+        "seeds": len(scores[best]),
     }
+
+
+def _interrupted(folder: Path) -> str:
+    stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
+    if stored is None:
+        return "stopped before the first checkpoint; the same command starts again"
+    return (
+        f"stopped; the state of step {stored['step']} is saved in {folder}, and the same command "
+        "resumes from there"
+    )
+
+
+def _warn_of_changed_inputs(config: ConfigDict, inputs: dict[str, str]) -> None:
+    """Warn if the log or the group file changed after the run finished."""
+    try:
+        now = source_hashes(config.data)
+    except UserError as error:
+        _log.warning("the input of this run cannot be checked: %s", error)
+        return
+    for name, digest in inputs.items():
+        if now.get(name) != digest:
+            path = config.data.group_file if name == "group_file" else config.data.path
+            _log.warning(
+                "%s changed after this run finished; its table is of the file as it was. To train "
+                "on the new file, use another --workdir",
+                path,
+            )
 
 
 def _dataset_summary(dataset: Dataset) -> dict[str, Any]:
@@ -266,8 +314,7 @@ def _describe(experiment: Experiment) -> None:
         f"users ({found['short_users']} of them too short to split after the filter) and "
         f"{found['dropped_items']:,} items\nlog {found['log_hash']}"
     )
-    names = [run.name for run in experiment.runs]
-    print(f"{experiment.config.objective.name}: " + ", ".join(names))
+    print(f"{experiment.config.objective.name}: " + ", ".join(experiment.names))
 
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:
@@ -276,7 +323,7 @@ def _write_data_files(folder: Path, experiment: Experiment) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     groups = {family.name: family.labels() for family in experiment.families}
     workdir.write_parquet(
-        folder / "groups.parquet", pd.DataFrame({"user_id": dataset.user_ids, **groups})
+        folder / workdir.GROUPS, pd.DataFrame({"user_id": dataset.user_ids, **groups})
     )
     is_validation = np.zeros(len(dataset.user_ids), bool)
     is_validation[dataset.valid_users] = True
@@ -288,4 +335,4 @@ def _write_data_files(folder: Path, experiment: Experiment) -> None:
             "test_target_item_id": dataset.test_target_ids,
         }
     )
-    workdir.write_parquet(folder / "split.parquet", split)
+    workdir.write_parquet(folder / workdir.SPLIT, split)

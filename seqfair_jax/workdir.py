@@ -124,9 +124,7 @@ def create(path: str | Path) -> Path:
 
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but locks and what killed processes left."""
-    return all(
-        path.name.startswith(_LOCK) or is_unfinished(path) for path in folder.iterdir()
-    )
+    return all(path.name.startswith(_LOCK) or is_unfinished(path) for path in folder.iterdir())
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -170,9 +168,7 @@ def check_finished(folder: Path) -> None:
     """
     stored = read_json(folder / _FINISHED)
     if stored is None:
-        raise UserError(
-            f"{folder}: no {_FINISHED}; name the --workdir of a run that has finished"
-        )
+        raise UserError(f"{folder}: no {_FINISHED}; name the --workdir of a run that has finished")
     damaged = [
         f"{name} {'changed' if (folder / name).is_file() else 'is missing'}"
         for name, digest in stored["files"].items()
@@ -201,9 +197,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         )
     summary = read_json(folder / SUMMARY)
     if summary is None:
-        raise UserError(
-            f"{folder}: no {SUMMARY}; name the --workdir of a run that has finished"
-        )
+        raise UserError(f"{folder}: no {SUMMARY}; name the --workdir of a run that has finished")
     version = summary.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -252,14 +246,14 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
         path: the lock file.
         wait: wait until the lock is free.
     """
+    file_lock = FileLock(path)
     with _named_errors(path, "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path)
-        try:
-            held.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            yield False
-            return
+        with contextlib.suppress(Timeout):
+            file_lock.acquire(timeout=-1 if wait else 0)
+    if not file_lock.is_locked:
+        yield False
+        return
     owner = path.with_name(path.name + ".owner")
     try:
         with contextlib.suppress(OSError):  # it only makes the other process's message better
@@ -267,7 +261,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
     finally:
         owner.unlink(missing_ok=True)
-        held.release()
+        file_lock.release()
 
 
 @contextlib.contextmanager

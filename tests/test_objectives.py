@@ -10,13 +10,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize
 
 from seqfair_jax import objectives
-from seqfair_jax.objectives import Hyperparams, make_objective
+from seqfair_jax.objectives import HParams, make_objective
 
 # Five users in three groups, with 1, 2, 3, 4 and 10 training rows: 3, 3 and 14 rows a group.
 GROUPS = np.array([0, 0, 1, 2, 2])
 MEMBERSHIP = np.eye(3, dtype=bool)[GROUPS]
 LENGTHS = np.array([1, 2, 3, 4, 10], np.int32)
-HYPERPARAMS = Hyperparams(*jnp.array([0.1, 0.1, 0.3, 0.5]))  # eta, beta, alpha, rho
+HYPERPARAMS = HParams(*jnp.array([0.1, 0.1, 0.3, 0.5]))  # eta, beta, alpha, rho
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +39,9 @@ def loss_and_gradient(name, **kwargs):
 
 
 def gradient_and_outputs(
-    name, losses, membership=MEMBERSHIP, state=None, *, hyperparams=None, **kwargs
+    name, losses, membership=MEMBERSHIP, state=None, *, hparams=None, **kwargs
 ):
-    changed = {key: jnp.float32(value) for key, value in (hyperparams or {}).items()}
+    changed = {key: jnp.float32(value) for key, value in (hparams or {}).items()}
     return loss_and_gradient(name, **kwargs)(
         np.asarray(losses, np.float32),
         membership,
@@ -175,7 +175,7 @@ def test_target_weights_agree_with_the_reference(log):
 def test_cvar_agrees_with_the_reference_where_the_tail_is_whole_and_where_not(alpha, size):
     losses = np.random.default_rng(size).normal(70, 1, size).astype(np.float32)
     membership = np.ones((size, 1), bool)
-    loss, _, logged = apply("cvar", losses, membership, hyperparams={"alpha": alpha})
+    loss, _, logged = apply("cvar", losses, membership, hparams={"alpha": alpha})
     assert_allclose(loss, reference.cvar_loss(losses.astype(np.float64), alpha), rtol=1e-5)
     assert_allclose(logged["tail_share"], [1.0], rtol=1e-5)
 
@@ -187,10 +187,10 @@ def test_chi2_agrees_with_the_reference(radius, spread, size):
     rng = np.random.default_rng(size)
     losses = (70 + spread * rng.exponential(size=size)).astype(np.float32)
     membership = np.ones((size, 1), bool)
-    weights = user_weights("chi2", losses, membership, hyperparams={"radius": radius})
+    weights = user_weights("chi2", losses, membership, hparams={"radius": radius})
     expected = reference.chi2_weights(losses, radius)
     assert_allclose(weights, expected, atol=1e-5 * expected.max())
-    loss, _, _ = apply("chi2", losses, membership, hyperparams={"radius": radius})
+    loss, _, _ = apply("chi2", losses, membership, hparams={"radius": radius})
     assert_allclose(loss, expected @ losses.astype(np.float64), rtol=1e-6)
 
 
@@ -211,7 +211,7 @@ def test_chi2_is_the_supremum_that_a_general_solver_finds(radius):
     )
     assert found.success
     membership = np.ones((6, 1), bool)
-    loss, _, _ = apply("chi2", losses, membership, hyperparams={"radius": radius})
+    loss, _, _ = apply("chi2", losses, membership, hparams={"radius": radius})
     assert_allclose(loss, -found.fun, rtol=1e-5)
 
 
@@ -259,7 +259,7 @@ def test_gdro_moves_the_weights_first_and_by_hand():
     assert_allclose(jnp.exp(make("gdro").init().log_weights), [1 / 3] * 3, rtol=1e-6)
     # Means log 2, 0 (absent), log 4, and eta 1: omega 2/7, 1/7, 4/7.
     losses = np.log([2.0, 4.0])
-    loss, state, logged = apply("gdro", losses, MEMBERSHIP[[0, 3]], hyperparams={"step_size": 1.0})
+    loss, state, logged = apply("gdro", losses, MEMBERSHIP[[0, 3]], hparams={"step_size": 1.0})
     assert_allclose(jnp.exp(state.log_weights), [2 / 7, 1 / 7, 4 / 7], rtol=1e-6)
     assert_allclose(loss, (2 * np.log(2) + 4 * np.log(4)) / 7, rtol=1e-6)
     assert_array_equal(logged["group_count"], [1, 0, 1])
@@ -278,7 +278,7 @@ def test_absent_group_decays_or_holds_by_hand():
 
 def test_streaming_at_rate_one_is_group_dro():
     losses = jnp.array([1.0, 3.0, 5.0, 2.0, 4.0])
-    streaming = apply("sdro", losses, hyperparams={"stream_rate": 1.0})
+    streaming = apply("sdro", losses, hparams={"stream_rate": 1.0})
     jax.tree.map(assert_array_equal, streaming, apply("gdro", losses))
 
 
@@ -290,22 +290,22 @@ def test_cvar_weights_by_hand():
         0.1: ([0, 0, 1.0, 0, 0], [0, 1.0, 0]),
     }
     for alpha, (weights, shares) in by_hand.items():
-        hyperparams = {"alpha": alpha}
-        assert_allclose(user_weights("cvar", losses, hyperparams=hyperparams), weights, atol=1e-6)
-        logged = apply("cvar", losses, hyperparams=hyperparams)[2]
+        hparams = {"alpha": alpha}
+        assert_allclose(user_weights("cvar", losses, hparams=hparams), weights, atol=1e-6)
+        logged = apply("cvar", losses, hparams=hparams)[2]
         assert_allclose(logged["tail_share"], shares, atol=1e-6)
-    assert_allclose(user_weights("cvar", losses, hyperparams={"alpha": 1.0}), [0.2] * 5, rtol=1e-6)
+    assert_allclose(user_weights("cvar", losses, hparams={"alpha": 1.0}), [0.2] * 5, rtol=1e-6)
 
 
 def test_cvar_breaks_ties_in_the_order_of_the_batch():
-    weights = user_weights("cvar", [2.0, 7.0, 7.0, 7.0, 1.0], hyperparams={"alpha": 0.4})
+    weights = user_weights("cvar", [2.0, 7.0, 7.0, 7.0, 1.0], hparams={"alpha": 0.4})
     assert_allclose(weights, [0, 0.5, 0.5, 0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-30, 70.0])
 @pytest.mark.parametrize("radius", [0.0, 0.5, 2.0, 100.0])
 def test_chi2_of_equal_losses_is_uniform(level, radius):
-    weights = user_weights("chi2", [level] * 5, hyperparams={"radius": radius})
+    weights = user_weights("chi2", [level] * 5, hparams={"radius": radius})
     assert_allclose(weights, [0.2] * 5, rtol=1e-6)
 
 
@@ -313,17 +313,17 @@ def test_chi2_at_a_large_radius_is_the_maximum_and_its_ties_share():
     # All on one of five: (1/10) (4^2 + 4) = 2. On two: (1/10) (2 * 1.5^2 + 3) = 0.75.
     one, two = [1.0, 3.0, 5.0, 2.0, 4.0], [1.0, 5.0, 5.0, 2.0, 4.0]
     for radius in (2.0, 2.5, 1e6):
-        weights = user_weights("chi2", one, hyperparams={"radius": radius})
+        weights = user_weights("chi2", one, hparams={"radius": radius})
         assert_allclose(weights, [0, 0, 1, 0, 0], atol=1e-6)
     for radius in (0.75, 2.0):
-        weights = user_weights("chi2", two, hyperparams={"radius": radius})
+        weights = user_weights("chi2", two, hparams={"radius": radius})
         assert_allclose(weights, [0, 0.5, 0.5, 0, 0], atol=1e-6)
-    assert user_weights("chi2", one, hyperparams={"radius": 1.9})[4] > 0.01
+    assert user_weights("chi2", one, hparams={"radius": 1.9})[4] > 0.01
 
 
 def test_chi2_of_one_outlier_by_hand():
     losses = [70.0, 70.0, 70.0, 70.0, 71.0]
-    weights = user_weights("chi2", losses, hyperparams={"radius": 0.02})
+    weights = user_weights("chi2", losses, hparams={"radius": 0.02})
     # q = 0.2 + (-d, -d, -d, -d, 4 d) with (1/10) 25 * 20 d^2 = 0.02.
     distance = np.sqrt(0.0004)
     assert_allclose(weights, [0.2 - distance] * 4 + [0.2 + 4 * distance], rtol=1e-5)
@@ -331,7 +331,7 @@ def test_chi2_of_one_outlier_by_hand():
 
 def test_chi2_at_radius_zero_is_erm():
     losses = [70.0, 71.0, 3.0, 1e-3, 70.0]
-    weights = user_weights("chi2", losses, hyperparams={"radius": 0.0})
+    weights = user_weights("chi2", losses, hparams={"radius": 0.0})
     assert_allclose(weights, [0.2] * 5, rtol=1e-6)
 
 
@@ -406,7 +406,7 @@ def test_vmapped_runs_equal_single_runs(name):
     rng = np.random.default_rng(3)
     losses = jnp.asarray(rng.gamma(2, 20, (4, 5)), jnp.float32)
     states = jax.vmap(lambda _: objective.init())(jnp.arange(4))
-    grid = Hyperparams(
+    grid = HParams(
         step_size=jnp.array([0.001, 0.01, 0.1, 1.0]),
         stream_rate=jnp.array([0.1, 0.2, 0.5, 1.0]),
         alpha=jnp.array([0.1, 0.3, 0.5, 1.0]),
@@ -420,8 +420,8 @@ def test_vmapped_runs_equal_single_runs(name):
     memberships = jnp.asarray(np.stack([MEMBERSHIP] * 4))
     batched = jax.vmap(step)(losses, memberships, states, grid)
     for run in range(4):
-        state, hyperparams = jax.tree.map(lambda x: x[run], (states, grid))  # noqa: B023
-        single = step(losses[run], memberships[run], state, hyperparams)
+        state, hparams = jax.tree.map(lambda x: x[run], (states, grid))  # noqa: B023
+        single = step(losses[run], memberships[run], state, hparams)
         for many in (shared, batched):
             jax.tree.map(
                 lambda x, y: assert_allclose(x[run], y, rtol=1e-5, atol=1e-6),  # noqa: B023
@@ -461,7 +461,7 @@ def test_group_free_objective_needs_no_groups(name):
 
 def test_user_in_two_groups_counts_in_both_means_and_once_in_the_loss():
     membership = np.array([[True, True, False], [False, True, False]])
-    loss, _, logged = apply("cvar", [2.0, 4.0], membership, hyperparams={"alpha": 1.0})
+    loss, _, logged = apply("cvar", [2.0, 4.0], membership, hparams={"alpha": 1.0})
     assert loss == 3
     assert_array_equal(logged["group_loss"], [2, 3, 0])
     assert_allclose(logged["tail_share"], [0.5, 1.0, 0])
@@ -497,13 +497,13 @@ def test_unknown_names_are_errors_that_name_the_closest():
     with pytest.raises(ValueError, match=r"objective\.name is 'gdr0'.*did you mean 'gdro'"):
         make("gdr0")
     with pytest.raises(ValueError, match=r"objective\.name is 'CVaR'"):
-        objectives.check_hyperparams("CVaR", {})
+        objectives.check_hparams("CVaR", {})
     with pytest.raises(ValueError, match=r"objective\.count_by is 'row'.*did you mean 'rows'"):
         make("ipw", count_by="row")
     with pytest.raises(ValueError, match=r"objective\.absent_groups is 'keep'"):
         make("sdro", absent_groups="keep")
     with pytest.raises(ValueError, match=r"is 'alfa'.*did you mean 'alpha'"):
-        objectives.check_hyperparams("cvar", {"alpha": 0.5, "alfa": 0.5})
+        objectives.check_hparams("cvar", {"alpha": 0.5, "alfa": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -525,13 +525,13 @@ def test_unknown_names_are_errors_that_name_the_closest():
 def test_hyperparameter_outside_its_range_is_an_error(key, value):
     values = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 1.0}
     with pytest.raises(ValueError, match=rf"objective\.{key} is .*give a number"):
-        objectives.check_hyperparams("erm", values | {key: value})
+        objectives.check_hparams("erm", values | {key: value})
 
 
 def test_hyperparameters_in_range_pass_and_a_missing_one_is_an_error():
-    objectives.check_hyperparams("erm", {})
-    objectives.check_hyperparams("cvar", {"alpha": (0.1, 1.0, 1)})
-    objectives.check_hyperparams("chi2", {"radius": 0})
-    objectives.check_hyperparams("sdro", {"step_size": np.float64(0.1), "stream_rate": 1.0})
+    objectives.check_hparams("erm", {})
+    objectives.check_hparams("cvar", {"alpha": (0.1, 1.0, 1)})
+    objectives.check_hparams("chi2", {"radius": 0})
+    objectives.check_hparams("sdro", {"step_size": np.float64(0.1), "stream_rate": 1.0})
     with pytest.raises(ValueError, match=r"objective\.stream_rate has no value.*'sdro' reads it"):
-        objectives.check_hyperparams("sdro", {"step_size": 0.1, "stream_rate": ()})
+        objectives.check_hparams("sdro", {"step_size": 0.1, "stream_rate": ()})

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from seqfair_jax.training.batches import BLOCK, Sequences, epoch_batches
 from seqfair_jax.model.sasrec import SASRec
-from seqfair_jax.objectives import Hyperparams, make_objective
+from seqfair_jax.objectives import HParams, make_objective
 from seqfair_jax.training.step import (
     Task,
     TrainData,
@@ -72,7 +72,7 @@ def make_task(objective="erm", *, dropout=0.0, **optimizer):
 
 def make_hparams(**values):
     defaults = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 0.5}
-    return Hyperparams(**{k: jnp.float32(v) for k, v in (defaults | values).items()})
+    return HParams(**{k: jnp.float32(v) for k, v in (defaults | values).items()})
 
 
 def make_batches(seed=0, steps=STEPS):

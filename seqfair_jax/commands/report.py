@@ -1,51 +1,45 @@
-"""The tables of finished runs, the tests against a baseline, and the HTML report.
+"""`seqfair report DIR [DIR ...]`: tables, tests against a baseline, and the HTML report."""
 
-`python -m seqfair_jax.report DIR [DIR ...] --family=pop33 --baseline=DIR --out=report.html`
-"""
+from collections.abc import Sequence
 
-import sys
-from pathlib import Path
+from absl import flags
 
-from absl import app, flags
-
-from seqfair_jax import tables
-
-
-def main() -> None:
-    """Print one table for all the run folders that are named."""
-    family = flags.DEFINE_string("family", None, "the groups to show; all families where unset")
-    metric = flags.DEFINE_string("metric", "NDCG@20", "which figure")
-    baseline = flags.DEFINE_string("baseline", None, "a run's folder to test the others against")
-    out = flags.DEFINE_string("out", None, "an HTML file to write the whole report to")
-
-    def print_tables(argv):
-        if len(argv) < 2:
-            sys.exit(
-                "usage: python -m seqfair_jax.report DIR [DIR ...] "
-                "[--family=] [--metric=] [--baseline=DIR] [--out=FILE.html]"
-            )
-        folders = [Path(name) for name in argv[1:]]
-        before = None if baseline.value is None else Path(baseline.value)
-        if before is not None:  # so that its row stands in the table
-            folders.append(before)
-        try:
-            print(tables.tables(folders, metric.value, family=family.value))
-            rows = None
-            if before is not None:
-                rows = tables.compare_folders(folders, before, metric.value)
-                print("\n" + tables.comparison(rows, before, metric.value, family.value))
-            if out.value is not None:
-                from seqfair_jax import html_report  # matplotlib is slow to import
-
-                html_report.write(
-                    folders, Path(out.value), metric.value, family=family.value, rows=rows
-                )
-                print(f"\nreport: {Path(out.value).resolve()}")
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-
-    app.run(print_tables)
+from seqfair_jax import workdir
+from seqfair_jax.cli import Command
+from seqfair_jax.errors import UserError
+from seqfair_jax.report import runs, text
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str]) -> None:
+    """Print one table of all the named runs."""
+    command = Command(
+        "report",
+        "Print one table for each group family with all the named runs, and test them against\n"
+        "a baseline.",
+        arguments="DIR [DIR ...]",
+    )
+    command.string("family", "the group family to show (default: all)")
+    command.string("metric", "which figure", "NDCG@20")
+    command.string("baseline", "the folder of a run to test the others against")
+    command.string("out", "an HTML file to write the whole report to")
+    command.run(argv, _report)
+
+
+def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
+    if not names:
+        raise UserError("name the folders of finished runs: seqfair report DIR [DIR ...]")
+    folders = [workdir.user_path(name) for name in names]
+    baseline = None if values.baseline is None else workdir.user_path(values.baseline)
+    if baseline is not None:  # so that the table has its row
+        folders.append(baseline)
+    print(text.tables(folders, values.metric, family=values.family))
+    rows = None
+    if baseline is not None:
+        rows = runs.compare_folders(folders, baseline, values.metric)
+        print("\n" + text.comparison(rows, baseline, values.metric, values.family))
+    if values.out is not None:
+        from seqfair_jax.report import html  # matplotlib is slow to import
+
+        path = workdir.user_path(values.out)
+        html.write(folders, path, values.metric, family=values.family, rows=rows)
+        print(f"\nreport: {path.resolve()}")

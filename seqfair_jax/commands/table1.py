@@ -1,38 +1,31 @@
-"""The paper's Table 1: `python -m seqfair_jax.data --retailrocket=PATH --ml1m=PATH`."""
+"""`seqfair table1 --retailrocket=PATH --ml1m=PATH`: the paper's Table 1 of your copies."""
 
-import sys
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from seqfair_jax import data
-from seqfair_jax.config import default_config
+from seqfair_jax.cli import Command
+from seqfair_jax.data.cache import load_dataset
+from seqfair_jax.errors import UserError
+from seqfair_jax.paper import settings
 from seqfair_jax.paper.table1 import PAPER_COUNTS, table_1a, table_1b
 
 
-def main() -> None:
-    """Print Table 1 a and b of the logs that are named, beside the paper's figures."""
-    paths = {
-        name: flags.DEFINE_string(name, None, f"{name}'s log: a file or its folder")
-        for name in PAPER_COUNTS
-    }
-
-    def print_tables(_):
-        named = {name: flag.value for name, flag in paths.items() if flag.value is not None}
-        if not named:
-            sys.exit("name a log: --retailrocket=PATH, --ml1m=PATH, or both")
-        try:
-            for name, path in named.items():
-                config = default_config().data
-                config.name, config.path = name, path
-                config.valid_users = 10_000 if name == "retailrocket" else None
-                dataset = data.prepare(config)
-                print(table_1a(dataset).to_string(index=False), end="\n\n")
-                print(table_1b(dataset).to_string(index=False), end="\n\n")
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
-
-    app.run(print_tables)
+def main(argv: Sequence[str]) -> None:
+    """Print Table 1 a and b of the named logs, beside the paper's figures."""
+    command = Command("table1", "Print the paper's table 1 of your copies of its logs.")
+    for name in PAPER_COUNTS:
+        command.string(name, f"the log of {name}: a file or its folder")
+    command.run(argv, _print_tables)
 
 
-if __name__ == "__main__":
-    main()
+def _print_tables(values: flags.FlagValues, _: object) -> None:
+    named = {name: values[name].value for name in PAPER_COUNTS if values[name].value is not None}
+    if not named:
+        raise UserError("name a log: --retailrocket=PATH, --ml1m=PATH, or both")
+    for name, path in named.items():
+        config = settings.DATA_SETS[name]("erm", None).data
+        config.path = path
+        dataset = load_dataset(config)
+        for table in (table_1a(dataset), table_1b(dataset)):
+            print(table.to_string(index=False), end="\n\n")

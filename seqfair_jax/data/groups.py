@@ -1,4 +1,7 @@
-"""User groups by taste and by activity, from training rows alone (paper, section 3.1).
+"""User groups: by taste and by activity (paper, section 3.1, from training rows), or from a file.
+
+A family's canonical name is safe as a column and as a key: 'pop33', or 'R%26D' for 'R&D'. The
+expressions `a*b` (product) and `a&b` (union) join such names.
 
 Shape letters: U users, G groups, V vocabulary.
 """
@@ -6,12 +9,22 @@ Shape letters: U users, G groups, V vocabulary.
 import dataclasses
 import difflib
 import hashlib
+import json
+import re
+import urllib.parse
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from seqfair_jax.data.ids import ids_from_column, require_values
+from seqfair_jax.data.readers import read_table, require_file
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.errors import UserError
+from seqfair_jax.workdir import user_path
 
 POPULAR_QUANTILE = 0.8
 _SPLITS = {
@@ -22,15 +35,46 @@ _SPLITS = {
 _KINDS = {"pop": ("niche", "diverse", "popular"), "seq": ("short", "medium", "long")}
 FAMILIES = tuple(kind + split for kind in _KINDS for split in _SPLITS)
 
+# Columns of tables and keys of results, which no family may be called.
+RESERVED_NAMES = (
+    "target", "repeat", "user_id", "target_item_id", "rank",
+    "overall", "epoch", "step", "name", "seed",
+)  # fmt: skip
+_TABLE_COLUMNS = ("user_id", "family", "group")
+
+
+def encode_name(text: str) -> str:
+    """A family's name with special characters as `%XX`, so that it can be part of other names.
+
+    Escaped are `% = / * & : , @`, control characters, and the first character of a name in
+    `RESERVED_NAMES`. Unequal names stay unequal.
+    """
+    if text in RESERVED_NAMES:
+        return f"%{ord(text[0]):02X}{text[1:]}"
+    return _escape(text, r"[%=/*&:,@\x00-\x1f\x7f-\x9f]")
+
+
+def decode_name(text: str) -> str:
+    """The text that `encode_name` encoded."""
+    return urllib.parse.unquote(text)
+
+
+def _escape(text: str, pattern: str) -> str:
+    return re.sub(pattern, lambda match: urllib.parse.quote(match[0], safe=""), text)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupFamily:
-    """A set of groups that users are sliced by."""
+    """A set of groups that users are sliced by.
 
-    name: str
+    The groups of a simple family are called as in the file. Those of a product are 'niche*short',
+    those of a union 'pop33:niche', with `% * :` of each part as `%XX`.
+    """
+
+    name: str  # canonical, see `encode_name`
     groups: tuple[str, ...]
     membership: np.ndarray  # bool[U, G]
-    united: tuple["GroupFamily", ...] = ()  # the families that stand side by side in a union
+    united: tuple["GroupFamily", ...] = ()  # the families of a union
 
     @property
     def parts(self) -> tuple["GroupFamily", ...]:
@@ -49,7 +93,7 @@ class GroupFamily:
 
     def hash(self) -> str:
         """SHA-256 of the groups' names and of who is in them."""
-        digest = hashlib.sha256("\0".join(self.groups).encode())
+        digest = hashlib.sha256(json.dumps(self.groups).encode())
         digest.update(np.packbits(self.membership, axis=1).tobytes())
         return digest.hexdigest()
 
@@ -65,6 +109,57 @@ class GroupFamily:
         return pd.Series(names[places], dtype=object)
 
 
+def read_group_table(path: str | None) -> pd.DataFrame | None:
+    """The users' own groups: columns user_id, family, group, a row for each membership; all text.
+
+    Labels are text as written: '01' and '1' are two groups. Of a Parquet file's numbers, 18 and
+    18.0 become '18'.
+
+    Args:
+        path: a CSV or Parquet file (see `readers.read_table`), or None.
+
+    Raises:
+        UserError: naming the file, the row and what is wrong: an empty field, a column of lists
+            or bytes, a family with the name of one of `FAMILIES`.
+    """
+    if path is None:
+        return None
+    file = user_path(path)
+    require_file(file, f"data.group_file={path}")
+    table = read_table(file, {name: name for name in _TABLE_COLUMNS})
+    if not len(table):
+        raise UserError(f"{file} has no rows: expected rows of {', '.join(_TABLE_COLUMNS)}")
+    rows = np.arange(len(table))
+    users = ids_from_column(table["user_id"], rows, file, "user_id")
+    frame = pd.DataFrame(
+        {
+            "user_id": _texts(users.to_numpy()),
+            "family": _labels(table["family"], rows, file, "family"),
+            "group": _labels(table["group"], rows, file, "group"),
+        },
+        dtype=object,
+    )
+    taken = sorted(set(frame["family"]) & set(FAMILIES))
+    if taken:
+        raise UserError(f"{file}: family {taken[0]!r} has the name of a built-in family; rename it")
+    return frame
+
+
+def _labels(column: pa.ChunkedArray, rows: np.ndarray, path: Path, name: str) -> np.ndarray:
+    require_values(column, rows, path, name)
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        raise UserError(f"{path}: column {name} is of type {column.type}; expected text or numbers")
+    codes, values = pd.factorize(column.to_numpy())
+    values = [int(x) if isinstance(x, float) and x.is_integer() else x for x in values.tolist()]
+    return _texts(values)[codes]
+
+
+def _texts(values) -> np.ndarray:
+    texts = np.empty(len(values), object)
+    texts[:] = [str(value) for value in values]
+    return texts
+
+
 def build_family(
     dataset: Dataset, name: str, *, group_table: pd.DataFrame | None = None
 ) -> GroupFamily:
@@ -72,28 +167,30 @@ def build_family(
 
     Args:
         dataset: the split log.
-        name: one of `FAMILIES`, a family of `group_table`, a product of such, 'pop33*seq33',
-            whose groups are the intersections 'niche*short', 'niche*medium', ..., or a union of
-            any of these, 'pop33&seq33', whose groups 'pop33:niche', ..., 'seq33:long' overlap.
-        group_table: columns user_id, family, group; a user may stand in several groups, or none.
+        name: a family of `group_table` as written there; or one of `FAMILIES`; or a product of
+            such, 'pop33*seq33', whose groups are the intersections 'niche*short', 'niche*medium',
+            ...; or a union of any of these, 'pop33&seq33', whose groups 'pop33:niche', ...,
+            'seq33:long' overlap. In a product or union the names are encoded (`encode_name`).
+        group_table: see `read_group_table`; a user may be in several groups, or in none.
 
     Raises:
-        ValueError: on an unknown name (the closest is named).
+        UserError: on an unknown name (the closest is named), a family that is twice in a union,
+            or a family of the table without any user of the log.
     """
+    own = set() if group_table is None else set(group_table["family"])
+    if group_table is not None and name in own:
+        return _from_table(dataset, name, group_table)
     for sign, combine in (("&", _union), ("*", _product)):
         if sign in name:
             parts = name.split(sign)
-            return combine(
-                name, [build_family(dataset, part, group_table=group_table) for part in parts]
-            )
-    own = [] if group_table is None else sorted(set(group_table["family"]))
-    if group_table is not None and name in own:
-        return _from_table(dataset, name, group_table)
+            return combine([build_family(dataset, x, group_table=group_table) for x in parts])
+    if group_table is not None and decode_name(name) in own:
+        return _from_table(dataset, decode_name(name), group_table)
     if name not in FAMILIES:
-        known = [*FAMILIES, *own]
+        known = [*FAMILIES, *sorted(own)]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown group family {name!r}{hint}; known: {', '.join(known)}")
+        raise UserError(f"unknown group family {name!r}{hint}; known: {', '.join(known)}")
     kind, split = name[:3], name[3:]
     numerator = popular_rows(dataset) if kind == "pop" else dataset.train_lengths
     denominator = dataset.train_lengths if kind == "pop" else np.ones_like(dataset.train_lengths)
@@ -148,12 +245,12 @@ def require_partition(family: GroupFamily, method: str, user_ids: np.ndarray) ->
     """Refuse a family in which some user is not in exactly one group; a union, in each part.
 
     Raises:
-        ValueError: naming how many and the first of them.
+        UserError: naming how many and the first of them.
     """
     for part in family.parts:
         wrong = user_ids[part.membership.sum(axis=1) != 1]
         if len(wrong):
-            raise ValueError(
+            raise UserError(
                 f"objective {method} needs every user in exactly one group, but in family "
                 f"{part.name!r} {len(wrong)} users are in none or several: "
                 f"{', '.join(map(str, wrong[:5]))}{', ...' if len(wrong) > 5 else ''}. Use another "
@@ -161,36 +258,48 @@ def require_partition(family: GroupFamily, method: str, user_ids: np.ndarray) ->
             )
 
 
-def _product(name: str, families: list[GroupFamily]) -> GroupFamily:
-    groups, membership = families[0].groups, families[0].membership
+def _product(families: list[GroupFamily]) -> GroupFamily:
+    groups, membership = _encoded(families[0]), families[0].membership
     for family in families[1:]:
-        groups = tuple(f"{a}*{b}" for a in groups for b in family.groups)
+        groups = tuple(f"{a}*{b}" for a in groups for b in _encoded(family))
         both = membership[:, :, None] & family.membership[:, None, :]
         membership = both.reshape(len(membership), -1)
-    return GroupFamily(name, groups, membership)
+    return GroupFamily("*".join(family.name for family in families), groups, membership)
 
 
-def _union(name: str, families: list[GroupFamily]) -> GroupFamily:
-    groups = tuple(f"{family.name}:{group}" for family in families for group in family.groups)
+def _union(families: list[GroupFamily]) -> GroupFamily:
+    name = "&".join(family.name for family in families)
+    if len({family.name for family in families}) < len(families):
+        raise UserError(f"group family {name!r} names one family twice")
+    groups = tuple(f"{family.name}:{group}" for family in families for group in _encoded(family))
     membership = np.concatenate([family.membership for family in families], axis=1)
-    if len(set(groups)) < len(groups):
-        raise ValueError(f"group family {name!r} names one family twice")
     return GroupFamily(name, groups, membership, tuple(families))
+
+
+def _encoded(family: GroupFamily) -> tuple[str, ...]:
+    """The groups as parts of other groups' names; those of a product are encoded already."""
+    if "*" in family.name:
+        return family.groups
+    return tuple(_escape(group, "[%*:]") for group in family.groups)
 
 
 def _from_table(dataset: Dataset, name: str, table: pd.DataFrame) -> GroupFamily:
     rows = table[table["family"] == name]
-    groups = tuple(sorted(set(rows["group"].astype(str))))
-    users = pd.Index(dataset.user_ids.astype(str)).get_indexer(
-        rows["user_id"].astype(str).to_numpy()
-    )
+    groups = tuple(sorted(set(rows["group"])))
+    users = _places(rows["user_id"], _texts(dataset.user_ids))
     known = users >= 0  # the table may hold users that the log's filter dropped
-    membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
-    columns = pd.Index(groups).get_indexer(pd.Index(rows["group"].astype(str)))
-    membership[users[known], columns[known]] = True
     if not known.any():
-        raise ValueError(
+        raise UserError(
             f"data.group_file: none of family {name!r}'s users is in the log; "
             "its user_id column must hold the log's ids"
         )
-    return GroupFamily(name, groups, membership)
+    membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
+    membership[users[known], _places(rows["group"], groups)[known]] = True
+    return GroupFamily(encode_name(name), groups, membership)
+
+
+def _places(texts, known) -> np.ndarray:
+    """Where each text is in `known`, -1 if nowhere: i64[N]."""
+    kind = pa.large_string()
+    places = pc.index_in(pa.array(texts, kind), value_set=pa.array(known, kind))
+    return places.fill_null(-1).to_numpy()

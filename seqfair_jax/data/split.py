@@ -1,13 +1,17 @@
-"""Leave-one-out split of a log into training rows, a validation row and a test row per user.
+"""The k-core filter, and the leave-one-out split into training, validation and test rows.
 
 Shape letters: U users, V vocabulary, N rows kept, n validation users.
 """
 
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 import pandas as pd
+
+from seqfair_jax.data.ids import id_order
+from seqfair_jax.errors import UserError
 
 MIN_ROWS = 3  # one to train on, one to validate on, one to test on
 
@@ -18,8 +22,8 @@ class Dataset:
 
     name: str
     log_hash: str  # SHA-256 of the filtered, sorted log
-    user_ids: np.ndarray  # [U] external ids, in id order
-    item_ids: np.ndarray  # [V] external ids of the items that occur in training rows, in id order
+    user_ids: np.ndarray  # i64[U] or object[U] of text: external ids, in id order
+    item_ids: np.ndarray  # i64[V] or object[V]: the items that occur in training rows, in id order
     items: np.ndarray  # i32[N] all users' known items in order; the test rows are left out
     offsets: np.ndarray  # i64[U + 1]: user u's sequence, its test history, is items[o[u]:o[u+1]]
     train_lengths: np.ndarray  # i32[U]: so many rows at the start of a sequence are training rows
@@ -27,90 +31,106 @@ class Dataset:
     valid_targets: np.ndarray  # i32[n], -1 outside the vocabulary
     valid_repeat: np.ndarray  # bool[n]: the target's item is in the validation history
     test_targets: np.ndarray  # i32[U], -1 outside the vocabulary
-    test_target_ids: np.ndarray  # [U] external ids
+    test_target_ids: np.ndarray  # i64[U] or object[U] external ids
     test_repeat: np.ndarray  # bool[U]: the target's item is in the test history
     item_counts: np.ndarray  # i32[V] training rows of each item
     counts: dict[str, int]  # users, items, interactions, ...: see `leave_one_out`
 
 
-def id_order(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids in id order, and each id's place among them.
+def k_core(frame: pd.DataFrame, k: int) -> pd.DataFrame:
+    """Drop users, then items, with fewer than k partners, until nothing changes.
 
-    The order is numeric where all ids are integers, else that of their UTF-8 bytes.
+    Partners are counted as *distinct* (user, item) pairs; of the users and items that stay, every
+    row stays, repeats too, in its order.
+
+    Args:
+        frame: columns user_id and item_id at least.
+        k: 1 or less keeps everything.
     """
-    if ids.dtype.kind in "iu":
-        return np.unique(ids, return_inverse=True)
-    text = ids.astype(str)
-    numbers = whole_numbers(text)
-    # Code points sort as their UTF-8 bytes do.
-    return np.unique(text if numbers is None else numbers, return_inverse=True)
-
-
-def whole_numbers(text: np.ndarray) -> np.ndarray | None:
-    """The integers that texts spell, i64; None if one says another thing, or more: '7.0', '07'."""
-    try:
-        numbers = text.astype(np.int64)
-    except (ValueError, OverflowError):
-        return None
-    return numbers if (numbers.astype(str) == text).all() else None
+    user, users = pd.factorize(frame["user_id"])
+    item, items = pd.factorize(frame["item_id"])
+    pairs = pd.unique(user * np.int64(len(items)) + item)
+    pair_user, pair_item = pairs // len(items), pairs % len(items)
+    size = -1
+    while len(pair_user) != size:
+        size = len(pair_user)
+        keep = np.bincount(pair_user, minlength=len(users))[pair_user] >= k
+        pair_user, pair_item = pair_user[keep], pair_item[keep]
+        keep = np.bincount(pair_item, minlength=len(items))[pair_item] >= k
+        pair_user, pair_item = pair_user[keep], pair_item[keep]
+    good_user, good_item = np.zeros(len(users), bool), np.zeros(len(items), bool)
+    good_user[pair_user] = True
+    good_item[pair_item] = True
+    return frame[good_user[user] & good_item[item]]
 
 
 def leave_one_out(
     frame: pd.DataFrame,
     *,
     name: str,
-    num_valid_users: int | None,
+    num_valid_users: int,
     split_seed: int,
-    raw_users: int | None = None,
-    raw_items: int | None = None,
+    raw: pd.DataFrame | None = None,
 ) -> Dataset:
     """Hold out each user's last row for the test and, of the validation users, the one before.
 
     The second to last row of every other user stays in training. Rows are sorted by (user,
-    timestamp, item). The vocabulary is that of the training rows.
+    timestamp); rows of the same time keep the log's order, and `tied_rows` counts them. The
+    vocabulary is that of the training rows.
 
     Args:
         frame: columns user_id, item_id, timestamp; filtered. Users with fewer than `MIN_ROWS`
             rows are dropped and counted (`short_users`, which `dropped_users` includes).
         name: of the data set.
         num_valid_users: how many users validate, drawn without replacement from the sorted ids
-            by `default_rng(split_seed)`; None for all.
+            by `default_rng(split_seed)`; 0 for all.
         split_seed: see there.
-        raw_users, raw_items: the number in the log before any filter, to count what was dropped.
+        raw: the log before any filter, to count what was dropped and which rows repeat others.
+
+    Returns:
+        The split log. Its counts: `users`, `items`, `interactions` after filtering;
+        `train_interactions`; `validation_users`; `unknown_valid_targets` and
+        `unknown_test_targets`, whose item no training row has; `dropped_users`, `short_users` of
+        them, and `dropped_items`; `raw_rows`, and `repeated_rows` of them, which have the user,
+        item and time of an earlier row; `tied_rows`, which have the time of the user's row before,
+        and `tied_held_out` of them, which are validation or test rows.
 
     Raises:
-        ValueError: if no user is left, or fewer than `num_valid_users`.
+        UserError: if no user is left, or fewer than `num_valid_users`.
     """
     _, user = id_order(frame["user_id"].to_numpy())
     rows_of = np.bincount(user)
     frame = frame[(rows_of >= MIN_ROWS)[user]]
     if frame.empty:
-        raise ValueError(
+        raise UserError(
             f"{name}: no user has {MIN_ROWS} rows after filtering (one to train on, one to "
             "validate on, one to test on); give a larger log or lower data.min_interactions"
         )
     user_ids, user = id_order(frame["user_id"].to_numpy())
     all_item_ids, item = id_order(frame["item_id"].to_numpy())
-    order = np.lexsort((item, frame["timestamp"].to_numpy(), user))
-    user, item = user[order], item[order]
+    time = frame["timestamp"].to_numpy()
+    order = np.lexsort((time, user))  # stable
+    user, item, time = user[order], item[order], time[order]
+    tied = np.concatenate([[False], (user[1:] == user[:-1]) & (time[1:] == time[:-1])])
     num_users = len(user_ids)
     stops = np.cumsum(np.bincount(user))
 
-    if num_valid_users is None:
+    if num_valid_users == 0:
         valid_users = np.arange(num_users)
     elif 1 <= num_valid_users <= num_users:
         rng = np.random.default_rng(split_seed)
         valid_users = np.sort(rng.choice(num_users, num_valid_users, replace=False))
     else:
-        raise ValueError(
+        raise UserError(
             f"data.valid_users is {num_valid_users}, but {name} has {num_users} users after "
-            f"filtering: give 1 to {num_users}, or None for all"
+            f"filtering: give 1 to {num_users}, or 0 for all"
         )
     test_rows, valid_rows = stops - 1, stops[valid_users] - 2
     is_train = np.ones(len(user), bool)
     is_train[test_rows] = False
     is_train[valid_rows] = False
 
+    raw = frame if raw is None else raw
     # An item repeats where the same (user, item) pair stands in an earlier row.
     repeat = pd.Series(user * np.int64(len(all_item_ids)) + item).duplicated().to_numpy()
     item_counts = np.bincount(item[is_train], minlength=len(all_item_ids))
@@ -142,18 +162,26 @@ def leave_one_out(
             "validation_users": len(valid_users),
             "unknown_valid_targets": int((valid_targets < 0).sum()),
             "unknown_test_targets": int((test_targets < 0).sum()),
-            "dropped_users": (raw_users or num_users) - num_users,
+            "dropped_users": raw["user_id"].nunique() - num_users,
             "short_users": int((rows_of < MIN_ROWS).sum()),
-            "dropped_items": (raw_items or len(all_item_ids)) - len(all_item_ids),
+            "dropped_items": raw["item_id"].nunique() - len(all_item_ids),
+            "raw_rows": len(raw),
+            "repeated_rows": int(raw.duplicated(["user_id", "item_id", "timestamp"]).sum()),
+            "tied_rows": int(tied.sum()),
+            "tied_held_out": int(tied[test_rows].sum() + tied[valid_rows].sum()),
         },
     )
 
 
-def _hash(user_ids, item_ids, user, item) -> str:
+def _hash(user_ids: np.ndarray, item_ids: np.ndarray, user: np.ndarray, item: np.ndarray) -> str:
+    """SHA-256 of a log: ids, and the user and item of each row in order."""
     digest = hashlib.sha256()
     for ids in (user_ids, item_ids):
-        digest.update("\n".join(map(str, ids.tolist())).encode())
-        digest.update(b"\0")
+        text = list(map(str, ids.tolist()))
+        joined = "\n".join(text)
+        if joined.count("\n") >= len(text) or "\0" in joined:  # ids with the separators
+            joined = "\0" + json.dumps(text)
+        digest.update(joined.encode() + b"\0")
     for places in (user, item):
         digest.update(np.ascontiguousarray(places, dtype="<i4").tobytes())
     return digest.hexdigest()

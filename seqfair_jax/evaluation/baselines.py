@@ -1,4 +1,4 @@
-"""Recommenders without any training, ranked like the model: what a table must be read against.
+"""Recommenders without any training, ranked like the model, to compare every table with.
 
 Shape letters: n users of a split, V catalogue, k length of a list.
 """
@@ -9,6 +9,7 @@ import numpy as np
 
 from seqfair_jax.data.groups import training_rows
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.evaluation.ranking import split_users
 
 _NONE = -1  # an empty place in a list
 
@@ -26,20 +27,14 @@ def baseline_ranks(
     - interleaved: markov, last_viewed, markov, ..., each item once, k in all.
 
     Args:
-        dataset: the split log.
-        split: 'valid' or 'test'.
+        dataset, split: as for `ranking.split_users`.
         mask_seen: never recommend an item of the history, the target excepted.
         k: length of a list.
 
     Returns:
         i32[n] for each baseline, 1-based; 0 where the target is not in the list.
     """
-    if split == "valid":
-        users, targets = dataset.valid_users, dataset.valid_targets
-        lengths = dataset.train_lengths[users]
-    else:
-        users, targets = np.arange(len(dataset.user_ids)), dataset.test_targets
-        lengths = np.diff(dataset.offsets)
+    users, targets, lengths = split_users(dataset, split)
     num_items = len(dataset.item_ids)
     starts = dataset.offsets[users]
     last = dataset.items[starts + lengths - 1]
@@ -53,7 +48,7 @@ def baseline_ranks(
     popular_rank = popularity[targets]
     markov_rank = following.rank(last, targets)
     if mask_seen:
-        # What is masked and stands ahead of the target gives its place away.
+        # Masked items ahead of the target move it up.
         pairs = np.unique(owner * np.int64(num_items) + history)
         who, item = pairs // num_items, pairs % num_items
         for rank, item_rank in (

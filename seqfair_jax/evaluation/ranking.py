@@ -4,15 +4,18 @@ Shape letters: U users, n users of a split, B users in a batch, T packed tokens,
 D width, k length of a recommended list.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from seqfair_jax.training.batches import BLOCK, Sequences, pack
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.errors import DivergedError
+from seqfair_jax.model.packing import BLOCK, Sequences, pack
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec
 
 _TOKENS = 4096  # packed tokens encoded at once
@@ -30,10 +33,64 @@ class Queries(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """What `rank_targets` returns."""
+    """Where each user's target is in the ranking, and what is recommended."""
 
     ranks: np.ndarray  # i32[n], 1-based; 0 for a target outside the vocabulary
     top_items: np.ndarray  # i32[n, k], best first
+
+
+def make_ranker(
+    model: SASRec,
+    dataset: Dataset,
+    split: str,
+    *,
+    mask_seen: bool,
+    batch_size: int,
+    top_k: int,
+) -> Callable[[Any, str], Ranking]:
+    """The function that ranks the targets of a split by a run's parameters.
+
+    Args:
+        model: the network.
+        dataset, split, mask_seen, batch_size: as for `make_queries`.
+        top_k: k, how many recommended items to return; 0 for none.
+
+    Returns:
+        rank(params, what) -> Ranking. It raises DivergedError where a score is not finite; the
+        message says whose scores they were, which is `what`.
+    """
+    queries = make_queries(
+        dataset, split, max_len=model.max_len, mask_seen=mask_seen, batch_size=batch_size
+    )
+    rank_fn = jax.jit(functools.partial(rank_targets, model, top_k=top_k))
+    num_users = len(split_users(dataset, split)[0])
+
+    def rank(params: Any, what: str) -> Ranking:
+        ranks, top_items, finite = rank_fn(params, queries)
+        if not np.asarray(finite):
+            raise DivergedError(
+                f"{what}: a score is not finite, so no rank can be given. The parameters have "
+                "diverged; try a smaller train.learning_rate or set train.clip_norm"
+            )
+        return Ranking(np.asarray(ranks)[:num_users], np.asarray(top_items)[:num_users])
+
+    return rank
+
+
+def split_users(dataset: Dataset, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The users of a split, i32[n], their targets i32[n] and how many items precede them i64[n].
+
+    Args:
+        dataset: the split log.
+        split: "valid" (histories are the training rows) or "test" (all before the last row).
+    """
+    if split == "valid":
+        users = dataset.valid_users
+        return users, dataset.valid_targets, dataset.train_lengths[users]
+    if split == "test":
+        users = np.arange(len(dataset.user_ids))
+        return users, dataset.test_targets, np.diff(dataset.offsets)
+    raise ValueError(f"split is {split!r}: expected 'valid' or 'test'")
 
 
 def make_queries(
@@ -42,20 +99,12 @@ def make_queries(
     """Lay out the users of a split for `rank_targets`.
 
     Args:
-        dataset: the split log.
-        split: "valid" (histories are the training rows) or "test" (all before the last row).
+        dataset, split: as for `split_users`.
         max_len: L. A history is the begin token and the last L - 2 items.
         mask_seen: take every item of the whole history, the target excepted, out of the ranking.
         batch_size: B', users scored at once.
     """
-    if split == "valid":
-        users, targets = dataset.valid_users, dataset.valid_targets
-        num_history = dataset.train_lengths[users]
-    elif split == "test":
-        users, targets = np.arange(len(dataset.user_ids)), dataset.test_targets
-        num_history = np.diff(dataset.offsets)
-    else:
-        raise ValueError(f"split is {split!r}: expected 'valid' or 'test'")
+    users, targets, num_history = split_users(dataset, split)
     starts = dataset.offsets[:-1][users]
     lengths = np.minimum(num_history + 1, max_len - 1).astype(np.int32)
     # The row after the history stands for the target: `pack` never reads it as an input.
@@ -97,7 +146,7 @@ def rank_targets(
         top_k: k, how many of the best items to return; 0 for none (it costs a partial sort).
 
     Returns:
-        ranks i32[m * B'] (`to_ranking` cuts the padding off), top items i32[m * B', k], and a
+        ranks i32[m * B'] (padding included), top items i32[m * B', k], and a
         bool[]: whether every score was finite.
     """
     num_tokens = _num_tokens(model.max_len)
@@ -129,20 +178,6 @@ def rank_targets(
         score, (queries.encoded_at, queries.targets, queries.seen_rows, queries.seen_items)
     )
     return ranks.reshape(-1), top_items.reshape(ranks.size, top_k), finite.all()
-
-
-def to_ranking(ranks, top_items, finite, *, num_users: int, what: str) -> Ranking:
-    """Bring what `rank_targets` returned to the host, padding cut off.
-
-    Raises:
-        FloatingPointError: if a score was not finite; `what` says whose scores they were.
-    """
-    if not np.asarray(finite):
-        raise FloatingPointError(
-            f"{what}: a score is not finite, so no rank can be given. The parameters have "
-            "diverged; try a smaller train.learning_rate or set train.clip_norm"
-        )
-    return Ranking(np.asarray(ranks)[:num_users], np.asarray(top_items)[:num_users])
 
 
 def _num_tokens(max_len: int) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry_2x32
 
-from seqfair_jax.training.batches import BLOCK, Packed
+from seqfair_jax.model.packing import BLOCK, Packed
 
 PRECISIONS = {
     # config value: (activations' dtype, precision of matrix products)
@@ -19,6 +19,7 @@ PRECISIONS = {
     "tensorfloat32": (jnp.float32, lax.Precision.HIGH),
     "bfloat16": (jnp.bfloat16, lax.Precision.DEFAULT),
 }
+MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
 _LAYER_NORM_EPSILON = 1e-5
 
 
@@ -30,10 +31,15 @@ def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     mean stays exact. Threefry, unlike `rbg`, draws the same bits under `vmap` as alone. Entry i
     of the flattened array takes its bits from block i // 4 whatever the array's length, so a
     token's dropout does not depend on how far the packing is padded.
+
+    Args:
+        key: a threefry key.
+        x: any shape.
+        rate: 0 to `MAX_DROPOUT`; below 2**-17 nothing is dropped.
     """
-    if rate == 0.0:
-        return x
     threshold = round((1.0 - rate) * 2**16)
+    if threshold == 2**16:  # does not fit into the 16 bits that it is compared with
+        return x
     num_blocks = -(-x.size // 4)
     counter = lax.iota(jnp.uint32, num_blocks)
     key_words = jax.random.key_data(key)
@@ -207,7 +213,7 @@ class SASRec(nn.Module):
         The scores of what follows token t are `hidden[t] @ output_table().T`.
 
         Args:
-            packed: T tokens (see `batching.pack`).
+            packed: T tokens (see `packing.pack`).
             train: apply dropout, with the rng "dropout".
         """
         is_begin = (packed.items == self.num_items)[:, None]

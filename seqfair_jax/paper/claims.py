@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from seqfair_jax import significance, tables
+from seqfair_jax.evaluation import significance
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.paper.tables import Entry, entry_name
+from seqfair_jax.report.text import markdown as markdown_table
 
 CLAIMS = {
     "DRO against ERM": "DRO methods beat ERM in groups and over all",
@@ -22,7 +23,7 @@ def compare(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
     on any other loss family against the first of its families.
 
     Args:
-        entries: from `paper_tables.choose`, ERM among them.
+        entries: from `tables.choose`, ERM among them.
         metric: such as NDCG@20.
 
     Returns:
@@ -70,7 +71,7 @@ def markdown(table: pd.DataFrame) -> str:
             cells = [_cell(at.loc[slice_name]) for slice_name in shown]
             body.append([f"`{name}` - `{against}`", *cells])
         parts += [f"## {claim}\n", f"Claim: {CLAIMS[str(claim)]}.\n"]
-        parts += [tables.markdown(["", *shown], body), ""]
+        parts += [markdown_table(["", *shown], body), ""]
     return "\n".join(parts)
 
 

@@ -14,12 +14,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seqfair_jax import significance, tables, workdir
+from seqfair_jax import workdir
+from seqfair_jax.config import format_value
 from seqfair_jax.data.groups import FAMILIES
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import significance
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.sweeps.jobs import Call
+from seqfair_jax.report.text import markdown as markdown_table
+from seqfair_jax.report.text import top_two
+from seqfair_jax.sweeps.jobs import Job
+from seqfair_jax.training.selection import RULES, best_values, is_result, score
 
-RULES = {"overall": "", "worst_group": "_worst_group"}  # how epoch and hyperparameters are chosen
 _TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting groups), figure
     "retailrocket": (2, 3, 4, 1),
     "ml1m": (5, 6, 7, 2),
@@ -36,56 +41,58 @@ class Entry(NamedTuple):
     per_user: dict[int, pd.DataFrame]  # by seed
 
 
-def choose(calls: Sequence[Call], directory: Path, rule: str, seeds: Sequence[int]) -> list[Entry]:
+def choose(
+    jobs: Sequence[Job],
+    directory: Path,
+    rule: str,
+    *,
+    seeds: Sequence[int],
+    families: Sequence[str],
+) -> list[Entry]:
     """For every method and loss family, the hyperparameters that validate best.
 
     The score is the validation metric averaged over seeds, at each run's best epoch: overall
     (rule "overall", the paper's) or of the worst group of the loss's family that is large enough
-    to be judged (rule "worst_group", epochs chosen by it too). Runs that failed are left out, and
-    values that miss a seed thereby, while others are whole.
+    (rule "worst_group"). Runs that failed do not count, nor does a value that thereby lacks a
+    seed which others have. An intersection of families trains at the values that the same rule
+    chose for the first family, and is not chosen again.
 
     Args:
-        calls: the finished calls of a sweep.
+        jobs: the finished jobs of a sweep.
         directory: the sweep's folder.
-        rule: a key of `RULES`.
-        seeds: those that the score is averaged over (`sweep.choice_seeds`); an entry holds all
-            that there are of the chosen values.
+        rule: a key of `selection.RULES`.
+        seeds: those that the score is averaged over (`grid.choice_seeds`); an entry holds all
+            seeds of the chosen values.
+        families: the sweep's own, of which intersections are made.
     """
-    suffix = RULES[rule]
-    found: dict[tuple, dict[tuple, list[tuple[float, dict, Path]]]] = {}
-    for call in calls:
-        folder = directory / "calls" / call.name
-        for part, summary in zip(
-            tables.run_folders(folder), tables.read_summaries(folder), strict=True
-        ):
-            if summary["status"] != "finished":
-                continue
-            score = summary["best" + suffix][rule]
-            values = tuple(sorted(summary["hparams"].items()))
-            points = found.setdefault((call.method, call.family or ""), {})
-            points.setdefault(values, []).append((score, summary, part))
+    found: dict[tuple, dict[tuple, list[tuple[dict, Path]]]] = {}
+    for job in jobs:
+        for part in workdir.finished_folders(workdir.job_folder(directory, job.name)):
+            summary = workdir.read_summary(part)
+            if is_result(summary, rule):
+                values = tuple(sorted(summary["hparams"].items()))
+                points = found.setdefault((job.method, job.family or ""), {})
+                points.setdefault(values, []).append((summary, part))
+    best: dict[tuple, tuple | None] = {}
+    for (method, family), points in found.items():
+        if family in ("", *families):
+            scores = {
+                values: [score(summary, rule) for summary, _ in runs if summary["seed"] in seeds]
+                for values, runs in points.items()
+            }
+            best[method, family] = best_values(scores)
+    suffix = RULES[rule].suffix
     entries = []
     for (method, family), points in found.items():
-        scores = {
-            values: [score for score, summary, _ in runs if summary["seed"] in seeds]
-            for values, runs in points.items()
-        }
-        best = tables.best_values(scores)
-        if best is None:
+        chosen = best.get((method, family if family in ("", *families) else families[0]))
+        if chosen not in points:  # nothing was scored, or the runs of the chosen values failed
             continue
-        runs = points[best]
-        entries.append(
-            Entry(
-                method,
-                family,
-                dict(best),
-                [summary for _, summary, _ in runs],
-                {
-                    summary["seed"]: pd.read_parquet(part / f"per_user{suffix}.parquet")
-                    for _, summary, part in runs
-                },
-            )
-        )
+        runs = points[chosen]
+        tables = {
+            summary["seed"]: pd.read_parquet(workdir.per_user(part, suffix))
+            for summary, part in runs
+        }
+        entries.append(Entry(method, family, dict(chosen), [run for run, _ in runs], tables))
     return entries
 
 
@@ -98,11 +105,11 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
         (`significance.compare`); NaN for ERM itself and for the baselines.
 
     Raises:
-        ValueError: if there is no ERM to compare with.
+        UserError: if there is no ERM to compare with.
     """
     erm = next((entry for entry in entries if entry.method == "erm"), None)
     if erm is None:
-        raise ValueError("the sweep holds no finished ERM run, which the others are tested against")
+        raise UserError("the sweep holds no finished ERM run, which the others are tested against")
     names = {entry_name(entry): entry for entry in entries if entry is not erm}
     tests = pd.DataFrame(columns=["name", "slice"])
     if names:
@@ -110,7 +117,7 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
         tests = significance.compare(per_user, erm.per_user, metric)
     rows = []
     for entry in entries:
-        values = [summary["test" + RULES[rule]][metric] for summary in entry.summaries]
+        values = [summary["test" + RULES[rule].suffix][metric] for summary in entry.summaries]
         for name in values[0]:
             seeds = np.array([v[name] for v in values if v[name] is not None], float)
             rows.append(
@@ -118,7 +125,9 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
                     "name": entry_name(entry),
                     "method": entry.method,
                     "group_family": entry.family,
-                    "hparams": ", ".join(f"{k}={v:g}" for k, v in entry.hparams.items()),
+                    "hparams": ", ".join(
+                        f"{k}={format_value(v)}" for k, v in entry.hparams.items()
+                    ),
                     "slice": name,
                     "value": seeds.mean() if len(seeds) else np.nan,
                     "sd": seeds.std(ddof=1) if len(seeds) > 1 else np.nan,
@@ -258,7 +267,7 @@ def published(layout: Layout) -> pd.DataFrame | None:
     """The paper's own figures in the same cells; None where the table is not the paper's."""
     if layout.number is None:
         return None
-    file = resources.files("seqfair_jax") / "paper_tables.csv"
+    file = resources.files("seqfair_jax.paper") / "published.csv"
     with resources.as_file(file) as path:
         table = pd.read_csv(path, keep_default_na=False)
     table = table[table["table"] == layout.number]
@@ -287,7 +296,7 @@ def _decorated(
     deviations = table.deviations.to_numpy(float)
     marks = []
     for column in rounded[is_method].T:
-        marks.append(dict(zip(tables.top_two(column), (best, second), strict=False)))
+        marks.append(dict(zip(top_two(column), (best, second), strict=False)))
     rows = []
     for i, method in enumerate(is_method):
         row = []
@@ -311,7 +320,7 @@ def _markdown(values: pd.DataFrame, body: Sequence[Sequence[str]]) -> str:
     """Cells as text under the heads and beside the labels of `values`."""
     heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
     rows = [[str(label), *row] for label, row in zip(values.index, body, strict=True)]
-    return tables.markdown(["Method", *heads], rows)
+    return markdown_table(["Method", *heads], rows)
 
 
 def latex(table: Cells, caption: str) -> str:

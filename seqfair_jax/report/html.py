@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seqfair_jax import __version__, tables, workdir
+from seqfair_jax import __version__, workdir
+from seqfair_jax.evaluation import slices
+from seqfair_jax.report import text
+from seqfair_jax.report.runs import FinishedRun, families_of, read_consistent
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -66,13 +69,13 @@ def write(
         path: the file to write; replaced if it exists.
         metric: such as NDCG@20.
         family: the one to show; None shows all that were evaluated.
-        rows: the tests against a baseline, from `tables.compare_folders`; None shows none.
+        rows: the tests against a baseline, from `runs.compare_folders`; None shows none.
 
     Raises:
-        ValueError: as `tables.tables`.
+        UserError: as `text.tables`.
     """
-    runs = tables.read_consistent(folders, metric, family)
-    families = tables.families_of(runs, metric) if family is None else [family]
+    runs = read_consistent(folders, metric, family)
+    families = families_of(runs, metric) if family is None else [family]
     found = runs[0].summary["dataset"]
     title = f"{found['name']}: {metric} by user group"
     sections = [
@@ -85,12 +88,12 @@ def write(
     ]
     for name in families:
         sections.append(f"<h2>{html.escape(name)}</h2>")
-        numbers = tables.table(runs, metric, name)
+        numbers = text.table(runs, metric, name)
         sections.append(_results(numbers, rows, name))
         if rows is not None:
-            sections.append(_figures(_change_figures(rows, name, tables.shown_slices(numbers))))
+            sections.append(_figures(_change_figures(rows, name, text.shown_slices(numbers))))
     if rows is not None:
-        shown = rows[[tables.is_shown(slice_name, families) for slice_name in rows["slice"]]]
+        shown = rows[[slices.is_shown(slice_name, families) for slice_name in rows["slice"]]]
         sections += ["<h2>Differences</h2>", _differences(shown, metric)]
     sections += _curves(_history(runs), metric, families)
     sections += _grids(runs, metric, families)
@@ -120,7 +123,7 @@ def _html_table(header: Sequence[str], body: Sequence[tuple[str, Sequence[str]]]
 
 
 def _results(numbers: pd.DataFrame, rows: pd.DataFrame | None, family: str) -> str:
-    columns = tables.shown_slices(numbers)
+    columns = text.shown_slices(numbers)
     is_method = ~numbers["name"].str.startswith("[")
     stars = set()
     if rows is not None:
@@ -128,12 +131,12 @@ def _results(numbers: pd.DataFrame, rows: pd.DataFrame | None, family: str) -> s
         stars = set(zip(starred["name"], starred["slice"], strict=True))
     marks = {}  # the two best values of each column, as printed, among the methods
     for column in columns:
-        top = tables.top_two(numbers.loc[is_method, column])
+        top = text.top_two(numbers.loc[is_method, column])
         marks[column] = dict(zip(top, ("best", "second"), strict=False))
     body = []
     for method, record in zip(is_method, numbers.to_dict("records"), strict=True):
         name = str(record["name"])
-        cells = [html.escape(tables.row_label(name, record["seeds"]))]
+        cells = [html.escape(text.row_label(name, record["seeds"]))]
         for column in columns:
             value, half = record[column], record[f"{column} ±"]
             if np.isnan(value):
@@ -144,7 +147,7 @@ def _results(numbers: pd.DataFrame, rows: pd.DataFrame | None, family: str) -> s
             spread = "" if np.isnan(half) else f' <span class="half">±{half:.4f}</span>'
             cells.append(f'<span class="{mark}">{value:.4f}</span>{"*" * has_star}{spread}')
         body.append(("" if method else "baseline", cells))
-    return _html_table(["", *tables.labels(columns, family)], body)
+    return _html_table(["", *slices.labels(columns)], body)
 
 
 def _differences(rows: pd.DataFrame, metric: str) -> str:
@@ -194,11 +197,11 @@ def _figures(panels: Sequence[tuple[str, Figure]]) -> str:
 
 
 def _change_figures(
-    rows: pd.DataFrame, family: str, slices: Sequence[str]
+    rows: pd.DataFrame, family: str, columns: Sequence[str]
 ) -> list[tuple[str, Figure]]:
     """Percentage change against the baseline: a panel a method, a bar a group, one scale."""
-    shown = [name for name in slices if name.startswith(f"{family}=")] + ["overall"]
-    labels = tables.labels(shown, family)
+    shown = [*slices.groups_in(columns, family), slices.OVERALL]
+    labels = slices.labels(shown)
     panels = []
     lowest, highest = 0.0, 0.0
     for number, (name, part) in enumerate(rows.groupby("name", sort=False)):
@@ -222,7 +225,7 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _history(runs: Sequence[tables.Run]) -> pd.DataFrame:
+def _history(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """Every run's `metrics.jsonl`, a row an epoch, with the method's name; seeds averaged."""
     histories = []
     for run in runs:
@@ -271,7 +274,7 @@ def _curves(history: pd.DataFrame, metric: str, families: Sequence[str]) -> list
     return sections
 
 
-def _grids(runs: Sequence[tables.Run], metric: str, families: Sequence[str]) -> list[str]:
+def _grids(runs: Sequence[FinishedRun], metric: str, families: Sequence[str]) -> list[str]:
     """Test and validation over the values of a hyperparameter, where a method has several."""
     records = [
         {
@@ -316,7 +319,7 @@ def _grids(runs: Sequence[tables.Run], metric: str, families: Sequence[str]) -> 
     return ["<h2>Hyperparameters</h2>", _figures(panels)] if panels else []
 
 
-def _times(runs: Sequence[tables.Run]) -> str:
+def _times(runs: Sequence[FinishedRun]) -> str:
     body = []
     for run in runs:
         summary = run.summary

@@ -1,33 +1,24 @@
-"""Plans a comparison of methods as calls of `run.run`, and says what it costs.
+"""Plans a comparison of methods as jobs.
 
-A call trains together the runs that differ in traced values alone (seed, hyperparameters). Methods
-that never look at groups train once, however many families they are judged by.
+A job trains together the runs that differ only in traced values (seed, hyperparameters). Methods
+without groups train once, however many families they are judged by.
 """
 
 import functools
 import hashlib
 import itertools
 import json
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.training.batches import choose_sizes, draw_batches
-from seqfair_jax.config import default_config, plan_runs, resolve
+from seqfair_jax.config import default_config, format_value, resolve
 from seqfair_jax.data.groups import FAMILIES
-from seqfair_jax.training.experiment import Experiment
-from seqfair_jax.objectives import METHODS, Hyperparams
-from seqfair_jax.training.step import flop_per_target, initial_states, make_segment, token_sizes
-from seqfair_jax.sweeps.jobs import Call
-
-_MEMORY_SHARE = 0.6  # of the device's memory for one call
-_TIMED_STEPS = 4
+from seqfair_jax.errors import UserError
+from seqfair_jax.objectives import METHODS, HParams
+from seqfair_jax.sweeps.jobs import Job
 
 
 def default_sweep() -> ConfigDict:
@@ -47,7 +38,7 @@ def default_sweep() -> ConfigDict:
             "step_size": (1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
             "stream_rate": (0.1,),
             "radius": (1.0,),
-            "runs_per_call": 0,  # 0: as many as the device's memory holds
+            "runs_per_job": 0,  # 0: as many as the device's memory holds
         }
     )
 
@@ -56,60 +47,60 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     """A sweep's config as the runs' own config and its `sweep` part, checked.
 
     Raises:
-        ValueError: on an unknown key or method, an empty list, a name given twice, a number out
+        UserError: on an unknown key or method, an empty list, a name given twice, a number out
             of range, a sweep without erm, a run's setting that the sweep's own would replace, or
             an intersection of families that the methods are not judged by.
     """
     base = config.copy_and_resolve_references()
     base.unlock()
     if "sweep" not in base:
-        raise ValueError("the config has no `sweep`: name one such as configs/paper_rr.py")
+        raise UserError("the config has no `sweep`: name one such as configs/paper_rr.py")
     sweep = base.sweep
     del base["sweep"]
     known = default_sweep()
     for key in sweep:
         if key not in known:
-            raise ValueError(f"sweep.{key} is not a setting; known: {', '.join(known)}")
+            raise UserError(f"sweep.{key} is not a setting; known: {', '.join(known)}")
     for key in known:
         if key not in sweep:
             sweep[key] = known[key]
         if isinstance(known[key], tuple) and known[key] and not tuple(sweep[key]):
-            raise ValueError(f"sweep.{key} is empty")
+            raise UserError(f"sweep.{key} is empty")
     names = ("methods", "families", "intersections", "intersection_methods", "one_seed_methods")
     for key in names:  # `--config.sweep.methods=erm,cvar` is one string
         sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(",") if part)
         if len(set(sweep[key])) < len(sweep[key]):
-            raise ValueError(f"sweep.{key} is {sweep[key]}: expected each name once")
+            raise UserError(f"sweep.{key} is {sweep[key]}: expected each name once")
     for key in ("methods", "intersection_methods", "one_seed_methods"):
         for method in sweep[key]:
             if method not in METHODS:
-                raise ValueError(f"sweep.{key}: {method!r} is unknown; known: {', '.join(METHODS)}")
+                raise UserError(f"sweep.{key}: {method!r} is unknown; known: {', '.join(METHODS)}")
     for method in sweep.intersection_methods:
         if not METHODS[method].needs_groups:
-            raise ValueError(f"sweep.intersection_methods: {method} looks at no groups")
+            raise UserError(f"sweep.intersection_methods: {method} looks at no groups")
     for family in sweep.intersections:
         unknown = set(family.replace("&", "*").split("*")) - set(sweep.families)
         if unknown or family in sweep.families:
-            raise ValueError(
+            raise UserError(
                 f"sweep.intersections: {family!r} is not made of two or more of sweep.families, "
                 f"{', '.join(sweep.families)}"
             )
     if "erm" not in sweep.methods:
-        raise ValueError(
+        raise UserError(
             f"sweep.methods is {sweep.methods}: expected erm among them, which the others are "
             "tested against"
         )
     default = default_config()
-    for key in Hyperparams._fields:
+    for key in HParams._fields:
         if tuple(base.objective[key]) != tuple(default.objective[key]):
-            raise ValueError(
+            raise UserError(
                 f"objective.{key} is {base.objective[key]}: a sweep's values are those of "
                 f"sweep.{key}; set that"
             )
-    if sweep.runs_per_call < 0:
-        raise ValueError(f"sweep.runs_per_call is {sweep.runs_per_call}: expected 0 or more")
+    if sweep.runs_per_job < 0:
+        raise UserError(f"sweep.runs_per_job is {sweep.runs_per_job}: expected 0 or more")
     if not 0 <= sweep.choice_seeds <= len(base.seeds):
-        raise ValueError(
+        raise UserError(
             f"sweep.choice_seeds is {sweep.choice_seeds}: expected 0 to {len(base.seeds)}, the "
             "number of seeds"
         )
@@ -127,23 +118,23 @@ def config_hash(base: ConfigDict, sweep: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_call: int) -> list[Call]:
-    """Every call of a sweep, in the order they are worked through.
+def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_job: int) -> list[Job]:
+    """Every job of a sweep, in the order they are worked through.
 
     With `sweep.choice_seeds` these train on the first seeds alone; `plan_chosen` goes on with the
     others, and with the intersections.
 
     Args:
         base, sweep: from `split_config`.
-        runs_per_call: the most runs that train together, 1 or more.
+        runs_per_job: the most runs that train together, 1 or more.
     """
-    calls: list[Call] = []
+    jobs: list[Job] = []
     for method in sweep.methods:
-        values = {key: tuple(sweep[key]) for key in METHODS[method].hyperparams}
+        values = {key: tuple(sweep[key]) for key in METHODS[method].hparams}
         seeds, _ = _seeds(base, sweep, method)
         for family in sweep.families if METHODS[method].needs_groups else (None,):
-            calls += _calls(base, sweep, method, family, values, seeds, runs_per_call)
-    return calls
+            jobs += _jobs(base, sweep, method, family, values, seeds, runs_per_job)
+    return jobs
 
 
 def plan_chosen(
@@ -151,28 +142,28 @@ def plan_chosen(
     sweep: ConfigDict,
     chosen: Iterable[tuple[str, str | None, Mapping[str, float]]],
     *,
-    runs_per_call: int,
-) -> list[Call]:
-    """The calls that train the chosen values: on the seeds that took no part in the choice, and
+    runs_per_job: int,
+) -> list[Job]:
+    """The jobs that train the chosen values: on the seeds that took no part in the choice, and
     on the intersections.
 
     Args:
-        base, sweep, runs_per_call: as for `plan`.
+        base, sweep, runs_per_job: as for `plan`.
         chosen: method, loss family and values; a pair of the plan may have several values, or
-            none. The calls' names hold the values, so that another choice is another call.
+            none. The jobs' names hold the values, so that another choice is another job.
     """
-    calls: list[Call] = []
+    jobs: list[Job] = []
     for method, family, hparams in chosen:
         values = {key: (value,) for key, value in hparams.items()}
-        named = [f"{key}={value:g}" for key, value in hparams.items()]
-        train = functools.partial(_calls, base, sweep, method)
+        named = [f"{key}={format_value(value)}" for key, value in hparams.items()]
+        train = functools.partial(_jobs, base, sweep, method)
         _, seeds = _seeds(base, sweep, method)
         if seeds:
-            calls += train(family, values, seeds, runs_per_call, [*named, "more_seeds"])
+            jobs += train(family, values, seeds, runs_per_job, [*named, "more_seeds"])
         if method in sweep.intersection_methods and family == sweep.families[0]:
             for intersection in sweep.intersections:
-                calls += train(intersection, values, tuple(base.seeds)[:1], runs_per_call, named)
-    return calls
+                jobs += train(intersection, values, tuple(base.seeds)[:1], runs_per_job, named)
+    return jobs
 
 
 def choice_seeds(base: ConfigDict, sweep: ConfigDict) -> tuple[int, ...]:
@@ -189,24 +180,24 @@ def _seeds(base: ConfigDict, sweep: ConfigDict, method: str) -> tuple[tuple, tup
     return first, seeds[len(first) :]
 
 
-def _calls(
+def _jobs(
     base: ConfigDict,
     sweep: ConfigDict,
     method: str,
     family: str | None,
     values: Mapping[str, tuple[float, ...]],
     seeds: tuple[int, ...],
-    runs_per_call: int,
+    runs_per_job: int,
     notes: Sequence[str] = (),
-) -> Iterator[Call]:
-    """All of values x seeds of a method on a loss family, as calls of at most `runs_per_call`.
+) -> Iterator[Job]:
+    """All of values x seeds of a method on a loss family, as jobs of at most `runs_per_job`.
 
-    `notes` go into the calls' names.
+    `notes` go into the jobs' names.
     """
-    # A call holds products of values, so the longest list is what it may take a part of.
+    # A job holds products of values, so the longest list is what it may take a part of.
     varied = max(values, key=lambda key: len(values[key]), default=None)
     fixed = [key for key in values if key != varied]
-    parts = _chunks(values[varied] if varied else (None,), seeds, runs_per_call)
+    parts = _chunks(values[varied] if varied else (None,), seeds, runs_per_job)
     combinations = list(itertools.product(*(values[key] for key in fixed)))
     for combination in combinations:
         for number, (part, part_seeds) in enumerate(parts, start=1):
@@ -221,13 +212,14 @@ def _calls(
                 config.objective[varied] = tuple(part)
             pieces = [method]
             if family:
-                pieces.append(family.replace("*", "x").replace("&", "and"))
+                pieces.append(family)
             if len(combinations) > 1:
                 pieces += [
-                    f"{key}={value:g}" for key, value in zip(fixed, combination, strict=True)
+                    f"{key}={format_value(value)}"
+                    for key, value in zip(fixed, combination, strict=True)
                 ]
             pieces += [*notes, *([f"part{number}"] if len(parts) > 1 else [])]
-            yield Call("-".join(pieces), method, family, resolve(config))
+            yield Job("-".join(pieces), method, family, resolve(config))
 
 
 def _chunks(values: Sequence[Any], seeds: tuple[int, ...], most: int):
@@ -238,83 +230,3 @@ def _chunks(values: Sequence[Any], seeds: tuple[int, ...], most: int):
         ]
     size = most // len(seeds)
     return [(values[i : i + size], seeds) for i in range(0, len(values), size)]
-
-
-def measure_runs_per_call(experiment: Experiment) -> int:
-    """How many runs of this size the device holds at once, from two compiled programs."""
-    one, two = (_program_bytes(experiment, runs) for runs in (1, 2))
-    stats = jax.devices()[0].memory_stats() or {}
-    memory = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    each = max(two - one, 1)
-    return max(1, int((_MEMORY_SHARE * memory - one) // each) + 1)
-
-
-def _program_bytes(experiment: Experiment, num_runs: int) -> int:
-    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=1)
-    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
-    analysis = segment.lower(states, *arguments).compile().memory_analysis()
-    if analysis is None:
-        raise ValueError(
-            f"{jax.default_backend()} does not tell what a program needs: set sweep.runs_per_call"
-        )
-    # Beside the program's own arrays, the two best parameter sets and a validation's worth.
-    params = sum(leaf.nbytes for leaf in jax.tree.leaves(states.params))
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.temp_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + 2 * params
-    )
-
-
-def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
-    user_ids, _, tokens = draw_batches(
-        range(num_runs),
-        0,
-        lengths=experiment.train_lengths,
-        batch_size=experiment.config.train.batch_size,
-        steps=steps,
-        side_by_side=experiment.vmap,
-    )
-    sizes = tuple(token_sizes(tokens))
-    states = initial_states(
-        experiment.task, seeds=range(num_runs), num_groups=len(experiment.loss_family.groups)
-    )
-    hparams = jax.tree.map(lambda leaf: jnp.full(num_runs, leaf[0]), experiment.hparams)
-    index = jnp.asarray(choose_sizes(sizes, tokens))
-    arguments = (hparams, experiment.data, jnp.asarray(user_ids), index, 0, steps)
-    return states, arguments, sizes
-
-
-class Estimate(NamedTuple):
-    """What a sweep costs."""
-
-    runs: int
-    steps: int  # of all runs
-    flop: float  # of the matrix products, of all runs
-    seconds: float  # of training here, from a few timed steps; no compilation, no evaluation
-
-
-def estimate(calls: Sequence[Call], experiment: Experiment, runs_per_call: int) -> Estimate:
-    """Cost of a plan on this machine.
-
-    Args:
-        calls: the plan.
-        experiment: of one of its calls; all have the same shapes.
-        runs_per_call: as many runs are timed together.
-    """
-    config = experiment.config
-    sizes_of = [len(plan_runs(call.config)) for call in calls]
-    num_runs = min(runs_per_call, max(sizes_of))
-    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=_TIMED_STEPS)
-    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
-    states = jax.block_until_ready(segment(states, *arguments))  # compiles
-    began = time.perf_counter()
-    jax.block_until_ready(segment(states, *arguments))
-    per_run_step = (time.perf_counter() - began) / _TIMED_STEPS / num_runs
-    steps = sum(sizes_of) * config.train.epochs * config.train.steps_per_epoch
-    lengths = experiment.train_lengths
-    targets = config.train.batch_size * float(lengths.mean())
-    flop = flop_per_target(experiment.task.model, lengths)
-    return Estimate(sum(sizes_of), steps, steps * targets * flop, steps * per_run_step)

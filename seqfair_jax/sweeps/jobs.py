@@ -1,141 +1,111 @@
-"""Works through many calls of `run.run`, each once, however many processes share them.
+"""Works through many jobs, each once, however many processes share them.
 
-Sweeps (`reproduce`) and searches (`search`) plan the calls.
+A job is one call of `run.run`; sweeps (`grid`) and searches (`search`) plan them.
 """
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.config import check_resumable
+from seqfair_jax.errors import UserError
 from seqfair_jax.run import run
 
-_POLL_SECONDS = 2.0  # between looks at whether another process is done with its call
+_POLL_SECONDS = 2.0  # between checks of jobs that other processes work on
 _log = logging.getLogger(__name__)
 
 
-class Call(NamedTuple):
+class Job(NamedTuple):
     """Runs that one program trains."""
 
-    name: str  # its folder below DIR/calls
+    name: str  # unique in its sweep; names its folder (`workdir.job_folder`)
     method: str
-    family: str | None  # of the loss; None for a method that never looks at groups
+    family: str | None  # of the loss; None for a method without groups
     config: ConfigDict  # resolved
 
 
-def work(calls: Sequence[Call], directory: Path) -> dict[str, str]:
-    """Run every call that is not done; a call that fails is noted and the others go on.
+def work(jobs: Sequence[Job], directory: Path) -> dict[str, str]:
+    """Run every job that is not done; if one fails, continue with the others.
 
-    Another process at work on the same folder is left its call: this one takes the next, and
-    waits at the end until the others are done. A process that dies gives its call up, and what
-    failed in one process is tried again by the others.
+    Jobs that another process works on are skipped, and awaited at the end. The jobs of a process
+    that dies, or that failed in another process, are tried again.
 
     Args:
-        calls: the plan, of unequal names.
-        directory: the folder of all calls; a call's files go to `directory/calls/NAME`.
+        jobs: the plan.
+        directory: the folder of all jobs.
 
     Returns:
-        The error of each call that failed here, by name. What is done, `done` tells.
+        The error of each job that failed here, by name. `done` lists the finished jobs.
 
     Raises:
-        ValueError: if a call's folder was made by another config.
+        UserError: if a job's folder was made by another config.
         SystemExit: after SIGINT or SIGTERM, with the state saved.
     """
-    for call in calls:  # all, before any trains: a folder never holds two configs' results
-        is_done(call, _folder(call, directory))
+    for job in jobs:  # all before any trains, so that a folder never gets results of two configs
+        is_done(job, workdir.job_folder(directory, job.name))
     errors: dict[str, str] = {}
-    left = list(enumerate(calls, start=1))
-    said = False
+    left = list(enumerate(jobs, start=1))
+    is_waiting = False
     while left:
         held = []
-        for number, call in left:
-            folder = _folder(call, directory)
-            if is_done(call, folder):
+        for number, job in left:
+            folder = workdir.job_folder(directory, job.name)
+            if is_done(job, folder):
                 continue
-            with claim(directory, call.name) as ours:
+            with workdir.lock(workdir.job_lock(directory, job.name)) as ours:
                 if not ours:
-                    held.append((number, call))
-                elif not is_done(call, folder):  # it may have been done since the last look
-                    print(f"\n[{number}/{len(calls)}] {call.name}", flush=True)
-                    error = _attempt(call, folder)
+                    held.append((number, job))
+                elif not is_done(job, folder):  # it may have finished since the last check
+                    print(f"\n[{number}/{len(jobs)}] {job.name}", flush=True)
+                    error = _attempt(job, folder)
                     if error is not None:
-                        errors[call.name] = error
+                        errors[job.name] = error
         if len(held) == len(left):
-            if not said:
-                print(f"waiting for {len(held)} calls of other processes", flush=True)
-                said = True
+            if not is_waiting:
+                print(f"waiting for {len(held)} jobs of other processes", flush=True)
+                is_waiting = True
             time.sleep(_POLL_SECONDS)
         left = held
     return errors
 
 
-def _folder(call: Call, directory: Path) -> Path:
-    return directory / "calls" / call.name
-
-
-def _attempt(call: Call, folder: Path) -> str | None:
-    """What went wrong, None if nothing did."""
+def _attempt(job: Job, folder: Path) -> str | None:
+    """What went wrong; None if nothing did."""
     try:
-        run(call.config, folder)
-    except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
-        _log.warning("%s failed: %s", call.name, error)  # memory ran out is a JaxRuntimeError
+        run(job.config, folder)
+    except (UserError, jax.errors.JaxRuntimeError) as error:  # out of memory is a JaxRuntimeError
+        _log.warning("%s failed: %s", job.name, error)
         return str(error)
     return None
 
 
-def done(calls: Sequence[Call], directory: Path) -> list[Call]:
-    """Those of the calls whose results are in the folder, whichever process made them."""
-    return [call for call in calls if is_done(call, _folder(call, directory))]
+def done(jobs: Sequence[Job], directory: Path) -> list[Job]:
+    """The jobs whose results are in the folder, whichever process made them."""
+    return [job for job in jobs if is_done(job, workdir.job_folder(directory, job.name))]
 
 
-def failures(errors: Mapping[str, str], calls: Sequence[Call], directory: Path) -> str:
-    """What to say of the calls that failed here and that no other process finished; "" if none."""
-    left = {call.name for call in calls} - {call.name for call in done(calls, directory)}
+def failures(errors: Mapping[str, str], jobs: Sequence[Job], directory: Path) -> str:
+    """Lists the jobs that failed here and that no other process finished; "" if none."""
+    left = {job.name for job in jobs} - {job.name for job in done(jobs, directory)}
     lines = [f"  {name}: {error}" for name, error in errors.items() if name in left]
-    return "\n".join([f"{len(lines)} of {len(calls)} calls failed:", *lines]) if lines else ""
+    return "\n".join([f"{len(lines)} of {len(jobs)} jobs failed:", *lines]) if lines else ""
 
 
-@contextlib.contextmanager
-def claim(directory: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a name in a folder against other processes; yields whether it is held.
-
-    The lock is the operating system's, so that it ends with its process however that ends.
-
-    Args:
-        directory: the folder of all calls.
-        name: a call's, or of another thing that one process alone may do.
-        wait: until it is free, so that it is always held.
-    """
-    (directory / "locks").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "locks" / f"{name}.lock")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def is_done(call: Call, folder: Path) -> bool:
-    """Whether a call's results are there.
+def is_done(job: Job, folder: Path) -> bool:
+    """Whether a job's results are there.
 
     Raises:
-        ValueError: if the folder was made by another config, finished or not.
+        UserError: if the folder was made by another config, finished or not.
     """
-    saved = workdir.read_json(folder / "config.json")
+    saved = workdir.read_json(folder / workdir.CONFIG)
     if saved is None:
         return False
-    settings = workdir.jsonable(call.config.to_dict())
-    check_resumable(saved, settings, str(folder / "config.json"))
-    return saved == settings and workdir.read_json(folder / "summary.json") is not None
+    settings = workdir.jsonable(job.config.to_dict())
+    check_resumable(saved, settings, str(folder / workdir.CONFIG))
+    return saved == settings and workdir.finished_inputs(folder) is not None

@@ -1,27 +1,28 @@
 """Backbone search: trains one method over a grid of settings and ranks them by validation.
 
-`python -m seqfair_jax.search --config=configs/backbone_rr.py --workdir=runs/backbone_rr`
-
-Settings may change the model's shape, so each point is a call of its own. The same command in
+Settings may change the model's shape, so each point of the grid is a job. The same command in
 several processes shares the work.
 """
 
 import copy
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from absl import flags
 from ml_collections import ConfigDict
 
-from seqfair_jax import tables, workdir, worker
+from seqfair_jax import workdir
 from seqfair_jax.config import flatten, resolve
-from seqfair_jax.main import command
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation.slices import NEW, OVERALL, REPEAT
+from seqfair_jax.report import text
+from seqfair_jax.report.runs import read_summaries
+from seqfair_jax.sweeps import jobs
+from seqfair_jax.training import selection
 
 Point = dict[str, Any]  # a value for each setting of the grid, by its dotted name
 
@@ -38,17 +39,11 @@ def default_search() -> ConfigDict:
     )
 
 
-def main() -> None:
-    """Work through the grid and write the ranking; or print the plan alone."""
-    dry_run = flags.DEFINE_bool("dry_run", False, "print the points, no more")
-    command(lambda config, directory: search(config, directory, dry_run=dry_run.value))
-
-
 def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) -> pd.DataFrame:
     """Train every point and write `search.csv` and `search.md`, best validation first.
 
-    A point that is done is not done again, one that was stopped goes on where it was; one that
-    fails is reported at the end. Test figures take no part and are not shown.
+    Finished points are skipped, interrupted ones are resumed, and failed ones are listed at the
+    end. Test figures take no part and are not shown.
 
     Args:
         config: with a `search` (`default_search`).
@@ -60,8 +55,8 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         epoch), its worst group, epoch, step and seconds. Empty with `dry_run`.
 
     Raises:
-        ValueError: on a bad setting, or results made by another config.
-        SystemExit: where points failed, naming them; after SIGINT or SIGTERM.
+        UserError: on a bad setting, or results made by another config.
+        SystemExit: if points failed, naming them; after SIGINT or SIGTERM.
     """
     base, grid, order = split_config(config)
     if dry_run:
@@ -69,17 +64,18 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         return pd.DataFrame()
     folder = workdir.create(directory)
     metric = base.select.metric
-    points: dict[str, Point] = {}
-    calls: dict[str, worker.Call] = {}
+    planned: dict[str, tuple[Point, jobs.Job]] = {}  # by the job's name
     errors: dict[str, str] = {}
 
-    def train(wanted: Sequence[Point]) -> list[tuple[Point, dict[str, Any]]]:
-        planned = [(point, _call(base, point)) for point in wanted]
-        points.update({call.name: point for point, call in planned})
-        calls.update({call.name: call for _, call in planned})
-        errors.update(worker.work([call for _, call in planned], folder))
-        done = worker.done(list(calls.values()), folder)
-        return _rank([(points[call.name], call) for call in done], folder, metric)
+    def all_jobs() -> list[jobs.Job]:
+        return [job for _, job in planned.values()]
+
+    def train(points: Sequence[Point]) -> list[tuple[Point, dict[str, Any]]]:
+        new = [(point, _job(base, point)) for point in points]
+        planned.update({job.name: (point, job) for point, job in new})
+        errors.update(jobs.work([job for _, job in new], folder))
+        finished = jobs.done(all_jobs(), folder)
+        return _rank([planned[job.name] for job in finished], folder, metric)
 
     ranked = []
     if order:
@@ -89,15 +85,15 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
             best = ranked[0][0] if ranked else best
     else:
         ranked = train(_combinations(grid))
-    failed = worker.failures(errors, list(calls.values()), folder)
+    failed = jobs.failures(errors, all_jobs(), folder)
     if not ranked:
-        sys.exit(f"no point of the search has a validation score\n{failed}")
+        raise SystemExit(f"no point of the search has a validation score\n{failed}")
     ranking = pd.DataFrame([point | figures for point, figures in ranked])
-    with worker.claim(folder, "tables", wait=True):
+    with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
         _write(ranking, ranked[0][0], base, folder)
     print("\n" + (folder / "search.md").read_text(encoding="utf-8"))
     if failed:
-        sys.exit(failed)
+        raise SystemExit(failed)
     return ranking
 
 
@@ -105,19 +101,19 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
     """A search's config as the runs' own config, the grid by dotted names, and the order.
 
     Raises:
-        ValueError: on an unknown setting, a list that is empty, repeats a value or holds one of
+        UserError: on an unknown setting, a list that is empty, repeats a value or holds one of
             another type than the setting, or an order that is not of the grid.
     """
     # Not resolved, so that what follows from a setting of the grid still follows.
     base = copy.deepcopy(config)
     base.unlock()
     if "search" not in base:
-        raise ValueError("the config has no `search`: name one such as configs/backbone_rr.py")
+        raise UserError("the config has no `search`: name one such as configs/backbone_rr.py")
     settings = base.search
     del base["search"]
     unknown = sorted(set(settings) - set(default_search()))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"search.{unknown[0]} is not a setting; known: {', '.join(default_search())}"
         )
     known = dict(flatten(base.to_dict()))
@@ -125,11 +121,11 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
     for key, values in grid.items():
         _check_values(key, values, known)
     if not grid:
-        raise ValueError("search.grid is empty: give a list of values for some setting")
+        raise UserError("search.grid is empty: give a list of values for some setting")
     # `--config.search.one_by_one=a,b` arrives as one string, `--config.search.one_by_one=` as ''.
     order = tuple(part for name in settings.one_by_one for part in str(name).split(",") if part)
     if order and sorted(order) != sorted(grid):
-        raise ValueError(
+        raise UserError(
             f"search.one_by_one is {order}: expected each setting of the grid once, "
             f"{tuple(grid)}, or nothing for every combination"
         )
@@ -138,10 +134,10 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
 
 def _check_values(key: str, values: Any, known: Mapping[str, Any]) -> None:
     if key not in known:
-        raise ValueError(f"search.grid.{key} is not a setting of a run")
+        raise UserError(f"search.grid.{key} is not a setting of a run")
     setting = known[key]
     if not isinstance(setting, int | float | str):
-        raise ValueError(f"search.grid.{key}: the setting is {setting!r}, expected a single value")
+        raise UserError(f"search.grid.{key}: the setting is {setting!r}, expected a single value")
     kinds = (int, float) if isinstance(setting, float) else (type(setting),)
     if (
         not isinstance(values, list)
@@ -150,44 +146,48 @@ def _check_values(key: str, values: Any, known: Mapping[str, Any]) -> None:
         or len(set(values)) < len(values)
     ):
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"search.grid.{key} is {values!r}: expected unequal values, each {wanted}")
+        raise UserError(f"search.grid.{key} is {values!r}: expected unequal values, each {wanted}")
 
 
 def _combinations(grid: Mapping[str, tuple]) -> list[Point]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _call(base: ConfigDict, point: Point) -> worker.Call:
+def _job(base: ConfigDict, point: Point) -> jobs.Job:
     config = copy.deepcopy(base)
     config.update_from_flattened_dict(point)
     name = ",".join(f"{key}={value}" for key, value in point.items())
-    return worker.Call(name, config.objective.name, None, resolve(config))
+    return jobs.Job(name, config.objective.name, None, resolve(config))
 
 
 def _rank(
-    done: Sequence[tuple[Point, worker.Call]], directory: Path, metric: str
+    finished: Sequence[tuple[Point, jobs.Job]], directory: Path, metric: str
 ) -> list[tuple[Point, dict[str, Any]]]:
-    """The points and their figures, best first; those without a validation are left out."""
+    """The points and their figures, best first.
+
+    Runs that failed do not count, and a point without a seed that others have is left out.
+    """
     ranked = []
-    for point, call in done:
-        runs = [
-            run for run in tables.read_summaries(directory / "calls" / call.name) if "val" in run
-        ]
+    for point, job in finished:
+        summaries = read_summaries(workdir.job_folder(directory, job.name))
+        runs = [summary for summary in summaries if selection.is_result(summary)]
         if not runs:
             continue
         slices = [run["val"][metric] for run in runs]
         figures = {
-            f"val {metric}": _mean(part["overall"] for part in slices),
+            f"val {metric}": _mean(part[OVERALL] for part in slices),
             "worst group": _mean(run["best"]["worst_group"] for run in runs),
-            "repeat": _mean(part["target=repeat"] for part in slices),
-            "new": _mean(part["target=new"] for part in slices),
+            "repeat": _mean(part[REPEAT] for part in slices),
+            "new": _mean(part[NEW] for part in slices),
             "epoch": _mean(run["best"]["epoch"] for run in runs),
             "step": _mean(run["best"]["step"] for run in runs),
             "seconds": _mean(run["train"]["seconds"] for run in runs),
             "seeds": len(runs),
         }
         ranked.append((point, figures))
-    return sorted(ranked, key=lambda pair: -pair[1][f"val {metric}"])
+    most = max((figures["seeds"] for _, figures in ranked), default=0)
+    whole = [(point, figures) for point, figures in ranked if figures["seeds"] == most]
+    return sorted(whole, key=lambda pair: -pair[1][f"val {metric}"])
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -209,12 +209,12 @@ def _write(ranking: pd.DataFrame, best: Point, base: ConfigDict, folder: Path) -
         for column in ranking
     }
     flags_text = " ".join(f"--config.{key}={value}" for key, value in best.items())
-    text = (
+    page = (
         f"# {base.data.name}: {base.objective.name} by validation, best first\n\n"
-        f"{tables.markdown(list(columns), list(zip(*columns.values(), strict=True)))}\n\n"
+        f"{text.markdown(list(columns), list(zip(*columns.values(), strict=True)))}\n\n"
         f"Best: `{flags_text}`\n"
     )
-    for name, content in (("search.csv", ranking.to_csv(index=False)), ("search.md", text)):
+    for name, content in (("search.csv", ranking.to_csv(index=False)), ("search.md", page)):
         workdir.write_text(folder / name, content)
 
 
@@ -228,11 +228,7 @@ def _print_plan(base: ConfigDict, grid: Mapping[str, tuple], order: Sequence[str
     else:
         points = _combinations(grid)
         for point in points:
-            print(_call(base, point).name)
+            print(_job(base, point).name)
         count = len(points)
     steps = count * len(base.seeds) * base.train.epochs * base.train.steps_per_epoch
     print(f"{count} points, {count * len(base.seeds)} runs, at most {steps:,} steps")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,56 +2,88 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqfair_jax import data, objectives
-from seqfair_jax.training.batches import Sequences, check_batch_size
-from seqfair_jax.config import Run, plan_runs
-from seqfair_jax.data.groups import GroupFamily, build_family, require_partition
+from seqfair_jax import objectives
+from seqfair_jax.config import RunSpec, plan_runs
+from seqfair_jax.data.cache import load_dataset
+from seqfair_jax.data.groups import (
+    GroupFamily,
+    build_family,
+    read_group_table,
+    require_partition,
+)
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.evaluation.metrics import judged_groups
+from seqfair_jax.evaluation.ranking import Ranking, make_ranker
+from seqfair_jax.evaluation.slices import judged_groups
+from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.training.batches import check_batch_size
 from seqfair_jax.training.step import Task, TrainData, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """A config made real; nothing in it changes while the runs train."""
+    """The data, model and runs of a config; nothing in it changes while the runs train."""
 
     config: ConfigDict
-    runs: list[Run]
+    runs: list[RunSpec]
     dataset: Dataset
     families: list[GroupFamily]  # to evaluate by
-    loss_family: GroupFamily  # of the objective, its logs and the worst-group selection
+    loss_family: GroupFamily  # of the objective, its logs and the worst-group rule
     task: Task
     data: TrainData
-    hparams: objectives.Hyperparams  # each f32[R]
-    vmap: bool  # train the runs side by side; else each segment runs one after another
+    hparams: objectives.HParams  # each f32[R]
+    vmap: bool  # train the runs side by side; else one after another within each segment
+
+    @property
+    def names(self) -> list[str]:
+        """The runs' names."""
+        return [run.name for run in self.runs]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the objective's family."""
+        return len(self.loss_family.groups)
 
     @property
     def train_lengths(self) -> np.ndarray:
         """Real targets of each user in training, i32[U]: rows, at most L - 1."""
         return np.minimum(self.dataset.train_lengths, self.task.model.max_len - 1)
 
+    def make_ranker(self, split: str, *, top_k: int) -> Callable[[Any, str], Ranking]:
+        """`ranking.make_ranker` of this model, log and these evaluation settings."""
+        settings = self.config.evaluate
+        return make_ranker(
+            self.task.model,
+            self.dataset,
+            split,
+            mask_seen=settings.mask_seen,
+            batch_size=settings.batch_size,
+            top_k=top_k,
+        )
 
-def prepare(config: ConfigDict) -> Experiment:
+
+def build_experiment(config: ConfigDict) -> Experiment:
     """Load the data and build what the runs share.
 
     Args:
         config: resolved (`config.resolve`).
 
     Raises:
-        ValueError: on bad data, a batch larger than the log, an unknown group family, or a group
-            method over a family in which some user is not in exactly one group, or no group as
-            large as `min_users`.
+        UserError: on bad data, a batch larger than the log, an unknown group family, a group
+            method whose family does not place every user in exactly one group, or a family
+            without a group of `select.min_users` validation users.
     """
-    dataset = data.prepare(config.data)
+    dataset = load_dataset(config.data)
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
-    group_table = data.read_group_table(config.data.group_file)
+    group_table = read_group_table(config.data.group_file)
     family = functools.partial(build_family, dataset, group_table=group_table)
     families = [family(name) for name in config.groups]
     loss_family = family(config.objective.group_family)
@@ -59,7 +91,7 @@ def prepare(config: ConfigDict) -> Experiment:
     if objectives.METHODS[name].needs_groups:
         require_partition(loss_family, name, dataset.user_ids)
     judged_groups(loss_family.select(dataset.valid_users), min_users=config.select.min_users)
-    # A method that looks at no groups would be the mean of copies of itself.
+    # A method without groups would be the mean of copies of itself.
     parts = loss_family.parts if objectives.METHODS[name].needs_groups else (loss_family,)
     objective = objectives.mean_objective(
         [
@@ -99,7 +131,7 @@ def prepare(config: ConfigDict) -> Experiment:
             membership=jnp.asarray(loss_family.membership),
             target_weights=jnp.asarray(objective.target_weights(dataset.item_counts), jnp.float32),
         ),
-        hparams=objectives.Hyperparams(
+        hparams=objectives.HParams(
             **{key: jnp.float32([run.hparams[key] for run in runs]) for key in runs[0].hparams}
         ),
         vmap=axis == "vmap" or (axis == "auto" and jax.default_backend() != "cpu"),

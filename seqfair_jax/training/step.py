@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from seqfair_jax.training.batches import BLOCK, Sequences, pack
+from seqfair_jax.model.packing import BLOCK, Sequences, pack
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec
-from seqfair_jax.objectives import Hyperparams, Objective
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
+from seqfair_jax.objectives import HParams, Objective
 
 KEY_IMPL = "threefry2x32"  # the one implementation that draws the same bits under vmap as alone
 
@@ -40,9 +39,10 @@ class TrainState(NamedTuple):
     objective_state: Any
     totals: Totals
     key: jax.Array  # u32[2], the data of a threefry key; step t uses fold_in(key, t)
-    step: jax.Array  # i32[]
+    step: jax.Array  # i32[], steps done
     latest: dict[str, jax.Array]  # what the objective logged at the last step
     failed_step: jax.Array  # i32[], the first step that was not finite, -1 while all were
+    stopped: jax.Array  # bool[]: early stopping ended the run, so no step changes it
 
 
 class TrainData(NamedTuple):
@@ -102,7 +102,13 @@ def create_train_state(task: Task, *, seed: int | jax.Array, num_groups: int) ->
         step=jnp.int32(0),
         latest=totals.objective,
         failed_step=jnp.int32(-1),
+        stopped=jnp.array(False),
     )
+
+
+def is_training(state: TrainState) -> jax.Array:
+    """Whether steps still change a run: it has neither failed nor stopped early."""
+    return (state.failed_step < 0) & ~state.stopped
 
 
 def initial_states(task: Task, *, seeds: Sequence[int], num_groups: int) -> TrainState:
@@ -111,7 +117,7 @@ def initial_states(task: Task, *, seeds: Sequence[int], num_groups: int) -> Trai
     def create(seed: jax.Array) -> TrainState:
         return create_train_state(task, seed=seed, num_groups=num_groups)
 
-    # One program instead of a small one for each kind of leaf: half a second of a first step.
+    # Compiling the initialisation as one program saves half a second of the first step.
     return jax.jit(functools.partial(lax.map, create))(jnp.asarray(seeds, jnp.uint32))
 
 
@@ -122,7 +128,7 @@ def empty_totals(task: Task, num_groups: int) -> Totals:
         jnp.zeros(1),
         jnp.zeros((1, num_groups), bool),
         task.objective.init(),
-        Hyperparams(*jnp.ones(len(Hyperparams._fields))),
+        HParams(*jnp.ones(len(HParams._fields))),
     )[2]
     zero, zeros = jnp.float32(0), jnp.zeros(num_groups, jnp.float32)
     return Totals(jnp.int32(0), zero, zero, zeros, zeros, dict.fromkeys(_extra(aux), zeros))
@@ -173,12 +179,12 @@ def train_step(
     state: TrainState,
     batch: tuple[jax.Array, jax.Array],
     data: TrainData,
-    hparams: Hyperparams,
+    hparams: HParams,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one run: the next state, and the step's loss, gradient norm and group figures.
 
-    A loss or gradient that is not finite marks the run as failed; from then on its parameters,
-    optimiser and objective state stay as they were, and no other run notices.
+    A loss, gradient or updated parameter that is not finite marks the run as failed. A run that
+    failed or stopped early stays as it was before the step, and does not affect other runs.
 
     Args:
         task: the static parts.
@@ -207,9 +213,13 @@ def train_step(
     branches = [lambda params, size=size: loss_and_grads(size, params) for size in sizes]
     (loss, (objective_state, aux)), grads = lax.switch(size_index, branches, state.params)
     grad_norm = optax.tree.norm(grads)
-    good = (state.failed_step < 0) & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # A finite gradient can still lead to a parameter that overflows.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    for leaf in jax.tree.leaves(params):
+        finite &= jnp.isfinite(leaf).all()
+    training = is_training(state)
     totals = Totals(
         steps=state.totals.steps + 1,
         loss=state.totals.loss + loss,
@@ -218,22 +228,21 @@ def train_step(
         group_users=state.totals.group_users + aux["group_count"],
         objective=jax.tree.map(jnp.add, state.totals.objective, _extra(aux)),
     )
-    first_failure = (state.failed_step < 0) & ~good
     after = TrainState(
         params=params,
         opt_state=opt_state,
         objective_state=objective_state,
         totals=totals,
         key=state.key,
-        step=state.step,
+        step=state.step + 1,
         latest=_extra(aux),
         failed_step=state.failed_step,
+        stopped=state.stopped,
     )
-    state = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
-    state = state._replace(
-        step=state.step + 1,
-        failed_step=jnp.where(first_failure, state.step, state.failed_step),
-    )
+    kept = training & finite
+    failed_step = jnp.where(training & ~finite, state.step, state.failed_step)
+    state = jax.tree.map(lambda new, old: jnp.where(kept, new, old), after, state)
+    state = state._replace(failed_step=failed_step)
     return state, {"loss": loss, "grad_norm": grad_norm, **aux}
 
 
@@ -247,7 +256,8 @@ def make_segment(task: Task, sizes: Sequence[int], *, vmap: bool) -> jax.stages.
 
         With `vmap` the runs go through each step side by side and `size_index` is i32[S]: it must
         be the same for all, since under `vmap` a switch on a batched index runs every branch.
-        Without, each run goes through the whole segment in its turn, and it is i32[R, S].
+        Without `vmap` one run after another goes through the whole segment, `size_index` is
+        i32[R, S], and a run that has failed or stopped takes no time.
     """
 
     def one_run(state, hparams, data, user_ids, size_index, start, stop):
@@ -262,61 +272,9 @@ def make_segment(task: Task, sizes: Sequence[int], *, vmap: bool) -> jax.stages.
     def in_turn(states, hparams, data, user_ids, size_index, start, stop):
         def run(args):
             state, hparams, user_ids, size_index = args
-            return one_run(state, hparams, data, user_ids, size_index, start, stop)
+            end = jnp.where(is_training(state), stop, start)
+            return one_run(state, hparams, data, user_ids, size_index, start, end)
 
         return lax.map(run, (states, hparams, user_ids, size_index))
 
     return jax.jit(side_by_side if vmap else in_turn, donate_argnums=0)
-
-
-def flop_per_target(model: SASRec, lengths: np.ndarray) -> float:
-    """Multiplications and additions of a step's matrix products per real target.
-
-    3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with n the mean number of tokens that a token
-    looks at: one pass forward and two backward over the output table, the blocks' weights, and the
-    pairs of tokens whose attention is needed.
-
-    Args:
-        model: the network.
-        lengths: i[U], real targets of each user.
-    """
-    lengths = lengths.astype(np.int64)
-    dim = model.dim
-    seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
-    weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
-    return float(3 * (2 * model.num_items * dim + model.num_blocks * (weights + 4 * seen * dim)))
-
-
-def token_sizes(totals: np.ndarray, *, multiple: int = BLOCK, most: int = 4) -> list[int]:
-    """At most four packed sizes that hold every batch with little padding.
-
-    Args:
-        totals: i64[...], the real tokens of a sample of batches.
-        multiple: sizes are multiples of this.
-        most: how many sizes; each is compiled.
-
-    Returns:
-        Ascending sizes; the last holds the largest batch, the others minimise the mean padding
-        (exact dynamic programming over the distinct rounded totals).
-    """
-    rounded, counts = np.unique(-(-np.ravel(totals) // multiple) * multiple, return_counts=True)
-    cumulative = np.concatenate([[0], np.cumsum(counts)])
-    # cost[j] after k rounds: the least tokens spent on the batches up to j with k sizes, when the
-    # k-th is rounded[j - 1].
-    cost = np.concatenate([[0.0], np.full(len(rounded), np.inf)])
-    choices = []
-    for _ in range(min(most, len(rounded))):
-        table = cost[:, None] + np.where(
-            np.arange(len(rounded) + 1)[:, None] < np.arange(1, len(rounded) + 1)[None, :],
-            (cumulative[None, 1:] - cumulative[:, None]) * rounded[None, :],
-            np.inf,
-        )
-        choice = table.argmin(axis=0)
-        cost = np.concatenate([[np.inf], table[choice, np.arange(len(rounded))]])
-        choices.append(choice)
-    sizes = []
-    j = len(rounded)
-    for choice in reversed(choices):
-        sizes.append(int(rounded[j - 1]))
-        j = int(choice[j - 1])
-    return sizes[::-1]

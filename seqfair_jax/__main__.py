@@ -1,0 +1,33 @@
+"""`seqfair COMMAND`, the same as `python -m seqfair_jax COMMAND`."""
+
+import difflib
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train the runs of a config, test them and print the table by group",
+    "report": "print the tables of finished runs, and write them as one HTML file",
+    "search": "search for the settings that validate best",
+    "reproduce": "train the paper's sweep on a data set, and write its tables and claims",
+    "table1": "print the paper's table 1 of your copies of its logs",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print("usage: seqfair COMMAND [flags]; seqfair COMMAND --help lists the flags\n")
+        for name, description in COMMANDS.items():
+            print(f"  {name:<10} {description}")
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        sys.exit(f"error: no command {name!r}{hint}; there are {', '.join(COMMANDS)}")
+    importlib.import_module(f"seqfair_jax.commands.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    main()

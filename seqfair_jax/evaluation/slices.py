@@ -1,0 +1,151 @@
+"""Means over slices of the users, and the grammar of the slices' names.
+
+    overall                       all users
+    FAMILY=GROUP                  the users of a group, such as pop33=niche
+    FAMILY/min, /max, /gap        over the means of a family's groups
+    target=repeat, target=new     users whose target is, or is not, in their history
+
+FAMILY is the canonical name of a group family (`data.groups`), so it holds no `=` or `/` and is
+never `target`. GROUP is any text.
+
+Shape letters: U users, G groups.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from seqfair_jax.data.groups import GroupFamily, decode_name
+from seqfair_jax.errors import UserError
+
+Slices = dict[str, float | None]  # {"overall": x, "pop33=niche": x, "pop33/min": x, ...}
+OVERALL = "overall"
+_TARGET = "target"
+REPEAT, NEW = f"{_TARGET}=repeat", f"{_TARGET}=new"
+
+
+class Slice(NamedTuple):
+    """What a slice's name says."""
+
+    family: str  # canonical; "" for overall, "target" for repeat and new
+    group: str  # "" where the slice is not a group
+    statistic: str  # min, max or gap; "" for a group
+
+
+def parse(name: str) -> Slice:
+    """Take a slice's name apart."""
+    family, equals, group = name.partition("=")
+    if equals:
+        return Slice(family, group, "")
+    family, _, statistic = name.partition("/")
+    return Slice(family if statistic else "", "", statistic)
+
+
+def group_slice(family: str, group: str) -> str:
+    """The name of a group's slice."""
+    return f"{family}={group}"
+
+
+def statistic_slice(family: str, statistic: str) -> str:
+    """The name of a family's min, max or gap."""
+    return f"{family}/{statistic}"
+
+
+def families_in(names: Iterable[str]) -> list[str]:
+    """The canonical names of the group families among slices, in their order."""
+    found = dict.fromkeys(parse(name).family for name in names if parse(name).group)
+    return [family for family in found if family != _TARGET]
+
+
+def groups_in(names: Iterable[str], family: str) -> list[str]:
+    """The slices of a family's groups, in their order; of "target" repeat and new."""
+    return [name for name in names if parse(name).family == family and parse(name).group]
+
+
+def is_shown(name: str, families: Sequence[str]) -> bool:
+    """Whether a slice belongs into a table of these families: theirs, overall, repeat and new."""
+    found = parse(name)
+    return not found.group or found.family == _TARGET or found.family in families
+
+
+def label(name: str) -> str:
+    """A slice as readers see it: "niche" for pop33=niche, "worst" for pop33/min."""
+    found = parse(name)
+    if found.statistic:
+        return "worst" if found.statistic == "min" else found.statistic
+    return found.group or OVERALL
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """The slices' labels; slices that share one are shown with their family."""
+    short = [label(name) for name in names]
+    return [
+        text if short.count(text) == 1 else f"{family_label(parse(name).family)}={text}"
+        for name, text in zip(names, short, strict=True)
+    ]
+
+
+def family_label(family: str) -> str:
+    """A family's name as its user wrote it."""
+    return decode_name(family)
+
+
+def slice_means(
+    values: dict[str, np.ndarray], families: Sequence[GroupFamily], repeat: np.ndarray
+) -> dict[str, Slices]:
+    """Means of per-user metrics over all users, each group, and repeat and new targets.
+
+    Args:
+        values: f[U] a metric.
+        families: memberships bool[U, G] of the same users.
+        repeat: bool[U], whether the target is in the user's history.
+
+    Returns:
+        For each metric the means by slice: 'overall', 'pop33=niche', ..., 'pop33/min', '/max' and
+        '/gap' (their difference) over the family's groups, 'target=repeat' and 'target=new'. The
+        mean over no user is None.
+    """
+    return {metric: _slices(value, families, repeat) for metric, value in values.items()}
+
+
+def _slices(value: np.ndarray, families: Sequence[GroupFamily], repeat: np.ndarray) -> Slices:
+    slices: Slices = {OVERALL: _mean(value)}
+    for family in families:
+        means = [_mean(value[members]) for members in family.membership.T]
+        for group, mean in zip(family.groups, means, strict=True):
+            slices[group_slice(family.name, group)] = mean
+        real = [mean for mean in means if mean is not None]
+        slices[statistic_slice(family.name, "min")] = min(real, default=None)
+        slices[statistic_slice(family.name, "max")] = max(real, default=None)
+        slices[statistic_slice(family.name, "gap")] = max(real) - min(real) if real else None
+    slices[REPEAT] = _mean(value[repeat])
+    slices[NEW] = _mean(value[~repeat])
+    return slices
+
+
+def _mean(value: np.ndarray) -> float | None:
+    return float(value.mean()) if len(value) else None
+
+
+def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
+    """The groups with at least `min_users` users, which compete for the worst.
+
+    Raises:
+        UserError: if there is none.
+    """
+    sizes = family.membership.sum(axis=0)
+    judged = [group for group, size in zip(family.groups, sizes, strict=True) if size >= min_users]
+    if not judged:
+        raise UserError(
+            f"select.min_users is {min_users}, but the groups of {family.name} have "
+            f"{', '.join(map(str, sizes))} validation users: lower it"
+        )
+    return judged
+
+
+def worst_group(slices: Slices, family: GroupFamily, *, min_users: int) -> float:
+    """The lowest mean among a family's `judged_groups`."""
+    judged = judged_groups(family, min_users=min_users)
+    means = [slices[group_slice(family.name, group)] for group in judged]
+    return min(mean for mean in means if mean is not None)

@@ -1,0 +1,95 @@
+"""The paper's work on a data set: the sweep over methods, and the search for the model."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from seqfair_jax.paper.settings import at_paper_size
+from seqfair_jax.sweeps.grid import default_sweep
+from seqfair_jax.sweeps.search import default_search
+
+DataSet = Callable[[str, str | None], ConfigDict]  # one of `settings`
+
+
+def sweep(data_set: DataSet, arg: str | None) -> ConfigDict:
+    """The whole of the paper's work on a data set, for `seqfair_jax.reproduce`.
+
+    At `scale=small` the grids are thinned. On Retailrocket a method's values are then chosen on one
+    seed and the chosen ones train on three, and objectives over intersecting groups are added;
+    MovieLens-1M, whose runs are longer, has one seed of ERM, CVaR, GDRO and SDRO.
+    """
+    given = {"groups"} & {part.partition("=")[0] for part in (arg or "").split(",")}
+    config = data_set("erm", arg)
+    config.sweep = default_sweep()
+    if at_paper_size(arg):
+        if given:
+            config.sweep.families = config.groups
+        return config
+    config.sweep.families = config.groups
+    config.sweep.alpha = (0.5, 0.8, 0.95)
+    config.sweep.step_size = (1e-3, 1e-2)
+    config.sweep.radius = (0.1,)
+    config.sweep.runs_per_job = 1
+    if config.data.name == "ml1m":
+        config.sweep.methods = ("erm", "cvar", "gdro", "sdro")
+        return config
+    config.seeds = (0, 1, 2)
+    config.sweep.methods += ("chi2",)
+    config.sweep.one_seed_methods = ("cb", "cb_log", "ipw", "ipw_log", "chi2")
+    config.sweep.choice_seeds = 1
+    if len(config.groups) > 1:
+        config.sweep.intersections = tuple(sign.join(config.groups) for sign in "*&")
+    return config
+
+
+def backbone(data_set: DataSet, arg: str | None) -> ConfigDict:
+    """The search for a data set's model, by ERM's validation alone, for `seqfair_jax.search`.
+
+    At the paper's size every combination of appendix B, stopped after 200 epochs without a better
+    validation NDCG@20; at `scale=small` one setting after another, over a short budget.
+    """
+    config = data_set("erm", arg)
+    config.search = default_search()
+    if at_paper_size(arg):
+        config.train.early_stop_epochs = 200
+        config.search.grid = ConfigDict(
+            {
+                "model": {
+                    "dim": (128, 256),
+                    "ff_dim": (128, 256),
+                    "num_blocks": (1, 2, 3),
+                    "num_heads": (1, 2, 4),
+                    "dropout": (0.1, 0.2, 0.5),
+                },
+                "train": {"batch_size": (128, 256)},
+            }
+        )
+        return config
+    config.train.epochs = 5
+    config.search.grid = ConfigDict(
+        {
+            "model": {
+                "dim": (64, 32, 96),
+                "num_blocks": (2, 1, 3),
+                "num_heads": (1, 2),
+                "dropout": (0.2, 0.1, 0.4),
+                "tie_embeddings": (True, False),
+                "init_scale": (0.05, 0.02, 0.2, 0.4),
+            },
+            "train": {"learning_rate": (5e-3, 2.5e-3, 1e-2)},
+        }
+    )
+    config.search.one_by_one = (
+        "train.learning_rate",
+        "model.dropout",
+        "model.init_scale",
+        "model.tie_embeddings",
+        "model.num_heads",
+        "model.num_blocks",
+        "model.dim",
+    )
+    if config.data.name == "ml1m":  # around Retailrocket's best, and for longer
+        config.train.epochs = 6
+        config.search.grid.model.init_scale = (0.1, 0.05, 0.2)
+        config.search.grid.train.learning_rate = (1e-2, 5e-3, 2e-2)
+    return config

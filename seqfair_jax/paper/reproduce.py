@@ -1,0 +1,161 @@
+"""The paper's tables 1 to 7 and figures from one sweep, resumable.
+
+The same command in several processes (one for each core or device) shares the work.
+"""
+
+import functools
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from seqfair_jax import __version__, workdir
+from seqfair_jax.config import format_value, resolve
+from seqfair_jax.data.split import Dataset
+from seqfair_jax.errors import UserError
+from seqfair_jax.objectives import METHODS
+from seqfair_jax.paper import claims, tables
+from seqfair_jax.paper.table1 import table_1a, table_1b
+from seqfair_jax.report import text
+from seqfair_jax.sweeps import cost, grid, jobs
+from seqfair_jax.training.experiment import Experiment, build_experiment
+from seqfair_jax.training.selection import RULES
+
+_PLAN = "plan.json"
+
+
+def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) -> None:
+    """Work through a sweep and write its tables to `directory/tables`.
+
+    Finished jobs are skipped, interrupted ones are resumed, and failed ones are listed at the
+    end. Several processes may run at once.
+
+    Args:
+        config: with a `sweep` (`sweeps.grid.default_sweep`).
+        directory: the sweep's folder.
+        dry_run: print the plan with its runs, steps, FLOPs and time here, and train nothing.
+
+    Raises:
+        UserError: on a bad setting, or results made by another config.
+        SystemExit: if jobs failed, naming them; after SIGINT or SIGTERM.
+    """
+    base, settings = grid.split_config(config)
+    experiment = build_experiment(resolve(base))
+    if dry_run:
+        folder = workdir.user_path(directory)
+        runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder)
+        first = grid.plan(base, settings, runs_per_job=runs_per_job)
+        any_values = [
+            (method, family, {key: settings[key][0] for key in METHODS[method].hparams})
+            for method, family in dict.fromkeys((job.method, job.family) for job in first)
+        ]
+        more = grid.plan_chosen(base, settings, any_values, runs_per_job=runs_per_job)
+        _print_plan(first, more, cost.estimate([*first, *more], experiment, runs_per_job))
+        return
+    folder = workdir.create(directory)
+    with workdir.lock(workdir.job_lock(folder, "plan"), wait=True):
+        runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder)
+        workdir.write_json(folder / _PLAN, {"runs_per_job": runs_per_job})
+    choose = functools.partial(
+        tables.choose,
+        directory=folder,
+        seeds=grid.choice_seeds(base, settings),
+        families=settings.families,
+    )
+    first = grid.plan(base, settings, runs_per_job=runs_per_job)
+    errors = jobs.work(first, folder)
+    done = jobs.done(first, folder)
+    chosen = []
+    for rule in RULES:
+        for entry in choose(done, rule=rule):
+            value = (entry.method, entry.family or None, entry.hparams)
+            chosen += [value] if value not in chosen else []
+    more = grid.plan_chosen(base, settings, chosen, runs_per_job=runs_per_job)
+    errors |= jobs.work(more, folder)
+    failed = jobs.failures(errors, [*first, *more], folder)
+    with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
+        # Whatever is in the folder now, whichever process trained it.
+        done = jobs.done([*first, *more], folder)
+        if failed and not any(job.method == "erm" for job in done):
+            raise SystemExit(f"no tables without a finished ERM run\n{failed}")
+        entries = {rule: choose(done, rule=rule) for rule in RULES}
+        source = (
+            f"seqfair_jax {__version__}, settings {grid.config_hash(base, settings)}, log "
+            f"{experiment.dataset.log_hash[:12]}."
+        )
+        target = folder / "tables"
+        files = _write_tables(entries, base.data.name, base.select.metric, target, source)
+        files += _write_table_1(experiment.dataset, target, source)
+    print("\n" + workdir.read_text(folder / "tables" / "overall.md"))
+    print("files: " + ", ".join(str(path) for path in files))
+    if failed:
+        raise SystemExit(failed)
+
+
+def _write_tables(
+    entries: dict[str, list[tables.Entry]],
+    dataset: str,
+    metric: str,
+    directory: Path,
+    source: str,
+) -> list[Path]:
+    longs = [tables.long_table(found, metric, rule) for rule, found in entries.items()]
+    files = tables.write(longs, dataset, metric, directory, source=source)
+    for rule, found in entries.items():
+        table = claims.compare(found, metric)
+        title = f"# {dataset}: the claims, test {metric}, chosen by {rule} on validation"
+        page = "\n\n".join([title, source, claims.markdown(table)])
+        for ending, content in (("md", page), ("csv", table.to_csv(index=False))):
+            path = directory / f"{rule}-claims.{ending}"
+            workdir.write_text(path, content)
+            files.append(path)
+    return files
+
+
+def _write_table_1(dataset: Dataset, directory: Path, source: str) -> list[Path]:
+    parts = [f"# {dataset.name}: the paper's table 1\n", f"{source}\n"]
+    files = []
+    for part, table in (("1a", table_1a(dataset)), ("1b", table_1b(dataset))):
+        rows = table.astype(str).to_numpy().tolist()
+        parts += [text.markdown(list(map(str, table)), rows), ""]
+        files.append(directory / f"table_{part}.csv")
+        workdir.write_text(files[-1], table.to_csv(index=False))
+    workdir.write_text(directory / "table_1.md", "\n".join(parts))
+    return [*files, directory / "table_1.md"]
+
+
+def _runs_per_job(asked: int, experiment: Experiment, folder: Path) -> int:
+    """As the sweep began; for a new sweep as asked, or as many as the memory holds.
+
+    The plan depends on it, so it may not change within a sweep.
+    """
+    plan = workdir.read_json(folder / _PLAN)
+    if plan is None:
+        return asked or cost.measure_runs_per_job(experiment)
+    if asked and asked != plan["runs_per_job"]:
+        raise UserError(
+            f"sweep.runs_per_job is {asked}, but the sweep in {folder} began with "
+            f"{plan['runs_per_job']}: keep it, or use another --workdir"
+        )
+    return int(plan["runs_per_job"])
+
+
+def _print_plan(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimate) -> None:
+    # Where the two rules choose other values, there are more jobs of chosen values than here.
+    for job in first:
+        values = [
+            f"{key}={','.join(map(format_value, job.config.objective[key]))}"
+            for key in METHODS[job.method].hparams
+        ]
+        print(" ".join([f"{job.name}:", *values, _seeds(job)]))
+    for job in more:
+        print(f"{job.name}: the values that validate best, {_seeds(job)}")
+    print(
+        f"{len(first) + len(more)} jobs, {total.runs} runs, {total.steps:,} steps, "
+        f"{total.flop:.2e} FLOP, "
+        f"about {total.seconds / 3600:.1f} hours of training here (from timed steps; without "
+        "compilation, validation and test)"
+    )
+
+
+def _seeds(job: jobs.Job) -> str:
+    return "seed=" + ",".join(map(str, job.config.seeds))

@@ -1,0 +1,119 @@
+"""What training costs: floating-point operations, memory and time."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqfair_jax.config import plan_runs
+from seqfair_jax.errors import UserError
+from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.sweeps.jobs import Job
+from seqfair_jax.training.batches import choose_sizes, draw_batches, token_sizes
+from seqfair_jax.training.experiment import Experiment
+from seqfair_jax.training.step import initial_states, make_segment
+
+_MEMORY_SHARE = 0.6  # of the device's memory for one job
+_TIMED_STEPS = 4
+
+
+def flop_per_target(model: SASRec, lengths: np.ndarray) -> float:
+    """Multiplications and additions of a step's matrix products per real target.
+
+    3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with n the mean number of tokens that a token
+    looks at: one pass forward and two backward over the output table, the blocks' weights, and the
+    pairs of tokens whose attention is needed.
+
+    Args:
+        model: the network.
+        lengths: i[U], real targets of each user.
+    """
+    lengths = lengths.astype(np.int64)
+    dim = model.dim
+    seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
+    weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
+    return float(3 * (2 * model.num_items * dim + model.num_blocks * (weights + 4 * seen * dim)))
+
+
+def measure_runs_per_job(experiment: Experiment) -> int:
+    """How many runs of this size the device holds at once, from two compiled programs."""
+    one, two = (_program_bytes(experiment, runs) for runs in (1, 2))
+    stats = jax.devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    each = max(two - one, 1)
+    return max(1, int((_MEMORY_SHARE * memory - one) // each) + 1)
+
+
+def _program_bytes(experiment: Experiment, num_runs: int) -> int:
+    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=1)
+    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
+    analysis = segment.lower(states, *arguments).compile().memory_analysis()
+    if analysis is None:
+        raise UserError(
+            f"{jax.default_backend()} does not tell what a program needs: set sweep.runs_per_job"
+        )
+    # Beside the program's own arrays, the two best parameter sets and a validation's worth.
+    params = sum(leaf.nbytes for leaf in jax.tree.leaves(states.params))
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + 2 * params
+    )
+
+
+def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
+    user_ids, _, tokens = draw_batches(
+        range(num_runs),
+        0,
+        lengths=experiment.train_lengths,
+        batch_size=experiment.config.train.batch_size,
+        steps=steps,
+        vmap=experiment.vmap,
+    )
+    sizes = tuple(token_sizes(tokens))
+    states = initial_states(
+        experiment.task, seeds=range(num_runs), num_groups=len(experiment.loss_family.groups)
+    )
+    hparams = jax.tree.map(lambda leaf: jnp.full(num_runs, leaf[0]), experiment.hparams)
+    index = jnp.asarray(choose_sizes(sizes, tokens))
+    arguments = (hparams, experiment.data, jnp.asarray(user_ids), index, 0, steps)
+    return states, arguments, sizes
+
+
+class Estimate(NamedTuple):
+    """What a sweep costs."""
+
+    runs: int
+    steps: int  # of all runs
+    flop: float  # of the matrix products, of all runs
+    seconds: float  # of training here, from a few timed steps; no compilation, no evaluation
+
+
+def estimate(jobs: Sequence[Job], experiment: Experiment, runs_per_job: int) -> Estimate:
+    """Cost of a plan on this machine.
+
+    Args:
+        jobs: the plan.
+        experiment: of one of its jobs; all have the same shapes.
+        runs_per_job: as many runs are timed together.
+    """
+    config = experiment.config
+    sizes_of = [len(plan_runs(job.config)) for job in jobs]
+    num_runs = min(runs_per_job, max(sizes_of))
+    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=_TIMED_STEPS)
+    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
+    states = jax.block_until_ready(segment(states, *arguments))  # compiles
+    began = time.perf_counter()
+    jax.block_until_ready(segment(states, *arguments))
+    per_run_step = (time.perf_counter() - began) / _TIMED_STEPS / num_runs
+    steps = sum(sizes_of) * config.train.epochs * config.train.steps_per_epoch
+    lengths = experiment.train_lengths
+    targets = config.train.batch_size * float(lengths.mean())
+    flop = flop_per_target(experiment.task.model, lengths)
+    return Estimate(sum(sizes_of), steps, steps * targets * flop, steps * per_run_step)

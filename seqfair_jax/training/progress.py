@@ -1,0 +1,81 @@
+"""What a run has done so far, and the bar that shows it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from seqfair_jax.training.selection import RULES, Best
+from seqfair_jax.training.step import TrainState, is_training
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """The host's part of the training state; JSON values only. R is the number of runs."""
+
+    log_hash: str
+    groups_hash: str  # of the objective's family: who is in which group
+    key_impl: str
+    best: list[Best]  # [R]
+    stopped: list[int | None]  # [R], the epoch at which early stopping ended the run
+    targets: list[int]  # [R], trained on
+    step: int = 0  # done; a run that failed or stopped early has done fewer
+    epoch: int = 0  # done and validated
+    timed_targets: int = 0  # of all runs in the seconds below; compilation counts in neither
+    seconds: float = 0.0
+
+
+class Snapshot(NamedTuple):
+    """All that training needs to continue, and all that the test needs: a checkpoint's content."""
+
+    states: TrainState  # [R, ...]
+    best: dict[str, Any]  # rule -> parameters [R, ...] of each run's best epoch
+    progress: Progress
+
+
+class ProgressBar:
+    """A tqdm bar over the steps, with the loss, the speed and the best validation figures."""
+
+    def __init__(self, config: ConfigDict, snapshot: Snapshot):
+        """Start at the snapshot's step."""
+        num_runs = len(snapshot.progress.best)
+        self._metric = config.select.metric
+        self._notes: dict[str, str] = {}
+        self._bar = tqdm(
+            total=config.train.epochs * config.train.steps_per_epoch,
+            initial=snapshot.progress.step,
+            unit="step",
+            desc=config.objective.name + (f" x {num_runs} runs" if num_runs > 1 else ""),
+            dynamic_ncols=True,
+        )
+
+    def show_steps(self, snapshot: Snapshot) -> None:
+        """Move to the snapshot's step."""
+        progress = snapshot.progress
+        self._notes["loss"] = f"{_mean_loss(snapshot.states):.4f}"
+        if progress.seconds:
+            self._notes["targets/s"] = f"{progress.timed_targets / progress.seconds:,.0f}"
+        self._bar.update(progress.step - self._bar.n)
+        self._bar.set_postfix(self._notes)
+
+    def show_best(self, snapshot: Snapshot) -> None:
+        """Show the best validation figures so far, of the best run."""
+        for name in RULES:
+            records = [best[name] for best in snapshot.progress.best]
+            scores = [record[name] for record in records if record is not None]
+            if scores:
+                key = f"val {self._metric} {name.removesuffix('_group')}"
+                self._notes[key] = f"{max(scores):.4f}"
+        self._bar.set_postfix(self._notes)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+def _mean_loss(states: TrainState) -> float:
+    """The mean over this epoch's steps and the runs that still train."""
+    totals = states.totals
+    return float(jnp.mean(totals.loss / jnp.maximum(totals.steps, 1), where=is_training(states)))

@@ -1,0 +1,117 @@
+"""The checkpoints of a run: what is saved, and what a run may be resumed with."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqfair_jax import workdir
+from seqfair_jax.errors import UserError
+from seqfair_jax.training import checkpoint
+from seqfair_jax.training.experiment import Experiment
+from seqfair_jax.training.progress import Progress, Snapshot
+from seqfair_jax.training.selection import RULES
+from seqfair_jax.training.step import KEY_IMPL, initial_states
+
+_log = logging.getLogger(__name__)
+
+
+def restore(experiment: Experiment, folder: Path) -> Snapshot:
+    """The newest checkpoint in the run's folder, or the state before the first step.
+
+    Raises:
+        UserError: if the checkpoint has another shape or input, or none is whole.
+    """
+    states = initial_states(
+        experiment.task,
+        seeds=[run.seed for run in experiment.runs],
+        num_groups=experiment.num_groups,
+    )
+    # Copies, since a segment donates the states' buffers.
+    best = {name: jax.tree.map(jnp.copy, states.params) for name in RULES}
+    found = checkpoint.load_latest(
+        folder / workdir.LATEST_CHECKPOINT, {"states": states, "best": best}
+    )
+    if found is None:
+        progress = Progress(
+            **_inputs(experiment),
+            best=[dict.fromkeys(RULES) for _ in experiment.runs],
+            stopped=[None] * len(experiment.runs),
+            targets=[0] * len(experiment.runs),
+        )
+        return Snapshot(states, best, progress)
+    tree, stored = found
+    _check(stored, experiment, folder)
+    progress = Progress(**stored)
+    _log.info("resumed from step %d", progress.step)
+    return Snapshot(tree["states"], tree["best"], progress)
+
+
+def check_input(experiment: Experiment, folder: Path) -> None:
+    """Compare the newest checkpoint's inputs and epochs with this call's, before it is restored.
+
+    Raises:
+        UserError: on another log, other groups, or fewer epochs than are done.
+    """
+    stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
+    if stored is not None:
+        _check(stored, experiment, folder)
+
+
+class Saver:
+    """Saves a run's snapshots: every `train.checkpoint_minutes`, and when asked to."""
+
+    def __init__(self, folder: Path, snapshot: Snapshot, *, minutes: float):
+        """`snapshot` is the one that was restored, which is saved already."""
+        self._directory = folder / workdir.LATEST_CHECKPOINT
+        self._minutes = minutes
+        self._saved = snapshot.progress
+        self._at = time.monotonic()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Save it unless it is the one saved last."""
+        # Not by the step alone: the last step's checkpoint may lack the validation after it.
+        if snapshot.progress == self._saved:
+            return
+        checkpoint.save_step(
+            self._directory,
+            snapshot.progress.step,
+            {"states": snapshot.states, "best": snapshot.best},
+            dataclasses.asdict(snapshot.progress),
+        )
+        self._saved = snapshot.progress
+        self._at = time.monotonic()
+
+    def save_if_due(self, snapshot: Snapshot) -> None:
+        """Save it if the last save was long enough ago."""
+        if time.monotonic() - self._at > 60 * self._minutes:
+            self.save(snapshot)
+
+
+def _inputs(experiment: Experiment) -> dict[str, Any]:
+    """What must be the same when a run is resumed."""
+    return {
+        "log_hash": experiment.dataset.log_hash,
+        "groups_hash": experiment.loss_family.hash(),
+        "key_impl": KEY_IMPL,
+    }
+
+
+def _check(stored: dict[str, Any], experiment: Experiment, folder: Path) -> None:
+    for key, now in _inputs(experiment).items():
+        before = stored.get(key)
+        if before != now:
+            raise UserError(
+                f"{folder}: its checkpoint was written with {key} {before}, but now it is {now}; "
+                "use the same input as before, or another --workdir"
+            )
+    epochs = experiment.config.train.epochs
+    if stored.get("epoch", 0) > epochs:
+        raise UserError(
+            f"train.epochs is {epochs}, but {folder} has trained {stored['epoch']} epochs; give "
+            f"{stored['epoch']} or more, or use another --workdir"
+        )

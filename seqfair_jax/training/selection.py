@@ -1,0 +1,87 @@
+"""Which epoch, which values and which runs are best: one place for both rules.
+
+Shape letters: R runs.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from seqfair_jax.evaluation.slices import OVERALL, Slices
+
+Best = dict[str, dict[str, float] | None]  # rule -> epoch, overall, worst_group; None before any
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Rule(NamedTuple):
+    """How validation chooses an epoch of a run, and a value of a hyperparameter."""
+
+    name: str
+    suffix: str  # of the keys of summary.json and of file names: test_worst_group
+    label: str  # behind the name of a row
+    keys: tuple[str, ...]  # scores that are compared in this order
+
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("overall", "", "", ("overall",)),
+        # Ties of the worst group go to the better mean.
+        Rule("worst_group", "_worst_group", ", best worst group", ("worst_group", "overall")),
+    )
+}
+
+
+class Choice(NamedTuple):
+    """What the end of an epoch changes about a run."""
+
+    best: Best
+    improved: dict[str, bool]  # rule -> whether this epoch is the new best
+    stops: bool  # early
+
+
+def close_epoch(
+    best: Best, epoch: int, slices: Slices, worst_group: float, *, patience: int
+) -> Choice:
+    """Compare an epoch of one run with its best so far; of equal epochs the earlier stays.
+
+    Args:
+        best: before this epoch.
+        epoch: from 1.
+        slices: of the metric that selects, on the validation users.
+        worst_group: the lowest mean among the groups of the objective's family.
+        patience: stop after so many epochs without a better overall score; 0 never stops.
+    """
+    overall = slices[OVERALL]
+    assert overall is not None  # there is at least one validation user
+    candidate = {"epoch": epoch, "overall": overall, "worst_group": worst_group}
+    record, improved = dict(best), dict.fromkeys(RULES, False)
+    for name, rule in RULES.items():
+        old = record[name]
+        if old is None or [candidate[k] for k in rule.keys] > [old[k] for k in rule.keys]:
+            record[name] = candidate
+            improved[name] = True
+    newest = record["overall"]
+    assert newest is not None
+    return Choice(record, improved, 0 < patience <= epoch - newest["epoch"])
+
+
+def is_result(summary: Mapping[str, Any], rule: str = "overall") -> bool:
+    """Whether a run counts: in means, in ranks, and as a candidate. A failed run does not."""
+    return summary["status"] == "finished" and "test" + RULES[rule].suffix in summary
+
+
+def score(summary: Mapping[str, Any], rule: str) -> float:
+    """The validation score by which a rule ranks a run, at the epoch that the rule chose."""
+    return summary["best" + RULES[rule].suffix][rule]
+
+
+def best_values(scores: Mapping[Key, Sequence[float]]) -> Key | None:
+    """The key whose scores have the best mean over seeds; None where nothing was scored.
+
+    A key that lacks a seed, since its run failed, is no candidate if another has more.
+    """
+    most = max(map(len, scores.values()), default=0)
+    means = {key: np.mean(found) for key, found in scores.items() if len(found) == most > 0}
+    return max(means, key=means.__getitem__, default=None)
