@@ -39,8 +39,8 @@ def load_dataset(config_data: ConfigDict) -> Dataset:
     settings = config_data.to_dict()
     for key in ("path", "cache_dir", "group_file"):
         settings.pop(key)
-    key = hashlib.sha256(json.dumps([_FORMAT, source, settings], sort_keys=True).encode())
-    entry = _cache_entry(config_data.cache_dir, key.hexdigest())
+    text = json.dumps([_FORMAT, source, settings], sort_keys=True)
+    entry = _cache_entry(config_data.cache_dir, hashlib.sha256(text.encode()).hexdigest())
     dataset = _load(entry) if entry is not None else None
     if dataset is None:
         dataset = _build(config_data, path)

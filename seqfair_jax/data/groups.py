@@ -149,9 +149,12 @@ def _labels(column: pa.ChunkedArray, rows: np.ndarray, path: Path, name: str) ->
     require_values(column, rows, path, name)
     if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
         raise UserError(f"{path}: column {name} is of type {column.type}; expected text or numbers")
-    codes, values = pd.factorize(column.to_numpy())
-    values = [int(x) if isinstance(x, float) and x.is_integer() else x for x in values.tolist()]
-    return _texts(values)[codes]
+    distinct = pc.unique(column)
+    values = [
+        int(value) if isinstance(value, float) and value.is_integer() else value
+        for value in distinct.to_pylist()
+    ]
+    return _texts(values)[pc.index_in(column, value_set=distinct).to_numpy()]
 
 
 def _texts(values) -> np.ndarray:

@@ -96,7 +96,7 @@ def ids_from_column(column: pa.ChunkedArray, rows: np.ndarray, path: Path, name:
         return pd.Series(column.to_numpy())
     if pa.types.is_floating(column.type):  # Parquet's way with integers beside missing ones
         numbers = column.to_numpy()
-        inexact = (numbers % 1 != 0) | (np.abs(numbers) > _EXACT_FLOATS)
+        inexact = (numbers != np.floor(numbers)) | (np.abs(numbers) > _EXACT_FLOATS)
         if inexact.any():
             first = inexact.argmax()
             raise UserError(

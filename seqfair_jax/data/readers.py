@@ -389,6 +389,8 @@ def _too_large(path: Path) -> UserError:
 
 
 def _short(text: str) -> str:
+    """A text of any kind as part of a message of one line."""
+    text = " ".join(text.split())
     return text if len(text) <= 300 else text[:300] + "..."
 
 

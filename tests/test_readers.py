@@ -1,0 +1,396 @@
+import bz2
+import gzip
+import io
+import logging
+import lzma
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from seqfair_jax.data import readers
+from seqfair_jax.data.readers import locate, read_log
+from seqfair_jax.errors import UserError
+
+COLUMNS = {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"}
+HEADER = "user_id,item_id,timestamp\n"
+LOG = pd.DataFrame({"user_id": [1, 1, 2], "item_id": [10, 11, 10], "timestamp": [1, 2, 3]})
+RATINGS = "1::7::5::100\n2::8::4::200\n"
+# The layout of Retailrocket's publisher: a transaction number in rows of transactions alone.
+EVENTS = """timestamp,visitorid,event,itemid,transactionid
+1433221332117,257597,view,355908,
+1433224214164,992329,view,248676,
+1433222276276,599528,transaction,356475,4000
+1433223236124,121688,addtocart,15335,
+1433221332117,257597,view,15335,
+"""
+
+
+def read(path, content, name="csv", columns=COLUMNS):
+    """The log in a file of that content."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_log(name, path, columns)
+
+
+def zipped(members, compression=zipfile.ZIP_DEFLATED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def parquet(**columns):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"user_id": [1, 2], "item_id": [3, 4], "timestamp": [5, 6]} | columns),
+                   file)  # fmt: skip
+    return file.getvalue()
+
+
+def zstd(content):
+    return pa.compress(content, "zstd", asbytes=True)
+
+
+PACKERS = {
+    "plain": lambda content: content,
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": zstd,
+    "zip": lambda content: zipped({"folder/a.csv": content}),
+    "macOS zip": lambda content: zipped(
+        {"__MACOSX/._a.csv": b"x", ".DS_Store": b"x", "folder/": b"", "folder/a.csv": content}
+    ),
+}
+
+
+# --- Kinds of files ---
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.GZ", "log.zip", "log"])
+@pytest.mark.parametrize("packer", PACKERS)
+def test_the_content_says_what_a_file_is(tmp_path, name, packer):
+    renamed = LOG.rename(columns={"user_id": "customer"})
+    columns = COLUMNS | {"user_id": "customer"}
+    text = PACKERS[packer](renamed.to_csv(index=False).encode())
+    pd.testing.assert_frame_equal(read(tmp_path / name, text, columns=columns), LOG)
+    table = PACKERS[packer](renamed.to_parquet())
+    pd.testing.assert_frame_equal(read(tmp_path / name, table, columns=columns), LOG)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_other_delimiters_are_found(tmp_path, caplog, delimiter):
+    text = LOG.assign(text="a, b, c, d").to_csv(index=False, sep=delimiter)
+    with caplog.at_level(logging.INFO, "seqfair_jax"):
+        found = read(tmp_path / "log.csv", text)
+    pd.testing.assert_frame_equal(found, LOG)
+    assert f"separated by {delimiter!r}" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    text = b"\xef\xbb\xbf" + LOG.to_csv(index=False).encode()
+    pd.testing.assert_frame_equal(read(tmp_path / "log.csv", text), LOG)
+
+
+def test_only_the_wanted_columns_are_read(tmp_path):
+    text = b"user_id,note,item_id,timestamp,count\n1,\xff,10,1,\n1,,11,2,7\n2,NA,10,3,x\n"
+    pd.testing.assert_frame_equal(read(tmp_path / "log.csv", text), LOG)
+    lists = LOG.assign(tags=[[1], [2], None]).to_parquet()
+    pd.testing.assert_frame_equal(read(tmp_path / "log.parquet", lists), LOG)
+    indexed = LOG.set_index("user_id").to_parquet()
+    pd.testing.assert_frame_equal(read(tmp_path / "log.parquet", indexed), LOG)
+
+
+def test_retailrocket_as_its_publisher_ships_it(tmp_path):
+    found = read(tmp_path / "events.csv", EVENTS, "retailrocket")
+    assert found.to_numpy().tolist() == [
+        [257597, 355908, 1433221332117],
+        [992329, 248676, 1433224214164],
+        [257597, 15335, 1433221332117],
+    ]
+    kaggle = zipped({"category_tree.csv": "a,b\n", "events.csv": EVENTS})
+    pd.testing.assert_frame_equal(read(tmp_path / "a.zip", kaggle, "retailrocket"), found)
+    with pytest.raises(UserError, match="no interactions of event 'view'"):
+        read(tmp_path / "events.csv", EVENTS.replace("view", "look"), "retailrocket")
+    # Rows are counted as in the file, not among the views.
+    blank = EVENTS.replace("15335,\n", ",\n")
+    with pytest.raises(UserError, match=r"1 rows have no itemid, the first of them data row 5;"):
+        read(tmp_path / "events.csv", blank, "retailrocket")
+
+
+def test_movielens_reads_its_separator(tmp_path):
+    found = read(tmp_path / "ratings.dat", RATINGS, "ml1m")
+    assert found.to_numpy().tolist() == [[1, 7, 100], [2, 8, 200]]
+    with pytest.raises(UserError, match=r"ratings\.dat.*Row #3.*UserID::MovieID::Rating::Time"):
+        read(tmp_path / "ratings.dat", RATINGS + "3::9\n", "ml1m")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        (HEADER, "no interactions"),
+        ("user_id,item_ids,timestamp\n1,2,3\n", "no column 'item_id'.*did you mean 'item_ids'"),
+        ("user_id,item_id,user_id,timestamp\n1,2,3,4\n", "user_id appears more than once"),
+        (HEADER + "1,2,3\n1,,4\n", "1 rows have no item_id, the first of them data row 2"),
+        (HEADER + "1,2,3\n1,5,soon\n", "data row 2 is 'soon'"),
+        (HEADER + "1,2,3\n1,5,\n", "data row 2 is ''"),
+        (HEADER + "1,2,3\n1,5,inf\n", "data row 2 is 'inf'"),
+        (HEADER + "1,2,3\n1,5,nan\n", "data row 2 is 'nan'"),
+        (HEADER + "1,2,2020-01-01\n1,5,12020-01-01\n", "data row 2 is '12020-01-01'"),
+        (HEADER + "1,2,3\n1,5\n", r"cannot be read.*Row #3: Expected 3 columns, got 2"),
+        (HEADER + '1,2,3\n1,"5,4\n1,6,5\n', "row of line 3 has a quotation mark"),
+        (HEADER + '1,2,3\n\n1,"5,4\n1,6",5\n', "row of line 4 has a quotation mark"),
+        (HEADER.encode() + b"1,2,3\n\xe4,5,4\n", r"Row #3.*not UTF-8; save it as UTF-8"),
+        (("\ufeff" + HEADER).encode("utf-16-le"), "is UTF-16 text: save it as UTF-8"),
+        (HEADER.encode("utf-16-le"), "is not UTF-8 text, perhaps UTF-16"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(9), "is a 7z archive: unpack it"),
+        (gzip.compress(gzip.compress(b"a,b\n")), "compressed twice"),
+        (b"PAR1" + bytes(40) + b"PAR1", "cannot be read: .*thrift"),
+        (zipped({"a.csv": "", "b.csv": ""}), "expected one file in it, found 2.*a.csv, b.csv"),
+        (zipped({}), "expected one file in it, found 0.*holds nothing"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path / "log.csv", content)
+    assert str(tmp_path / "log.csv") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_swallowed_row_is_found_in_an_unneeded_column(tmp_path):
+    rows = ['1,2,3,"one', "1,3,4,two", '1,4,5,"', "1,5,6,three"]
+    text = "user_id,item_id,timestamp,note\n" + "\n".join(rows)
+    with pytest.raises(UserError, match="row of line 2 has a quotation mark"):
+        read(tmp_path / "log.csv", text)
+    quoted = HEADER.strip() + ',note\n1,10,1,"a ""b"", c"\n1,11,2,5" pipe\n2,10,3,"d"\n'
+    pd.testing.assert_frame_equal(read(tmp_path / "log.csv", quoted), LOG)
+
+
+def test_one_column_cannot_be_two(tmp_path):
+    with pytest.raises(UserError, match="names one column of .*log.csv twice: user_id, user_id"):
+        read(tmp_path / "log.csv", HEADER + "1,2,3\n", columns=COLUMNS | {"item_id": "user_id"})
+
+
+# --- Archives ---
+
+
+def damage(content, place, *values):
+    return content[:place] + bytes(values) + content[place + len(values) :]
+
+
+TEXT = LOG.to_csv(index=False).encode() * 50
+STORED = zipped({"a.csv": TEXT}, zipfile.ZIP_STORED)
+CENTRAL = STORED.index(b"PK\x01\x02")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (damage(gzip.compress(TEXT), 12, *bytes(28)), ""),
+        (gzip.compress(TEXT)[:-20], "end-of-stream"),
+        (gzip.compress(TEXT) + b"trailing", "gzip"),
+        (damage(bz2.compress(TEXT), 20, *bytes(28)), "Invalid data"),
+        (damage(lzma.compress(TEXT), 40, *bytes(28)), "Corrupt"),
+        (damage(zstd(TEXT), 10, *bytes(28)), "ZSTD"),
+        (damage(STORED, 60, 0), "CRC"),
+        (STORED[:-30], "not a zip file"),
+        (damage(zipped({"a.csv": TEXT}), 40, *bytes(28)), ""),
+        (damage(damage(STORED, 6, 1), CENTRAL + 8, 1), "encrypted"),
+        (damage(damage(STORED, 8, 99), CENTRAL + 10, 99), "compression method"),
+        (damage(zipped({"a.csv": TEXT}, zipfile.ZIP_BZIP2), 60, *bytes(28)), "Invalid data"),
+        (damage(zipped({"a.csv": TEXT}, zipfile.ZIP_LZMA), 60, *bytes(28)), ""),
+    ],
+)
+def test_damaged_archives(tmp_path, content, message):
+    with pytest.raises(UserError, match=rf"log\.csv cannot be read: .*{message}"):
+        read(tmp_path / "log.csv", content)
+
+
+@pytest.mark.parametrize("packer", ["gzip", "bzip2", "xz", "zstd", "zip"])
+def test_a_decompression_bomb_is_stopped_early(tmp_path, monkeypatch, packer):
+    path = tmp_path / "bomb"
+    path.write_bytes(PACKERS[packer](HEADER.encode() + b"1,1,1\n" * (2**26 // 6)))
+    assert path.stat().st_size < 2**17
+    monkeypatch.setattr(readers, "MAX_UNPACKED", 2**21)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="bomb holds more than 2,097,152 bytes once unpacked"):
+        read_log("csv", path, COLUMNS)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_small_file_needs_little_memory(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(LOG.to_csv(index=False))
+    tracemalloc.start()
+    read_log("csv", path, COLUMNS)
+    assert tracemalloc.get_traced_memory()[1] < 2**24  # not the limit's size
+    tracemalloc.stop()
+
+
+def test_a_parquet_file_of_repeated_values_is_measured_before_it_is_read(tmp_path, monkeypatch):
+    rows = 2**20
+    table = pa.table(dict.fromkeys(COLUMNS, pa.repeat(1, rows)))
+    pq.write_table(table, tmp_path / "log.parquet")
+    assert (tmp_path / "log.parquet").stat().st_size < 2**14
+    monkeypatch.setattr(readers, "MAX_UNPACKED", 24 * rows - 1)
+    with pytest.raises(UserError, match="holds more than"):
+        read_log("csv", tmp_path / "log.parquet", COLUMNS)
+    monkeypatch.setattr(readers, "MAX_UNPACKED", 24 * rows)
+    assert len(read_log("csv", tmp_path / "log.parquet", COLUMNS)) == rows
+
+
+# --- Ids ---
+
+
+def test_ids_stay_as_they_are_written(tmp_path):
+    long = ["12345678901234567890", "12345678901234567891"]
+    found = read(tmp_path / "a.csv", HEADER + f"{long[0]},07,1\n{long[1]},7,2\n")
+    assert found["user_id"].tolist() == long
+    assert found["item_id"].tolist() == ["07", "7"]
+
+
+@pytest.mark.parametrize(
+    "texts", [["NA", "null"], ["None", "nan"], ["N/A", " "], ["a\0", "a"], ["x" * 2**20, "true"]]
+)
+def test_every_text_is_an_id(tmp_path, texts):
+    found = read(tmp_path / "a.csv", HEADER + f"{texts[0]},{texts[1]},1\n{texts[1]},5,2\n")
+    assert found["user_id"].tolist() == texts
+    assert found["item_id"].tolist() == [texts[1], "5"]
+    assert found["user_id"].nunique() == 2
+    found = read(tmp_path / "a.parquet", parquet(user_id=texts))
+    assert found["user_id"].tolist() == texts
+
+
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [
+        (pa.array([1.0, 2.0]), [1, 2]),
+        (pa.array([1, 2], pa.uint8()), [1, 2]),
+        (pa.array(["b", "a"]).dictionary_encode(), ["b", "a"]),
+        (pa.array(["2", "1"], pa.string_view()), [2, 1]),
+        (pa.array([20, 10]).cast(pa.decimal128(20)), [20, 10]),
+    ],
+)  # fmt: skip
+def test_types_of_ids_in_parquet(tmp_path, users, expected):
+    assert read(tmp_path / "a.parquet", parquet(user_id=users))["user_id"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("users", "message"),
+    [
+        (pa.array([1.0, 1.5]), "user_id of data row 2 is the float 1.5"),
+        (pa.array([1.0, 2.0**60]), "user_id of data row 2 is the float"),
+        (pa.array([1.0, np.inf]), "user_id of data row 2 is the float inf"),
+        (pa.array([1.0, np.nan]), "1 rows have no user_id, the first of them data row 2"),
+        (pa.array([1, None]), "1 rows have no user_id, the first of them data row 2"),
+        (pa.array(["a", ""]), "1 rows have no user_id, the first of them data row 2"),
+        (pa.array([None, None]), "2 rows have no user_id, the first of them data row 1"),
+        (pa.array([[1], [2]]), "column user_id is of type list<.*expected integers or text"),
+        (pa.array([b"a", b"b"]), "column user_id is of type binary"),
+        (pa.array([True, False]), "column user_id is of type bool"),
+    ],
+)
+def test_bad_ids_in_parquet(tmp_path, users, message):
+    with pytest.raises(UserError, match=rf"a\.parquet: .*{message}"):
+        read(tmp_path / "a.parquet", parquet(user_id=users))
+
+
+# --- Times ---
+
+
+def times_of(path, *texts):
+    rows = [f"1,{place},{text}" for place, text in enumerate(texts)]
+    return read(path, HEADER + "\n".join(rows))["timestamp"]
+
+
+@pytest.mark.parametrize("zone", ["", "Z", " UTC", " GMT", "+02:00"])
+def test_dates(tmp_path, zone):
+    texts = [f"2024-01-01T00:00:01{zone}", f"2024-01-01 00:00:00{zone}"]
+    times = times_of(tmp_path / "log.csv", *texts)
+    start = pd.Timestamp("2024-01-01") - pd.Timedelta(hours=2 if zone == "+02:00" else 0)
+    assert times.tolist() == [start + pd.Timedelta(seconds=1), start]
+    stamps = pd.to_datetime([text.replace(" UTC", "Z").replace(" GMT", "Z") for text in texts],
+                            format="ISO8601")  # fmt: skip
+    found = read(tmp_path / "log.parquet", parquet(timestamp=pa.array(stamps)))
+    assert found["timestamp"].tolist() == times.tolist()
+
+
+def test_times_keep_their_order(tmp_path):
+    path = tmp_path / "log.csv"
+    close = [2**60 + 1, 2**60]  # one float
+    assert times_of(path, *close).tolist() == close
+    assert times_of(path, "1.5", "2").tolist() == [1.5, 2]
+    years = times_of(path, "2300-01-01", "1500-01-01", "9999-12-31")  # beyond nanoseconds
+    assert years.argsort().tolist() == [1, 0, 2]
+    nanoseconds = times_of(path, "2024-01-01T00:00:00.000000002", "2024-01-01T00:00:00.000000001")
+    assert nanoseconds.argsort().tolist() == [1, 0]
+    dates = pa.array(["2300-01-01", "1500-01-01"]).cast(pa.date32())
+    found = read(tmp_path / "a.parquet", parquet(timestamp=dates))
+    assert found["timestamp"].argsort().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pa.array([1, None]),
+        pa.array([1.0, None]),
+        pa.array([1.0, np.nan]),
+        pa.array([1.0, np.inf]),
+        pa.array([1, None], pa.timestamp("us")),
+        pa.array([1, None], pa.timestamp("ns", tz="Europe/Vienna")),
+    ],
+)
+def test_a_missing_time_is_refused(tmp_path, times):
+    with pytest.raises(UserError, match="timestamp of data row 2"):
+        read(tmp_path / "log.parquet", parquet(timestamp=times))
+    with pytest.raises(UserError, match="column timestamp is of type list"):
+        read(tmp_path / "log.parquet", parquet(timestamp=pa.array([[1], [2]])))
+
+
+# --- Where the file is ---
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(UserError, match=r"data.path=none.csv: no such file; it would be /"):
+        locate("csv", "none.csv")
+    with pytest.raises(UserError, match="data.path is not set"):
+        locate("csv", None)
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        locate("csv", str(tmp_path))
+    with pytest.raises(UserError, match="kaggle.*third_party_data/retailrocket"):
+        locate("retailrocket", str(tmp_path))
+    with pytest.raises(UserError, match="ratings.dat.*leave data.path unset"):
+        locate("ml1m", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="none.csv cannot be read: No such file"):
+        read_log("csv", tmp_path / "none.csv", COLUMNS)
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_log("csv", tmp_path, COLUMNS)
+
+
+def test_files_are_found_in_a_folder(tmp_path, monkeypatch):
+    for name in ("events.zip", "EVENTS.CSV.GZ", "events.csv"):  # the plain one first
+        (tmp_path / name).write_text(EVENTS)
+        assert locate("retailrocket", str(tmp_path)) == tmp_path / name
+    (tmp_path / "ml-1m.zip").write_bytes(b"")
+    assert locate("ml1m", str(tmp_path)) == tmp_path / "ml-1m.zip"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("csv", "~/events.csv") == tmp_path / "events.csv"
+
+
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    import pooch
+
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pooch, "retrieve", fail)
+    with pytest.raises(UserError, match=r"no network.*fetch it by hand"):
+        locate("ml1m", None)
