@@ -39,14 +39,6 @@ class Command:
         self._takes_config = config
         self.flags = flags.FlagValues()
         flags.DEFINE_bool("help", False, "show this help", flag_values=self.flags)
-        if config:
-            # Read before the other flags are parsed; defined here for --help.
-            flags.DEFINE_string(
-                "config",
-                None,
-                "a config file, such as configs/own_log.py; its arguments follow a colon",
-                flag_values=self.flags,
-            )
 
     def string(self, name: str, help_text: str, default: str | None = None) -> None:
         """Define a flag with a text value."""
@@ -93,16 +85,16 @@ class Command:
         config = None
         if self._takes_config:
             path, argv = _take_config(argv)
-            del self.flags["config"]
             config = load_config(path)
-            config_flags.DEFINE_config_dict(
-                "config", config, flag_values=self.flags, sys_argv=[self._name, *argv]
-            )
         try:
+            if self._takes_config:
+                config_flags.DEFINE_config_dict(
+                    "config", config, flag_values=self.flags, sys_argv=[self._name, *argv]
+                )
             rest = self.flags([self._name, *argv])[1:]
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
             # ml_collections raises KeyError or AttributeError for an unknown key.
-            message = str(error.args[0] if error.args else error).strip("'")
+            message = " ".join(str(error.args[0] if error.args else error).split())
             raise UserError(f"{message} (see: seqfair {self._name} --help)") from None
         if rest and not self._arguments:
             raise UserError(
@@ -117,6 +109,12 @@ class Command:
             usage += " --config=FILE [--config.KEY=VALUE ...]"
         usage += " [flags]" + (f" {self._arguments}" if self._arguments else "")
         lines = [usage, "", self._description, "", "flags:"]
+        if self._takes_config:
+            lines += [
+                "  --config: a config file, such as configs/own_log.py; its arguments follow a "
+                "colon (required)",
+                "  --config.KEY: the value of one setting, such as --config.seeds=0,1,2",
+            ]
         for name in self.flags:
             flag = self.flags[name]
             default = f" (default: {flag.default})" if flag.default not in (None, False) else ""

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import reference
 
-from seqfair_jax.training.batches import Sequences, choose_sizes, draw_batches, epoch_batches, pack
+from seqfair_jax.model.packing import Sequences, pack
+from seqfair_jax.training.batches import choose_sizes, draw_batches, epoch_batches
 
 
 def test_epoch_batches_is_a_pure_function_of_seed_and_epoch():
@@ -32,7 +33,7 @@ def test_several_runs_batches_and_the_tokens_that_they_take(side_by_side):
     lengths = np.array([1, 20, 3, 4, 50, 6, 7, 8, 9, 2], np.int32)
     seeds = (5, 3, 5)
     drawn = draw_batches(
-        seeds, 2, lengths=lengths, batch_size=4, steps=6, side_by_side=side_by_side
+        seeds, 2, lengths=lengths, batch_size=4, steps=6, vmap=side_by_side
     )
     assert drawn.user_ids.shape == (3, 6, 4)
     for run, seed in enumerate(seeds):

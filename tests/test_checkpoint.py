@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqfair_jax import checkpoint
+from seqfair_jax.training import checkpoint
 
 
 class State(NamedTuple):

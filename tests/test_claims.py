@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqfair_jax import claims
+from seqfair_jax.paper import claims
 from seqfair_jax.paper.tables import Entry
 
 USERS = 60

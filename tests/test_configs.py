@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from seqfair_jax import search, sweep
+from seqfair_jax.sweeps import grid, search
 from seqfair_jax.config import default_config, parse_arguments, plan_runs, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,7 +42,7 @@ def test_every_config_is_valid_and_names_its_command(name):
 @pytest.mark.parametrize("name", sorted(SWEEPS))
 def test_every_sweep_is_valid_and_names_its_command(name):
     config, doc = load(name, "scale=small,groups=pop33+seq33")
-    base, settings = sweep.split_config(config)
+    base, settings = grid.split_config(config)
     resolve(base)
     assert settings.families == ("pop33", "seq33")
     assert f"python -m seqfair_jax.reproduce --config=configs/{name}.py" in doc

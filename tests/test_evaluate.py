@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import reference
 
-from seqfair_jax import data, evaluate, metrics
+from seqfair_jax.evaluation import metrics, ranking
 from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.config import default_config
 from seqfair_jax.data.groups import build_family
@@ -40,14 +40,14 @@ def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, monkeypa
     monkeypatch.setattr(evaluate, "_TOKENS", 64)  # several batches to encode
     dataset = make_dataset()
     model, params = make_model(dataset)
-    queries = evaluate.make_queries(
+    queries = ranking.make_queries(
         dataset, split, max_len=MAX_LEN, mask_seen=mask_seen, batch_size=4
     )
     test = split == "test"
     users = np.arange(30) if test else dataset.valid_users
     targets = dataset.test_targets if test else dataset.valid_targets
-    ranking = evaluate.to_ranking(
-        *evaluate.rank_targets(model, params, queries, top_k=3), num_users=len(users), what="x"
+    ranking = ranking.to_ranking(
+        *ranking.rank_targets(model, params, queries, top_k=3), num_users=len(users), what="x"
     )
     tree = jax.tree.map(np.float64, params["params"])
     for place, (user, target) in enumerate(zip(users, targets, strict=True)):
@@ -66,9 +66,9 @@ def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, monkeypa
 def test_a_constant_scorer_gains_nothing():
     dataset = make_dataset()
     model, params = make_model(dataset)
-    queries = evaluate.make_queries(dataset, "test", max_len=MAX_LEN, mask_seen=False, batch_size=8)
+    queries = ranking.make_queries(dataset, "test", max_len=MAX_LEN, mask_seen=False, batch_size=8)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    ranks, _, finite = evaluate.rank_targets(model, zeros, queries, top_k=0)
+    ranks, _, finite = ranking.rank_targets(model, zeros, queries, top_k=0)
     assert finite
     known = dataset.test_targets >= 0
     assert (np.asarray(ranks)[:30][known] == len(dataset.item_ids)).all()
@@ -78,12 +78,12 @@ def test_a_constant_scorer_gains_nothing():
 def test_a_score_that_is_not_finite_is_an_error(value):
     dataset = make_dataset()
     model, params = make_model(dataset)
-    queries = evaluate.make_queries(dataset, "test", max_len=MAX_LEN, mask_seen=False, batch_size=8)
+    queries = ranking.make_queries(dataset, "test", max_len=MAX_LEN, mask_seen=False, batch_size=8)
     table = params["params"]["output_embedding"].at[3, 0].set(value)
     broken = {"params": params["params"] | {"output_embedding": table}}
-    ranked = evaluate.rank_targets(model, broken, queries, top_k=0)
+    ranked = ranking.rank_targets(model, broken, queries, top_k=0)
     with pytest.raises(FloatingPointError, match="test of it.*not finite"):
-        evaluate.to_ranking(*ranked, num_users=30, what="test of it")
+        ranking.to_ranking(*ranked, num_users=30, what="test of it")
 
 
 def baseline_dataset():

@@ -5,7 +5,7 @@ import pytest
 import reference
 from numpy.testing import assert_allclose
 
-from seqfair_jax.training.batches import BLOCK, Sequences, pack
+from seqfair_jax.model.packing import BLOCK, Sequences, pack
 from seqfair_jax.model.sasrec import SASRec, dropout, visible_keys
 
 NUM_ITEMS = 40

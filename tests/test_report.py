@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 from test_run import small
 
-from seqfair_jax import html_report, tables
+from seqfair_jax.evaluation import slices
+from seqfair_jax.report import html as html_report
+from seqfair_jax.report import runs, text
+from seqfair_jax.training import selection
 from seqfair_jax.run import run
 
 
@@ -22,8 +25,8 @@ def folders(tmp_path_factory):
 
 
 def test_comparison_with_a_baseline(folders):
-    rows = tables.compare_folders(folders, folders[0], "NDCG@20")
-    text = tables.comparison(rows, folders[0], "NDCG@20", "seq33")
+    rows = runs.compare_folders(folders, folders[0], "NDCG@20")
+    text = text.comparison(rows, folders[0], "NDCG@20", "seq33")
     assert f"NDCG@20 against {folders[0]}" in text
     assert "seq33=short" in text
     assert "pop33=" not in text
@@ -35,14 +38,14 @@ def test_comparison_with_a_baseline(folders):
     overall = next(line for line in lines if line[2] == "overall")
     assert float(overall[4]) == pytest.approx(means[1] - means[0], abs=5e-5)
     with pytest.raises(ValueError, match=r"holds several methods: cvar alpha=0.2, cvar alpha=0.5"):
-        tables.compare_folders(folders, folders[1], "NDCG@20")
+        runs.compare_folders(folders, folders[1], "NDCG@20")
     with pytest.raises(ValueError, match="at least one other folder"):
-        tables.compare_folders(folders[:1], folders[0], "NDCG@20")
+        runs.compare_folders(folders[:1], folders[0], "NDCG@20")
 
 
 def test_the_html_report_holds_the_table_and_needs_no_network(folders, tmp_path):
     path = tmp_path / "new" / "report.html"
-    rows = tables.compare_folders(folders, folders[0], "NDCG@20")
+    rows = runs.compare_folders(folders, folders[0], "NDCG@20")
     html_report.write(folders, path, "NDCG@20", rows=rows)
     page = path.read_text()
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
@@ -98,7 +101,7 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(folders, tmp_path):
     erm, cvar, gdro = folders
     second = copied(erm, tmp_path / "second", seed=1, segment_seconds=9.0)
     fast = copied(erm, tmp_path / "fast", learning_rate=0.5)
-    text = tables.tables([erm, second, fast, gdro], "NDCG@20", family="pop33")
+    text = text.tables([erm, second, fast, gdro], "NDCG@20", family="pop33")
     lines = [line for line in text.splitlines() if line.startswith("erm")]
     assert [re.split(r" +0\.\d{4}", line, maxsplit=1)[0] for line in lines] == [
         "erm train.learning_rate=0.001 (2 seeds)",
@@ -106,28 +109,28 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(folders, tmp_path):
         "erm train.learning_rate=0.5",
         "erm train.learning_rate=0.5, best worst group",
     ]
-    rows = tables.compare_folders([gdro, fast], second, "NDCG@20")
+    rows = runs.compare_folders([gdro, fast], second, "NDCG@20")
     assert set(rows["name"].str.partition(",")[0]) == {
         "gdro (pop33) step_size=0.01", "erm train.learning_rate=0.5",
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"are the same training \(erm, seed 0\)"):
-        tables.tables([erm, copied(erm, tmp_path / "again")], "NDCG@20")
+        text.tables([erm, copied(erm, tmp_path / "again")], "NDCG@20")
     # A grid and a run of it: the run is the baseline, the others are told from it.
-    rows = tables.compare_folders([cvar], cvar / "runs" / "alpha=0.5,seed=0", "NDCG@20")
+    rows = runs.compare_folders([cvar], cvar / "runs" / "alpha=0.5,seed=0", "NDCG@20")
     assert set(rows["name"]) == {"cvar alpha=0.2", "cvar alpha=0.2, best worst group"}
     # Another seed of the baseline's method is the baseline's, not a method to test.
     with pytest.raises(ValueError, match="at least one other folder"):
-        tables.compare_folders([erm, second], erm, "NDCG@20")
+        runs.compare_folders([erm, second], erm, "NDCG@20")
 
 
 def test_every_run_must_have_what_is_shown(folders, tmp_path):
     other = tmp_path / "other"
     run(small("chi2", groups=("seq33",), **{"evaluate.cutoffs": (5,), "train.epochs": 1}), other)
-    assert ", pop33" not in tables.tables([folders[0], other], "NDCG@20")
+    assert ", pop33" not in text.tables([folders[0], other], "NDCG@20")
     with pytest.raises(ValueError, match=r"other: family 'pop33' was not evaluated; there are seq"):
-        tables.tables([folders[0], other], "NDCG@20", family="pop33")
+        text.tables([folders[0], other], "NDCG@20", family="pop33")
     with pytest.raises(ValueError, match=r"erm: NDCG@5 was not evaluated; there are NDCG@20"):
-        tables.tables([other, folders[0]], "NDCG@5")
+        text.tables([other, folders[0]], "NDCG@5")
     html_report.write([folders[0], other], tmp_path / "report.html", "NDCG@20")
 
 
@@ -136,27 +139,27 @@ def test_results_of_another_version_are_refused(folders, tmp_path):
     summary = json.loads((old / "summary.json").read_text())
     (old / "summary.json").write_text(json.dumps(summary | {"schema_version": 1}))
     with pytest.raises(ValueError, match="schema_version 1, this version reads 2"):
-        tables.tables([old], "NDCG@20")
+        text.tables([old], "NDCG@20")
 
 
 def test_a_group_may_be_called_new():
     slices = ["tenure=new", "tenure=old", "overall", "tenure/min", "target=repeat", "target=new"]
-    assert tables.labels(slices, "tenure") == [
+    assert slices.labels(slices, "tenure") == [
         "tenure=new", "old", "overall", "worst", "repeat", "target=new",
     ]  # fmt: skip
 
 
 def test_values_that_miss_a_seed_are_no_candidates():
-    assert tables.best_values({"lucky": [0.9], "whole": [0.2, 0.4], "other": [0.1, 0.1]}) == "whole"
-    assert tables.best_values({"only": [0.9], "none": []}) == "only"
-    assert tables.best_values({"none": []}) is None
+    assert selection.best_values({"lucky": [0.9], "whole": [0.2, 0.4], "other": [0.1, 0.1]}) == "whole"
+    assert selection.best_values({"only": [0.9], "none": []}) == "only"
+    assert selection.best_values({"none": []}) is None
 
 
 def test_no_sideways_scrolling(folders, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine")
-    rows = tables.compare_folders(folders, folders[0], "NDCG@20")
+    rows = runs.compare_folders(folders, folders[0], "NDCG@20")
     html_report.write(folders, tmp_path / "report.html", "NDCG@20", rows=rows)
     page = html.escape((tmp_path / "report.html").read_text(), quote=True)
     frames = "".join(

@@ -127,7 +127,8 @@ def _train_epoch(
     drawn = batches(epoch)
     start = snapshot.progress.step - epoch * num_steps
     while start < num_steps:
-        before = np.asarray(snapshot.states.step)
+        # Copies, since the segment donates the states' buffers.
+        before, known = np.array(snapshot.states.step), np.array(snapshot.states.failed_step)
         states, stop, seconds = segments(
             snapshot.states, drawn, start, meanwhile=functools.partial(batches, epoch + 1)
         )
@@ -142,7 +143,6 @@ def _train_epoch(
             timed_targets=progress.timed_targets + (sum(targets) if seconds else 0),
             seconds=progress.seconds + seconds,
         )
-        known = np.asarray(snapshot.states.failed_step)
         snapshot = Snapshot(states, snapshot.best, progress)
         _report_failures(experiment, states, known)
         if not _any_training(states):
