@@ -215,7 +215,7 @@ def test_damaged_archives(tmp_path, content, message):
 @pytest.mark.parametrize("packer", ["gzip", "bzip2", "xz", "zstd", "zip"])
 def test_a_decompression_bomb_is_stopped_early(tmp_path, monkeypatch, packer):
     path = tmp_path / "bomb"
-    path.write_bytes(PACKERS[packer](HEADER.encode() + b"1,1,1\n" * (2**26 // 6)))
+    path.write_bytes(PACKERS[packer](HEADER.encode() + bytes(2**26)))
     assert path.stat().st_size < 2**17
     monkeypatch.setattr(readers, "MAX_UNPACKED", 2**21)
     tracemalloc.start()

@@ -180,20 +180,28 @@ def build_family(
         UserError: on an unknown name (the closest is named), a family that is twice in a union,
             or a family of the table without any user of the log.
     """
-    own = set() if group_table is None else set(group_table["family"])
-    if group_table is not None and name in own:
+    if group_table is not None and (group_table["family"] == name).any():
         return _from_table(dataset, name, group_table)
+    return _expression(dataset, name, group_table)
+
+
+def _expression(dataset: Dataset, text: str, table: pd.DataFrame | None) -> GroupFamily:
     for sign, combine in (("&", _union), ("*", _product)):
-        if sign in name:
-            parts = name.split(sign)
-            return combine([build_family(dataset, x, group_table=group_table) for x in parts])
-    if group_table is not None and decode_name(name) in own:
-        return _from_table(dataset, decode_name(name), group_table)
-    if name not in FAMILIES:
-        known = [*FAMILIES, *sorted(own)]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(f"unknown group family {name!r}{hint}; known: {', '.join(known)}")
+        if sign in text:
+            return combine([_expression(dataset, part, table) for part in text.split(sign)])
+    if text in FAMILIES:
+        return _built_in(dataset, text)
+    name = decode_name(text)
+    own = [] if table is None else sorted(set(table["family"]))
+    if table is not None and name in own:
+        return _from_table(dataset, name, table)
+    known = [*FAMILIES, *map(encode_name, own)]
+    close = difflib.get_close_matches(text, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise UserError(f"unknown group family {text!r}{hint}; known: {', '.join(known)}")
+
+
+def _built_in(dataset: Dataset, name: str) -> GroupFamily:
     kind, split = name[:3], name[3:]
     numerator = popular_rows(dataset) if kind == "pop" else dataset.train_lengths
     denominator = dataset.train_lengths if kind == "pop" else np.ones_like(dataset.train_lengths)

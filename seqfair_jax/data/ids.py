@@ -28,9 +28,8 @@ def id_order(ids: np.ndarray | pd.Series) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The distinct ids, i64[D] or object[D], and i64[N].
     """
-    values = np.asarray(ids)
-    if values.dtype.kind in "iu":
-        return np.unique(values, return_inverse=True)
+    if ids.dtype.kind in "iu":
+        return np.unique(np.asarray(ids), return_inverse=True)
     places, index = pd.factorize(pd.Series(ids, dtype=_TEXT))
     distinct = np.asarray(index, object)
     numbers = whole_numbers(distinct)

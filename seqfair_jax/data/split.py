@@ -85,7 +85,8 @@ def leave_one_out(
         num_valid_users: how many users validate, drawn without replacement from the sorted ids
             by `default_rng(split_seed)`; 0 for all.
         split_seed: see there.
-        raw: the log before any filter, to count what was dropped and which rows repeat others.
+        raw: the log before any filter, to count what was dropped and which rows repeat others;
+            None for `frame`.
 
     Returns:
         The split log. Its counts: `users`, `items`, `interactions` after filtering;
@@ -98,7 +99,8 @@ def leave_one_out(
     Raises:
         UserError: if no user is left, or fewer than `num_valid_users`.
     """
-    _, user = id_order(frame["user_id"].to_numpy())
+    raw = frame if raw is None else raw
+    _, user = id_order(frame["user_id"])
     rows_of = np.bincount(user)
     frame = frame[(rows_of >= MIN_ROWS)[user]]
     if frame.empty:
@@ -106,8 +108,8 @@ def leave_one_out(
             f"{name}: no user has {MIN_ROWS} rows after filtering (one to train on, one to "
             "validate on, one to test on); give a larger log or lower data.min_interactions"
         )
-    user_ids, user = id_order(frame["user_id"].to_numpy())
-    all_item_ids, item = id_order(frame["item_id"].to_numpy())
+    user_ids, user = id_order(frame["user_id"])
+    all_item_ids, item = id_order(frame["item_id"])
     time = frame["timestamp"].to_numpy()
     order = np.lexsort((time, user))  # stable
     user, item, time = user[order], item[order], time[order]
@@ -130,8 +132,7 @@ def leave_one_out(
     is_train[test_rows] = False
     is_train[valid_rows] = False
 
-    raw = frame if raw is None else raw
-    # An item repeats where the same (user, item) pair stands in an earlier row.
+    # An item repeats where the same (user, item) pair is in an earlier row.
     repeat = pd.Series(user * np.int64(len(all_item_ids)) + item).duplicated().to_numpy()
     item_counts = np.bincount(item[is_train], minlength=len(all_item_ids))
     known = item_counts > 0

@@ -1,0 +1,251 @@
+import dataclasses
+import errno
+import hashlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from ml_collections import ConfigDict
+from test_split import LOG, log
+
+from seqfair_jax.data import cache
+from seqfair_jax.data.cache import load_dataset, source_hashes
+from seqfair_jax.data.groups import FAMILIES, build_family
+from seqfair_jax.data.synthetic import default_settings
+from seqfair_jax.errors import UserError
+
+
+def settings(**changes):
+    config = ConfigDict(
+        {
+            "name": "csv",
+            "path": None,
+            "columns": {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"},
+            "min_interactions": 1,
+            "valid_users": 0,
+            "split_seed": 42,
+            "group_file": None,
+            "cache_dir": "",
+            "synthetic": default_settings(),
+        }
+    )
+    with config.ignore_type():
+        config.update(changes)
+    return config
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The settings of a small log with ids of text and a cache."""
+    users = ["NA", "a\0", "a"]
+    frame = log(["x" * 2**20, "b", "b"], ["b", "ü", "07"], ["b", "b", "7"], users=users)
+    frame.to_csv(tmp_path / "log.csv", index=False)
+    return settings(path=str(tmp_path / "log.csv"), cache_dir=str(tmp_path / "cache"))
+
+
+def assert_equal(one, two):
+    for field in dataclasses.fields(one):
+        left, right = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype, field.name
+            assert left.tolist() == right.tolist(), field.name
+        else:
+            assert left == right, field.name
+
+
+# --- The cache ---
+
+
+def test_the_cache_gives_the_same(config, tmp_path, monkeypatch, caplog):
+    fresh = load_dataset(config)
+    assert fresh.user_ids.tolist() == ["NA", "a", "a\0"]
+    monkeypatch.setattr(cache, "read_log", None)  # the cache alone is read
+    assert_equal(load_dataset(config), fresh)
+    assert not caplog.records
+    # Another log or setting is another entry.
+    config.split_seed = 1
+    with pytest.raises(TypeError):
+        load_dataset(config)
+    config.split_seed = 42
+    (tmp_path / "log.csv").write_text((tmp_path / "log.csv").read_text() + "NA,b,9\n")
+    with pytest.raises(TypeError):
+        load_dataset(config)
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_damaged_entry_is_made_again(config, tmp_path, caplog, kept):
+    fresh = load_dataset(config)
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[:kept])
+    assert_equal(load_dataset(config), fresh)
+    assert f"{entry} cannot be used and is made again" in caplog.text
+    assert entry.stat().st_size == len(whole)
+
+
+def test_a_changed_byte_is_noticed(config, tmp_path, caplog):
+    fresh = load_dataset(config)
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = entry.read_bytes()
+    place = whole.index(b'["NA"') + 2
+    entry.write_bytes(whole[:place] + b"M" + whole[place + 1 :])
+    assert_equal(load_dataset(config), fresh)
+    assert "is made again" in caplog.text
+
+
+def test_the_entry_of_another_log_is_not_believed(config, tmp_path, caplog):
+    LOG.to_csv(tmp_path / "other.csv", index=False)
+    other = settings(path=str(tmp_path / "other.csv"), cache_dir=config.cache_dir)
+    load_dataset(other)
+    (wrong,) = (tmp_path / "cache").iterdir()
+    fresh = load_dataset(config)
+    (entry,) = set((tmp_path / "cache").iterdir()) - {wrong}
+    entry.write_bytes(wrong.read_bytes())
+    assert_equal(load_dataset(config), fresh)
+    assert "it holds another data set" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_not_used(config, tmp_path, caplog, monkeypatch):
+    (tmp_path / "file").write_text("")
+    config.cache_dir = str(tmp_path / "file" / "cache")
+    assert load_dataset(config).counts["users"] == 3
+    assert "the cache of data sets is not used: cannot write" in caplog.text
+    caplog.clear()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    config.cache_dir = str(tmp_path / "cache")
+    assert load_dataset(config).counts["users"] == 3
+    assert "No space left on device" in caplog.text
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_where_the_cache_is(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for cache_dir, folder, home in [
+        (None, "home/data", tmp_path / "home"),
+        ("~/mine", "mine", None),
+        ("", None, tmp_path / "home"),
+        (None, None, None),  # no home folder
+    ]:
+        monkeypatch.setattr(cache, "cache_folder", lambda home=home: home)
+        with config.ignore_type():
+            config.cache_dir = cache_dir
+        before = set(tmp_path.rglob("*.npz"))
+        load_dataset(config)
+        new = set(tmp_path.rglob("*.npz")) - before
+        assert {path.parent for path in new} == ({tmp_path / folder} if folder else set())
+
+
+# --- Logs ---
+
+
+def test_missing_files_and_empty_results(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_dataset(settings(path=str(tmp_path / "none.csv")))
+    with pytest.raises(UserError, match="data.path is not set"):
+        load_dataset(settings())
+    path = tmp_path / "log.csv"
+    LOG.to_csv(path, index=False)
+    with pytest.raises(UserError, match="log.csv: nothing is left of 12 rows after the 9-core"):
+        load_dataset(settings(path=str(path), min_interactions=9))
+    LOG[:2].to_csv(path, index=False)
+    with pytest.raises(UserError, match="no user has 3 rows"):
+        load_dataset(settings(path=str(path)))
+
+
+@pytest.mark.parametrize("where", ["", "cache"])
+def test_a_log_joined_with_itself_is_reported(tmp_path, caplog, where):
+    path = tmp_path / "log.csv"
+    pd.concat([LOG, LOG]).to_csv(path, index=False)
+    config = settings(path=str(path), cache_dir=where and str(tmp_path / where))
+    for _ in range(2):  # from the cache too
+        caplog.clear()
+        assert load_dataset(config).counts["repeated_rows"] == 12
+        assert "log.csv: 50.0 % of the rows have the user, item and time" in caplog.text
+
+
+def test_a_few_repeated_rows_are_not_reported(tmp_path, caplog):
+    frame = log(*[range(20)] * 5)
+    path = tmp_path / "log.csv"
+    for repeats, reported in [(1, False), (2, True)]:  # 1 of 101, 2 of 102
+        pd.concat([frame, frame[:repeats]]).to_csv(path, index=False)
+        caplog.clear()
+        assert load_dataset(settings(path=str(path))).counts["repeated_rows"] == repeats
+        assert bool(caplog.records) == reported
+
+
+def test_hashes_of_the_sources(tmp_path):
+    log_file, group_file = tmp_path / "log.csv", tmp_path / "groups.csv"
+    log_file.write_text("log")
+    group_file.write_text("groups")
+    config = settings(path=str(log_file), group_file=str(group_file))
+    assert source_hashes(config) == {
+        "log": hashlib.sha256(b"log").hexdigest(),
+        "group_file": hashlib.sha256(b"groups").hexdigest(),
+    }
+    assert source_hashes(settings(name="synthetic")) == {}
+    assert list(source_hashes(settings(path=str(log_file)))) == ["log"]
+    group_file.unlink()
+    with pytest.raises(UserError, match="groups.csv: no such file"):
+        source_hashes(config)
+
+
+def test_the_synthetic_log_is_a_function_of_its_seed():
+    one, two = load_dataset(settings(name="synthetic")), load_dataset(settings(name="synthetic"))
+    assert one.log_hash == two.log_hash
+    other = settings(name="synthetic")
+    other.synthetic.seed = 1
+    assert load_dataset(other).log_hash != one.log_hash
+    assert one.counts["users"] == 12_000
+
+
+TABLE_1A = {
+    "retailrocket": {
+        "pop33": (40.18, 15.59, 44.23),
+        "pop2060": (27.41, 44.91, 27.69),
+        "pop1080": (14.57, 70.42, 15.02),
+        "seq33": (74.54, 22.95, 2.53),
+        "seq2060": (55.17, 44.41, 0.43),
+        "seq1080": (33.77, 66.14, 0.09),
+    },
+    "ml1m": {
+        "pop33": (18, 28, 54),
+        "pop2060": (10, 52, 38),
+        "pop1080": (5, 71, 23),
+        "seq33": (73, 19, 8),
+        "seq2060": (59, 37, 4),
+        "seq1080": (42, 57, 2),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "valid_users", "counts", "log_hash", "within"),
+    [
+        ("retailrocket", 10_000, (22178, 17803, 364943, 332765), "f3dfe2327bbe", 0.1),
+        ("ml1m", 0, (6040, 3416, 999611, 987531), "c506aba67e4d", 0.51),
+    ],
+)
+def test_table_1(real_data, caplog, name, valid_users, counts, log_hash, within):
+    dataset = load_dataset(
+        settings(
+            name=name,
+            path=str(real_data / {"ml1m": "ml-1m"}.get(name, name)),
+            valid_users=valid_users,
+            min_interactions=5,
+        )
+    )
+    keys = ("users", "items", "interactions", "train_interactions")
+    assert tuple(dataset.counts[key] for key in keys) == counts
+    assert dataset.log_hash.startswith(log_hash)
+    assert dataset.counts["tied_rows"] == dataset.counts["repeated_rows"] == 0
+    assert not caplog.records
+    for family in FAMILIES:
+        shares = 100 * build_family(dataset, family).membership.mean(axis=0)
+        np.testing.assert_allclose(shares, TABLE_1A[name][family], atol=within)
+    if name == "retailrocket":
+        assert dataset.test_repeat.sum() == 7919
+        assert dataset.counts["validation_users"] == 10_000

@@ -1,0 +1,290 @@
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import reference
+from test_split import log, split
+
+from seqfair_jax.data.groups import (
+    RESERVED_NAMES,
+    GroupFamily,
+    build_family,
+    cut_by_rows,
+    decode_name,
+    encode_name,
+    popular_rows,
+    read_group_table,
+    require_partition,
+)
+from seqfair_jax.errors import UserError
+
+HEADER = "user_id,family,group\n"
+STRANGE = [*RESERVED_NAMES, "", "a", "%72ank", "R&D", "a*b", "a%2Ab", "a:b", "x=1", "a/b", "a,b",
+           "a@b", "é 日本\U0001f600", "a\nb", "a\0", "\x85", "2024", "..",
+           "100%", "Rank"]  # fmt: skip
+
+
+def table(*rows):
+    return pd.DataFrame(rows, columns=["user_id", "family", "group"], dtype=object)
+
+
+def read(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_group_table(str(path))
+
+
+# --- Built-in families ---
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_group_cuts_match_the_reference_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    key, rows = rng.integers(4, size=30), rng.integers(1, 4, size=30)
+    for cuts in ((Fraction(1, 3), Fraction(2, 3)), (Fraction(1, 10), Fraction(9, 10))):
+        expected = reference.cut_by_rows(key, rows.tolist(), cuts)
+        assert cut_by_rows(key, rows, cuts).tolist() == expected
+
+
+def test_a_share_at_the_cut_belongs_to_the_upper_group():
+    cuts = (Fraction(1, 3), Fraction(2, 3))
+    assert cut_by_rows(np.array([1, 2, 3]), np.ones(3, int), cuts).tolist() == [1, 2, 2]
+
+
+def equal_users():
+    """20 users of 5 training rows; users 0 to 3 have 5 rows of popular items, 4 to 7 have 4, ..."""
+    sequences = []
+    for user in range(20):
+        popular = 5 - user // 4
+        items = [user % 2] * popular + [2 + user % 8] * (5 - popular)
+        sequences.append([*items, 2, 2])
+    return split(log(*sequences))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "sizes"), [("33", (6, 7, 7)), ("2060", (3, 12, 5)), ("1080", (1, 16, 3))]
+)
+def test_cuts_by_hand(cuts, sizes):
+    # Each user has 1/20 of the rows: the n-th is in the upper group from n/20 >= the cut on.
+    dataset = equal_users()
+    expected = np.repeat([0, 1, 2], sizes)
+    family = build_family(dataset, f"seq{cuts}")  # all lengths are equal: in the users' order
+    assert family.groups == ("short", "medium", "long")
+    assert family.membership.argmax(axis=1).tolist() == expected.tolist()
+
+    # Users by their share of popular items: 16 to 19, 12 to 15, ...
+    order = np.arange(20).reshape(5, 4)[::-1].ravel()
+    family = build_family(dataset, f"pop{cuts}")
+    assert family.groups == ("niche", "diverse", "popular")
+    assert family.membership[order].argmax(axis=1).tolist() == expected.tolist()
+    assert (family.membership.sum(axis=1) == 1).all()
+
+
+def test_popular_rows_by_hand():
+    dataset = equal_users()
+    assert popular_rows(dataset).tolist() == np.repeat([5, 4, 3, 2, 1], 4).tolist()
+    # Audiences 2, 1, 1, 1, 1: the 0.8 quantile is 1.2. Counted once, each row of item 0 counts.
+    dataset = split(log([0, 0, 1, 2, 9, 9], [0, 3, 4, 4, 9, 9]))
+    assert popular_rows(dataset).tolist() == [2, 1]
+
+
+# --- Products and unions ---
+
+
+def test_products_and_unknown_families():
+    dataset = split()
+    product = build_family(dataset, "pop33*seq33")
+    assert product.name == "pop33*seq33"
+    assert product.groups[:4] == ("niche*short", "niche*medium", "niche*long", "diverse*short")
+    pop, seq = build_family(dataset, "pop33").membership, build_family(dataset, "seq33").membership
+    both = [(p[:, None] & s[None, :]).ravel() for p, s in zip(pop, seq, strict=True)]
+    np.testing.assert_array_equal(product.membership, both)
+    with pytest.raises(UserError, match="unknown group family 'pop3'.*did you mean 'pop33'"):
+        build_family(dataset, "pop3")
+
+
+def test_a_union_has_the_groups_of_its_families():
+    dataset = split()
+    union = build_family(dataset, "pop33&pop33*seq33")
+    pop, product = build_family(dataset, "pop33"), build_family(dataset, "pop33*seq33")
+    assert union.name == "pop33&pop33*seq33"
+    assert union.groups[:4] == ("pop33:niche", "pop33:diverse", "pop33:popular",
+                                "pop33*seq33:niche*short")  # fmt: skip
+    both = np.concatenate([pop.membership, product.membership], axis=1)
+    np.testing.assert_array_equal(union.membership, both)
+    assert union.overlapping
+    assert [part.name for part in union.parts] == ["pop33", "pop33*seq33"]
+    chosen = union.select(np.array([1]))
+    assert [part.membership.shape for part in chosen.parts] == [(1, 3), (1, 9)]
+    assert pop.parts == (pop,)
+    require_partition(union, "gdro", dataset.user_ids)  # each part is one
+    with pytest.raises(UserError, match="'pop33&pop33' names one family twice"):
+        build_family(dataset, "pop33&pop33")
+
+
+# --- Families of a file ---
+
+
+def test_groups_from_a_file(tmp_path):
+    text = HEADER + "1,age,old\n1,age,young\n2,age,young\n9,age,old\n"
+    own = read(tmp_path / "groups.csv", text)
+    family = build_family(split(), "age", group_table=own)
+    assert family.groups == ("old", "young")
+    assert family.membership.tolist() == [[True, True], [False, True], [False, False]]
+    assert family.overlapping
+    assert family.labels().tolist() == [["old", "young"], ["young"], []]
+    with pytest.raises(UserError, match="gdro needs every user in exactly one group.*1, 3"):
+        require_partition(family, "gdro", np.array([1, 2, 3]))
+    union = build_family(split(), "pop33&age", group_table=own)
+    with pytest.raises(UserError, match="in family 'age' 2 users are in none or several: 1, 3"):
+        require_partition(union, "gdro", np.array([1, 2, 3]))
+    with pytest.raises(UserError, match="none of family 'age'.s users is in the log"):
+        build_family(split(log([1, 2, 3], users=["x"])), "age", group_table=own)
+
+
+def test_labels_of_a_csv_are_as_written(tmp_path):
+    labels = ["01", "1", "1.0", "NA", "nan", "None", "True", "a\0", "a"]
+    rows = "".join(f"{user},{family},{label}\n" for user in (1, 2, 3) for family in ("2024", "null")
+                   for label in labels)  # fmt: skip
+    own = read(tmp_path / "groups.csv", HEADER + rows)
+    for family in ("2024", "null"):
+        assert build_family(split(), family, group_table=own).groups == tuple(sorted(labels))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (pa.array([18, 2024, 7]), ["18", "2024", "7"]),
+        (pa.array([18.0, 0.5, 7.0]), ["18", "0.5", "7"]),
+        (pa.array([True, False, True]), ["True", "False", "True"]),
+        (pa.array(["01", "1", "NA"]).dictionary_encode(), ["01", "1", "NA"]),
+        (pa.array(["2020-01-02"] * 3).cast(pa.date32()), ["2020-01-02"] * 3),
+    ],
+)
+def test_labels_of_parquet_become_text(tmp_path, values, labels):
+    users = pa.array([1.0, 2.0, 3.0])
+    file = tmp_path / "groups.parquet"
+    pq.write_table(pa.table({"user_id": users, "family": values, "group": values}), file)
+    own = read_group_table(str(file))
+    assert own["user_id"].tolist() == ["1", "2", "3"]
+    assert own["family"].tolist() == labels
+    assert own["group"].tolist() == labels
+    family = build_family(split(), labels[0], group_table=own)
+    assert family.groups == (labels[0],)
+    assert family.membership[0].all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (HEADER + "1,age,old\n2,age,\n", "1 rows have no group, the first of them data row 2"),
+        (HEADER + "1,age,old\n2,,old\n", "1 rows have no family, the first of them data row 2"),
+        (HEADER + "1,age,old\n,age,old\n", "1 rows have no user_id, the first of them data row 2"),
+        (HEADER, "has no rows"),
+        ("", "is empty"),
+        ("user_id,families,group\n1,a,b\n", "no column 'family'.*did you mean 'families'"),
+        (HEADER + "1,seq1080,old\n", "'seq1080' has the name of a built-in family; rename it"),
+    ],
+)
+def test_bad_group_files(tmp_path, content, message):
+    with pytest.raises(UserError, match=rf"groups\.csv.*{message}"):
+        read(tmp_path / "groups.csv", content)
+
+
+@pytest.mark.parametrize("column", ["user_id", "family", "group"])
+@pytest.mark.parametrize("values", [[["a"]], [b"a"], [{"a": 1}], [None]])
+def test_bad_types_in_a_group_file(tmp_path, column, values):
+    columns = {"user_id": [1], "family": ["age"], "group": ["old"], column: values}
+    pq.write_table(pa.table(columns), tmp_path / "groups.parquet")
+    with pytest.raises(UserError, match=rf"groups\.parquet.* {column}( is of type|, the first)"):
+        read_group_table(str(tmp_path / "groups.parquet"))
+
+
+def test_where_the_group_file_is(tmp_path, monkeypatch):
+    assert read_group_table(None) is None
+    with pytest.raises(UserError, match="data.group_file=none.csv: no such file"):
+        read_group_table("none.csv")
+    with pytest.raises(UserError, match="data.group_file=.* is a folder"):
+        read_group_table(str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "groups.csv").write_text(HEADER + "1,age,old\n")
+    assert len(read_group_table("~/groups.csv")) == 1
+
+
+def test_users_are_matched_by_the_text_of_their_ids():
+    users = ["a", "a\0", "07", "7", "NA"]
+    dataset = split(log(*[[1, 2, 3]] * 5, users=users))
+    own = table(*((user, "f", f"group of {user}") for user in users))
+    family = build_family(dataset, "f", group_table=own)
+    assert family.labels().tolist() == [f"group of {user}" for user in dataset.user_ids]
+
+
+# --- Names ---
+
+
+def test_names_are_encoded_without_loss():
+    encoded = [encode_name(name) for name in STRANGE]
+    assert [decode_name(name) for name in encoded] == STRANGE
+    assert len(set(encoded)) == len(STRANGE)
+    for name in encoded:
+        assert not set(name) & set("=/*&:,@\n\0\x85")
+        assert name not in RESERVED_NAMES
+    assert encode_name("rank") == "%72ank"
+    assert encode_name("R&D") == "R%26D"
+    assert encode_name("é 日本") == "é 日本"
+
+
+def test_any_family_name_can_be_used():
+    names = [name for name in STRANGE if name]
+    own = table(*((1, name, "g") for name in names))
+    own["user_id"] = "1"
+    canonical = set()
+    for name in names:
+        family = build_family(split(), name, group_table=own)  # as written in the file
+        assert family.name == encode_name(name)
+        assert family.membership[:, 0].tolist() == [True, False, False]
+        canonical.add(family.name)
+        union = build_family(split(), f"{family.name}&pop33", group_table=own)
+        assert union.groups[0] == f"{family.name}:g"
+        product = build_family(split(), f"{family.name}*pop33", group_table=own)
+        assert product.name == f"{family.name}*pop33"
+    assert len(canonical) == len(names)
+
+
+def test_groups_of_products_and_unions_stay_apart():
+    labels = ["a", "b", "a*b", "b*a", "a:b", "b:a", "a%2Ab"]
+    rows = [("1", family, label) for family in ("f", "f:a", "g") for label in labels]
+    own = table(*rows)
+    assert build_family(split(), "f", group_table=own).groups == tuple(sorted(labels))
+    for name in ("f*g", "f&f%3Aa&g", "f&g&f*g"):
+        family = build_family(split(), name, group_table=own)
+        assert len(set(family.groups)) == len(family.groups) == family.membership.shape[1]
+    product = build_family(split(), "f*g", group_table=own)
+    assert "a*b%2Aa" in product.groups
+    union = build_family(split(), "f&f*g", group_table=own)
+    assert union.groups[: len(labels)] == tuple(
+        f"f:{label}" for label in ["a", "a%252Ab", "a%2Ab", "a%3Ab", "b", "b%2Aa", "b%3Aa"]
+    )
+    assert "f*g:a*b%2Aa" in union.groups
+
+
+def test_labels_of_a_partition():
+    membership = np.array([[True, False], [False, True], [False, False]])
+    assert GroupFamily("f", ("a", "b"), membership).labels().tolist() == ["a", "b", None]
+
+
+def test_the_hash_is_of_names_and_members():
+    one = np.eye(2, dtype=bool)
+    families = [
+        GroupFamily("f", ("a", "b"), one),
+        GroupFamily("f", ("a", "c"), one),
+        GroupFamily("f", ("a", "b"), ~one),
+        GroupFamily("f", ("a\0b", "c"), one),
+        GroupFamily("f", ("a", "b\0c"), one),
+    ]
+    for left, right in itertools.combinations(families, 2):
+        assert left.hash() != right.hash()
+    assert GroupFamily("g", ("a", "b"), one.copy()).hash() == families[0].hash()
