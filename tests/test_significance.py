@@ -1,9 +1,13 @@
+import tracemalloc
+
 import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
+from seqfair_jax.data.groups import RESERVED_NAMES, encode_name
+from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.significance import compare
 
 
@@ -127,7 +131,7 @@ def test_users_in_no_group_are_in_no_slice(tmp_path):
         assert [name for name in result.index if "pop33" in name] == ["pop33=old", "pop33=young"]
         assert (result.loc[["pop33=old", "pop33=young"], "users"] == 1).all()
     others = per_user(after, groups=["old", "old", "young"])
-    with pytest.raises(ValueError, match="pop33 of user u1 is not the baseline's"):
+    with pytest.raises(UserError, match="pop33 of user u1 is not the baseline's"):
         compare({"a": {0: others}}, {0: stored}, "NDCG@20")
 
 
@@ -143,5 +147,77 @@ def test_users_in_no_group_are_in_no_slice(tmp_path):
 )
 def test_tables_of_other_users_targets_or_groups_are_refused(change, message):
     before, after = draw()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         compare({"a": {0: change(per_user(after))}}, {0: per_user(before)}, "NDCG@20")
+
+
+def test_an_interval_does_not_depend_on_what_else_is_compared():
+    before, after = draw()
+    tables = {"a": {0: per_user(after)}, "b": {0: per_user(after**2)}, "c": {0: per_user(before)}}
+    baseline = {0: per_user(before)}
+
+    def intervals(names):
+        result = compare({name: tables[name] for name in names}, baseline, "NDCG@20")
+        return result.set_index(["name", "slice"])[["low", "high"]].loc["b"]
+
+    alone = intervals("b")
+    assert (alone["low"] < alone["high"]).all()
+    for names in ("ab", "ba", "cab"):
+        pd.testing.assert_frame_equal(intervals(names), alone)
+    # Nor on which slices there are.
+    fewer = compare(
+        {"b": {0: tables["b"][0].drop(columns="pop33")}},
+        {0: baseline[0].drop(columns="pop33")},
+        "NDCG@20",
+    ).set_index("slice")
+    pd.testing.assert_frame_equal(fewer[["low", "high"]], alone.loc[fewer.index])
+    other = compare({"b": tables["b"]}, baseline, "NDCG@20", seed=1).set_index("slice")
+    assert (other["low"] != alone["low"]).all()
+
+
+def test_the_bootstrap_of_many_users_is_drawn_in_batches(monkeypatch):
+    users = 9_000  # 2,000 resamples at once would be 18 million values, 144 MB
+    difference = np.random.default_rng(0).exponential(0.3, users)
+    before = np.zeros(users)
+    tables = [
+        per_user(values, groups=["all"] * users).assign(repeat=True)
+        for values in (difference, before)
+    ]
+    tracemalloc.start()
+    result = compare({"a": {0: tables[0]}}, {0: tables[1]}, "NDCG@20").set_index("slice")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    error = difference.std(ddof=1) / users**0.5
+    for name in ("overall", "pop33=all"):
+        row = result.loc[name]
+        assert_allclose(row["low"], difference.mean() - 1.96 * error, atol=0.2 * error)
+        assert_allclose(row["high"], difference.mean() + 1.96 * error, atol=0.2 * error)
+    # Batches are an arrangement of the same draws.
+    monkeypatch.setattr("seqfair_jax.evaluation.significance._DRAWN_AT_ONCE", 10**9)
+    at_once = compare({"a": {0: tables[0]}}, {0: tables[1]}, "NDCG@20").set_index("slice")
+    assert_allclose(result[["low", "high"]], at_once[["low", "high"]], atol=0.1 * error)
+
+
+def test_families_with_the_names_of_columns_are_families():
+    before, after = draw()
+    names = [encode_name(name) for name in (*RESERVED_NAMES, "R&D", "a*b", "x@20")]
+    groups = ["niche", "popular", "popular"] * 10
+    lists = [["niche"], ["popular", "niche"], []] * 10
+    tables = [
+        per_user(values)[["user_id", "target_item_id", "repeat", "rank", "NDCG@20"]]
+        .assign(**dict.fromkeys(names, groups))
+        .assign(many=lists)
+        for values in (after, before)
+    ]
+    result = compare({"a": {0: tables[0]}}, {0: tables[1]}, "NDCG@20").set_index("slice")
+    assert list(result.index) == [
+        "overall", "target=repeat", "target=new",
+        *(f"{name}={group}" for name in names for group in ("niche", "popular")),
+        "many=niche", "many=popular",
+    ]  # fmt: skip
+    assert result.loc["%74arget=niche", "users"] == 10
+    assert result.loc["many=niche", "users"] == 20
+    others = tables[0].assign(**{"R%26D": "niche"})
+    with pytest.raises(UserError, match="a: R&D of user u1 is not the baseline's"):
+        compare({"a": {0: others}}, {0: tables[1]}, "NDCG@20")

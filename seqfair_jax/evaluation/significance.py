@@ -10,8 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-_KEYS = ["user_id", "target_item_id", "repeat"]  # what two runs must agree on
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import slices
+
+_KEYS = ("user_id", "target_item_id", "repeat")  # two runs must agree on these
 _RESAMPLES = 2000
+_DRAWN_AT_ONCE = 2_000_000  # values of the bootstrap, so that its memory does not grow with U
 
 
 def compare(
@@ -21,15 +25,16 @@ def compare(
     *,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare methods with a baseline on per-user metrics (paper, section 4.1: tables 2 to 7).
+    """Compare methods with a baseline on per-user metrics (paper, tables 2 to 7).
 
-    Each row is a two-sided paired t-test over the users of a slice, whose p < 0.05 earns the
-    paper's star, with the effect (mean difference) and its percentile bootstrap 95 % interval
-    over users. `q` is p after Benjamini and Hochberg (1995) over all rows: the share of false
-    discoveries to expect among the rows with as small a q. Where a method has several seeds, a
-    user's metric is its mean over them, so the test sees the users' variation, not the seeds'.
-    A method and the baseline are compared over the seeds that both have, lest a single seed be
-    told from a mean; over all of each where they have none in common.
+    Each row is a two-sided paired t-test over the users of a slice; p < 0.05 gives the paper's
+    star. The effect is the mean difference, with its percentile bootstrap 95 % interval over
+    users. `q` is p after Benjamini and Hochberg (1995) over all rows: the expected share of false
+    discoveries among the rows with a q as small. With several seeds, a user's metric is its mean
+    over them, so the test measures the variation of the users, not of the seeds. Only the seeds
+    that a method and the baseline share are compared, so one seed never meets an average; if they
+    share none, all seeds of both are used. Every interval is drawn from the same seed, so it does
+    not depend on the other methods and slices.
 
     Args:
         tables: for each method, by seed, the per-user table (`per_user.parquet`).
@@ -39,30 +44,28 @@ def compare(
 
     Returns:
         columns name, slice ("overall", "pop33=niche", ...), users, mean, baseline, difference,
-        low, high, p, q, star; a row for each method and each slice that holds a user. An
-        interval of a single user, and a test of one, are NaN; p is 1 where no user differs.
+        low, high, p, q, star; a row for each method and each slice with at least one user.
+        Intervals and tests of a single user are NaN; p is 1 if no user differs.
 
     Raises:
-        ValueError: if the tables do not hold the same users with the same targets and groups, or
-            lack the metric.
+        UserError: if the tables differ in their users, targets or groups, or lack the metric.
     """
     reference = next(iter(baseline.values())).reset_index(drop=True)
-    columns = [c for c in reference if c in _KEYS or reference[c].dtype.kind not in "fiu"]
+    columns = [*_KEYS, *_families(reference)]
 
     def values(table: pd.DataFrame, name: str) -> np.ndarray:
         return _aligned(table, reference, columns, metric, name)
 
     of_baseline = {s: values(table, "the baseline") for s, table in baseline.items()}
-    slices = list(_slices(reference))
+    members_of = dict(_members(reference))
     rows = []
-    rng = np.random.default_rng(seed)
     for name, seeds in tables.items():
         common = [s for s in seeds if s in baseline]
         after = np.mean([values(seeds[s], name) for s in common or seeds], axis=0)
         before = np.mean([of_baseline[s] for s in common or baseline], axis=0)
-        for slice_name, members in slices:
+        for slice_name, members in members_of.items():
             difference = (after - before)[members]
-            low, high = _interval(difference, rng)
+            low, high = _interval(difference, seed)
             rows.append(
                 {
                     "name": name,
@@ -91,29 +94,37 @@ def false_discovery_rates(p_values: pd.Series) -> pd.Series:
     return rates
 
 
-def _aligned(table, reference, columns, metric, name) -> np.ndarray:
+def _families(table: pd.DataFrame) -> list[str]:
+    """The columns with group names: neither keys nor metrics, whose names contain `@`."""
+    return [c for c in table if c not in (*_KEYS, "rank") and "@" not in c]
+
+
+def _aligned(
+    table: pd.DataFrame, reference: pd.DataFrame, columns: list[str], metric: str, name: str
+) -> np.ndarray:
     """A run's metric by user in the reference's order, f64[U]."""
     order = reference["user_id"]
     if metric not in table:
-        raise ValueError(f"{name}: its per-user table has no column {metric!r}")
+        raise UserError(f"{name}: its per-user table has no column {metric!r}")
     aligned = table.set_index("user_id").reindex(order)
     missing = ~order.isin(table["user_id"])
     extra = ~table["user_id"].isin(order)
     if missing.any() or extra.any():
-        raise ValueError(
+        raise UserError(
             f"{name}: {int(missing.sum())} of the baseline's {len(order)} users are not in "
             f"its test and {int(extra.sum())} others are; compare runs on one log and split"
         )
     for column in columns:
         if column == "user_id":
             continue
+        label = column if column in _KEYS else slices.family_label(column)
         if column not in table:
-            raise ValueError(f"{name}: it was not evaluated by {column}, the baseline was")
+            raise UserError(f"{name}: it was not evaluated by {label}, the baseline was")
         differs = _differ(aligned[column].reset_index(drop=True), reference[column])
         if differs.any():
             user = order[differs.argmax()]
-            raise ValueError(
-                f"{name}: {column} of user {user} is not the baseline's (in all "
+            raise UserError(
+                f"{name}: {label} of user {user} is not the baseline's (in all "
                 f"{differs.sum()} users differ); compare runs on one log and split"
             )
     return aligned[metric].to_numpy(np.float64)
@@ -127,25 +138,24 @@ def _differ(a: pd.Series, b: pd.Series) -> np.ndarray:
 
 
 def _groups(label: Any) -> list[str]:
-    """The groups that a user's label names: one, several, or none, which Parquet gives as NaN."""
+    """The groups in a user's label: one, several, or none (None, or NaN from Parquet)."""
     if isinstance(label, list | np.ndarray):
         return list(label)
     return [] if pd.isna(label) else [label]
 
 
-def _slices(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+def _members(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
     """Every slice's name and bool[U] of its users."""
-    yield "overall", np.ones(len(table), bool)
-    for name, repeat in (("repeat", True), ("new", False)):
-        members = table["repeat"].to_numpy(bool) == repeat
+    yield slices.OVERALL, np.ones(len(table), bool)
+    repeat = table["repeat"].to_numpy(bool)
+    for name, members in ((slices.REPEAT, repeat), (slices.NEW, ~repeat)):
         if members.any():
-            yield f"target={name}", members
-    for family in table.columns:
-        if family in _KEYS or table[family].dtype.kind in "fiu":
-            continue
+            yield name, members
+    for family in _families(table):
         labels = [set(_groups(label)) for label in table[family]]
-        for group in dict.fromkeys(sorted(set().union(*labels))):
-            yield f"{family}={group}", np.array([group in label for label in labels])
+        for group in sorted(set().union(*labels)):
+            members = np.array([group in label for label in labels])
+            yield slices.group_slice(family, group), members
 
 
 def _p_value(after: np.ndarray, before: np.ndarray) -> float:
@@ -156,16 +166,16 @@ def _p_value(after: np.ndarray, before: np.ndarray) -> float:
     return float(stats.ttest_rel(after, before).pvalue)
 
 
-def _interval(difference: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+def _interval(difference: np.ndarray, seed: int) -> tuple[float, float]:
     if len(difference) < 2:
         return np.nan, np.nan
     interval = stats.bootstrap(
         (difference,),
         np.mean,
         n_resamples=_RESAMPLES,
-        batch=max(1, 2_000_000 // len(difference)),
+        batch=max(1, _DRAWN_AT_ONCE // len(difference)),
         vectorized=True,
         method="percentile",
-        rng=rng,
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)

@@ -74,21 +74,46 @@ def label(name: str) -> str:
     found = parse(name)
     if found.statistic:
         return "worst" if found.statistic == "min" else found.statistic
-    return found.group or OVERALL
+    if is_combined(found.family):  # the groups' own names are encoded; `*` joins them
+        return printable(decode_name(found.group.replace("*", "×")))
+    return printable(found.group) or OVERALL
+
+
+def full_label(name: str) -> str:
+    """A slice as readers see it, with its family: "pop33=niche", "pop33/worst"."""
+    found = parse(name)
+    if not found.family:
+        return OVERALL
+    return f"{family_label(found.family)}{'/' if found.statistic else '='}{label(name)}"
 
 
 def labels(names: Sequence[str]) -> list[str]:
     """The slices' labels; slices that share one are shown with their family."""
     short = [label(name) for name in names]
     return [
-        text if short.count(text) == 1 else f"{family_label(parse(name).family)}={text}"
+        text if short.count(text) == 1 else full_label(name)
         for name, text in zip(names, short, strict=True)
     ]
 
 
 def family_label(family: str) -> str:
     """A family's name as its user wrote it."""
-    return decode_name(family)
+    return printable(decode_name(family))
+
+
+def is_combined(family: str) -> bool:
+    """Whether a family is a product or union; no other canonical name contains `*` or `&`."""
+    return is_product(family) or "&" in family
+
+
+def is_product(family: str) -> bool:
+    """Whether the groups of a family are intersections."""
+    return "*" in family
+
+
+def printable(text: str) -> str:
+    r"""The text with every control or invisible character as an escape, such as `\n`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def slice_means(
@@ -138,7 +163,7 @@ def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
     judged = [group for group, size in zip(family.groups, sizes, strict=True) if size >= min_users]
     if not judged:
         raise UserError(
-            f"select.min_users is {min_users}, but the groups of {family.name} have "
+            f"select.min_users is {min_users}, but the groups of {family_label(family.name)} have "
             f"{', '.join(map(str, sizes))} validation users: lower it"
         )
     return judged
