@@ -3,8 +3,8 @@
     python -m seqfair_jax search --config=configs/backbone_rr.py --workdir=runs/backbone_rr
 
 `--dry_run` prints the 216 points. The paper chose dim 256, ff_dim 256, 3 blocks, 1 head, dropout
-0.2, batch size 128. With `:scale=small` one setting after another is tried, of a model that two
-cores train in minutes. Lists of values: --config.search.grid.model.dropout=0.1,0.2
+0.2, batch size 128. With `:scale=small` it tries one setting after another, with a model that two
+cores train in minutes. To change a list: --config.search.grid.model.dropout=0.1,0.2
 """
 
 from seqfair_jax.paper import plans, settings

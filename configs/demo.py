@@ -1,4 +1,4 @@
-"""The synthetic log, small enough for half a minute on two cores.
+"""A small model on the synthetic log; trains in half a minute on two cores.
 
     python -m seqfair_jax.main --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
 
@@ -11,7 +11,7 @@ from seqfair_jax.config import default_config, parse_arguments
 def get_config(arg=None):
     arguments = parse_arguments(arg, method="erm")
     config = default_config()
-    config.groups = ("pop2060",)  # the log's kinds of users hold 20 % niche ones
+    config.groups = ("pop2060",)  # 20 % of the log's users are niche
     config.data.valid_users = 3000
     config.objective.name = arguments.method
     config.objective.step_size = (0.001,)

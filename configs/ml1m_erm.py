@@ -5,7 +5,7 @@
 
     python -m seqfair_jax.main --config=configs/ml1m_erm.py --workdir=runs/ml1m_erm
 
-Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_erm.py:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

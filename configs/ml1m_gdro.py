@@ -5,10 +5,10 @@
 
     python -m seqfair_jax.main --config=configs/ml1m_gdro.py --workdir=runs/ml1m_gdro
 
-The paper chooses eta on validation: --config.objective.step_size=0.001,0.005,0.01,0.05,0.1
-trains the grid.
+The paper chooses eta on validation. This trains its grid:
+--config.objective.step_size=0.001,0.005,0.01,0.05,0.1
 
-Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_gdro.py:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

@@ -4,12 +4,12 @@
         --config.data.path=log.csv --config.data.columns.user_id=customer
 
 Train `method=erm` and `method=cvar` (which needs no groups), and compare both with the baselines
-printed below; `python -m seqfair_jax report DIR DIR` puts them into one table.
+in the same table. `python -m seqfair_jax report DIR DIR` prints both in one table.
 
 Useful keys: data.columns.* (what the file calls its columns), data.min_interactions (5),
 data.group_file (your own groups: user_id, family, group), groups, seeds, evaluate.mask_seen (True
-where nobody takes an item twice, such as films), train.epochs (of 256 steps: 6 are enough for some
-ten thousand users; a larger log needs more).
+if no user takes an item twice, as with films), train.epochs (of 256 steps each; 6 are enough for
+about ten thousand users, and a larger log needs more).
 """
 
 from seqfair_jax.config import default_config, parse_arguments

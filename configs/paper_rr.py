@@ -2,9 +2,9 @@
 
     python -m seqfair_jax reproduce --config=configs/paper_rr.py --workdir=runs/paper_rr
 
-`--dry_run` prints the plan. Arguments behind a colon: see `seqfair_jax.paper.settings`
-(paper_rr.py:scale=small); `groups` are the families to train the group methods on. What is worked
-through are the lists of `config.sweep` (--config.sweep.alpha=0.3,0.5).
+`--dry_run` prints the plan. Arguments follow a colon, as in paper_rr.py:scale=small (see
+`seqfair_jax.paper.settings`); group methods train on each family of `groups`. To change the
+sweep, set its lists, as in --config.sweep.alpha=0.3,0.5.
 """
 
 from seqfair_jax.paper import plans, settings

@@ -5,7 +5,7 @@
 
     python -m seqfair_jax.main --config=configs/rr_cb_log.py --workdir=runs/rr_cb_log
 
-Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: rr_cb_log.py:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

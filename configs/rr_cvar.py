@@ -5,10 +5,10 @@
 
     python -m seqfair_jax.main --config=configs/rr_cvar.py --workdir=runs/rr_cvar
 
-The paper chooses alpha on validation:
---config.objective.alpha=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95 trains the grid.
+The paper chooses alpha on validation. This trains its grid:
+--config.objective.alpha=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95
 
-Arguments behind a colon (see `seqfair_jax.paper.settings`): groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: rr_cvar.py:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train the runs of a config, test them and print the table by group",
@@ -13,9 +14,13 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Run the command that the first argument names."""
-    arguments = sys.argv[1:]
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the first argument names.
+
+    Args:
+        argv: the words after `seqfair`; by default those of this process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print("usage: seqfair COMMAND [flags]; seqfair COMMAND --help lists the flags\n")
         for name, description in COMMANDS.items():
@@ -26,7 +31,11 @@ def main() -> None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         sys.exit(f"error: no command {name!r}{hint}; there are {', '.join(COMMANDS)}")
-    importlib.import_module(f"seqfair_jax.commands.{name}").main(rest)
+    try:
+        command = importlib.import_module(f"seqfair_jax.commands.{name}")
+    except KeyboardInterrupt:  # the imports take seconds
+        sys.exit("stopped")
+    command.main(rest)
 
 
 if __name__ == "__main__":

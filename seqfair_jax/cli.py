@@ -1,12 +1,16 @@
 """What the commands share: flags, the config, one line for a user's error, logging, signals."""
 
+import contextlib
 import difflib
-import importlib.util
+import inspect
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -15,27 +19,46 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from seqfair_jax import workdir
+from seqfair_jax.config import flatten
 from seqfair_jax.errors import UserError
 from seqfair_jax.training.environment import processor
+
+_LISTS = "lists have no spaces, as in --config.seeds=0,1,2"
+_TYPES = {
+    bool: "true or false",
+    int: "an int",
+    float: "a number",
+    tuple: "a list such as 0.1,0.2",
+}
 
 
 class Command:
     """The flags of one command, and how it runs.
 
-    Each call has flags of its own (not absl's global ones), so a command may run twice in a
-    process and importing its module has no effect.
+    Each command has its own flags instead of absl's global ones, so importing its module has no
+    effect and a process may run it several times.
     """
 
-    def __init__(self, name: str, description: str, *, arguments: str = "", config: bool = False):
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        *,
+        arguments: str = "",
+        config: bool = False,
+        program: str | None = None,
+    ):
         """Define the flags that every command has.
 
         Args:
-            name: what is typed behind `seqfair`.
+            name: the word after `seqfair`.
             description: for `--help`.
-            arguments: what positional arguments stand for, such as "DIR [DIR ...]"; "" for none.
+            arguments: the positional arguments, such as "DIR [DIR ...]"; "" for none.
             config: the command takes `--config` and `--config.KEY=VALUE`.
+            program: how the command is started, if not by `seqfair NAME`.
         """
         self._name, self._description, self._arguments = name, description, arguments
+        self._program = program or f"seqfair {name}"
         self._takes_config = config
         self.flags = flags.FlagValues()
         flags.DEFINE_bool("help", False, "show this help", flag_values=self.flags)
@@ -43,6 +66,10 @@ class Command:
     def string(self, name: str, help_text: str, default: str | None = None) -> None:
         """Define a flag with a text value."""
         flags.DEFINE_string(name, default, help_text, flag_values=self.flags)
+
+    def integer(self, name: str, help_text: str, default: int) -> None:
+        """Define a flag with a whole number."""
+        flags.DEFINE_integer(name, default, help_text, flag_values=self.flags)
 
     def bool(self, name: str, help_text: str) -> None:
         """Define a flag that is off by default."""
@@ -52,10 +79,10 @@ class Command:
         """The value of a flag, after parsing.
 
         Raises:
-            UserError: if it was not given.
+            UserError: if it was not given, or is empty.
         """
         value = self.flags[name].value
-        if value is None:
+        if not value:
             raise UserError(f"--{name} is missing: {self.flags[name].help}")
         return value
 
@@ -66,17 +93,15 @@ class Command:
         takes one, else the positional arguments. A `UserError` ends the process with status 1
         and one line on standard error; any other exception is a bug and keeps its traceback.
         """
-        _set_up_logging()
-        # So that SIGTERM unwinds like Ctrl-C: locks and temporary files are cleaned up.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            values, rest = self._parse(list(argv))
-            use_compilation_cache()
-            work(values, rest)
-        except UserError as error:
-            _exit(f"error: {error}")
-        except KeyboardInterrupt:
-            _exit("stopped")
+        with _logging(), _signals():
+            try:
+                values, rest = self._parse(list(argv))
+                use_compilation_cache()
+                work(values, rest)
+            except UserError as error:
+                _exit(f"error: {error}")
+            except KeyboardInterrupt:
+                _exit("stopped")
 
     def _parse(self, argv: list[str]) -> tuple[flags.FlagValues, Any]:
         if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
@@ -86,25 +111,33 @@ class Command:
         if self._takes_config:
             path, argv = _take_config(argv)
             config = load_config(path)
+            _check_overrides(config, argv)
         try:
             if self._takes_config:
                 config_flags.DEFINE_config_dict(
-                    "config", config, flag_values=self.flags, sys_argv=[self._name, *argv]
+                    "config", config, flag_values=self.flags, sys_argv=[self._program, *argv]
                 )
-            rest = self.flags([self._name, *argv])[1:]
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-            # ml_collections raises KeyError or AttributeError for an unknown key.
-            message = " ".join(str(error.args[0] if error.args else error).split())
-            raise UserError(f"{message} (see: seqfair {self._name} --help)") from None
+            rest = self.flags([self._program, *argv])[1:]
+        except (flags.Error, ValueError) as error:
+            hint = f" (see: {self._program} --help)"
+            message = _expected_type(error, config) or " ".join(str(error).split()) + hint
+            raise UserError(message) from None
+        self._check_repeated(argv)
         if rest and not self._arguments:
             raise UserError(
-                f"unexpected argument {rest[0]!r}: flags are --NAME=VALUE, and lists have no "
-                "spaces, as in --config.seeds=0,1,2"
+                f"unexpected argument {rest[0]!r}: flags are --NAME=VALUE, and {_LISTS}"
             )
         return self.flags, (config if self._takes_config else rest)
 
+    def _check_repeated(self, argv: Sequence[str]) -> None:
+        names = [word.lstrip("-").partition("=")[0] for word in argv if word.startswith("-")]
+        names = [name if name in self.flags else name.removeprefix("no") for name in names]
+        for name in self.flags:
+            if names.count(name) > 1:
+                raise UserError(f"--{name} is given {names.count(name)} times, expected once")
+
     def _help(self) -> str:
-        usage = f"usage: seqfair {self._name}"
+        usage = f"usage: {self._program}"
         if self._takes_config:
             usage += " --config=FILE [--config.KEY=VALUE ...]"
         usage += " [flags]" + (f" {self._arguments}" if self._arguments else "")
@@ -113,11 +146,12 @@ class Command:
             lines += [
                 "  --config: a config file, such as configs/own_log.py; its arguments follow a "
                 "colon (required)",
-                "  --config.KEY: the value of one setting, such as --config.seeds=0,1,2",
+                "  --config.KEY: the value of one setting, such as --config.seeds=0,1,2; "
+                "seqfair_jax/config.py lists them",
             ]
         for name in self.flags:
             flag = self.flags[name]
-            default = f" (default: {flag.default})" if flag.default not in (None, False) else ""
+            default = f" (default: {flag.default})" if flag.default not in (None, False, "") else ""
             lines.append(f"  --{name}: {flag.help}{default}")
         return "\n".join(lines)
 
@@ -129,7 +163,7 @@ def load_config(argument: str) -> ConfigDict:
         argument: `FILE` or `FILE:ARGUMENTS`.
 
     Raises:
-        UserError: if there is no such file, or it refuses the arguments.
+        UserError: if there is no such file, it has no `get_config`, or it refuses the arguments.
     """
     name, colon, arguments = argument.partition(":")
     path = workdir.user_path(name)
@@ -139,14 +173,26 @@ def load_config(argument: str) -> ConfigDict:
         )
         hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
         raise UserError(f"--config={name}: no such file{hint}")
-    spec = importlib.util.spec_from_file_location("seqfair_config", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(f"--config={name}: expected a Python file with a get_config function")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = types.ModuleType("seqfair_config")
+    module.__file__ = str(path)
+    exec(compile(workdir.read_text(path), str(path), "exec"), module.__dict__)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={name}: the file has no get_config function")
-    return module.get_config(arguments) if colon else module.get_config()
+    given = (arguments,) if colon else ()
+    try:
+        inspect.signature(module.get_config).bind(*given)
+    except TypeError:
+        problem = "takes no arguments" if colon else "needs arguments, as in FILE.py:KEY=VALUE"
+        raise UserError(f"--config={argument}: its get_config {problem}") from None
+    config = module.get_config(*given)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={name}: its get_config returns a {type(config).__name__}, expected a "
+            "ConfigDict"
+        )
+    return config
 
 
 def use_compilation_cache() -> None:
@@ -165,26 +211,113 @@ def use_compilation_cache() -> None:
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     """The value of `--config`, and the other arguments."""
-    for i, arg in enumerate(argv):
-        if arg in ("--config", "-config"):
-            if i + 1 == len(argv):
-                break
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-        name, equals, value = arg.partition("=")
-        if equals and name in ("--config", "-config"):
-            return value, argv[:i] + argv[i + 1 :]
-    raise UserError("--config is missing: name a config file, such as --config=configs/own_log.py")
+    found, rest = [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "-config"):
+            rest.append(word)
+        elif equals:
+            found.append(value)
+        else:
+            found.append(next(words, ""))
+    if len(found) > 1:
+        raise UserError("--config is given twice: name one config file")
+    if not found or not found[0]:
+        raise UserError(
+            "--config is missing: name a config file, such as --config=configs/own_log.py"
+        )
+    return found[0], rest
 
 
-def _set_up_logging() -> None:
-    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax logs every file
+def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Refuse `--config.KEY` where KEY is unknown, and a list that ends in a comma.
+
+    A list with spaces, `--config.seeds=0, 1`, reaches the program as two words.
+    """
+    for i, word in enumerate(argv):
+        match = re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
+        if match is None:
+            continue
+        key, value = match.groups()
+        setting: Any = config
+        for part in key.split("."):
+            if not isinstance(setting, ConfigDict) or part not in setting:
+                raise UserError(f"unknown config key {key}{_closest_key(key, config)}")
+            setting = setting[part]
+        if isinstance(setting, ConfigDict):
+            raise UserError(
+                f"--config.{key} is a group of settings: set one of {', '.join(setting)}"
+            )
+        if value is None:
+            value = argv[i + 1] if i + 1 < len(argv) else ""
+        if isinstance(setting, tuple) and value.rstrip().endswith(","):
+            raise UserError(f"--config.{key}={value}: the list ends in a comma; {_LISTS}")
+
+
+def _closest_key(key: str, config: ConfigDict) -> str:
+    known = [name for name, _ in flatten(config.to_dict())]
+    # The same setting of another part is the best guess: `epochs` for `train.epochs`.
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = difflib.get_close_matches(key, same or known, n=1, cutoff=0 if same else 0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _expected_type(error: Exception, config: ConfigDict | None) -> str | None:
+    """The message for a setting whose value has another type; None for other errors."""
+    match = re.match(r"flag --config\.([\w.]+)=", str(error))
+    if match is None or config is None or not isinstance(error, flags.IllegalFlagValueError):
+        return None
+    given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+    setting: Any = config
+    *parts, last = match[1].split(".")
+    for part in parts:
+        setting = setting[part]
+    return f"{given}: expected {_TYPES[setting.get_type(last)]}"
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Show the package's messages on standard error, and hide those of orbax."""
     logger = logging.getLogger("seqfair_jax")
+    before = logger.level, logger.propagate, absl_logging.get_verbosity()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax logs every file
     logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        level, logger.propagate, verbosity = before
+        logger.setLevel(level)
+        absl_logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, so that locks are released.
+
+    A second signal ends the process at once. `run.run` has its own handlers while it trains.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handled = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(_number: int, _frame: object) -> None:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = [signal.signal(number, interrupt) for number in handled]
+    try:
+        yield
+    finally:
+        for number, handler in zip(handled, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _exit(message: str) -> NoReturn:

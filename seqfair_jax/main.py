@@ -5,7 +5,7 @@ The same as `seqfair train`.
 
 import sys
 
-from seqfair_jax.commands import train
+from seqfair_jax.__main__ import main
 
 if __name__ == "__main__":
-    train.main(sys.argv[1:])
+    main(["train", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""The paper's work on a data set: the sweep over methods, and the search for the model."""
+"""The paper's experiments on a data set: the sweep over methods, and the search for the model."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ DataSet = Callable[[str, str | None], ConfigDict]  # one of `settings`
 
 
 def sweep(data_set: DataSet, arg: str | None) -> ConfigDict:
-    """The whole of the paper's work on a data set, for `seqfair_jax.reproduce`.
+    """All of the paper's experiments on a data set, for `seqfair reproduce`.
 
-    At `scale=small` the grids are thinned. On Retailrocket a method's values are then chosen on one
-    seed and the chosen ones train on three, and objectives over intersecting groups are added;
-    MovieLens-1M, whose runs are longer, has one seed of ERM, CVaR, GDRO and SDRO.
+    `scale=small` has fewer values. On Retailrocket it chooses them with one seed, trains the chosen
+    ones with three seeds, and adds objectives over intersecting groups. On MovieLens-1M, whose runs
+    take longer, it trains ERM, CVaR, GDRO and SDRO with one seed.
     """
     given = {"groups"} & {part.partition("=")[0] for part in (arg or "").split(",")}
     config = data_set("erm", arg)
@@ -43,10 +43,11 @@ def sweep(data_set: DataSet, arg: str | None) -> ConfigDict:
 
 
 def backbone(data_set: DataSet, arg: str | None) -> ConfigDict:
-    """The search for a data set's model, by ERM's validation alone, for `seqfair_jax.search`.
+    """The search for a data set's model by ERM's validation score, for `seqfair search`.
 
-    At the paper's size every combination of appendix B, stopped after 200 epochs without a better
-    validation NDCG@20; at `scale=small` one setting after another, over a short budget.
+    At the paper's size it tries every combination of appendix B, and stops a run after 200 epochs
+    without a better validation NDCG@20. `scale=small` tries one setting after another and trains
+    for a few epochs.
     """
     config = data_set("erm", arg)
     config.search = default_search()
@@ -88,7 +89,7 @@ def backbone(data_set: DataSet, arg: str | None) -> ConfigDict:
         "model.num_blocks",
         "model.dim",
     )
-    if config.data.name == "ml1m":  # around Retailrocket's best, and for longer
+    if config.data.name == "ml1m":  # near the best values of Retailrocket, and more epochs
         config.train.epochs = 6
         config.search.grid.model.init_scale = (0.1, 0.05, 0.2)
         config.search.grid.train.learning_rate = (1e-2, 5e-3, 2e-2)

@@ -1,6 +1,6 @@
-"""The paper's tables 1 to 7 and figures from one sweep, resumable.
+"""The paper's tables 1 to 7 and figures, from one resumable sweep.
 
-The same command in several processes (one for each core or device) shares the work.
+Start the command several times, once for each core or device, to share the work.
 """
 
 import functools
@@ -24,7 +24,7 @@ _PLAN = "plan.json"
 
 
 def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) -> None:
-    """Work through a sweep and write its tables to `directory/tables`.
+    """Run a sweep and write its tables to `directory/tables`.
 
     Finished jobs are skipped, interrupted ones are resumed, and failed ones are listed at the
     end. Several processes may run at once.
@@ -73,7 +73,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
     errors |= jobs.work(more, folder)
     failed = jobs.failures(errors, [*first, *more], folder)
     with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
-        # Whatever is in the folder now, whichever process trained it.
+        # All jobs that are finished now, also those that other processes trained.
         done = jobs.done([*first, *more], folder)
         if failed and not any(job.method == "erm" for job in done):
             raise SystemExit(f"no tables without a finished ERM run\n{failed}")
@@ -124,23 +124,23 @@ def _write_table_1(dataset: Dataset, directory: Path, source: str) -> list[Path]
 
 
 def _runs_per_job(asked: int, experiment: Experiment, folder: Path) -> int:
-    """As the sweep began; for a new sweep as asked, or as many as the memory holds.
+    """The sweep's own figure; for a new sweep `asked`, or as many as fit into the memory.
 
-    The plan depends on it, so it may not change within a sweep.
+    The plan depends on it, so it cannot change within a sweep.
     """
     plan = workdir.read_json(folder / _PLAN)
     if plan is None:
         return asked or cost.measure_runs_per_job(experiment)
     if asked and asked != plan["runs_per_job"]:
         raise UserError(
-            f"sweep.runs_per_job is {asked}, but the sweep in {folder} began with "
-            f"{plan['runs_per_job']}: keep it, or use another --workdir"
+            f"sweep.runs_per_job is {asked}, but the sweep in {folder} was started with "
+            f"{plan['runs_per_job']}: use that, or another --workdir"
         )
     return int(plan["runs_per_job"])
 
 
 def _print_plan(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimate) -> None:
-    # Where the two rules choose other values, there are more jobs of chosen values than here.
+    # If the two rules choose different values, there are more jobs than this.
     for job in first:
         values = [
             f"{key}={','.join(map(format_value, job.config.objective[key]))}"
@@ -148,12 +148,12 @@ def _print_plan(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimat
         ]
         print(" ".join([f"{job.name}:", *values, _seeds(job)]))
     for job in more:
-        print(f"{job.name}: the values that validate best, {_seeds(job)}")
+        print(f"{job.name}: with the values that validate best, {_seeds(job)}")
     print(
         f"{len(first) + len(more)} jobs, {total.runs} runs, {total.steps:,} steps, "
         f"{total.flop:.2e} FLOP, "
-        f"about {total.seconds / 3600:.1f} hours of training here (from timed steps; without "
-        "compilation, validation and test)"
+        f"about {total.seconds / 3600:.1f} hours of training on this machine (estimated from "
+        f"{cost.TIMED_STEPS} timed steps, without compilation, validation and test)"
     )
 
 

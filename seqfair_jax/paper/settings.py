@@ -1,4 +1,4 @@
-"""The paper's settings for its two data sets; the configs of its methods start from here."""
+"""The paper's settings for its two data sets, which its configs start from."""
 
 from ml_collections import ConfigDict
 
@@ -9,9 +9,11 @@ from seqfair_jax.errors import UserError
 def retailrocket(method: str, arg: str | None) -> ConfigDict:
     """Retailrocket: tables 2 to 4 and 8.
 
-    Arguments: groups (families joined by +, the first is the loss's), scale (paper, or small: the
-    model and budget of `default_config`, for two cores), tie (0 or 1) and init (the initial
-    scale of the embeddings), which default to the scale's own.
+    Arguments:
+        groups: families joined by `+`; the loss uses the first.
+        scale: `paper`, or `small`: the model and training of `default_config`, for two cores.
+        tie: 1 uses one item embedding for input and output, 0 uses two. Default: the scale's.
+        init: initial scale of the embeddings. Default: the scale's.
     """
     config = _paper(method, arg)
     config.data.name = "retailrocket"
@@ -30,7 +32,7 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
         config.model.dropout = 0.5
         config.train.batch_size = 256
         config.train.epochs = 700
-    else:  # what its own search found (docs/results)
+    else:  # from the search on this data set (docs/results)
         config.model.dropout = 0.1
         config.train.learning_rate = 0.02
         config.train.batch_size = 64  # a pass over the users is 94 steps instead of 23
@@ -46,7 +48,7 @@ def _arguments(arg: str | None) -> ConfigDict:
 
 
 def at_paper_size(arg: str | None) -> bool:
-    """Whether a config's arguments ask for the paper's size."""
+    """Whether a config's arguments choose the paper's size."""
     return _arguments(arg).scale == "paper"
 
 

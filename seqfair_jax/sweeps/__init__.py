@@ -1,1 +1,1 @@
-"""Many runs: grids, searches, the jobs they consist of, and what they cost."""
+"""Many runs: grids, searches, their jobs, and what they cost."""

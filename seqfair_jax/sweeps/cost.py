@@ -18,15 +18,17 @@ from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.step import initial_states, make_segment
 
 _MEMORY_SHARE = 0.6  # of the device's memory for one job
-_TIMED_STEPS = 4
+TIMED_STEPS = 4
 
 
 def flop_per_target(model: SASRec, lengths: np.ndarray) -> float:
     """Multiplications and additions of a step's matrix products per real target.
 
-    3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with n the mean number of tokens that a token
-    looks at: one pass forward and two backward over the output table, the blocks' weights, and the
-    pairs of tokens whose attention is needed.
+    3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with V items, width D, and n the mean number
+    of tokens that a token attends to. The terms are the scores of all items, the blocks' weights,
+    and the attention. The backward pass costs twice the forward pass, hence the factor 3. Padding
+    and masked pairs of tokens do not count, so a share of the peak that uses this figure counts
+    only useful work.
 
     Args:
         model: the network.
@@ -40,7 +42,10 @@ def flop_per_target(model: SASRec, lengths: np.ndarray) -> float:
 
 
 def measure_runs_per_job(experiment: Experiment) -> int:
-    """How many runs of this size the device holds at once, from two compiled programs."""
+    """How many runs of this size fit into the device's memory together.
+
+    Compiles the program of one run and of two; the difference is what each further run needs.
+    """
     one, two = (_program_bytes(experiment, runs) for runs in (1, 2))
     stats = jax.devices()[0].memory_stats() or {}
     memory = stats.get("bytes_limit", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -54,9 +59,10 @@ def _program_bytes(experiment: Experiment, num_runs: int) -> int:
     analysis = segment.lower(states, *arguments).compile().memory_analysis()
     if analysis is None:
         raise UserError(
-            f"{jax.default_backend()} does not tell what a program needs: set sweep.runs_per_job"
+            f"{jax.default_backend()} does not report the memory of a program: set "
+            "sweep.runs_per_job"
         )
-    # Beside the program's own arrays, the two best parameter sets and a validation's worth.
+    # Training also keeps the best parameters by each of the two rules.
     params = sum(leaf.nbytes for leaf in jax.tree.leaves(states.params))
     return (
         analysis.argument_size_in_bytes
@@ -96,22 +102,22 @@ class Estimate(NamedTuple):
 
 
 def estimate(jobs: Sequence[Job], experiment: Experiment, runs_per_job: int) -> Estimate:
-    """Cost of a plan on this machine.
+    """What a plan costs on this machine.
 
     Args:
         jobs: the plan.
-        experiment: of one of its jobs; all have the same shapes.
-        runs_per_job: as many runs are timed together.
+        experiment: of one of its jobs; all jobs have the same shapes.
+        runs_per_job: so many runs are timed together.
     """
     config = experiment.config
     sizes_of = [len(plan_runs(job.config)) for job in jobs]
     num_runs = min(runs_per_job, max(sizes_of))
-    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=_TIMED_STEPS)
+    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=TIMED_STEPS)
     segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
     states = jax.block_until_ready(segment(states, *arguments))  # compiles
     began = time.perf_counter()
     jax.block_until_ready(segment(states, *arguments))
-    per_run_step = (time.perf_counter() - began) / _TIMED_STEPS / num_runs
+    per_run_step = (time.perf_counter() - began) / TIMED_STEPS / num_runs
     steps = sum(sizes_of) * config.train.epochs * config.train.steps_per_epoch
     lengths = experiment.train_lengths
     targets = config.train.batch_size * float(lengths.mean())

@@ -1,7 +1,7 @@
 """Plans a comparison of methods as jobs.
 
-A job trains together the runs that differ only in traced values (seed, hyperparameters). Methods
-without groups train once, however many families they are judged by.
+A job trains runs that differ only in traced values (seed, hyperparameters). A method without
+groups trains once, and its runs are evaluated by every family.
 """
 
 import functools
@@ -26,14 +26,15 @@ def default_sweep() -> ConfigDict:
     return ConfigDict(
         {
             "methods": ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
-            "families": FAMILIES,  # to train the group methods on, and to judge all methods by
-            # Beyond the paper, with the first seed and at the values chosen for the first family:
-            # products of families, pop33*seq33, and the mean of the objectives over both,
-            # pop33&seq33; and which methods train on them.
+            "families": FAMILIES,  # group methods train on each; all methods are evaluated by each
+            # Beyond the paper: products of families, pop33*seq33, and the mean of the objectives
+            # of several, pop33&seq33. These methods train on them, with the first seed and the
+            # values chosen for the first family.
             "intersections": (),
             "intersection_methods": ("gdro", "sdro"),
-            "one_seed_methods": (),  # train with the first seed alone
-            "choice_seeds": 0,  # how many seeds try every value, the rest the best; 0: all
+            "one_seed_methods": (),  # train with the first seed only
+            # So many seeds try every value, the others only the chosen one; 0: all seeds try all.
+            "choice_seeds": 0,
             "alpha": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
             "step_size": (1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
             "stream_rate": (0.1,),
@@ -47,14 +48,14 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     """A sweep's config as the runs' own config and its `sweep` part, checked.
 
     Raises:
-        UserError: on an unknown key or method, an empty list, a name given twice, a number out
-            of range, a sweep without erm, a run's setting that the sweep's own would replace, or
-            an intersection of families that the methods are not judged by.
+        UserError: on an unknown key or method, an empty list, a name or value given twice, a
+            number out of range, a sweep without erm, a run's setting that the sweep would
+            replace, or an intersection of families that are not in the sweep.
     """
     base = config.copy_and_resolve_references()
     base.unlock()
     if "sweep" not in base:
-        raise UserError("the config has no `sweep`: name one such as configs/paper_rr.py")
+        raise UserError("the config has no `sweep`: use one that has, configs/paper_rr.py")
     sweep = base.sweep
     del base["sweep"]
     known = default_sweep()
@@ -71,31 +72,34 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
         sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(",") if part)
         if len(set(sweep[key])) < len(sweep[key]):
             raise UserError(f"sweep.{key} is {sweep[key]}: expected each name once")
+    for key in HParams._fields:
+        are_numbers = all(type(value) in (int, float) for value in sweep[key])
+        if not are_numbers or len(set(sweep[key])) < len(sweep[key]):
+            raise UserError(f"sweep.{key} is {sweep[key]}: expected unequal numbers")
     for key in ("methods", "intersection_methods", "one_seed_methods"):
         for method in sweep[key]:
             if method not in METHODS:
                 raise UserError(f"sweep.{key}: {method!r} is unknown; known: {', '.join(METHODS)}")
     for method in sweep.intersection_methods:
         if not METHODS[method].needs_groups:
-            raise UserError(f"sweep.intersection_methods: {method} looks at no groups")
+            raise UserError(f"sweep.intersection_methods: {method} does not use groups")
     for family in sweep.intersections:
         unknown = set(family.replace("&", "*").split("*")) - set(sweep.families)
         if unknown or family in sweep.families:
             raise UserError(
-                f"sweep.intersections: {family!r} is not made of two or more of sweep.families, "
+                f"sweep.intersections: {family!r} does not combine two or more of sweep.families, "
                 f"{', '.join(sweep.families)}"
             )
     if "erm" not in sweep.methods:
         raise UserError(
-            f"sweep.methods is {sweep.methods}: expected erm among them, which the others are "
-            "tested against"
+            f"sweep.methods is {sweep.methods}: expected erm among them, since the other methods "
+            "are tested against it"
         )
     default = default_config()
     for key in HParams._fields:
         if tuple(base.objective[key]) != tuple(default.objective[key]):
             raise UserError(
-                f"objective.{key} is {base.objective[key]}: a sweep's values are those of "
-                f"sweep.{key}; set that"
+                f"objective.{key} is {base.objective[key]}: a sweep ignores it; set sweep.{key}"
             )
     if sweep.runs_per_job < 0:
         raise UserError(f"sweep.runs_per_job is {sweep.runs_per_job}: expected 0 or more")
@@ -104,14 +108,14 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
             f"sweep.choice_seeds is {sweep.choice_seeds}: expected 0 to {len(base.seeds)}, the "
             "number of seeds"
         )
-    # A union's groups are those of its parts, which are judged already.
+    # The groups of `a&b` are those of a and of b, which are in the list already.
     products = [family for family in sweep.intersections if "&" not in family]
     base.groups = tuple(dict.fromkeys([*sweep.families, *products]))
     return base, sweep
 
 
 def config_hash(base: ConfigDict, sweep: ConfigDict) -> str:
-    """Twelve hexadecimal digits that tell a sweep's settings apart, wherever its files lie."""
+    """Twelve hexadecimal digits of a hash of a sweep's settings, without the paths."""
     settings = workdir.jsonable({**base.to_dict(), "sweep": sweep.to_dict()})
     for key in ("path", "cache_dir", "group_file"):
         del settings["data"][key]
@@ -119,10 +123,10 @@ def config_hash(base: ConfigDict, sweep: ConfigDict) -> str:
 
 
 def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_job: int) -> list[Job]:
-    """Every job of a sweep, in the order they are worked through.
+    """The jobs that try every value, in the order in which they run.
 
-    With `sweep.choice_seeds` these train on the first seeds alone; `plan_chosen` goes on with the
-    others, and with the intersections.
+    With `sweep.choice_seeds` they train on the first seeds only. `plan_chosen` adds the other
+    seeds and the intersections.
 
     Args:
         base, sweep: from `split_config`.
@@ -144,13 +148,12 @@ def plan_chosen(
     *,
     runs_per_job: int,
 ) -> list[Job]:
-    """The jobs that train the chosen values: on the seeds that took no part in the choice, and
-    on the intersections.
+    """The jobs that train the chosen values, on the other seeds and on the intersections.
 
     Args:
         base, sweep, runs_per_job: as for `plan`.
-        chosen: method, loss family and values; a pair of the plan may have several values, or
-            none. The jobs' names hold the values, so that another choice is another job.
+        chosen: method, loss family and values. A method and family may appear with several
+            values, or not at all. The values are part of the jobs' names.
     """
     jobs: list[Job] = []
     for method, family, hparams in chosen:
@@ -172,7 +175,7 @@ def choice_seeds(base: ConfigDict, sweep: ConfigDict) -> tuple[int, ...]:
 
 
 def _seeds(base: ConfigDict, sweep: ConfigDict, method: str) -> tuple[tuple, tuple]:
-    """A method's seeds: those that try every value, and those for the chosen ones alone."""
+    """A method's seeds: those that try every value, and those that train only the chosen one."""
     seeds = tuple(base.seeds)
     if method in sweep.one_seed_methods:
         return seeds[:1], ()
@@ -194,7 +197,7 @@ def _jobs(
 
     `notes` go into the jobs' names.
     """
-    # A job holds products of values, so the longest list is what it may take a part of.
+    # If a grid is too large for one job, only its longest list is split.
     varied = max(values, key=lambda key: len(values[key]), default=None)
     fixed = [key for key in values if key != varied]
     parts = _chunks(values[varied] if varied else (None,), seeds, runs_per_job)
@@ -223,7 +226,7 @@ def _jobs(
 
 
 def _chunks(values: Sequence[Any], seeds: tuple[int, ...], most: int):
-    """Cut values x seeds into products of at most `most` runs, seeds together if they fit."""
+    """Split values x seeds into parts of at most `most` runs; keep seeds together if they fit."""
     if len(seeds) > most:
         return [
             ([value], seeds[i : i + most]) for value in values for i in range(0, len(seeds), most)

@@ -1,6 +1,6 @@
-"""Works through many jobs, each once, however many processes share them.
+"""Runs many jobs, each once, even where several processes share the work.
 
-A job is one call of `run.run`; sweeps (`grid`) and searches (`search`) plan them.
+A job is one call of `run.run`; sweeps (`grid`) and searches (`search`) plan the jobs.
 """
 
 import logging
@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """Runs that one program trains."""
+    """The runs that one call of `run.run` trains."""
 
-    name: str  # unique in its sweep; names its folder (`workdir.job_folder`)
+    name: str  # unique in its sweep; its folder is `workdir.job_folder`
     method: str
     family: str | None  # of the loss; None for a method without groups
     config: ConfigDict  # resolved
@@ -33,8 +33,8 @@ class Job(NamedTuple):
 def work(jobs: Sequence[Job], directory: Path) -> dict[str, str]:
     """Run every job that is not done; if one fails, continue with the others.
 
-    Jobs that another process works on are skipped, and awaited at the end. The jobs of a process
-    that dies, or that failed in another process, are tried again.
+    A job that another process runs is skipped, and waited for at the end. If that process dies,
+    or the job fails there, this process tries the job itself.
 
     Args:
         jobs: the plan.
@@ -47,36 +47,36 @@ def work(jobs: Sequence[Job], directory: Path) -> dict[str, str]:
         UserError: if a job's folder was made by another config.
         SystemExit: after SIGINT or SIGTERM, with the state saved.
     """
-    for job in jobs:  # all before any trains, so that a folder never gets results of two configs
+    for job in jobs:  # all before any trains, so that no folder gets results of two configs
         is_done(job, workdir.job_folder(directory, job.name))
     errors: dict[str, str] = {}
-    left = list(enumerate(jobs, start=1))
+    open_jobs = list(enumerate(jobs, start=1))
     is_waiting = False
-    while left:
-        held = []
-        for number, job in left:
+    while open_jobs:
+        busy = []  # another process runs them
+        for number, job in open_jobs:
             folder = workdir.job_folder(directory, job.name)
             if is_done(job, folder):
                 continue
-            with workdir.lock(workdir.job_lock(directory, job.name)) as ours:
-                if not ours:
-                    held.append((number, job))
+            with workdir.lock(workdir.job_lock(directory, job.name)) as is_locked:
+                if not is_locked:
+                    busy.append((number, job))
                 elif not is_done(job, folder):  # it may have finished since the last check
                     print(f"\n[{number}/{len(jobs)}] {job.name}", flush=True)
                     error = _attempt(job, folder)
                     if error is not None:
                         errors[job.name] = error
-        if len(held) == len(left):
+        if len(busy) == len(open_jobs):
             if not is_waiting:
-                print(f"waiting for {len(held)} jobs of other processes", flush=True)
+                print(f"waiting for {len(busy)} jobs of other processes", flush=True)
                 is_waiting = True
             time.sleep(_POLL_SECONDS)
-        left = held
+        open_jobs = busy
     return errors
 
 
 def _attempt(job: Job, folder: Path) -> str | None:
-    """What went wrong; None if nothing did."""
+    """Run one job; returns its error, or None."""
     try:
         run(job.config, folder)
     except (UserError, jax.errors.JaxRuntimeError) as error:  # out of memory is a JaxRuntimeError
@@ -86,22 +86,22 @@ def _attempt(job: Job, folder: Path) -> str | None:
 
 
 def done(jobs: Sequence[Job], directory: Path) -> list[Job]:
-    """The jobs whose results are in the folder, whichever process made them."""
+    """The jobs that have finished, in whichever process."""
     return [job for job in jobs if is_done(job, workdir.job_folder(directory, job.name))]
 
 
 def failures(errors: Mapping[str, str], jobs: Sequence[Job], directory: Path) -> str:
     """Lists the jobs that failed here and that no other process finished; "" if none."""
-    left = {job.name for job in jobs} - {job.name for job in done(jobs, directory)}
-    lines = [f"  {name}: {error}" for name, error in errors.items() if name in left]
+    finished = {job.name for job in done(jobs, directory)}
+    lines = [f"  {name}: {error}" for name, error in errors.items() if name not in finished]
     return "\n".join([f"{len(lines)} of {len(jobs)} jobs failed:", *lines]) if lines else ""
 
 
 def is_done(job: Job, folder: Path) -> bool:
-    """Whether a job's results are there.
+    """Whether a job has finished.
 
     Raises:
-        UserError: if the folder was made by another config, finished or not.
+        UserError: if another config made the folder, whether or not it finished.
     """
     saved = workdir.read_json(folder / workdir.CONFIG)
     if saved is None:

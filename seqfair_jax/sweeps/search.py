@@ -1,7 +1,7 @@
 """Backbone search: trains one method over a grid of settings and ranks them by validation.
 
-Settings may change the model's shape, so each point of the grid is a job. The same command in
-several processes shares the work.
+Settings may change the model's shape, so each point of the grid is a job. Start the command
+several times to share the work.
 """
 
 import copy
@@ -25,15 +25,16 @@ from seqfair_jax.sweeps import jobs
 from seqfair_jax.training import selection
 
 Point = dict[str, Any]  # a value for each setting of the grid, by its dotted name
+_FORMATS = {"epoch": "{:.0f}", "step": "{:.0f}", "seconds": "{:.0f}", "seeds": "{}"}
 
 
 def default_search() -> ConfigDict:
-    """An empty search: `grid` holds lists of values under the names of the settings."""
+    """An empty search: give `grid` a list of values for each setting, under the setting's name."""
     return ConfigDict(
         {
             "grid": ConfigDict(),
-            # Settings tried one after another, in this order, each kept at its best before the
-            # next, from the first value of every list; empty: every combination of all.
+            # The search starts from the first value of every list and tries the settings in this
+            # order, keeping the best value of each; empty: it tries every combination.
             "one_by_one": (),
         }
     )
@@ -43,7 +44,7 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
     """Train every point and write `search.csv` and `search.md`, best validation first.
 
     Finished points are skipped, interrupted ones are resumed, and failed ones are listed at the
-    end. Test figures take no part and are not shown.
+    end. Test figures are neither used nor shown.
 
     Args:
         config: with a `search` (`default_search`).
@@ -51,8 +52,9 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         dry_run: print the points and train nothing.
 
     Returns:
-        the ranking: the settings, the validation metric (mean over seeds, at each run's best
-        epoch), its worst group, epoch, step and seconds. Empty with `dry_run`.
+        the ranking, one row for each point: the settings, then the validation metric at each
+        run's best epoch, its worst group, that epoch and step, and the seconds, each a mean over
+        seeds. Empty with `dry_run`.
 
     Raises:
         UserError: on a bad setting, or results made by another config.
@@ -101,14 +103,14 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
     """A search's config as the runs' own config, the grid by dotted names, and the order.
 
     Raises:
-        UserError: on an unknown setting, a list that is empty, repeats a value or holds one of
-            another type than the setting, or an order that is not of the grid.
+        UserError: on an unknown setting, a list that is empty, repeats a value or has one of
+            another type than the setting, or a `one_by_one` that is not the grid's settings.
     """
-    # Not resolved, so that what follows from a setting of the grid still follows.
+    # References stay unresolved: `train.decay_steps` must follow each point's `train.epochs`.
     base = copy.deepcopy(config)
     base.unlock()
     if "search" not in base:
-        raise UserError("the config has no `search`: name one such as configs/backbone_rr.py")
+        raise UserError("the config has no `search`: use one that has, configs/backbone_rr.py")
     settings = base.search
     del base["search"]
     unknown = sorted(set(settings) - set(default_search()))
@@ -122,12 +124,12 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
         _check_values(key, values, known)
     if not grid:
         raise UserError("search.grid is empty: give a list of values for some setting")
-    # `--config.search.one_by_one=a,b` arrives as one string, `--config.search.one_by_one=` as ''.
+    # On the command line `a,b` becomes one string, and no value becomes an empty one.
     order = tuple(part for name in settings.one_by_one for part in str(name).split(",") if part)
     if order and sorted(order) != sorted(grid):
         raise UserError(
             f"search.one_by_one is {order}: expected each setting of the grid once, "
-            f"{tuple(grid)}, or nothing for every combination"
+            f"{tuple(grid)}, or nothing to try every combination"
         )
     return base, {key: tuple(values) for key, values in grid.items()}, order
 
@@ -165,7 +167,8 @@ def _rank(
 ) -> list[tuple[Point, dict[str, Any]]]:
     """The points and their figures, best first.
 
-    Runs that failed do not count, and a point without a seed that others have is left out.
+    Failed runs are ignored. A point with fewer seeds than another is dropped, since a mean over
+    other seeds does not compare.
     """
     ranked = []
     for point, job in finished:
@@ -196,34 +199,32 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def _write(ranking: pd.DataFrame, best: Point, base: ConfigDict, folder: Path) -> None:
-    forms = {"epoch": "{:.0f}", "step": "{:.0f}", "seconds": "{:.0f}", "seeds": "{}"}
-    columns = {
-        str(column): [
-            str(value)
-            if column in best
-            else "-"
-            if np.isnan(value)
-            else forms.get(str(column), "{:.4f}").format(value)
-            for value in ranking[column]
-        ]
-        for column in ranking
-    }
+    rows = [
+        [_cell(str(column), value, is_setting=column in best) for column, value in row.items()]
+        for row in ranking.to_dict("records")
+    ]
     flags_text = " ".join(f"--config.{key}={value}" for key, value in best.items())
     page = (
         f"# {base.data.name}: {base.objective.name} by validation, best first\n\n"
-        f"{text.markdown(list(columns), list(zip(*columns.values(), strict=True)))}\n\n"
+        f"{text.markdown(list(map(str, ranking)), rows)}\n\n"
         f"Best: `{flags_text}`\n"
     )
-    for name, content in (("search.csv", ranking.to_csv(index=False)), ("search.md", page)):
-        workdir.write_text(folder / name, content)
+    workdir.write_text(folder / "search.csv", ranking.to_csv(index=False))
+    workdir.write_text(folder / "search.md", page)
+
+
+def _cell(column: str, value: Any, *, is_setting: bool) -> str:
+    if is_setting:
+        return str(value)
+    return "-" if np.isnan(value) else _FORMATS.get(column, "{:.4f}").format(value)
 
 
 def _print_plan(base: ConfigDict, grid: Mapping[str, tuple], order: Sequence[str]) -> None:
     if order:
         start = {key: values[0] for key, values in grid.items()}
-        print("starts from " + ", ".join(f"{key}={value}" for key, value in start.items()))
+        print("start: " + ", ".join(f"{key}={value}" for key, value in start.items()))
         for key in order:
-            print(f"then {key}: {', '.join(map(str, grid[key]))}")
+            print(f"then try {key}: {', '.join(map(str, grid[key]))}")
         count = 1 + sum(len(values) - 1 for values in grid.values())
     else:
         points = _combinations(grid)
