@@ -9,9 +9,8 @@ from seqfair_jax.evaluation.metrics import (
     parse_metric,
     rank_metrics,
     recommendation_stats,
-    slice_means,
-    worst_group,
 )
+from seqfair_jax.evaluation.slices import slice_means, worst_group
 
 FAMILY = GroupFamily(
     "f", ("a", "b", "empty"), np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0]], dtype=bool)

@@ -5,11 +5,13 @@ import pandas as pd
 import pytest
 import reference
 
-from seqfair_jax.evaluation import metrics, ranking
-from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.config import default_config
+from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import build_family
 from seqfair_jax.data.split import leave_one_out
+from seqfair_jax.errors import DivergedError
+from seqfair_jax.evaluation import metrics, ranking, slices
+from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.model.sasrec import SASRec
 
 MAX_LEN = 12
@@ -25,10 +27,10 @@ def make_dataset():
 
 def make_model(dataset):
     model = SASRec(len(dataset.item_ids), 8, 8, 1, 1, 0.0, MAX_LEN, False, 1.0, "float32")
-    packed = evaluate.pack(
-        evaluate.Sequences(jnp.zeros(1, int), jnp.ones(1, int), jnp.ones(1, int)),
+    packed = ranking.pack(
+        ranking.Sequences(jnp.zeros(1, int), jnp.ones(1, int), jnp.ones(1, int)),
         jnp.zeros(1, int),
-        num_tokens=evaluate.BLOCK,
+        num_tokens=ranking.BLOCK,
         num_items=model.num_items,
     )
     return model, model.init(jax.random.key(0), packed, train=False)
@@ -37,18 +39,14 @@ def make_model(dataset):
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("mask_seen", [False, True])
 def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, monkeypatch):
-    monkeypatch.setattr(evaluate, "_TOKENS", 64)  # several batches to encode
+    monkeypatch.setattr(ranking, "_TOKENS", 64)  # several batches to encode
     dataset = make_dataset()
     model, params = make_model(dataset)
-    queries = ranking.make_queries(
-        dataset, split, max_len=MAX_LEN, mask_seen=mask_seen, batch_size=4
-    )
+    rank = ranking.make_ranker(model, dataset, split, mask_seen=mask_seen, batch_size=4, top_k=3)
     test = split == "test"
     users = np.arange(30) if test else dataset.valid_users
     targets = dataset.test_targets if test else dataset.valid_targets
-    ranking = ranking.to_ranking(
-        *ranking.rank_targets(model, params, queries, top_k=3), num_users=len(users), what="x"
-    )
+    found = rank(params, "x")
     tree = jax.tree.map(np.float64, params["params"])
     for place, (user, target) in enumerate(zip(users, targets, strict=True)):
         start, stop = dataset.offsets[user : user + 2]
@@ -58,32 +56,40 @@ def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, monkeypa
         scores = tree["output_embedding"] @ hidden
         masked = set(history.tolist()) - {target} if mask_seen else set()
         expected = 0 if target < 0 else reference.rank_ties_last(scores, target, masked)
-        assert ranking.ranks[place] == expected
+        assert found.ranks[place] == expected
         allowed = [i for i in np.argsort(-scores) if i not in masked]
-        np.testing.assert_array_equal(ranking.top_items[place], allowed[:3])
+        np.testing.assert_array_equal(found.top_items[place], allowed[:3])
+
+
+def ranker(model, dataset):
+    return ranking.make_ranker(model, dataset, "test", mask_seen=False, batch_size=8, top_k=0)
 
 
 def test_a_constant_scorer_gains_nothing():
     dataset = make_dataset()
     model, params = make_model(dataset)
-    queries = ranking.make_queries(dataset, "test", max_len=MAX_LEN, mask_seen=False, batch_size=8)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    ranks, _, finite = ranking.rank_targets(model, zeros, queries, top_k=0)
-    assert finite
+    ranks = ranker(model, dataset)(zeros, "zeros").ranks
     known = dataset.test_targets >= 0
-    assert (np.asarray(ranks)[:30][known] == len(dataset.item_ids)).all()
+    assert (ranks[known] == len(dataset.item_ids)).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_score_that_is_not_finite_is_an_error(value):
     dataset = make_dataset()
     model, params = make_model(dataset)
-    queries = ranking.make_queries(dataset, "test", max_len=MAX_LEN, mask_seen=False, batch_size=8)
     table = params["params"]["output_embedding"].at[3, 0].set(value)
     broken = {"params": params["params"] | {"output_embedding": table}}
-    ranked = ranking.rank_targets(model, broken, queries, top_k=0)
-    with pytest.raises(FloatingPointError, match="test of it.*not finite"):
-        ranking.to_ranking(*ranked, num_users=30, what="test of it")
+    with pytest.raises(DivergedError, match="test of it.*not finite"):
+        ranker(model, dataset)(broken, "test of it")
+
+
+def test_an_unknown_split_is_refused():
+    dataset = make_dataset()
+    with pytest.raises(ValueError, match="split is 'tset'"):
+        ranking.split_users(dataset, "tset")
+    with pytest.raises(ValueError, match="split is 'tset'"):
+        baseline_ranks(dataset, "tset", mask_seen=False)
 
 
 def baseline_dataset():
@@ -92,11 +98,11 @@ def baseline_dataset():
     frame = pd.DataFrame(
         [(u, i, t) for t, (u, i) in enumerate(rows)], columns=["user_id", "item_id", "timestamp"]
     )
-    return leave_one_out(frame, name="csv", num_valid_users=None, split_seed=0)
+    return leave_one_out(frame, name="csv", num_valid_users=0, split_seed=0)
 
 
 def test_baselines_by_hand():
-    # 0 was followed by 1 twice and by 2 once, 1 by 0; 0 stands 3 times, 1 twice, 2 once.
+    # 0 was followed by 1 twice and by 2 once, 1 by 0; 0 appears 3 times, 1 twice, 2 once.
     ranks = baseline_ranks(baseline_dataset(), "test", mask_seen=False, k=3)
     # Test histories 0 1 0 2 1 -> 2 and 0 1 0 -> 1.
     assert ranks["most_popular"].tolist() == [3, 2]
@@ -107,7 +113,7 @@ def test_baselines_by_hand():
 
 def test_masked_baselines_by_hand():
     ranks = baseline_ranks(baseline_dataset(), "test", mask_seen=True, k=3)
-    # All that stands before the target was seen, and gives its place away.
+    # Every item ahead of the target was seen, so it is masked.
     assert {name: rank.tolist() for name, rank in ranks.items()} == {
         "most_popular": [1, 1],
         "markov": [0, 1],
@@ -118,7 +124,7 @@ def test_real_baselines(real_data):
     config = default_config().data
     config.update({"name": "retailrocket", "path": str(real_data / "retailrocket")})
     config.update({"valid_users": 10_000, "cache_dir": ""})
-    dataset = data.prepare(config)
+    dataset = load_dataset(config)
 
     def figures(split, mask_seen=False, families=()):
         repeat = dataset.test_repeat if split == "test" else dataset.valid_repeat
@@ -126,7 +132,7 @@ def test_real_baselines(real_data):
         return {
             name: {
                 part: value and round(value, 3)
-                for part, value in metrics.slice_means(
+                for part, value in slices.slice_means(
                     metrics.rank_metrics(ranks, [20]), groups, repeat
                 )["NDCG@20"].items()
             }
@@ -144,7 +150,7 @@ def test_real_baselines(real_data):
     assert [test["interleaved"][group] for group in groups] == [0.234, 0.37, 0.328]
     assert [test["last_viewed"][group] for group in groups[1:]] == [0.392, 0.346]
 
-    config.update({"name": "ml1m", "path": str(real_data / "ml-1m"), "valid_users": None})
-    dataset = data.prepare(config)
+    config.update({"name": "ml1m", "path": str(real_data / "ml-1m"), "valid_users": 0})
+    dataset = load_dataset(config)
     test = figures("test", mask_seen=True)
     assert [test[name]["overall"] for name in ("most_popular", "markov")] == [0.026, 0.142]

@@ -4,7 +4,7 @@ import pytest
 import reference
 
 from seqfair_jax.model.packing import Sequences, pack
-from seqfair_jax.training.batches import choose_sizes, draw_batches, epoch_batches
+from seqfair_jax.training.batches import choose_sizes, draw_batches, epoch_batches, token_sizes
 
 
 def test_epoch_batches_is_a_pure_function_of_seed_and_epoch():
@@ -32,9 +32,7 @@ def test_no_user_stands_twice_in_a_batch():
 def test_several_runs_batches_and_the_tokens_that_they_take(side_by_side):
     lengths = np.array([1, 20, 3, 4, 50, 6, 7, 8, 9, 2], np.int32)
     seeds = (5, 3, 5)
-    drawn = draw_batches(
-        seeds, 2, lengths=lengths, batch_size=4, steps=6, vmap=side_by_side
-    )
+    drawn = draw_batches(seeds, 2, lengths=lengths, batch_size=4, steps=6, vmap=side_by_side)
     assert drawn.user_ids.shape == (3, 6, 4)
     for run, seed in enumerate(seeds):
         alone = epoch_batches(seed, 2, num_users=10, batch_size=4, steps=6)
@@ -85,3 +83,27 @@ def test_pack_matches_the_windows_of_the_reference():
         at += len(targets)
     np.testing.assert_array_equal(packed.slots[at:], 5)  # padding belongs to no slot
     assert at < 20
+
+
+def test_token_sizes_by_hand():
+    # Padding with sizes (64, 192): 3 * 0 + 54; one size alone would waste far more.
+    totals = np.array([64, 64, 64, 130, 192])
+    assert token_sizes(totals, multiple=64, most=2) == [64, 192]
+    assert token_sizes(totals, multiple=64, most=1) == [192]
+    assert token_sizes(totals, multiple=64, most=4) == [64, 192]
+    assert token_sizes(np.array([[1, 100], [300, 301]]), multiple=64, most=2) == [128, 320]
+
+
+def test_token_sizes_are_the_best_choice():
+    rng = np.random.default_rng(0)
+    totals = rng.integers(1, 900, 60)
+    sizes = token_sizes(totals, multiple=100, most=3)
+
+    def cost(sizes):
+        return sum(min(s for s in sizes if s >= n) for n in totals)
+
+    top = -(-totals.max() // 100) * 100
+    others = range(100, top, 100)
+    best = min(cost([a, b, top]) for a in others for b in others)
+    assert len(sizes) == 3
+    assert cost(sizes) == best
