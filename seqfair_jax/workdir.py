@@ -117,7 +117,7 @@ def create(path: str | Path) -> Path:
     for part in (directory, *directory.parents):
         if part.exists() and not part.is_dir():
             raise UserError(f"{path}: {part} is a file; name a folder")
-    with _named_errors(directory, "make the folder"):
+    with named_errors(directory, "make the folder"):
         directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -247,7 +247,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
         wait: wait until the lock is free.
     """
     file_lock = FileLock(path)
-    with _named_errors(path, "lock"):
+    with named_errors(path, "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(Timeout):
             file_lock.acquire(timeout=-1 if wait else 0)
@@ -314,7 +314,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         UserError: naming the file, if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}{_UNFINISHED}")
-    with _named_errors(path, "write"):
+    with named_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
@@ -329,7 +329,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         UserError: naming the file, if it cannot be written.
     """
-    with _named_errors(path, "write"), path.open("a", encoding="utf-8") as file:
+    with named_errors(path, "write"), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -385,7 +385,7 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path, what: str) -> Iterator[None]:
+def named_errors(path: Path, what: str) -> Iterator[None]:
     """Turn an operating system's error into one that names the file.
 
     pyarrow raises its own class, a subclass of OSError, for a full disk.

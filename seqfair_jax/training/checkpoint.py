@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent: orbax for the arrays, a SHA-256 manifest around them.
+"""Checkpoints that are whole or absent: orbax for the arrays, with a SHA-256 manifest.
 
-Orbax restores a file with a flipped byte without a word, and casts to the dtype it is asked for;
-so every file is hashed after the write and checked before a restore, and the shape and dtype of
-every array are compared with the ones stored. A checkpoint is written under a temporary name and
-renamed, so a process that dies while it writes leaves the one before in place. (Nothing is synced
-to the disk: this covers the death of the process, not a loss of power.)
+Orbax silently restores a file with a flipped byte, and casts to the dtype that it is asked for.
+So every file is hashed after the write and checked before a restore, and the shape and dtype of
+every array are compared with those stored. A checkpoint is written under a temporary name and
+renamed, so a process that is killed while it writes does not harm the previous one. (Nothing is
+synced to the disk: this covers the death of the process, not a loss of power.)
 """
 
 import hashlib
@@ -19,11 +19,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from seqfair_jax import workdir
+from seqfair_jax.errors import UserError
+
 _ARRAYS, _PROGRESS, _MANIFEST = "arrays", "progress.json", "manifest.json"
 _TEMPORARY, _REPLACED = ".unfinished-", ".replaced-"
 
 
-class CorruptCheckpointError(ValueError):
+class CorruptCheckpointError(UserError):
     """A checkpoint's files are not the ones that were written."""
 
 
@@ -33,23 +36,41 @@ def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
     Args:
         path: the folder to make.
         tree: arrays, no typed keys (store `jax.random.key_data`).
-        progress: what else is needed to go on; JSON values only.
+        progress: what else is needed to resume; JSON values only.
+
+    Raises:
+        UserError: naming the folder, if it cannot be written.
     """
     temporary = path.with_name(_TEMPORARY + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((temporary / _ARRAYS).absolute(), tree)
-        checkpointer.wait_until_finished()  # a failed write shows here and nowhere else
-    (temporary / _PROGRESS).write_text(json.dumps(progress))
-    manifest = {"signature": _signature(tree), "files": _hashes(temporary)}
-    (temporary / _MANIFEST).write_text(json.dumps(manifest | {"digest": _digest(manifest)}))
-    _recover(path)
-    replaced = path.with_name(_REPLACED + path.name)
-    if path.exists():
-        path.rename(replaced)
-    temporary.rename(path)
+    try:
+        with workdir.named_errors(path, "write the checkpoint"):
+            temporary.mkdir(parents=True)
+            _save_arrays(temporary / _ARRAYS, tree)
+            (temporary / _PROGRESS).write_text(json.dumps(progress))
+            manifest = {"signature": _signature(tree), "files": _hashes(temporary)}
+            (temporary / _MANIFEST).write_text(json.dumps(manifest | {"digest": _digest(manifest)}))
+            _recover(path)
+            replaced = path.with_name(_REPLACED + path.name)
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _save_arrays(path: Path, tree: Any) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            checkpointer.save(path.absolute(), tree)
+            checkpointer.wait_until_finished()  # a failed write only shows here
+        except ValueError as error:
+            # tensorstore raises ValueError for a full disk, with the system's error in its text.
+            if "os error" in str(error).lower():
+                raise OSError(str(error)) from error
+            raise
 
 
 def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
@@ -62,7 +83,7 @@ def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CorruptCheckpointError: if a file is missing, changed or added.
-        ValueError: if the template's structure, a shape or a dtype is another than stored.
+        UserError: if the stored structure, shapes or dtypes differ from the template's.
     """
     _recover(path)
     try:
@@ -81,19 +102,20 @@ def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     )
     if changed:
         raise CorruptCheckpointError(
-            f"checkpoint {path}: {', '.join(changed)} changed, went missing or came after it was "
-            "written; remove the folder and run again from the checkpoint before"
+            f"checkpoint {path}: {', '.join(changed)} changed, was removed or was added since it "
+            "was written; remove the folder, and the same command resumes from the previous one"
         )
     stored, wanted = manifest["signature"], _signature(template)
     for name in sorted(stored.keys() | wanted.keys()):
         if stored.get(name) != wanted.get(name):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {path}: {name} is {stored.get(name, 'absent')} there, but this "
-                f"version expects {wanted.get(name, 'nothing of that name')}"
+                f"version expects {wanted.get(name, 'nothing of that name')}; use another "
+                "--workdir, or the version that wrote it"
             )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), template)
     with ocp.StandardCheckpointer() as checkpointer, warnings.catch_warnings():
-        # Orbax asks for shardings; on one device there is one.
+        # Orbax warns about missing shardings; on one device there is only one.
         warnings.filterwarnings("ignore", message=".*[Ss]harding.*")
         tree = checkpointer.restore((path / _ARRAYS).absolute(), abstract)
     return tree, json.loads((path / _PROGRESS).read_text())
@@ -111,7 +133,7 @@ def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | 
 
     Raises:
         CorruptCheckpointError: if there are steps and none is whole.
-        ValueError: see `load`.
+        UserError: see `load`.
     """
     steps = _steps(directory)
     for step in steps:
@@ -131,7 +153,7 @@ def latest_progress(directory: Path) -> dict[str, Any] | None:
     steps = _steps(directory)
     try:
         return json.loads((directory / str(steps[0]) / _PROGRESS).read_text()) if steps else None
-    except (OSError, ValueError):  # `load_latest` tells what is wrong
+    except (OSError, ValueError):  # `load_latest` reports what is wrong
         return None
 
 
@@ -144,7 +166,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _recover(path: Path) -> None:
-    """Bring back what a process put aside that died before its own checkpoint was in place."""
+    """Restore a checkpoint that a killed process had moved aside to replace it."""
     replaced = path.with_name(_REPLACED + path.name)
     if replaced.exists() and not path.exists():
         replaced.rename(path)
@@ -168,6 +190,5 @@ def _hashes(directory: Path) -> dict[str, str]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != _MANIFEST:
-            with path.open("rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[name] = workdir.sha256(path)
     return hashes
