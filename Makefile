@@ -3,10 +3,10 @@ BIN := .venv/bin
 
 .PHONY: demo test clean
 demo: .venv/.installed
-	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=erm --workdir=runs/demo/erm
-	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
-	$(BIN)/python -m seqfair_jax.main --config=configs/demo.py:method=cvar --workdir=runs/demo/cvar
-	$(BIN)/python -m seqfair_jax.report runs/demo/erm runs/demo/gdro runs/demo/cvar \
+	$(BIN)/seqfair train --config=configs/demo.py:method=erm --workdir=runs/demo/erm
+	$(BIN)/seqfair train --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
+	$(BIN)/seqfair train --config=configs/demo.py:method=cvar --workdir=runs/demo/cvar
+	$(BIN)/seqfair report runs/demo/erm runs/demo/gdro runs/demo/cvar \
 	  --family=pop2060 --baseline=runs/demo/erm --out=runs/demo/report.html
 
 test: .venv/.installed
