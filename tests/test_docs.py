@@ -211,6 +211,7 @@ def stubs(tmp_path):
         for path in (tmp_path / name, tmp_path / ".venv/bin" / name):
             path.write_text(_STUB.format(python=sys.executable, name=name))
             path.chmod(0o755)
+    (tmp_path / ".venv/bin/activate").touch()
     (tmp_path / "bash").symlink_to(shutil.which("bash"))
     launch = tmp_path / "launch/local.sh"
     launch.write_text('#!/bin/sh\nshift\nexec "$@"\n')
@@ -236,7 +237,7 @@ def test_links(page):
 
 
 def test_the_layout_names_files_that_exist():
-    paths = re.findall(r"`([\w/]+\.(?:py|csv))`", _read("docs/layout.md"))
+    paths = re.findall(r"`([\w/.]+\.(?:py|csv|j2))`", _read("docs/layout.md"))
     assert len(paths) > 40
     for path in paths:
         check_path(path)
