@@ -1,18 +1,152 @@
+import base64
 import html
+import itertools
 import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from test_run import small
 
+from seqfair_jax import workdir
+from seqfair_jax.commands import report as command
+from seqfair_jax.data.groups import GroupFamily, encode_name
+from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
+from seqfair_jax.objectives import METHODS
+from seqfair_jax.report import figures, runs, text
 from seqfair_jax.report import html as html_report
-from seqfair_jax.report import runs, text
-from seqfair_jax.training import selection
 from seqfair_jax.run import run
+
+USERS = 24
+NDCG = "NDCG@20"
+AWKWARD = ("<b>VIP</b>", "vip", "_other", "$5", "a$b$c", "tab\there\x07", "10% | *x*", "日本")
+
+
+def write_run(
+    folder,
+    method="erm",
+    *,
+    families=None,
+    loss_family="pop33",
+    hparams=None,
+    seed=0,
+    shift=0.0,
+    status="finished",
+):
+    """A finished work directory without training: users' NDCG@20 rise from shift to 0.9 + shift.
+
+    Users take the groups of a family in turn.
+    """
+    hparams = dict.fromkeys(METHODS[method].hparams, 0.5) | (hparams or {})
+    families = families or {"pop33": ("niche", "popular")}
+    users = np.arange(USERS)
+    repeat = users % 3 == 0
+    values = {NDCG: np.linspace(0, 0.9, USERS) + shift}
+    built = [
+        GroupFamily(name, groups, users[:, None] % len(groups) == np.arange(len(groups)))
+        for name, groups in families.items()
+    ]
+    means = slices.slice_means(values, built, repeat)
+    baseline = slices.slice_means({NDCG: np.full(USERS, 0.125)}, built, repeat)
+    table = pd.DataFrame(
+        {
+            "user_id": users,
+            "target_item_id": users,
+            "repeat": repeat,
+            "rank": 1,
+            **values,
+            **{family.name: family.labels() for family in built},
+        }
+    )
+    summary = {
+        "schema_version": workdir.SCHEMA_VERSION,
+        "dataset": {
+            "name": "by hand", "log_hash": "abc", "users": USERS, "items": 30,
+            "interactions": 1234, "train_interactions": 1000,
+        },
+        "method": method,
+        "group_family": loss_family,
+        "needs_groups": METHODS[method].needs_groups,
+        "baselines": {"most_popular": baseline},
+        "run": f"seed={seed}",
+        "hparams": hparams,
+        "seed": seed,
+        "status": status,
+        "train": {"steps": 10, "seconds": 2.0, "targets_per_second": None},
+    }  # fmt: skip
+    if status == "finished":
+        best = {"epoch": 2, "overall": 0.5, "worst_group": 0.4}
+        for suffix in ("", "_worst_group"):
+            summary |= {f"best{suffix}": best, f"val{suffix}": means, f"test{suffix}": means}
+            workdir.write_parquet(workdir.per_user(folder, suffix), table)
+    first = next(iter(families.values()))
+    folder.mkdir(exist_ok=True)
+    for epoch in (1, 2):
+        row = {f"val/{NDCG}/{name}": value for name, value in means[NDCG].items()}
+        for log in METHODS[method].logs:
+            row |= {f"train/{log.key}/{group}": epoch / 10 for group in first}
+        workdir.append_line(folder / workdir.METRICS, json.dumps({"epoch": epoch, **row}))
+    config = {"objective": {"name": method, "group_family": loss_family}, "seeds": [seed]}
+    workdir.write_json(folder / workdir.CONFIG, config)
+    workdir.write_json(folder / workdir.ENVIRONMENT, {"jax": "0"})
+    workdir.write_json(folder / workdir.SUMMARY, summary)
+    workdir.finish(folder, {})
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would see: the tags, the tables' rows of texts, images and headings."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.tables, self.images, self.settings = [], [], {}, {}
+        self._path, self._text = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag == "img":
+            found = dict(attributes)
+            self.images[found["alt"]] = base64.b64decode(found["src"].partition("base64,")[2])
+        if tag in ("td", "th", "summary", "pre"):
+            self._text = ""
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append(self._text)
+        elif tag == "summary":
+            self._folder = self._text
+        elif tag == "pre":
+            assert self._folder not in self.settings
+            self.settings[self._folder] = json.loads(self._text)
+
+    def handle_data(self, data):
+        self._text += data
+
+    def cell(self, table, row, column):
+        header, *rows = self.tables[table]
+        [found] = [cells for cells in rows if cells[0] == row]
+        return found[header.index(column)]
+
+    def svg_texts(self, alt):
+        svg = self.images[alt].decode()
+        return [html.unescape(found) for found in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+
+
+def write_page(folders, path, *, baseline=None, **options):
+    rows = None if baseline is None else runs.compare_folders(folders, baseline, NDCG)
+    html_report.write(folders, path, NDCG, rows=rows, **options)
+    return Page(path)
 
 
 @pytest.fixture(scope="module")
@@ -24,43 +158,77 @@ def folders(tmp_path_factory):
     return [folder / name for name in ("erm", "cvar", "gdro")]
 
 
-def test_comparison_with_a_baseline(folders):
-    rows = runs.compare_folders(folders, folders[0], "NDCG@20")
-    text = text.comparison(rows, folders[0], "NDCG@20", "seq33")
-    assert f"NDCG@20 against {folders[0]}" in text
-    assert "seq33=short" in text
-    assert "pop33=" not in text
-    lines = [line.split() for line in text.splitlines() if "cvar alpha=0.5 " in line]
-    means = [
-        pd.read_parquet(folder / "per_user.parquet")["NDCG@20"].mean()
-        for folder in (folders[0], folders[1] / "runs" / "alpha=0.5,seed=0")
-    ]
-    overall = next(line for line in lines if line[2] == "overall")
-    assert float(overall[4]) == pytest.approx(means[1] - means[0], abs=5e-5)
-    with pytest.raises(ValueError, match=r"holds several methods: cvar alpha=0.2, cvar alpha=0.5"):
-        runs.compare_folders(folders, folders[1], "NDCG@20")
-    with pytest.raises(ValueError, match="at least one other folder"):
-        runs.compare_folders(folders[:1], folders[0], "NDCG@20")
-
-
-def test_the_html_report_holds_the_table_and_needs_no_network(folders, tmp_path):
+def test_the_report_of_real_runs(folders, tmp_path):
     path = tmp_path / "new" / "report.html"
-    rows = runs.compare_folders(folders, folders[0], "NDCG@20")
-    html_report.write(folders, path, "NDCG@20", rows=rows)
-    page = path.read_text()
+    page = write_page(folders, path, baseline=folders[0])
+    source = path.read_text()
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
-    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
-    summary = json.loads((folders[2] / "summary.json").read_text())
-    for name in ("overall", "pop33=niche", "seq33=long", "target=repeat"):
-        assert f"{summary['test']['NDCG@20'][name]:.4f}" in page
-    for heading in ("Group weights", "in the tail", "Hyperparameters", "Differences", "Settings"):
-        assert heading in page
-    assert page.count("[interleaved]") == 2
-    html_report.write(folders, tmp_path / "again.html", "NDCG@20", rows=rows)
-    assert (tmp_path / "again.html").read_text() == page
-    html_report.write(folders, path, "NDCG@20", family="pop33")
-    assert "seq33=" not in path.read_text().split("<h2>Settings")[0]
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", source)
+    gdro = workdir.read_summary(folders[2])["test"][NDCG]
+    row = "gdro (pop33) step_size=0.01"
+    for table, column, name in (
+        (0, "overall", "overall"),
+        (0, "niche", "pop33=niche"),
+        (0, "worst", "pop33/min"),
+        (0, "repeat", "target=repeat"),
+        (1, "long", "seq33=long"),
+    ):
+        assert page.cell(table, row, column).strip("*") == f"{gdro[name]:.4f}"
+    headings = re.findall(r"<h2>(.*)</h2>", source)
+    logs = [log.title for name in ("cvar", "gdro") for log in METHODS[name].logs]
+    assert headings == [
+        "pop33", "seq33", "Differences", "Training", *logs, "Hyperparameters", "Time", "Settings",
+    ]  # fmt: skip
+    assert list(page.settings) == list(map(str, folders))
+    assert page.settings[str(folders[2])]["config"]["objective"]["name"] == "gdro"
+    again = tmp_path / "again.html"
+    write_page(folders, again, baseline=folders[0])
+    assert again.read_text() == source
+    page = write_page(folders, path, family="pop33")
+    assert "seq33=" not in path.read_text().partition("<h2>Settings")[0]
     assert "Differences" not in path.read_text()
+
+
+def test_the_command_prints_the_tables_and_the_tests(folders, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    arguments = [str(folder) for folder in folders]
+    command.main([*arguments, "--family=seq33", f"--baseline={folders[0]}", f"--out={out}"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("synthetic, NDCG@20 on the test targets, seq33\n")
+    assert f"NDCG@20 against {folders[0]}" in printed
+    assert "seq33=short" in printed
+    assert "pop33=" not in printed
+    assert printed.endswith(f"report: {out}\n")
+    assert list(Page(out).settings) == arguments  # the baseline is also among the folders
+
+
+def test_a_comparison_with_a_baseline(tmp_path):
+    erm = write_run(tmp_path / "erm")
+    cvar = write_run(tmp_path / "cvar", "cvar", shift=0.05)
+    rows = runs.compare_folders([cvar], erm, NDCG).set_index(["name", "slice"])
+    row = rows.loc["cvar alpha=0.5", "pop33=niche"]
+    assert row[["users", "star"]].tolist() == [USERS / 2, True]
+    assert row[["difference", "low", "high"]].tolist() == pytest.approx([0.05] * 3)
+    page = write_page([erm, cvar], tmp_path / "report.html", baseline=erm)
+    assert page.cell(0, "cvar alpha=0.5", "niche") == f"{row['mean']:.4f}*"
+    assert page.cell(1, "cvar alpha=0.5, pop33=niche", "difference") == "+0.0500*"
+    assert page.cell(1, "cvar alpha=0.5, target=new", "users") == "16"
+    both = [write_run(tmp_path / f"alpha{x}", "cvar", hparams={"alpha": x}) for x in (0.2, 0.4)]
+    grid = tmp_path / "grid"
+    for folder, name in zip(both, ("a", "b"), strict=True):
+        shutil.copytree(folder, grid / "runs" / name)
+    workdir.write_json(
+        grid / workdir.SUMMARY,
+        {"schema_version": workdir.SCHEMA_VERSION, "runs": [{"run": "a"}, {"run": "b"}]},
+    )
+    workdir.finish(grid, {})
+    with pytest.raises(UserError, match=r"has several methods: cvar alpha=0.2, cvar alpha=0.4"):
+        runs.compare_folders([erm], grid, NDCG)
+    with pytest.raises(UserError, match="no other method that succeeded"):
+        runs.compare_folders([erm], erm, NDCG)
+    # A grid and a run of it: the run is the baseline, the others are compared with it.
+    rows = runs.compare_folders([grid], grid / "runs" / "b", NDCG)
+    assert set(rows["name"]) == {"cvar alpha=0.2", "cvar alpha=0.2, best worst group"}
 
 
 def test_best_second_and_stars_by_hand():
@@ -69,101 +237,283 @@ def test_best_second_and_stars_by_hand():
             "name": ["a", "b", "c", "[markov]"],
             "seeds": [2, 1, 1, 1],
             "pop33=niche": [0.1, 0.3, 0.3, 0.9],
-            "pop33=niche ±": [0.05, float("nan"), float("nan"), float("nan")],
+            "pop33=niche ±": [0.05, np.nan, np.nan, np.nan],
         }
     )
-    rows = pd.DataFrame({"name": ["a"], "slice": ["pop33=niche"], "star": [True]})
-    cells = re.findall(r"<td.*?>(.*?)</td>", html_report._results(numbers, rows, "pop33"))
-    assert cells[1::2] == [
-        '<span class="second">0.1000</span>* <span class="half">±0.0500</span>',
-        '<span class="best">0.3000</span>',
-        '<span class="best">0.3000</span>',
-        '<span class="">0.9000</span>',
+    rows = pd.DataFrame({"name": ["a", "b"], "slice": ["pop33=niche"] * 2, "star": [True, False]})
+    table = html_report._result_table(numbers, rows)
+    assert table.header == ["", "niche"]
+    assert [row.cells[1] for row in table.rows] == [
+        ("0.1000", "second", True, "±0.0500"),
+        ("0.3000", "best", False, ""),
+        ("0.3000", "best", False, ""),
+        ("0.9000", "", False, ""),
     ]
+    assert [row.is_baseline for row in table.rows] == [False, False, False, True]
 
 
-def copied(folder, target, *, seed=0, **changes):
-    """A run's folder again, as if trained with another seed and other settings."""
+def change_config(folder, target, **changes):
+    """A run again, as if trained with other settings."""
     shutil.copytree(folder, target)
-    for name in ("config", "summary"):
-        path = target / f"{name}.json"
-        found = json.loads(path.read_text())
-        if name == "summary":
-            found["seed"] = seed
-        for key, value in changes.items():
-            if name == "config":
-                found["train"][key] = value
-        path.write_text(json.dumps(found))
+    config = workdir.read_json(target / workdir.CONFIG)
+    workdir.write_json(target / workdir.CONFIG, config | {"train": changes})
+    workdir.finish(target, {})
     return target
 
 
-def test_only_runs_that_differ_in_the_seed_share_a_row(folders, tmp_path):
-    erm, cvar, gdro = folders
-    second = copied(erm, tmp_path / "second", seed=1, segment_seconds=9.0)
-    fast = copied(erm, tmp_path / "fast", learning_rate=0.5)
-    text = text.tables([erm, second, fast, gdro], "NDCG@20", family="pop33")
-    lines = [line for line in text.splitlines() if line.startswith("erm")]
+def test_only_runs_that_differ_in_the_seed_share_a_row(tmp_path):
+    parts = [
+        change_config(write_run(tmp_path / f"{i}", seed=i, shift=i / 10), tmp_path / f"seed{i}",
+                      learning_rate=0.001, segment_seconds=float(i))
+        for i in (0, 1)
+    ]  # fmt: skip
+    fast = change_config(tmp_path / "0", tmp_path / "fast", learning_rate=0.5)
+    printed = text.tables([*parts, fast], NDCG)
+    lines = [line for line in printed.splitlines() if line.startswith("erm")]
     assert [re.split(r" +0\.\d{4}", line, maxsplit=1)[0] for line in lines] == [
         "erm train.learning_rate=0.001 (2 seeds)",
         "erm train.learning_rate=0.001, best worst group (2 seeds)",
         "erm train.learning_rate=0.5",
         "erm train.learning_rate=0.5, best worst group",
     ]
-    rows = runs.compare_folders([gdro, fast], second, "NDCG@20")
-    assert set(rows["name"].str.partition(",")[0]) == {
-        "gdro (pop33) step_size=0.01", "erm train.learning_rate=0.5",
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=r"are the same training \(erm, seed 0\)"):
-        text.tables([erm, copied(erm, tmp_path / "again")], "NDCG@20")
-    # A grid and a run of it: the run is the baseline, the others are told from it.
-    rows = runs.compare_folders([cvar], cvar / "runs" / "alpha=0.5,seed=0", "NDCG@20")
-    assert set(rows["name"]) == {"cvar alpha=0.2", "cvar alpha=0.2, best worst group"}
-    # Another seed of the baseline's method is the baseline's, not a method to test.
-    with pytest.raises(ValueError, match="at least one other folder"):
-        runs.compare_folders([erm, second], erm, "NDCG@20")
+    # Means 0.45 and 0.55: their mean, and t(0.975, 1) * 0.0707 / sqrt(2) = 12.706 * 0.05.
+    assert "0.5000±0.6353" in lines[0]
+    with pytest.raises(UserError, match=r"are the same training \(erm, seed 0\)"):
+        text.tables([tmp_path / "0", write_run(tmp_path / "again")], NDCG)
+    # Another seed of the baseline's method belongs to the baseline.
+    with pytest.raises(UserError, match="no other method that succeeded"):
+        runs.compare_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "0", NDCG)
 
 
-def test_every_run_must_have_what_is_shown(folders, tmp_path):
-    other = tmp_path / "other"
-    run(small("chi2", groups=("seq33",), **{"evaluate.cutoffs": (5,), "train.epochs": 1}), other)
-    assert ", pop33" not in text.tables([folders[0], other], "NDCG@20")
-    with pytest.raises(ValueError, match=r"other: family 'pop33' was not evaluated; there are seq"):
-        text.tables([folders[0], other], "NDCG@20", family="pop33")
-    with pytest.raises(ValueError, match=r"erm: NDCG@5 was not evaluated; there are NDCG@20"):
-        text.tables([other, folders[0]], "NDCG@5")
-    html_report.write([folders[0], other], tmp_path / "report.html", "NDCG@20")
+def test_every_run_must_have_what_is_shown(tmp_path):
+    erm = write_run(tmp_path / "erm", families={"pop33": ("niche",), "seq33": ("short", "long")})
+    cvar = write_run(tmp_path / "cvar", "cvar", families={"seq33": ("short", "long")})
+    other = write_run(tmp_path / "other", "cvar", families={"tier": ("a",)})
+    assert ", pop33" not in text.tables([erm, cvar], NDCG)
+    with pytest.raises(UserError, match=r"cvar: family 'pop33' was not evaluated; there are seq"):
+        text.tables([erm, cvar], NDCG, family="pop33")
+    with pytest.raises(UserError, match=r"erm: NDCG@5 was not evaluated; there are NDCG@20"):
+        text.tables([erm, cvar], "NDCG@5")
+    with pytest.raises(UserError, match="share no group family"):
+        text.tables([erm, other], NDCG)
+    with pytest.raises(UserError, match="cvar alpha=0.5: it was not evaluated by pop33"):
+        runs.compare_folders([cvar], erm, NDCG)
+    summary = workdir.read_summary(cvar)
+    summary["dataset"]["log_hash"] = "def"
+    workdir.write_json(cvar / workdir.SUMMARY, summary)
+    workdir.finish(cvar, {})
+    with pytest.raises(UserError, match=r"different logs or splits \(log_hash def and abc\)"):
+        text.tables([erm, cvar], NDCG)
 
 
-def test_results_of_another_version_are_refused(folders, tmp_path):
-    old = copied(folders[0], tmp_path / "old")
-    summary = json.loads((old / "summary.json").read_text())
-    (old / "summary.json").write_text(json.dumps(summary | {"schema_version": 1}))
-    with pytest.raises(ValueError, match="schema_version 1, this version reads 2"):
-        text.tables([old], "NDCG@20")
-
-
-def test_a_group_may_be_called_new():
-    slices = ["tenure=new", "tenure=old", "overall", "tenure/min", "target=repeat", "target=new"]
-    assert slices.labels(slices, "tenure") == [
-        "tenure=new", "old", "overall", "worst", "repeat", "target=new",
+def test_groups_that_a_run_lacks_are_a_dash(tmp_path):
+    grid = [
+        write_run(tmp_path / "a", "cvar", families={"tier": ("x", "y")}, hparams={"alpha": 0.2}),
+        write_run(tmp_path / "b", "cvar", families={"tier": ("y", "z")}, hparams={"alpha": 0.4}),
+        write_run(tmp_path / "c", "gdro", families={"tier": ("x",)}, loss_family="tier"),
+        write_run(tmp_path / "d", "gdro", families={"tier": ("z",)}, loss_family="tier", seed=1),
+    ]
+    page = write_page(grid, tmp_path / "report.html")
+    rows = {row[0]: row[1:4] for row in page.tables[0]}
+    assert rows[""] == ["x", "y", "z"]
+    assert [cell == "-" for cell in rows["cvar alpha=0.2"]] == [False, False, True]
+    assert [cell == "-" for cell in rows["cvar alpha=0.4"]] == [True, False, False]
+    assert [cell == "-" for cell in rows["gdro (tier) step_size=0.5 (2 seeds)"]] == [
+        False, True, False,
     ]  # fmt: skip
+    line = next(
+        line for line in text.tables(grid, NDCG).splitlines() if line.startswith("cvar alpha=0.4 ")
+    )
+    assert line.split()[2] == "-"
+    with pytest.raises(UserError, match="tier of user 0 is not the baseline's"):
+        runs.compare_folders(grid[:2], grid[0], NDCG)
 
 
-def test_values_that_miss_a_seed_are_no_candidates():
-    assert selection.best_values({"lucky": [0.9], "whole": [0.2, 0.4], "other": [0.1, 0.1]}) == "whole"
-    assert selection.best_values({"only": [0.9], "none": []}) == "only"
-    assert selection.best_values({"none": []}) is None
+def test_failed_runs_are_listed_and_count_nowhere(tmp_path):
+    good = [
+        write_run(tmp_path / f"{x:g}", "cvar", hparams={"alpha": x}, shift=x / 10)
+        for x in (0.2, 0.4)
+    ]
+    bad = [
+        write_run(tmp_path / "bad", "cvar", hparams={"alpha": 0.6}, status="failed at step 7"),
+        write_run(tmp_path / "seed", "cvar", hparams={"alpha": 0.2}, seed=1, status="failed in x"),
+    ]
+    erm = write_run(tmp_path / "erm")
+    page = write_page([*good, *bad, erm], tmp_path / "report.html", baseline=erm)
+    source = (tmp_path / "report.html").read_text()
+    assert re.findall("<li>(.*)</li>", source) == [
+        "cvar alpha=0.6, seed 0: failed at step 7, not in the table",
+        "cvar alpha=0.2, seed 1: failed in x, not in the table",
+    ]
+    names = [row[0] for row in page.tables[0]]
+    assert [name for name in names if "best worst group" not in name] == [
+        "", "cvar alpha=0.2", "cvar alpha=0.4", "erm", "[most_popular]",
+    ]  # fmt: skip
+    assert page.cell(0, "cvar alpha=0.2", "overall") == "0.4700*"
+    assert not any("alpha=0.6" in row[0] for row in page.tables[1])
+    assert page.cell(2, "cvar alpha=0.6, seed=0", "status") == "failed at step 7"
+    assert page.cell(2, "cvar alpha=0.6, seed=0", "best epoch") == "-"
+    assert not any("alpha=0.6" in alt for alt in page.images)
+    curves = page.svg_texts(f"validation {NDCG}, overall, by epoch")
+    assert [label for label in curves if "alpha" in label] == ["cvar alpha=0.2", "cvar alpha=0.4"]
+    printed = text.tables([*good, *bad], NDCG)
+    assert "cvar alpha=0.6, seed 0: failed at step 7" in printed
+    with pytest.raises(UserError, match="no run that succeeded"):
+        runs.compare_folders(good, bad[0], NDCG)
+    write_page(bad[:1], tmp_path / "only.html")  # a page of nothing but a failed run
+
+
+def damage_digit(path):
+    path.write_text(path.read_text().replace("0.45", "0.95", 1))
+
+
+def damage_row(path):
+    first, second = path.read_text().splitlines()
+    path.write_text(first[:-9] + "\n" + second + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("per_user.parquet", lambda path: path.unlink(), "per_user.parquet is missing"),
+        ("per_user.parquet", lambda path: path.write_bytes(b"PAR1"), "per_user.parquet changed"),
+        ("summary.json", damage_digit, "summary.json changed"),
+        ("metrics.jsonl", damage_row, "metrics.jsonl changed"),
+        ("metrics.jsonl", lambda path: path.unlink(), "metrics.jsonl is missing"),
+        ("finished.json", lambda path: path.unlink(), "no finished.json"),
+    ],
+)
+def test_missing_and_changed_files_are_named(name, damage, message, tmp_path, capsys):
+    erm, cvar = write_run(tmp_path / "erm"), write_run(tmp_path / "cvar", "cvar")
+    damage(cvar / name)
+    with pytest.raises(UserError, match=f"cvar: {message}"):
+        runs.compare_folders([cvar], erm, NDCG)
+    with pytest.raises(UserError, match=f"cvar: {message}"):
+        text.tables([erm, cvar], NDCG)
+    with pytest.raises(SystemExit, match="1"):
+        command.main([str(erm), str(cvar), f"--out={tmp_path / 'report.html'}"])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"error: .*cvar: {message}.*\n", printed.err)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_results_of_another_version_are_refused(tmp_path):
+    folder = write_run(tmp_path / "old")
+    summary = workdir.read_summary(folder)
+    workdir.write_json(folder / workdir.SUMMARY, summary | {"schema_version": 1})
+    with pytest.raises(UserError, match="schema_version 1, but this version reads 3"):
+        text.tables([folder], NDCG)
+
+
+def test_names_from_data_are_shown_as_they_are_and_never_are_markup(tmp_path):
+    family = encode_name("R&D <i>*")
+    given = {family: AWKWARD, encode_name("target"): ("new", "old")}
+    erm = write_run(tmp_path / "<u>erm", families=given, loss_family=family)
+    gdro = write_run(tmp_path / "gdro", "gdro", families=given, loss_family=family, shift=0.1)
+    path = tmp_path / "report.html"
+    page = write_page([erm, gdro], path, baseline=erm)
+    assert not {"b", "i", "u"} & set(page.tags)
+    shown = [slices.printable(name) for name in AWKWARD]
+    assert page.tables[0][0] == ["", *sorted(shown, key=shown.index), "overall", "worst",
+                                 "repeat", "new"]  # fmt: skip
+    assert page.tables[1][0][1:3] == ["target=new", "old"]
+    row = "gdro (R&D <i>*) step_size=0.5"
+    assert page.cell(0, row, r"tab\there\x07") != "-"
+    assert page.cell(2, f"{row}, R&D <i>*=<b>VIP</b>", "users") == "3"
+    assert str(erm) in page.settings
+    # The same names in the figures, none hidden, none read as a formula.
+    bars = page.svg_texts(f"{row}, R&D <i>*: percentage change against the baseline")
+    weights = page.svg_texts(f"Group weights ω by epoch, {row}")
+    assert set(shown) <= set(bars)
+    assert [label for label in weights if label in shown] == shown
+    # The user's own name of the family selects it, and so does the canonical one.
+    for name in ("R&D <i>*", family):
+        assert "targets, R&D <i>*\n" in text.tables([erm], NDCG, family=name)
+    assert "targets, target\n" in text.tables([erm], NDCG, family="target")
+    rows = runs.compare_folders([gdro], erm, NDCG)
+    printed = text.comparison(rows, erm, NDCG, "target")
+    assert "target=old" in printed
+    assert "VIP" not in printed
+    with pytest.raises(UserError, match=r"family 'R' was not evaluated; there are R&D <i>\*, targ"):
+        text.tables([erm], NDCG, family="R")
+
+
+def test_figures_without_any_difference(tmp_path):
+    erm, cvar = write_run(tmp_path / "erm"), write_run(tmp_path / "cvar", "cvar")
+    one = {"tier": tuple(f"g{i}" for i in range(USERS))}  # of one user each: no interval
+    lone = [write_run(tmp_path / name, method, families=one) for name, method in
+            (("a", "erm"), ("b", "cvar"))]  # fmt: skip
+    for pair in ([erm, cvar], lone):  # warnings are errors
+        page = write_page(pair, tmp_path / "report.html", baseline=pair[0])
+        assert page.images
+
+
+def boxes(figure, texts):
+    figure.canvas.draw()
+    return [t.get_window_extent() for t in texts if t.get_text()]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["niche", "diverse", "popular", "overall"],
+        [f"{a}×{b}" for a in ("niche", "diverse", "popular") for b in ("short", "medium", "long")],
+        [f"a rather long name of group {i}" for i in range(12)],
+        [f"group {i}" for i in range(40)],
+    ],
+)
+def test_labels_of_groups_do_not_overlap(labels):
+    figure, axes = figures.panel("title", num_groups=len(labels))
+    axes.bar(range(len(labels)), [1.0] * len(labels))
+    figures.group_axis(axes, labels, width=3.4 * figure.get_figwidth() / 4.2)
+    found = axes.get_xticklabels()
+    shown = boxes(figure, found)
+    assert len(shown) == len(labels)
+    if found[0].get_rotation() == 0:
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(shown))
+    else:  # lines of text at 50 degrees, whose ends are at least a line's height apart
+        apart = np.diff([box.x1 for box in shown]) * np.sin(np.radians(50))
+        assert (apart > found[0].get_fontsize() * figure.dpi / 72).all()
+
+
+def test_legends_show_every_name():
+    figure = Figure()
+    axes = figure.subplots()
+    lines = [axes.plot([0, 1])[0] for _ in AWKWARD]
+    figures.legend(axes, lines, AWKWARD)
+    texts = axes.get_legend().get_texts()
+    assert [t.get_text() for t in texts] == [slices.printable(name) for name in AWKWARD]
+    assert not any(t.get_parse_math() for t in texts)
+
+
+def test_markdown_shows_names_as_they_are():
+    names = ["VIP|a", "*x*", "_x_ a_b", "<u>", "`c`", "a\nb", "[a](b)", "&lt; R&D", "$a$", "~~x~~"]
+    table = text.markdown(["", *names], [["x", *([text.Markdown("**1**")] * len(names))]])
+    header, _, row = table.splitlines()
+    assert header == (
+        r"|  | VIP\|a | \*x\* | \_x\_ a_b | \<u> | \`c\` | a\\nb | [a\](b) | \&lt; R&D | \$a\$ "
+        r"| \~\~x\~\~ |"
+    )
+    assert row == "| x " + "| **1** " * len(names) + "|"
+    assert text.escape_markdown("gdro (pop33&seq33) [most_popular]") == (
+        "gdro (pop33&seq33) [most_popular]"
+    )
 
 
 def test_no_sideways_scrolling(folders, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine")
-    rows = runs.compare_folders(folders, folders[0], "NDCG@20")
-    html_report.write(folders, tmp_path / "report.html", "NDCG@20", rows=rows)
-    page = html.escape((tmp_path / "report.html").read_text(), quote=True)
+    given = {"tier": ("x" * 60, "y z " * 20, *(f"group {i}" for i in range(10)))}
+    made = [write_run(tmp_path / name, name, families=given) for name in ("erm", "cvar")]
+    pages = [tmp_path / "real.html", tmp_path / "made.html"]
+    write_page(folders, pages[0], baseline=folders[0])
+    write_page(made, pages[1], baseline=made[0])
     frames = "".join(
-        f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe>'
+        f'<iframe style="width:{width}px;height:900px;border:0" '
+        f'srcdoc="{html.escape(path.read_text(), quote=True)}"></iframe>'
+        for path in pages
         for width in (390, 1280)
     )
     (tmp_path / "frames.html").write_text(
@@ -187,6 +537,6 @@ def test_no_sideways_scrolling(folders, tmp_path):
         timeout=120,
         check=True,
     ).stdout
-    found = re.search(r"widths (\d+) (\d+) end</p>", dom)
+    found = re.search(r"widths ([\d ]+) end</p>", dom)
     assert found is not None
-    assert found.groups() == ("0", "0")
+    assert found[1] == "0 0 0 0"

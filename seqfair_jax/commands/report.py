@@ -11,15 +11,15 @@ from seqfair_jax.report import runs, text
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print one table of all the named runs."""
+    """Print the tables of the named runs, and write the HTML report."""
     command = Command(
         "report",
         "Print one table for each group family with all the named runs, and test them against\n"
         "a baseline.",
         arguments="DIR [DIR ...]",
     )
-    command.string("family", "the group family to show (default: all)")
-    command.string("metric", "which figure", "NDCG@20")
+    command.string("family", "the group family to show (default: all that the runs share)")
+    command.string("metric", "the metric to show", "NDCG@20")
     command.string("baseline", "the folder of a run to test the others against")
     command.string("out", "an HTML file to write the whole report to")
     command.run(argv, _report)
@@ -30,7 +30,7 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
         raise UserError("name the folders of finished runs: seqfair report DIR [DIR ...]")
     folders = [workdir.user_path(name) for name in names]
     baseline = None if values.baseline is None else workdir.user_path(values.baseline)
-    if baseline is not None:  # so that the table has its row
+    if baseline is not None:  # the table has its row too
         folders.append(baseline)
     print(text.tables(folders, values.metric, family=values.family))
     rows = None

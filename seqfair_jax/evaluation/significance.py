@@ -96,7 +96,7 @@ def false_discovery_rates(p_values: pd.Series) -> pd.Series:
 
 def _families(table: pd.DataFrame) -> list[str]:
     """The columns with group names: neither keys nor metrics, whose names contain `@`."""
-    return [c for c in table if c not in (*_KEYS, "rank") and "@" not in c]
+    return [c for c in map(str, table) if c not in (*_KEYS, "rank") and "@" not in c]
 
 
 def _aligned(
@@ -161,8 +161,9 @@ def _members(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
 def _p_value(after: np.ndarray, before: np.ndarray) -> float:
     if len(after) < 2:
         return np.nan
-    if np.ptp(after - before) == 0:  # t is 0/0, or a constant over 0
-        return 1.0 if (after == before).all() else 0.0
+    difference = after - before
+    if np.ptp(difference) <= 1e-9 * np.abs(difference).max():  # t is 0/0, or a constant over 0
+        return 0.0 if difference.any() else 1.0
     return float(stats.ttest_rel(after, before).pvalue)
 
 

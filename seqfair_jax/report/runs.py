@@ -8,14 +8,16 @@ import pandas as pd
 
 from seqfair_jax import workdir
 from seqfair_jax.config import RESUMABLE, flatten, format_value
+from seqfair_jax.data.groups import encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import parse_metric
+from seqfair_jax.objectives import HParams
 from seqfair_jax.training.selection import RULES, is_result
 
 # Settings that runs of one row may differ in; `method_name` shows the objective's values.
-_FREE = {"seeds", "objective.step_size", "objective.stream_rate", "objective.alpha"}
-_FREE |= {"objective.radius", *RESUMABLE} - {"train.epochs", "data.group_file"}
+_FREE = {"seeds", *(f"objective.{key}" for key in HParams._fields), *RESUMABLE}
+_FREE -= {"train.epochs", "data.group_file"}
 
 
 class FinishedRun(NamedTuple):
@@ -54,7 +56,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             for key in kept
             if any(other.get(key) != kept[key] for other in variants[name])
         ]
-        run = FinishedRun(part, " ".join([name, *differing]), summary)
+        run = FinishedRun(part, slices.printable(" ".join([name, *differing])), summary)
         first = runs.setdefault((run.name, summary["seed"]), run)
         if first is not run:
             raise UserError(
@@ -64,8 +66,18 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     return list(runs.values())
 
 
-def read_consistent(folders: Sequence[Path], metric: str, family: str | None) -> list[FinishedRun]:
-    """All folders' runs, checked to belong into one table.
+def read_consistent(
+    folders: Sequence[Path], metric: str, family: str | None
+) -> tuple[list[FinishedRun], list[str]]:
+    """All folders' runs, checked to belong into one table, and the families to show.
+
+    Args:
+        folders: work directories of finished runs.
+        metric: such as NDCG@20.
+        family: as its user wrote it, or its canonical name; None for all that the runs share.
+
+    Returns:
+        the runs, and the canonical names of the families.
 
     Raises:
         UserError: if a folder is not finished, two runs are the same, the logs differ, or the
@@ -74,45 +86,53 @@ def read_consistent(folders: Sequence[Path], metric: str, family: str | None) ->
     parse_metric(metric)
     runs = read_runs(folders)
     first = runs[0]
+    families: list[str] | None = None
     for run in runs:
         summary = run.summary
-        if summary["dataset"] != first.summary["dataset"]:
-            raise UserError(
-                f"{run.folder} was trained on another log or split than {first.folder} "
-                f"({summary['dataset']} against {first.summary['dataset']}): they cannot be "
-                "compared in one table"
-            )
+        _check_dataset(run, first)
         if metric not in _baseline(summary):
             raise UserError(
                 f"{run.folder}: {metric} was not evaluated; there are "
                 f"{', '.join(_baseline(summary))}"
             )
-        families = slices.families_in(_baseline(summary)[metric])
-        if family is not None and family not in families:
-            raise UserError(
-                f"{run.folder}: family {family!r} was not evaluated; there are "
-                f"{', '.join(families)}"
-            )
-    if not families_of(runs, metric):
-        raise UserError("the runs have no family in common that all were evaluated by")
-    return runs
+        found = slices.families_in(_baseline(summary)[metric])
+        if family is not None:
+            known = [name for name in (family, encode_name(family)) if name in found]
+            if not known:
+                raise UserError(
+                    f"{run.folder}: family {family!r} was not evaluated; there are "
+                    f"{', '.join(map(slices.family_label, found))}"
+                )
+            found = known[:1]
+        families = [name for name in found if families is None or name in families]
+    if not families:
+        raise UserError("the runs share no group family: each was evaluated by other families")
+    return runs, families
 
 
-def families_of(runs: Sequence[FinishedRun], metric: str) -> list[str]:
-    """The group families that all runs were evaluated by."""
-    found = [slices.families_in(_baseline(run.summary)[metric]) for run in runs]
-    return [name for name in found[0] if all(name in families for families in found)]
+def _check_dataset(run: FinishedRun, first: FinishedRun) -> None:
+    ours, others = run.summary["dataset"], first.summary["dataset"]
+    differing = [
+        f"{key} {ours.get(key)} and {others.get(key)}"
+        for key in (ours | others)
+        if ours.get(key) != others.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{run.folder} and {first.folder} were trained on different logs or splits "
+            f"({', '.join(differing)}): they cannot be compared in one table"
+        )
 
 
 def _baseline(summary: dict[str, Any]) -> dict[str, slices.Slices]:
-    """The metrics of the baseline that is always there."""
+    """The metrics of most_popular, which every summary has."""
     return summary["baselines"]["most_popular"]
 
 
 def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
-    """A line for each run that failed, and so is in no mean."""
+    """A line for each run that failed; such a run is in no mean, rank, figure or test."""
     return [
-        f"{run.name}, seed {run.summary['seed']}: {run.summary['status']}; it is left out"
+        f"{run.name}, seed {run.summary['seed']}: {run.summary['status']}, not in the table"
         for run in runs
         if not is_result(run.summary)
     ]
@@ -128,15 +148,16 @@ def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.
         metric: such as NDCG@20.
 
     Raises:
-        UserError: if the folders do not hold the same users, or `baseline` holds several methods.
+        UserError: if the runs differ in their users, targets or groups, or `baseline` has several
+            methods.
     """
     from seqfair_jax.evaluation import significance  # scipy.stats imports in half a second
 
     runs = read_runs([baseline, *folders])
-    held = set(workdir.finished_folders(baseline.resolve()))
-    names = list(dict.fromkeys(run.name for run in runs if run.folder in held))
+    own = set(workdir.finished_folders(baseline.resolve()))
+    names = list(dict.fromkeys(run.name for run in runs if run.folder in own))
     if len(names) != 1:
-        raise UserError(f"--baseline={baseline} holds several methods: {', '.join(names)}")
+        raise UserError(f"--baseline={baseline} has several methods: {', '.join(names)}")
     before = _per_user([run for run in runs if run.name in names], "overall").get(names[0])
     if before is None:
         raise UserError(f"--baseline={baseline} has no run that succeeded")
@@ -145,7 +166,10 @@ def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.
     for rule in RULES:
         methods |= _per_user(others, rule)
     if not methods:
-        raise UserError(f"--baseline={baseline}: name at least one other folder to compare")
+        raise UserError(
+            f"--baseline={baseline}: there is no other method that succeeded; name the folder of "
+            "at least one"
+        )
     return significance.compare(methods, before, metric)
 
 
@@ -163,5 +187,7 @@ def _per_user(runs: Sequence[FinishedRun], rule: str) -> dict[str, dict[int, pd.
 def method_name(summary: dict[str, Any]) -> str:
     """A run's method, its loss family if it has one, and the objective's values."""
     values = ", ".join(f"{key}={format_value(v)}" for key, v in summary["hparams"].items())
-    family = f" ({summary['group_family']})" if summary["needs_groups"] else ""
+    family = ""
+    if summary["needs_groups"]:
+        family = f" ({slices.family_label(summary['group_family'])})"
     return f"{summary['method']}{family}{' ' + values if values else ''}"

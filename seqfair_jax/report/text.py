@@ -1,5 +1,6 @@
 """Finished runs as text: a table for each group family, and the tests against a baseline."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,48 +9,59 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from seqfair_jax.data.groups import encode_name
 from seqfair_jax.evaluation import slices
-from seqfair_jax.report.runs import FinishedRun, failed_runs, families_of, read_consistent
+from seqfair_jax.report.runs import FinishedRun, failed_runs, read_consistent
 from seqfair_jax.training.selection import RULES, is_result
+
+# What Markdown would read as markup: an underscore between letters is none, a bracket only before
+# the target of a link, an ampersand only in an entity, a colon only in an emoji's name.
+_MARKUP = re.compile(r"[\\`*<|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])|&(?=#?\w+;)|:(?=[\w+-]+:)")
+
+
+class Markdown(str):
+    """Text that is Markdown already, and so is not escaped."""
 
 
 def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -> str:
     """One text table for each group family: a row for each method, then the baselines' rows.
 
     Runs that differ only in the seed share a row: their mean and, from two seeds on, the
-    half-width of its 95 % interval (t distribution). Where runs of one method differ in other
+    half-width of its 95 % interval (t distribution). If runs of one method differ in other
     settings, the rows' names show which. Runs that failed are listed below, and are in no mean.
 
     Args:
         folders: work directories of finished runs on one log.
         metric: such as NDCG@20.
-        family: the one to show; None shows every family that was evaluated.
+        family: the one to show, as its user wrote it; None shows all that the runs share.
 
     Raises:
         UserError: as `runs.read_consistent`.
     """
-    runs = read_consistent(folders, metric, family)
-    shown = [family] if family is not None else families_of(runs, metric)
+    runs, families = read_consistent(folders, metric, family)
     title = f"{runs[0].summary['dataset']['name']}, {metric} on the test targets"
     parts = [
         f"{title}, {slices.family_label(name)}\n{_text(table(runs, metric, name))}"
-        for name in shown
+        for name in families
     ]
     return "\n\n".join([*parts, *failed_runs(runs)])
 
 
 def comparison(rows: pd.DataFrame, baseline: Path, metric: str, family: str | None) -> str:
-    """What `runs.compare_folders` returned, as text.
+    """The tests against a baseline as text.
 
     Args:
         rows: from `runs.compare_folders`.
         baseline: the folder that was compared with.
         metric: such as NDCG@20.
-        family: whose groups to show; None shows all.
+        family: as for `tables`.
     """
     if family is not None:
-        rows = rows[[slices.is_shown(name, [family]) for name in rows["slice"]]]
-    shown = rows.assign(star=np.where(rows["star"], "*", "")).drop(columns=["mean", "baseline"])
+        names = (family, encode_name(family))
+        rows = rows[[slices.is_shown(name, names) for name in rows["slice"]]]
+    shown = rows.assign(
+        slice=rows["slice"].map(slices.full_label), star=np.where(rows["star"], "*", "")
+    ).drop(columns=["mean", "baseline"])
     text = shown.to_string(
         index=False,
         float_format="{:.2g}".format,
@@ -71,7 +83,8 @@ def table(runs: Sequence[FinishedRun], metric: str, family: str) -> pd.DataFrame
                 rows.setdefault(run.name + rule.label, []).append(found)
     for name, metrics in runs[0].summary["baselines"].items():
         rows[f"[{name}]"] = [metrics[metric]]
-    known = list(dict.fromkeys(name for found in rows.values() for name in found[0]))
+    # Runs may differ in the groups of a family; a slice that a run lacks is NaN.
+    known = dict.fromkeys(name for found in rows.values() for seed in found for name in seed)
     shown = [
         *slices.groups_in(known, family),
         slices.OVERALL,
@@ -83,7 +96,7 @@ def table(runs: Sequence[FinishedRun], metric: str, family: str) -> pd.DataFrame
     for name, seeds in rows.items():
         record: dict[str, Any] = {"name": name, "seeds": len(seeds)}
         for slice_name in shown:
-            found = [s.get(slice_name) for s in seeds]  # other runs may have other groups
+            found = [seed.get(slice_name) for seed in seeds]
             values = np.array([value for value in found if value is not None])
             record[slice_name] = values.mean() if len(values) else np.nan
             record[f"{slice_name} ±"] = _half_width(values)
@@ -92,22 +105,31 @@ def table(runs: Sequence[FinishedRun], metric: str, family: str) -> pd.DataFrame
 
 
 def shown_slices(numbers: pd.DataFrame) -> list[str]:
-    """The slices that a `table` has columns of."""
+    """The slices in the columns of a `table`."""
     return list(numbers.columns[2::2])
 
 
 def row_label(name: str, seeds: int) -> str:
-    """A row's name and, from two on, how many seeds it is the mean of."""
+    """A row's name and, for a mean over several seeds, their number."""
     return f"{name} ({seeds} seeds)" if seeds > 1 else name
 
 
+def is_baseline(name: str) -> bool:
+    """Whether a row's name is that of a baseline without training, such as [markov]."""
+    return name.startswith("[")
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table of text cells."""
-    lines = [
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-        for cells in (header, *rows)
-    ]
+    """A GitHub table; cells are plain text, except `Markdown` ones."""
+    lines = ["| " + " | ".join(map(escape_markdown, cells)) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is; `Markdown` is returned unchanged."""
+    if isinstance(text, Markdown):
+        return text
+    return _MARKUP.sub(r"\\\g<0>", slices.printable(text))
 
 
 def top_two(values: Iterable[float]) -> list[float]:
@@ -125,16 +147,24 @@ def _half_width(values: np.ndarray) -> float:
 def _text(numbers: pd.DataFrame) -> str:
     names = [row_label(*row) for row in zip(numbers["name"], numbers["seeds"], strict=True)]
     width = max(map(len, names))
-    shown = {"": [name.ljust(width) for name in names]}
     columns = shown_slices(numbers)
-    for column, label in zip(columns, slices.labels(columns), strict=True):
-        shown[label] = [
-            "-" if np.isnan(value) else f"{value:.4f}" + ("" if np.isnan(half) else f"±{half:.4f}")
-            for value, half in zip(numbers[column], numbers[f"{column} ±"], strict=True)
-        ]
-    lines = pd.DataFrame(shown).to_string(index=False).splitlines()
+    cells = [[name.ljust(width) for name in names]]
+    for column in columns:
+        halves = numbers[f"{column} ±"]
+        cells.append(
+            [
+                "-" if np.isnan(value) else f"{value:.4f}" + _spread(half)
+                for value, half in zip(numbers[column], halves, strict=True)
+            ]
+        )
+    shown = pd.DataFrame(list(zip(*cells, strict=True)), columns=["", *slices.labels(columns)])
+    lines = shown.to_string(index=False).splitlines()
     first_baseline = next(
-        (i for i, name in enumerate(names, start=1) if name.startswith("[")), len(lines)
+        (i for i, name in enumerate(names, start=1) if is_baseline(name)), len(lines)
     )
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:first_baseline], rule, *lines[first_baseline:]])
+
+
+def _spread(half: float) -> str:
+    return "" if np.isnan(half) else f"±{half:.4f}"
