@@ -89,6 +89,9 @@ def test_popular_rows_by_hand():
     # Audiences 2, 1, 1, 1, 1: the 0.8 quantile is 1.2. Counted once, each row of item 0 counts.
     dataset = split(log([0, 0, 1, 2, 9, 9], [0, 3, 4, 4, 9, 9]))
     assert popular_rows(dataset).tolist() == [2, 1]
+    # Audiences 3, 2, 1, 1, 1, 1: the 0.8 quantile is 2, and 2 is not above it.
+    dataset = split(log([0, 1, 2, 9, 9], [0, 1, 3, 4, 9, 9], [0, 5, 9, 9]))
+    assert popular_rows(dataset).tolist() == [1, 1, 1]
 
 
 # --- Products and unions ---

@@ -120,6 +120,9 @@ def test_retailrocket_as_its_publisher_ships_it(tmp_path):
     blank = EVENTS.replace("15335,\n", ",\n")
     with pytest.raises(UserError, match=r"1 rows have no itemid, the first of them data row 5;"):
         read(tmp_path / "events.csv", blank, "retailrocket")
+    late = EVENTS.replace("1433221332117,257597,view,15335", "late,257597,view,15335")
+    with pytest.raises(UserError, match="timestamp of data row 5 is 'late'"):
+        read(tmp_path / "events.csv", late, "retailrocket")
 
 
 def test_movielens_reads_its_separator(tmp_path):
@@ -151,6 +154,7 @@ def test_movielens_reads_its_separator(tmp_path):
         (HEADER.encode("utf-16-le"), "is not UTF-8 text, perhaps UTF-16"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(9), "is a 7z archive: unpack it"),
         (gzip.compress(gzip.compress(b"a,b\n")), "compressed twice"),
+        (parquet(user_id=["ab", "cd"]).replace(b"cd", b"c\xff"), "cannot be read: .*UTF8"),
         (b"PAR1" + bytes(40) + b"PAR1", "cannot be read: .*thrift"),
         (zipped({"a.csv": "", "b.csv": ""}), "expected one file in it, found 2.*a.csv, b.csv"),
         (zipped({}), "expected one file in it, found 0.*holds nothing"),
@@ -257,7 +261,7 @@ def test_ids_stay_as_they_are_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "texts", [["NA", "null"], ["None", "nan"], ["N/A", " "], ["a\0", "a"], ["x" * 2**20, "true"]]
+    "texts", [["NA", "null"], ["None", "nan"], ["N/A", " "], ["a\0", "a"], ["x" * 2**22, "true"]]
 )
 def test_every_text_is_an_id(tmp_path, texts):
     found = read(tmp_path / "a.csv", HEADER + f"{texts[0]},{texts[1]},1\n{texts[1]},5,2\n")

@@ -1,4 +1,5 @@
 import hashlib
+import json
 
 import numpy as np
 import pandas as pd
@@ -92,11 +93,11 @@ def test_rows_of_one_time_keep_the_order_of_the_file():
         {
             "user_id": [1, 2, 1, 2, 1, 2, 1, 1, 2],
             "item_id": [5, 9, 3, 1, 4, 8, 1, 9, 2],
-            "timestamp": [7, 1, 7, 2, 7, 2, 6, 8, 2],
+            "timestamp": [7, 8, 7, 9, 7, 9, 6, 8, 9],
         }
     )
     dataset = split(k_core(frame, 1))
-    # User 1: 1 | 5 3 4 of time 7 | 9; user 2: 9 | 1 8 2 of time 2.
+    # User 1: 1 | 5 3 4 of time 7 | 9; user 2: 9 of time 8, too | 1 8 2 of time 9.
     assert dataset.item_ids[dataset.items].tolist() == [1, 5, 3, 9, 1]
     assert dataset.test_target_ids.tolist() == [9, 2]
     assert dataset.counts["tied_rows"] == 4
@@ -159,8 +160,8 @@ def test_the_hash_tells_logs_apart():
         log(["a", "b\nc", "b\nc"], ["a", "b\nc", "b\nc"]),
         log(["b", "b", "b"], users=["a\0c"]),
         log(["c\0b", "c\0b", "c\0b"], users=["a"]),
-        log(["b", "b", "b"], users=['["a"]']),
-        log(["b", "b", "b"], users=["a"]),
+        log(["b", "b", "b"], users=["a\nb"]),
+        log(["b", "b", "b"], users=[json.dumps(["a\nb"])]),
     ]
     assert len({split(frame).log_hash for frame in logs}) == len(logs)
     assert split(logs[0][::-1]).log_hash == split(logs[0]).log_hash  # sorted by user and time

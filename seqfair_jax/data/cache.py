@@ -67,12 +67,13 @@ def source_hashes(config_data: ConfigDict) -> dict[str, str]:
     if config_data.name != "synthetic":
         hashes["log"] = _sha256(locate(config_data.name, config_data.path))
     if config_data.group_file is not None:
-        hashes["group_file"] = _sha256(user_path(config_data.group_file))
+        group_file = user_path(config_data.group_file)
+        require_file(group_file, f"data.group_file={config_data.group_file}")
+        hashes["group_file"] = _sha256(group_file)
     return hashes
 
 
 def _sha256(path: Path) -> str:
-    require_file(path, str(path))
     try:
         return sha256(path)
     except OSError as error:

@@ -204,7 +204,8 @@ def read_table(path: Path, columns: Mapping[str, str], *, member: str | None = N
     """
     if len(set(columns.values())) < len(columns):
         raise UserError(
-            f"data.columns names one column of {path} twice: {', '.join(columns.values())}"
+            f"data.columns names one column of {path} twice: {', '.join(columns.values())}; name "
+            "another"
         )
     with _reading(path), path.open("rb") as file:
         is_parquet = file.read(4) in _PARQUET
@@ -233,7 +234,9 @@ def _read_parquet(source: Any, path: Path, columns: Mapping[str, str]) -> pa.Tab
         # A repeated value takes no space in the file.
         if file.metadata.num_rows * len(columns) * 8 > MAX_UNPACKED:
             raise _too_large(path)
-        return file.read(columns=list(columns.values()))
+        table = file.read(columns=list(columns.values()))
+        table.validate(full=True)  # damaged text
+        return table
 
 
 def _read_csv(content: bytearray, path: Path, columns: Mapping[str, str]) -> pa.Table:
@@ -269,13 +272,18 @@ def _check_names(names: list[str], columns: Mapping[str, str], path: Path) -> No
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(
-                f"{path}: no column {name!r}, it has {_short(', '.join(names))}{hint} "
-                "(data.columns says what a file of your own calls them)"
+                f"{path}: no column {name!r}, it has {_short(', '.join(names))}{hint}; rename a "
+                "column, or for a log say in data.columns what the file calls it"
             )
 
 
 def _parse(
-    content: bytearray, path: Path, wanted: list[str], *, names: list[str] | None = None, **options
+    content: bytearray,
+    path: Path,
+    wanted: list[str],
+    *,
+    names: list[str] | None = None,
+    delimiter: str = ",",
 ) -> pa.Table:
     """The wanted columns of a CSV file's content as text; `names` if it has no header."""
     # One thread, so that errors name the row.
@@ -283,7 +291,7 @@ def _parse(
         table = pa.csv.read_csv(
             pa.BufferReader(content),
             pa.csv.ReadOptions(use_threads=False, block_size=_LONGEST_ROW, column_names=names),
-            pa.csv.ParseOptions(**options),
+            pa.csv.ParseOptions(delimiter=delimiter),
             pa.csv.ConvertOptions(
                 include_columns=wanted,
                 column_types=dict.fromkeys(wanted, pa.large_string()),
@@ -291,13 +299,13 @@ def _parse(
             ),
         )
     except pa.ArrowInvalid as error:
-        _check_line_breaks(content, path, options.get("delimiter", ","))
+        _check_line_breaks(content, path, delimiter)
         reason = str(error).replace("invalid UTF8 data", "the text is not UTF-8; save it as UTF-8")
         raise UserError(f"{path} cannot be read: {_short(reason)}") from error
     if b'"' in content:
         lines = sum(1 for _ in re.finditer(rb"[^\r\n]+", content))
         if len(table) < lines - (names is None):
-            _check_line_breaks(content, path, options.get("delimiter", ","))
+            _check_line_breaks(content, path, delimiter)
     return table
 
 
@@ -325,7 +333,7 @@ def _read_ratings(path: Path) -> pa.Table:
     """MovieLens-1M: `UserID::MovieID::Rating::Timestamp`, no header."""
     content = _unpack(path, _FILES["ml1m"]).replace(b"::", b",")
     try:
-        table = _parse(content, path, list(_ML1M.values()), names=_ML1M_NAMES, quote_char=False)
+        table = _parse(content, path, list(_ML1M.values()), names=_ML1M_NAMES)
     except UserError as error:
         raise UserError(f"{error}; expected rows of {'::'.join(_ML1M_NAMES)}") from error
     return table.rename_columns(list(_ML1M))
