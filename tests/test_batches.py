@@ -4,7 +4,13 @@ import pytest
 import reference
 
 from seqfair_jax.model.packing import Sequences, pack
-from seqfair_jax.training.batches import choose_sizes, draw_batches, epoch_batches, token_sizes
+from seqfair_jax.training.batches import (
+    Batches,
+    choose_sizes,
+    draw_batches,
+    epoch_batches,
+    token_sizes,
+)
 
 
 def test_epoch_batches_is_a_pure_function_of_seed_and_epoch():
@@ -83,6 +89,27 @@ def test_pack_matches_the_windows_of_the_reference():
         at += len(targets)
     np.testing.assert_array_equal(packed.slots[at:], 5)  # padding belongs to no slot
     assert at < 20
+
+
+@pytest.mark.parametrize("vmap", [True, False])
+def test_the_packed_sizes_do_not_depend_on_the_seeds(vmap):
+    lengths = np.random.default_rng(0).integers(1, 190, 500)
+    settings = {"lengths": lengths, "batch_size": 32, "steps": 10, "vmap": vmap}
+    one, other = Batches([0, 1], **settings), Batches([7, 900], **settings)
+    assert one.sizes == other.sizes
+    if not vmap:
+        assert one.sizes == Batches([5], **settings).sizes
+    drawn = other(3)
+    assert drawn.user_ids.shape == (2, 10, 32)
+    needed = drawn.targets.max(axis=0) if vmap else drawn.targets
+    assert (np.asarray(drawn.sizes)[np.asarray(drawn.size_index)] >= needed).all()
+
+
+def test_a_batch_beyond_the_largest_size_gets_a_size_of_its_own(monkeypatch):
+    batches = Batches([0], lengths=np.full(40, 50), batch_size=8, steps=5, vmap=False)
+    batches.sizes = (128,)
+    assert batches(0).sizes == (128, 1024)
+    assert (np.asarray(batches(0).size_index) == 1).all()
 
 
 def test_token_sizes_by_hand():

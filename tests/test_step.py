@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from numpy.testing import assert_allclose, assert_array_equal
@@ -88,6 +89,16 @@ def stack(trees):
 @functools.cache
 def segment_fn(task, vmap):
     return make_segment(task, SIZES, vmap=vmap)
+
+
+def continue_segment(task, states, seeds, hparams, *, vmap, start):
+    user_ids, size_index = (
+        jnp.stack(part) for part in zip(*(make_batches(seed) for seed in seeds), strict=True)
+    )
+    return segment_fn(task, vmap)(
+        states, stack(hparams), make_data(), user_ids,
+        size_index.max(axis=0) if vmap else size_index, jnp.int32(start), jnp.int32(STEPS),
+    )  # fmt: skip
 
 
 def run_segment(task, seeds, hparams, *, vmap, cuts=((0, STEPS),), data=None):
@@ -238,6 +249,34 @@ def test_a_run_that_fails_later_keeps_its_last_good_step():
     )
     assert after.failed_step[0] == 2
     jax.tree.map(assert_array_equal, after.params, saved.params)
+
+
+def test_a_parameter_that_overflows_fails_the_run_at_that_step():
+    """The loss and the gradient are finite, and the update alone is too large."""
+    task = make_task("erm")
+    huge = task._replace(optimizer=optax.chain(task.optimizer, optax.scale(1e38 / 1e-2 * 5)))
+    state = create_train_state(huge, seed=0, num_groups=3)
+    user_ids, size_index = make_batches()
+    batch = (user_ids[0], size_index[0])
+    after, metrics = train_step(huge, SIZES, state, batch, make_data(), make_hparams())
+    assert jnp.isfinite(metrics["loss"])
+    assert jnp.isfinite(metrics["grad_norm"])
+    assert after.failed_step == 0
+    assert after.step == 0
+    jax.tree.map(assert_array_equal, after.params, state.params)
+
+
+@pytest.mark.parametrize("vmap", [True, False])
+def test_a_stopped_run_is_frozen_and_leaves_the_others_bits_alone(vmap):
+    task, hparams = make_task("gdro", dropout=0.3), [make_hparams(), make_hparams()]
+    states = run_segment(task, [0, 1], hparams, vmap=vmap, cuts=[(0, 2)])
+    stopped = states._replace(stopped=jnp.array([False, True]))
+    saved = jax.tree.map(np.array, stopped)
+    after = continue_segment(task, stopped, [0, 1], hparams, vmap=vmap, start=2)
+    jax.tree.map(lambda x, y: assert_array_equal(x[1], y[1]), after, saved)
+    assert_array_equal(after.step, [STEPS, 2])
+    whole = run_segment(task, [0, 1], hparams, vmap=vmap, cuts=[(0, 2), (2, STEPS)])
+    jax.tree.map(lambda x, y: assert_array_equal(x[0], y[0]), after, whole)
 
 
 def test_train_step_returns_its_metrics():

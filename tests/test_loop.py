@@ -1,0 +1,247 @@
+"""Training from the host's side: failures, early stopping, resuming, locks and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from test_run import rows_of, small
+
+from seqfair_jax import workdir
+from seqfair_jax.errors import DivergedError, UserError
+from seqfair_jax.run import run
+from seqfair_jax.training import loop, resume
+from seqfair_jax.training.metrics_log import MetricsLog
+from seqfair_jax.training.signals import catch_signals
+
+
+def test_fewer_epochs_than_are_done_are_refused(tmp_path):
+    run(small(), tmp_path)
+    before = (tmp_path / "summary.json").read_bytes()
+    with pytest.raises(UserError, match=r"train.epochs is 1, but .* has trained 2 epochs"):
+        run(small(**{"train.epochs": 1}), tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("axis", ["vmap", "map"])
+def test_a_run_whose_scores_are_not_finite_fails_alone(axis, tmp_path, monkeypatch):
+    """Finite parameters whose scores overflow, which only the validation sees."""
+    make_validation = loop.make_validation
+
+    def poisoned(experiment):
+        validate = make_validation(experiment)
+
+        def overflow(params, name):
+            if name == "seed=1":
+                params = jax.tree.map(lambda leaf: leaf * 1e30, params)
+            return validate(params, name)
+
+        return overflow
+
+    monkeypatch.setattr(loop, "make_validation", poisoned)
+    summary = run(small(seeds=(0, 1), **{"train.runs_axis": axis}), tmp_path)
+    assert [r["status"] for r in summary["runs"]] == ["finished", "failed at step 5"]
+    assert [row["epoch"] for row in rows_of(tmp_path / "runs" / "seed=0")] == [1, 2]
+    assert rows_of(tmp_path / "runs" / "seed=1") == []
+    failed = workdir.read_summary(tmp_path / "runs" / "seed=1")
+    assert failed["train"]["steps"] == 5  # of 10
+    assert "test" not in failed
+
+
+def test_a_single_run_whose_scores_are_not_finite_is_an_error(tmp_path, monkeypatch):
+    def diverged(experiment):
+        def validate(params, name):
+            raise DivergedError("a score is not finite")
+
+        return validate
+
+    monkeypatch.setattr(loop, "make_validation", diverged)
+    with pytest.raises(DivergedError, match=r"every run diverged.*score.*seed=0 at step 5"):
+        run(small(), tmp_path)
+
+
+@pytest.mark.parametrize("axis", ["vmap", "map"])
+def test_a_run_that_stopped_early_keeps_its_result(axis, tmp_path, monkeypatch):
+    """Seed 1 stops after the second epoch; what would make it diverge later changes nothing."""
+    real = loop.close_epoch
+    stops = iter([False, False, False, True] + [False] * 10)
+
+    def stop_one(*args, **kwargs):
+        return real(*args, **kwargs)._replace(stops=next(stops))
+
+    monkeypatch.setattr(loop, "close_epoch", stop_one)
+    changes = {"train.epochs": 4, "train.runs_axis": axis}
+    summary = run(small(seeds=(0, 1), **changes), tmp_path / "two")
+    assert [r["status"] for r in summary["runs"]] == ["finished"] * 2
+    kept, stopped = (workdir.read_summary(tmp_path / "two" / "runs" / f"seed={s}") for s in (0, 1))
+    assert (kept["train"]["steps"], stopped["train"]["steps"]) == (20, 10)
+    assert stopped["train"]["stopped_epoch"] == 2
+    assert stopped["train"]["targets"] < 0.6 * kept["train"]["targets"]
+    assert [row["epoch"] for row in rows_of(tmp_path / "two" / "runs" / "seed=1")] == [1, 2]
+    monkeypatch.undo()
+    short = run(small(seeds=(0, 1), **changes | {"train.epochs": 2}), tmp_path / "short")
+    other = workdir.read_summary(tmp_path / "short" / "runs" / "seed=1")
+    assert stopped["test"] == other["test"]
+    assert short["runs"][1]["best"] == summary["runs"][1]["best"]
+
+
+def test_no_result_of_fewer_epochs_stays_beside_the_new_config(tmp_path, monkeypatch):
+    """A grid is resumed with more epochs and killed after its first checkpoint."""
+    run(small(seeds=(0, 1)), tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume.Saver, "save_if_due", killed)
+    longer = small(seeds=(0, 1), **{"train.epochs": 3})
+    with pytest.raises(SystemExit):
+        run(longer, tmp_path)
+    for part in (tmp_path, *(tmp_path / "runs").iterdir()):
+        left = {p.name for p in part.iterdir()}
+        assert not left & {"summary.json", "finished.json", "per_user.parquet"}
+    monkeypatch.undo()
+    assert run(longer, tmp_path)["runs"][0]["status"] == "finished"
+
+
+def test_the_last_validation_is_saved_even_if_the_step_was(tmp_path, monkeypatch):
+    """Killed between the last step's checkpoint and the one after its validation."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_close_epoch", killed)
+    once = small(**{"train.epochs": 1, "train.checkpoint_minutes": 0.0})
+    with pytest.raises(SystemExit, match="the state of step 5 is saved"):
+        run(once, tmp_path)
+    monkeypatch.undo()
+    left = tmp_path / "checkpoints" / "latest" / ".unfinished-9"
+    left.mkdir()
+    run(once, tmp_path)
+    stored = json.loads((tmp_path / "checkpoints" / "latest" / "5" / "progress.json").read_text())
+    assert stored["epoch"] == 1
+    assert not left.exists()
+
+
+def test_a_second_process_is_refused_by_the_firsts_name(tmp_path):
+    with workdir.exclusive(tmp_path), pytest.raises(UserError, match=rf"process {os.getpid()} on"):
+        run(small(), tmp_path)
+    with workdir.exclusive(tmp_path):  # free again
+        pass
+    code = (
+        "import pathlib, sys, time; from seqfair_jax import workdir\n"
+        f"with workdir.exclusive(pathlib.Path({str(tmp_path)!r})):\n"
+        "    print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match=rf"in use by process {process.pid} on .*--workdir"):
+            run(small(), tmp_path)
+        process.kill()
+    assert run(small(**{"train.epochs": 1}), tmp_path)["status"] == "finished"
+
+
+def test_a_log_that_changed_after_the_run_is_reported(tmp_path, caplog, capsys):
+    log = tmp_path / "log.csv"
+    rng = np.random.default_rng(0)
+    rows = [f"{u},{i},{t}" for u in range(40) for t, i in enumerate(rng.integers(12, size=9))]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    config = small(**{"data.name": "csv", "data.path": str(log), "train.epochs": 1})
+    config.data.min_interactions = 1
+    run(config, tmp_path / "run")
+    table = capsys.readouterr().out
+    run(config, tmp_path / "run")
+    assert "changed" not in caplog.text
+    log.write_text(log.read_text().replace("0,", "77,", 1))
+    run(config, tmp_path / "run")
+    assert f"{log} changed after this run finished" in caplog.text
+    assert capsys.readouterr().out.strip().splitlines()[-1] in table
+    log.unlink()
+    run(config, tmp_path / "run")
+    assert "cannot be checked" in caplog.text
+
+
+def test_damaged_metrics_are_named_and_a_cut_last_line_is_dropped(tmp_path):
+    log = MetricsLog(tmp_path, last_epoch=0)
+    for epoch in (1, 2, 3):
+        log.write({"epoch": epoch, "train/loss": 1.0})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-10])
+    MetricsLog(tmp_path, last_epoch=3).close()
+    assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2]
+    path.write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is damaged"):
+        MetricsLog(tmp_path, last_epoch=3)
+
+
+def test_every_name_has_a_tensorboard_tag_of_its_own(tmp_path):
+    names = ["a b", "a_b", "a%b", "ü"]
+    log = MetricsLog(tmp_path, last_epoch=0)
+    log.write({"epoch": 1, **{f"train/group_loss/{name}": 1.0 for name in names}})
+    log.close()
+    (events,) = tmp_path.glob("events*")
+    data, tags = events.read_bytes(), []
+    while data:  # records of length u64, checksum u32, content, checksum u32
+        size = int.from_bytes(data[:8], "little")
+        tags += [value.tag for value in Event.FromString(data[12 : 12 + size]).summary.value]
+        data = data[16 + size :]
+    assert tags == [f"train/group_loss/{name}" for name in names]
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with catch_signals() as requested:
+        assert not requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requested()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    seen = []
+
+    def elsewhere():  # only the main thread may set handlers
+        with catch_signals() as requested:
+            seen.append(requested())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("build_experiment", "stopped before the first checkpoint; the same command starts again"),
+        ("test", r"stopped; the state of step 10 is saved in .* the same command resumes"),
+    ],
+)
+def test_an_interrupt_outside_of_training_says_what_is_saved(tmp_path, monkeypatch, where, message):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"seqfair_jax.run.{where}", interrupted)
+    with pytest.raises(SystemExit, match=message):
+        run(small(), tmp_path)
+    monkeypatch.undo()
+    assert run(small(), tmp_path)["train"]["steps"] == 10
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(self, *_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "summary.json"
+    workdir.write_json(path, {"old": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_text", full)
+        with pytest.raises(UserError, match=r"summary\.json: No space left.*free some space"):
+            workdir.write_json(path, {"new": 1})
+    assert workdir.read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
