@@ -63,10 +63,35 @@ def test_claims_as_markdown():
     text = claims.markdown(claims.compare(ENTRIES, "NDCG@20"))
     assert text.count("## ") == 3
     assert "pop33*seq33" not in text
-    line = next(line for line in text.splitlines() if line.startswith("| `gdro(seq33)` - `gdro"))
+    line = next(line for line in text.splitlines() if line.startswith("| gdro(seq33) - gdro"))
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
-    assert cells[0].startswith("-0.0100* (-0.0100 to -0.0100)")
-    assert len(cells) == 5  # overall, repeat, new, niche, popular
+    assert cells[0] == "-0.0100* (-0.0100 to -0.0100)"
+    header = next(line for line in text.splitlines() if line.startswith("|  |"))
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
+        "overall", "target=repeat", "target=new", "pop33=niche", "pop33=popular",
+    ]  # fmt: skip
+    assert len(cells) == 5
+
+
+def test_names_from_data_and_missing_slices_in_markdown():
+    table = pd.DataFrame(
+        {
+            "claim": "DRO against ERM",
+            "name": ["gdro(R%26D%2A)", "gdro(R%26D%2A)", "cvar"],
+            "against": "erm",
+            "slice": ["overall", "R%26D%2A=a*b|c", "overall"],
+            "difference": [0.1, 0.2, 0.3],
+            "low": 0.0,
+            "high": 0.4,
+            "star": [False, True, False],
+        }
+    )
+    lines = claims.markdown(table).splitlines()
+    start = lines.index(r"|  | overall | R&D\*=a\*b\|c |")
+    assert lines[start + 2 : start + 4] == [
+        r"| gdro(R&D\*) - erm | +0.1000 (+0.0000 to +0.4000) | +0.2000* (+0.0000 to +0.4000) |",
+        "| cvar - erm | +0.3000 (+0.0000 to +0.4000) | - |",
+    ]
 
 
 def test_without_dro_methods_there_is_nothing_to_compare():

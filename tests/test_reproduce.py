@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pandas as pd
 import pytest
 from test_run import small
 
 from seqfair_jax import workdir
 from seqfair_jax.paper import plans, settings as paper
-from seqfair_jax.paper import tables as paper_tables
 from seqfair_jax.report import runs as report_runs
 from seqfair_jax.sweeps import cost as costs
 from seqfair_jax.sweeps import grid, jobs
@@ -366,110 +364,6 @@ def test_a_failing_call_is_reported_when_the_others_are_done(finished, tmp_path,
     text = (tmp_path / "tables" / "overall.md").read_text()
     assert "| CVaR |" in text
     assert "GDRO" not in text
-
-
-def long_by_hand():
-    rows = []
-    values = {
-        ("erm", ""): [0.30, 0.20, 0.25], ("gdro", "pop33"): [0.32, 0.20, 0.26],
-        ("cvar", ""): [0.31, 0.25, 0.28], ("[markov]", ""): [0.5, 0.5, 0.5],
-    }  # fmt: skip
-    starred = {("cvar", "pop33=popular"), ("cvar", "overall")}
-    for (method, family), row in values.items():
-        for name, value in zip(("pop33=niche", "pop33=popular", "overall"), row, strict=True):
-            rows.append(
-                {
-                    "method": method,
-                    "group_family": family,
-                    "slice": name,
-                    "value": value,
-                    "star": (method, name) in starred,
-                    "sd": 0.0125 if (method, name) == ("cvar", "overall") else np.nan,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def test_markdown_and_latex_by_hand_to_the_last_star():
-    long = long_by_hand()
-    layout = paper_tables.layouts(long, "retailrocket")[0]
-    table = paper_tables.cells(long, layout)
-    assert paper_tables.markdown(table).splitlines() == [
-        "| Method | pop33 Niche | pop33 Popular | pop33 Overall |",
-        "|---|---|---|---|",
-        "| ERM | 0.3000 | <u>0.2000</u> | 0.2500 |",
-        "| GDRO | **0.3200** | <u>0.2000</u> | <u>0.2600</u> |",
-        "| CVaR | <u>0.3100</u> | **0.2500*** | **0.2800*** ± 0.0125 |",
-        "| [markov] | 0.5000 | 0.5000 | 0.5000 |",
-    ]
-    assert paper_tables.latex(table, "a_b & c").splitlines() == [
-        r"\begin{table}",
-        r"\centering",
-        r"\caption{a\_b \& c}",
-        r"\begin{tabular}{lrrr}",
-        r"\toprule",
-        r" & \multicolumn{3}{c}{pop33} \\",
-        r"\cmidrule(lr){2-4}",
-        r"Method & Niche & Popular & Overall \\",
-        r"\midrule",
-        r"ERM & 0.3000 & \underline{0.2000} & 0.2500 \\",
-        r"GDRO & \textbf{0.3200} & \underline{0.2000} & \underline{0.2600} \\",
-        r"CVaR & \underline{0.3100} & \textbf{0.2500*} & \textbf{0.2800*} $\pm$ 0.0125 \\",
-        r"\midrule",
-        r"[markov] & 0.5000 & 0.5000 & 0.5000 \\",
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-
-
-def test_intersections_have_rows_and_a_table_of_their_own():
-    slices = ["pop33=niche", "seq33=short", "pop33*seq33=niche*short", "overall"]
-    pairs = [("erm", ""), ("ipw", "pop2060"), ("gdro", "pop33*seq33"), ("gdro", "pop33&seq33")]
-    rows = [
-        {"method": m, "group_family": f, "slice": s, "value": 0.1, "star": False, "sd": np.nan}
-        for m, f in pairs
-        for s in slices
-    ]
-    long = pd.DataFrame(rows)
-    layouts = {layout.title: layout for layout in paper_tables.layouts(long, "retailrocket")}
-    intersecting = paper_tables.cells(long, layouts["intersecting groups"]).figures
-    assert list(intersecting.index) == ["ERM", "GDRO_pop33×seq33", "GDRO_pop33&seq33"]
-    assert (intersecting == 0.1).all(axis=None)
-    table = paper_tables.cells(long, layouts["groups of pop33×seq33"])
-    # Asterisks would be emphasis, and the sign is none of LaTeX's.
-    assert paper_tables.markdown(table).splitlines()[0] == "| Method | Niche×short |"
-    assert r"GDRO\_pop33$\times$seq33 & " in paper_tables.latex(table, "")
-
-
-def test_families_of_ones_own_have_a_table():
-    long = long_by_hand()
-    long["slice"] = long["slice"].str.replace("pop33=", "tenure=")
-    long["group_family"] = long["group_family"].replace("pop33", "tenure")
-    layout = paper_tables.layouts(long, "csv")[0]
-    assert layout.title == "groups from a file"
-    text = paper_tables.markdown(paper_tables.cells(long, layout))
-    assert "| Method | tenure Niche | tenure Popular | tenure Overall |" in text
-    assert "| GDRO | **0.3200** |" in text
-    # A single family has no table of intersections, but its figure.
-    drawing = paper_tables.figure(long.assign(difference=0.01, low=0.0, high=0.02), "csv")
-    assert [axes.get_title() for axes in drawing.axes] == ["tenure"]
-    assert [text.get_text() for text in drawing.legends[0].get_texts()] == ["GDRO_tenure", "CVaR"]
-
-
-def test_the_published_figures():
-    columns = [("pop33", "Niche", "pop33=niche"), ("pop33", "Overall", "overall")]
-    rows = [("ERM", "erm", ""), ("GDRO", "gdro", "*"), ("CVaR", "cvar", "")]
-    layout = paper_tables.Layout("popularity groups", rows, columns, 2)
-    expected = [[0.214, 0.225], [0.215, 0.230], [0.225, 0.239]]
-    np.testing.assert_array_equal(paper_tables.published(layout), expected)
-    rows = [("SDRO_seq33", "sdro", "seq33"), ("chi2", "chi2", "")]
-    columns = [("seq33", "Long", "seq33=long"), ("", "Overall", "overall")]
-    layout = paper_tables.Layout("intersecting groups", rows, columns, 7)
-    table = paper_tables.published(layout)
-    assert table.loc["chi2"].isna().all()
-    assert table.notna().loc["SDRO_seq33"].all()
-    assert paper_tables.published(layout._replace(number=None)) is None
 
 
 _SHARED = """

@@ -21,8 +21,8 @@ from seqfair_jax.errors import UserError
 
 Slices = dict[str, float | None]  # {"overall": x, "pop33=niche": x, "pop33/min": x, ...}
 OVERALL = "overall"
-_TARGET = "target"
-REPEAT, NEW = f"{_TARGET}=repeat", f"{_TARGET}=new"
+TARGET = "target"  # the family of repeat and new targets
+REPEAT, NEW = f"{TARGET}=repeat", f"{TARGET}=new"
 
 
 class Slice(NamedTuple):
@@ -55,7 +55,7 @@ def statistic_slice(family: str, statistic: str) -> str:
 def families_in(names: Iterable[str]) -> list[str]:
     """The canonical names of the group families among slices, in their order."""
     found = dict.fromkeys(parse(name).family for name in names if parse(name).group)
-    return [family for family in found if family != _TARGET]
+    return [family for family in found if family != TARGET]
 
 
 def groups_in(names: Iterable[str], family: str) -> list[str]:
@@ -66,7 +66,7 @@ def groups_in(names: Iterable[str], family: str) -> list[str]:
 def is_shown(name: str, families: Sequence[str]) -> bool:
     """Whether a slice belongs into a table of these families: theirs, overall, repeat and new."""
     found = parse(name)
-    return not found.group or found.family == _TARGET or found.family in families
+    return not found.group or found.family == TARGET or found.family in families
 
 
 def label(name: str) -> str:

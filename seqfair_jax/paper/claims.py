@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from seqfair_jax.evaluation import significance
+from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.paper.tables import Entry, entry_name
-from seqfair_jax.report.text import markdown as markdown_table
+from seqfair_jax.report import text
 
 CLAIMS = {
     "DRO against ERM": "DRO methods beat ERM in groups and over all",
@@ -17,18 +17,18 @@ CLAIMS = {
 
 
 def compare(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
-    """Test what each claim sets against each other.
+    """Test the methods that each claim compares.
 
-    The DRO methods against ERM; CVaR against every group DRO run; and the same group DRO method
-    on any other loss family against the first of its families.
+    The DRO methods against ERM; CVaR against every group DRO run; and a group DRO method with
+    any other loss family against the same method with its first family.
 
     Args:
         entries: from `tables.choose`, ERM among them.
         metric: such as NDCG@20.
 
     Returns:
-        columns claim, name, against and those of `significance.compare`, whose `name` was trained
-        as the claim's favourite; q is over the whole table.
+        columns claim, name (the method that the claim favours), against, and the other columns of
+        `significance.compare`; q is over the whole table.
     """
     found = []
     for claim, pairs in zip(CLAIMS, _pairs(entries), strict=True):
@@ -58,23 +58,32 @@ def _pairs(entries: Sequence[Entry]) -> tuple[list[tuple[list[Entry], Entry]], .
 
 def markdown(table: pd.DataFrame) -> str:
     """The comparisons as Markdown: a section a claim, a row a pair, differences by slice."""
-    shown = [name for name in dict.fromkeys(table["slice"]) if "*" not in name]
+    shown = [
+        name
+        for name in dict.fromkeys(table["slice"])
+        if not slices.is_product(slices.parse(name).family)
+    ]
     parts = [
         "Differences (first less second), with the percentile bootstrap 95 % interval over users; "
-        "\\* two-sided paired t-test over users, p < 0.05. A user's figure is its mean over the "
-        "seeds that both have, so the interval speaks of other users, not of other seeds.\n"
+        "\\* two-sided paired t-test over users, p < 0.05. A user's value is its mean over the "
+        "seeds that both have, so the interval covers other users, not other seeds.\n"
     ]
+    header = ["", *map(slices.full_label, shown)]
     for claim, rows in table.groupby("claim", sort=False):
         body = []
         for (name, against), pair in rows.groupby(["name", "against"], sort=False):
-            at = pair.set_index("slice")
-            cells = [_cell(at.loc[slice_name]) for slice_name in shown]
-            body.append([f"`{name}` - `{against}`", *cells])
+            at = pair.set_index("slice").reindex(shown)
+            label = slices.family_label(f"{name} - {against}")
+            body.append([label, *(_cell(row) for _, row in at.iterrows())])
         parts += [f"## {claim}\n", f"Claim: {CLAIMS[str(claim)]}.\n"]
-        parts += [markdown_table(["", *shown], body), ""]
+        parts += [text.markdown(header, body), ""]
     return "\n".join(parts)
 
 
-def _cell(row: pd.Series) -> str:
+def _cell(row: pd.Series) -> text.Markdown:
+    if pd.isna(row["difference"]):  # a slice that this pair lacks
+        return text.Markdown("-")
     star = "*" if row["star"] else ""
-    return f"{row['difference']:+.4f}{star} ({row['low']:+.4f} to {row['high']:+.4f})"
+    return text.Markdown(
+        f"{row['difference']:+.4f}{star} ({row['low']:+.4f} to {row['high']:+.4f})"
+    )

@@ -1,10 +1,11 @@
 """The paper's tables 2 to 7 and figures 1 and 2 from a sweep's results, the published beside them.
 
-Everything is drawn from one long table (`long_table`): a row a method, loss family and slice.
+Everything is made from one long table (`long_table`): a row a method, loss family and slice.
 """
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,24 +19,36 @@ from seqfair_jax import workdir
 from seqfair_jax.config import format_value
 from seqfair_jax.data.groups import FAMILIES
 from seqfair_jax.errors import UserError
-from seqfair_jax.evaluation import significance
+from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.report.text import markdown as markdown_table
-from seqfair_jax.report.text import top_two
+from seqfair_jax.report import figures, text
 from seqfair_jax.sweeps.jobs import Job
 from seqfair_jax.training.selection import RULES, best_values, is_result, score
 
-_TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting groups), figure
-    "retailrocket": (2, 3, 4, 1),
-    "ml1m": (5, 6, 7, 2),
+_TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting groups)
+    "retailrocket": (2, 3, 4),
+    "ml1m": (5, 6, 7),
 }
+_NO_TABLES = (None, None, None)
+_PANEL_WIDTH = 5.2  # inches
+_INTERSECTING = "intersecting groups"
+
+# What LaTeX reads as a command. A bracket or star could be an option of the row before.
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
+    "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}", "`": r"\textasciigrave{}",
+    "[": "{[}", "*": "{*}", "×": r"$\times$", "±": r"$\pm$",
+}  # fmt: skip
+_ACCENTED = re.compile("[À-ÿ]")  # letters that every pdflatex has...
+_UNAVAILABLE = "Ð×Þð÷þ"  # ...except these
 
 
 class Entry(NamedTuple):
     """A method at the hyperparameters that validate best: one run a seed."""
 
     method: str
-    family: str  # of the loss; "" for a method that never looks at groups
+    family: str  # of the loss, canonical; "" for a method that needs no groups
     hparams: dict[str, float]
     summaries: list[dict[str, Any]]
     per_user: dict[int, pd.DataFrame]  # by seed
@@ -53,17 +66,17 @@ def choose(
 
     The score is the validation metric averaged over seeds, at each run's best epoch: overall
     (rule "overall", the paper's) or of the worst group of the loss's family that is large enough
-    (rule "worst_group"). Runs that failed do not count, nor does a value that thereby lacks a
-    seed which others have. An intersection of families trains at the values that the same rule
-    chose for the first family, and is not chosen again.
+    (rule "worst_group"). Runs that failed do not count, and neither does a value that lacks a
+    seed of another value because a run failed. An intersection of families uses the values that
+    the same rule chose for the first family.
 
     Args:
         jobs: the finished jobs of a sweep.
         directory: the sweep's folder.
         rule: a key of `selection.RULES`.
-        seeds: those that the score is averaged over (`grid.choice_seeds`); an entry holds all
+        seeds: those that the score is averaged over (`grid.choice_seeds`); an entry has all
             seeds of the chosen values.
-        families: the sweep's own, of which intersections are made.
+        families: the sweep's own, which intersections are made of.
     """
     found: dict[tuple, dict[tuple, list[tuple[dict, Path]]]] = {}
     for job in jobs:
@@ -101,15 +114,16 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
 
     Returns:
         columns rule, method, group_family, hparams, slice, users, value (mean over seeds), sd
-        (over seeds), seeds, and against ERM: difference, low, high, p, q, star
-        (`significance.compare`); NaN for ERM itself and for the baselines.
+        (over seeds), seeds, and against ERM: baseline (ERM's mean over the same seeds),
+        difference, low, high, p, q, star (`significance.compare`); NaN for ERM itself and for
+        the baselines.
 
     Raises:
         UserError: if there is no ERM to compare with.
     """
     erm = next((entry for entry in entries if entry.method == "erm"), None)
     if erm is None:
-        raise UserError("the sweep holds no finished ERM run, which the others are tested against")
+        raise UserError("there is no finished ERM run, which the others are tested against")
     names = {entry_name(entry): entry for entry in entries if entry is not erm}
     tests = pd.DataFrame(columns=["name", "slice"])
     if names:
@@ -118,8 +132,9 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
     rows = []
     for entry in entries:
         values = [summary["test" + RULES[rule].suffix][metric] for summary in entry.summaries]
-        for name in values[0]:
-            seeds = np.array([v[name] for v in values if v[name] is not None], float)
+        for name in dict.fromkeys(name for seed in values for name in seed):
+            # A seed whose log or group file differs may lack the slice.
+            seeds = np.array([v[name] for v in values if v.get(name) is not None], float)
             rows.append(
                 {
                     "name": entry_name(entry),
@@ -143,7 +158,7 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
                     "value": np.nan if value is None else value,
                 }
             )  # fmt: skip
-    tests = tests.drop(columns=["mean", "baseline"], errors="ignore")
+    tests = tests.drop(columns="mean", errors="ignore")
     joined = pd.DataFrame(rows).merge(tests, on=["name", "slice"], how="left")
     joined["star"] = joined["star"].eq(True) if "star" in joined else False
     return joined.drop(columns="name").assign(rule=rule)
@@ -154,24 +169,33 @@ def entry_name(entry: Entry) -> str:
     return f"{entry.method}({entry.family})" if entry.family else entry.method
 
 
+class Column(NamedTuple):
+    """A column of a printed table."""
+
+    family: str  # canonical; its label is the heading. "" for none
+    label: str
+    slice: str
+
+
 class Layout(NamedTuple):
     """Which cell of a printed table shows which row of the long table."""
 
     title: str
     rows: list[tuple[str, str, str]]  # label, method, loss family ("" or "*": the column's own)
-    columns: list[tuple[str, str, str]]  # heading, label, slice
+    columns: list[Column]
     number: int | None  # the paper's table
+    slug: str  # of its file name
 
 
 def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     """The paper's tables, as far as the sweep covers them.
 
-    Families of one kind stand side by side; a group method's figures under a family come from the
-    run whose loss used that family. The table of intersecting groups has a row for each loss
-    family instead, `GDRO_pop33`. Baselines stand below. Repeat and new targets have a table of
-    their own.
+    Families of one kind are columns of one table; a group method's figures under a family come
+    from the run whose loss used that family. The table of intersecting groups has a row for each
+    loss family instead, `GDRO_pop33`. The baselines are the last rows. Repeat and new targets
+    have a table of their own.
     """
-    numbers = _TABLES.get(dataset, (None, None, None, None))
+    numbers = _TABLES.get(dataset, _NO_TABLES)
     families, products = _families(long)
     methods = list(dict.fromkeys(long["method"]))
     grouped = set(long.loc[long["group_family"] != "", "method"])
@@ -186,33 +210,38 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
             column
             for family in families
             if (family[:3] if family in FAMILIES else "") == kind
-            for column in (*_columns(long, family), (family, "Overall", "overall"))
+            for column in (*_columns(long, family), Column(family, "Overall", slices.OVERALL))
         ]
         if columns:
-            found.append(Layout(what, plain, columns, number))
+            found.append(Layout(what, plain, columns, number, what))
     intersecting = _side_by_side(long, dataset)
-    if len({heading for heading, _, _ in intersecting.columns}) > 2:
+    if len({column.family for column in intersecting.columns}) > 2:
         found.append(intersecting)
-    overall = ("", "Overall", "overall")
     for family in products:
-        columns = [("", label, name) for _, label, name in _columns(long, family)]
-        found.append(Layout(f"groups of {_shown(family)}", intersecting.rows, columns, None))
-    targets = [*_columns(long, "target"), overall]
-    found.append(Layout("repeat and new targets", intersecting.rows, targets, None))
-    return found
+        columns = [column._replace(family="") for column in _columns(long, family)]
+        title = f"groups of {_shown(family)}"
+        slug = f"groups of {family.replace('*', 'x')}"
+        found.append(Layout(title, intersecting.rows, columns, None, slug))
+    targets = [column._replace(family="") for column in _columns(long, slices.TARGET)]
+    targets.append(Column("", "Overall", slices.OVERALL))
+    what = "repeat and new targets"
+    return [*found, Layout(what, intersecting.rows, targets, None, what)]
 
 
 def _families(long: pd.DataFrame) -> tuple[list[str], list[str]]:
     """The single families that methods are judged by, and the products."""
-    owners = dict.fromkeys(s.partition("=")[0] for s in long["slice"] if "=" in s)
-    products = [family for family in owners if "*" in family]
-    return [f for f in owners if f != "target" and f not in products], products
+    families = slices.families_in(long["slice"])
+    products = [family for family in families if slices.is_product(family)]
+    return [family for family in families if family not in products], products
 
 
-def _columns(long: pd.DataFrame, family: str) -> list[tuple[str, str, str]]:
-    """A column for each group of a family."""
-    names = [s for s in dict.fromkeys(long["slice"]) if s.startswith(f"{family}=")]
-    return [(family, _shown(name.partition("=")[2].capitalize()), name) for name in names]
+def _columns(long: pd.DataFrame, family: str) -> list[Column]:
+    """A column for each group of a family; the paper's own groups have a capital letter."""
+    names = slices.groups_in(dict.fromkeys(long["slice"]), family)
+    labels = [slices.label(name) for name in names]
+    if family in (*FAMILIES, slices.TARGET):
+        labels = [label.capitalize() for label in labels]
+    return [Column(family, *pair) for pair in zip(labels, names, strict=True)]
 
 
 def _side_by_side(long: pd.DataFrame, dataset: str) -> Layout:
@@ -223,15 +252,17 @@ def _side_by_side(long: pd.DataFrame, dataset: str) -> Layout:
     families, _ = _families(long)
     shown = [f for f in ("pop33", "seq33") if f in families] or families[:2]
     pairs = list(dict.fromkeys(zip(long["method"], long["group_family"], strict=True)))
-    wanted = {"", *shown, *(f for _, f in pairs if "*" in f or "&" in f)}
+    wanted = {"", *shown, *(f for _, f in pairs if slices.is_combined(f))}
     rows = [(f"{_label(m)}_{_shown(f)}" if f else _label(m), m, f) for m, f in pairs if f in wanted]
     columns = [column for family in shown for column in _columns(long, family)]
-    number = _TABLES.get(dataset, (None, None, None, None))[2]
-    return Layout("intersecting groups", rows, [*columns, ("", "Overall", "overall")], number)
+    columns.append(Column("", "Overall", slices.OVERALL))
+    number = _TABLES.get(dataset, _NO_TABLES)[2]
+    return Layout(_INTERSECTING, rows, columns, number, _INTERSECTING)
 
 
-def _shown(name: str) -> str:
-    return name.replace("*", "×")  # two asterisks in a line of Markdown are emphasis
+def _shown(family: str) -> str:
+    """A family as its user wrote it, with a multiplication sign in a product."""
+    return slices.family_label(family.replace("*", "×"))
 
 
 def _label(method: str) -> str:
@@ -239,7 +270,7 @@ def _label(method: str) -> str:
 
 
 class Cells(NamedTuple):
-    """A printed table: frames of one shape, rows by label, columns (heading, label)."""
+    """A printed table: frames of one shape; rows by label, columns by heading and label."""
 
     figures: pd.DataFrame
     stars: pd.DataFrame  # bool
@@ -250,17 +281,21 @@ def cells(long: pd.DataFrame, layout: Layout) -> Cells:
     """What a table shows of the long table."""
     at = long.set_index(["method", "group_family", "slice"])
     keys = [
-        [(method, column[0] if family == "*" else family, column[2]) for column in layout.columns]
+        [(method, column.family if family == "*" else family, column.slice)
+         for column in layout.columns]
         for _, method, family in layout.rows
-    ]
-    index = [label for label, _, _ in layout.rows]
-    columns = pd.MultiIndex.from_tuples([column[:2] for column in layout.columns])
+    ]  # fmt: skip
 
     def frame(name: str, missing: Any) -> pd.DataFrame:
-        body = [[at[name].get(key, missing) for key in row] for row in keys]
-        return pd.DataFrame(body, index, columns)
+        return _frame([[at[name].get(key, missing) for key in row] for row in keys], layout)
 
     return Cells(frame("value", np.nan), frame("star", False).eq(True), frame("sd", np.nan))
+
+
+def _frame(values: Sequence[Sequence[Any]], layout: Layout) -> pd.DataFrame:
+    columns = [(_shown(column.family), column.label) for column in layout.columns]
+    index = [label for label, _, _ in layout.rows]
+    return pd.DataFrame(values, index, pd.MultiIndex.from_tuples(columns))
 
 
 def published(layout: Layout) -> pd.DataFrame | None:
@@ -272,31 +307,30 @@ def published(layout: Layout) -> pd.DataFrame | None:
         table = pd.read_csv(path, keep_default_na=False)
     table = table[table["table"] == layout.number]
     at = table.set_index(["method", "group_family", "slice"])["NDCG@20"]
-    side_by_side = layout.title != "intersecting groups"
     values = []
     for _, method, family in layout.rows:
         row = []
-        for heading, _, name in layout.columns:
-            # The paper's overall figure differs between families: it trained ERM for each anew.
-            own = f"overall@{heading}" if name == "overall" and side_by_side else name
-            row.append(at.get((method, heading if family == "*" else family, own), np.nan))
+        for column in layout.columns:
+            # The paper trained ERM for each family anew, so its overall values differ.
+            is_anew = column.slice == slices.OVERALL and layout.title != _INTERSECTING
+            name = f"{column.slice}@{column.family}" if is_anew else column.slice
+            loss_family = column.family if family == "*" else family
+            row.append(at.get((method, loss_family, name), np.nan))
         values.append(row)
-    columns = pd.MultiIndex.from_tuples([column[:2] for column in layout.columns])
-    return pd.DataFrame(values, [label for label, _, _ in layout.rows], columns)
+    return _frame(values, layout)
 
 
 def _decorated(
     table: Cells, best: Callable[[str], str], second: Callable[[str], str]
 ) -> list[list[str]]:
-    """Cells as text: four digits, the best method of a column and the second marked, stars, and
-    the standard deviation over seeds."""
-    is_method = [not str(label).startswith("[") for label in table.figures.index]
+    """Cells as text: four digits, star, standard deviation over seeds; the best two marked."""
+    is_method = [not text.is_baseline(label) for label in table.figures.index]
     rounded = table.figures.to_numpy(float).round(4)
     starred = table.stars.to_numpy(bool)
     deviations = table.deviations.to_numpy(float)
     marks = []
     for column in rounded[is_method].T:
-        marks.append(dict(zip(top_two(column), (best, second), strict=False)))
+        marks.append(dict(zip(text.top_two(column), (best, second), strict=False)))
     rows = []
     for i, method in enumerate(is_method):
         row = []
@@ -304,60 +338,71 @@ def _decorated(
             if np.isnan(value):
                 row.append("-")
                 continue
-            text = f"{value:.4f}" + "*" * bool(starred[i, j])
-            text = marks[j][value](text) if method and value in marks[j] else text
-            row.append(text + ("" if np.isnan(deviation) else f" ± {deviation:.4f}"))
+            cell = f"{value:.4f}" + "*" * bool(starred[i, j])
+            cell = marks[j][value](cell) if method and value in marks[j] else cell
+            row.append(cell + ("" if np.isnan(deviation) else f" ± {deviation:.4f}"))
         rows.append(row)
     return rows
 
 
 def markdown(table: Cells) -> str:
-    """A GitHub table; the families stand before the groups' names."""
-    return _markdown(table.figures, _decorated(table, "**{}**".format, "<u>{}</u>".format))
+    """A GitHub table; the columns' heads are a family and a group."""
+    cells = _decorated(table, "**{}**".format, "<u>{}</u>".format)
+    return _markdown(table.figures, [list(map(text.Markdown, row)) for row in cells])
 
 
 def _markdown(values: pd.DataFrame, body: Sequence[Sequence[str]]) -> str:
-    """Cells as text under the heads and beside the labels of `values`."""
+    """A table of these cells, with the heads and labels of `values`."""
     heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
     rows = [[str(label), *row] for label, row in zip(values.index, body, strict=True)]
-    return markdown_table(["Method", *heads], rows)
+    return text.markdown(["Method", *heads], rows)
+
+
+def escape_latex(name: str) -> str:
+    """A name as LaTeX that prints it; a letter that pdflatex lacks is printed as its code."""
+    escaped = "".join(map(_latex_character, slices.printable(name)))
+    return re.sub("-(?=-)", "-{}", escaped)  # no dash of two hyphens
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX:
+        return _LATEX[character]
+    if character.isascii() or (_ACCENTED.match(character) and character not in _UNAVAILABLE):
+        return character
+    return f"U+{ord(character):04X}"
 
 
 def latex(table: Cells, caption: str) -> str:
     """A booktabs table; needs \\usepackage{booktabs}."""
-
-    def escape(text: Any) -> str:
-        escaped = str(text).replace("_", r"\_").replace("&", r"\&")
-        return escaped.replace("×", r"$\times$")
-
     values = table.figures
     body = _decorated(table, r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
-    body = [[text.replace("±", r"$\pm$") for text in row] for row in body]
+    body = [[cell.replace("±", r"$\pm$") for cell in row] for row in body]
     spans = [
         (head, len(list(run))) for head, run in itertools.groupby(values.columns, lambda c: c[0])
     ]
     ends = list(itertools.accumulate((width for _, width in spans), initial=1))
+    heads = [rf"\multicolumn{{{width}}}{{c}}{{{escape_latex(head)}}}" for head, width in spans]
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape(caption)}}}",
+        rf"\caption{{{escape_latex(caption)}}}",
         r"\begin{tabular}{l" + "r" * values.shape[1] + "}",
         r"\toprule",
-        " & ".join(["", *(rf"\multicolumn{{{w}}}{{c}}{{{escape(h)}}}" for h, w in spans)]) + r" \\",
+        " & ".join(["", *heads]) + r" \\",
         "".join(
             rf"\cmidrule(lr){{{start + 1}-{start + width}}}"
             for start, (_, width) in zip(ends, spans, strict=False)
         ),
-        " & ".join(["Method", *(escape(column[1]) for column in values.columns)]) + r" \\",
+        " & ".join(["Method", *(escape_latex(column[1]) for column in values.columns)]) + r" \\",
         r"\midrule",
     ]
     previous_is_method = True
     for label, row in zip(values.index, body, strict=True):
-        is_method = not str(label).startswith("[")
+        is_method = not text.is_baseline(label)
         if previous_is_method and not is_method:
             lines.append(r"\midrule")
         previous_is_method = is_method
-        lines.append(" & ".join([escape(label), *row]) + r" \\")
+        lines.append(" & ".join([escape_latex(label), *row]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(lines)
 
@@ -365,8 +410,8 @@ def latex(table: Cells, caption: str) -> str:
 def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
     """Percentage change against ERM of the DRO methods, by group (paper, figures 1 and 2).
 
-    Bars with bootstrap 95 % intervals are ours, diamonds the paper's. None where no such method
-    ran.
+    A bar is the difference in per cent of ERM's mean over the same seeds, with its bootstrap 95 %
+    interval; diamonds are the paper's. None if no such method ran.
     """
     layout = _side_by_side(long, dataset)
     wanted = [row for row in layout.rows if row[1] in METHODS and METHODS[row[1]].is_robust]
@@ -374,31 +419,30 @@ def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
         return None
     at = long.set_index(["method", "group_family", "slice"])
     theirs = published(layout)
-    families = list(dict.fromkeys(head for head, _, _ in layout.columns if head))
-    drawing = Figure(figsize=(5.2 * len(families), 3.6), layout="constrained")
+    families = list(dict.fromkeys(column.family for column in layout.columns if column.family))
+    drawing = Figure(figsize=(_PANEL_WIDTH * len(families), 3.6), layout="constrained")
     panels = drawing.subplots(1, len(families), sharey=True, squeeze=False)[0]
     width = 0.8 / len(wanted)
     for axes, family in zip(panels, families, strict=True):
-        columns = [c for c in layout.columns if c[0] == family]
-        base = np.array([at["value"]["erm", "", name] for _, _, name in columns])
+        columns = [column for column in layout.columns if column.family == family]
+        bars = []
         for number, (label, method, loss_family) in enumerate(wanted):
-            rows = at.loc[[(method, loss_family, name) for _, _, name in columns]]
-            change = 100 * rows["difference"].to_numpy(float) / base
-            errors = 100 * np.abs(
-                [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
-            ) / base  # fmt: skip
+            rows = at.reindex([(method, loss_family, column.slice) for column in columns])
+            scale = 100 / rows["baseline"].where(rows["baseline"] > 0)
+            change, low, high = (rows[name] * scale for name in ("difference", "low", "high"))
             places = np.arange(len(columns)) + (number - (len(wanted) - 1) / 2) * width
-            axes.bar(places, change, width, yerr=errors, label=label, capsize=2)
+            bars.append(axes.bar(places, change, width, color=figures.colour(number)))
+            axes.vlines(places, low, high, color="black", lw=1)
             if theirs is not None:
                 paper, erm = (theirs[family].loc[row].to_numpy(float) for row in (label, "ERM"))
                 axes.plot(places, 100 * (paper / erm - 1), "kD", ms=3, fillstyle="none")
         axes.axhline(0, color="black", lw=0.8)
-        axes.set_xticks(range(len(columns)), [label for _, label, _ in columns])
-        axes.set_title(family)
+        figures.group_axis(axes, [column.label for column in columns], width=0.7 * _PANEL_WIDTH)
+        axes.set_title(figures.fold(_shown(family), 44), parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("change against ERM, %")
-    handles = panels[0].get_legend_handles_labels()
-    drawing.legend(*handles, loc="outside right center", fontsize=7, frameon=False)
+    names = [label for label, _, _ in wanted]
+    figures.legend(drawing, bars, names, loc="outside right center", fontsize=7)
     return drawing
 
 
@@ -411,8 +455,8 @@ def write(
         longs: `long_table` for each rule.
         dataset: its name in the configs.
         metric: such as NDCG@20.
-        directory: made if need be; files of the same names are replaced.
-        source: a line under the title: what the figures come from.
+        directory: made if it does not exist; files of the same names are replaced.
+        source: a line under the title that says which results these are.
 
     Returns:
         the files.
@@ -424,49 +468,50 @@ def write(
         workdir.write_file(directory / name, save)
         written.append(directory / name)
 
-    def put_text(name: str, text: str) -> None:
-        workdir.write_text(directory / name, text)
+    def put_text(name: str, content: str) -> None:
+        workdir.write_text(directory / name, content)
         written.append(directory / name)
 
     longs = list(longs)
     put_text("results.csv", pd.concat(longs).to_csv(index=False))
+    name = text.escape_markdown(dataset)
     for long in longs:
         rule = long["rule"].iloc[0]
-        text = [f"# {dataset}: test {metric}, chosen by {rule} on validation\n", f"{source}\n"]
-        text.append(
+        page = [f"# {name}: test {metric}, chosen by {rule} on validation\n", f"{source}\n"]
+        page.append(
             "\\* two-sided paired t-test against ERM over the seeds that both have, p < 0.05; the "
             "best method is bold, the second underlined; ± is the standard deviation over seeds, "
-            "where there are several; rows in brackets are baselines without training."
-            + " Epochs and values are chosen by the worst group of the loss's family, of methods "
-            "that look at no groups by that of the sweep's first family, whichever they are shown "
-            "under." * (rule == "worst_group") + "\n"
+            "if there are several; rows in brackets are baselines without training."
+            + " Epochs and values are chosen by the worst group of the loss's family; for methods "
+            "without groups, of the sweep's first family." * (rule == "worst_group") + "\n"
         )
-        tex = []
+        tex = [r"% The preamble needs \usepackage{booktabs}.", ""]
         for layout in layouts(long, dataset):
             table = cells(long, layout)
+            title = text.escape_markdown(layout.title[0].upper() + layout.title[1:])
             number = f" (paper, table {layout.number})" if layout.number else ""
-            text += [f"## {layout.title.capitalize()}{number}\n", markdown(table), ""]
+            page += [f"## {title}{number}\n", markdown(table), ""]
             tex.append(latex(table, f"{metric}, {layout.title}, {dataset}"))
             paper = published(layout)
             if paper is not None and not paper.isna().all(axis=None):
                 kept = paper.dropna(how="all")
                 none = pd.DataFrame(False, kept.index, kept.columns)
                 unknown = pd.DataFrame(np.nan, kept.index, kept.columns)
-                text += ["Published:\n", markdown(Cells(kept, none, unknown)), ""]
+                page += ["Published:\n", markdown(Cells(kept, none, unknown)), ""]
                 change = table.figures.loc[kept.index] - kept
-                text += ["Ours less the published:\n", _signed(change), ""]
-            slug = layout.title.replace(" ", "_").replace("×", "x")
+                page += ["Ours less the published:\n", _signed(change), ""]
+            slug = workdir.path_name(layout.slug.replace(" ", "_"))
             put_text(f"{rule}-{slug}.csv", table.figures.to_csv())
-        put_text(f"{rule}.md", "\n".join(text))
+        put_text(f"{rule}.md", "\n".join(page))
         put_text(f"{rule}.tex", "\n".join(tex))
         drawing = figure(long, dataset)
         if drawing is not None:
             for form in ("png", "pdf"):
-                save = functools.partial(drawing.savefig, format=form, dpi=150)
+                save = functools.partial(drawing.savefig, format=form, dpi=150, bbox_inches="tight")
                 put(f"{rule}-change.{form}", save)
     return written
 
 
 def _signed(values: pd.DataFrame) -> str:
-    text = values.map(lambda x: "-" if np.isnan(x) else f"{x:+.4f}")
-    return _markdown(values, text.to_numpy().tolist())
+    body = values.map(lambda x: "-" if np.isnan(x) else f"{x:+.4f}")
+    return _markdown(values, body.to_numpy().tolist())
