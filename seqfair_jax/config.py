@@ -212,6 +212,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         "train.segment_seconds": 0,
         "train.checkpoint_minutes": 0,
         "data.min_interactions": 0,
+        "data.valid_users": 0,
         "select.min_users": 1,
         "model.init_scale": 0,
     }

@@ -293,6 +293,9 @@ def _dataset_summary(dataset: Dataset) -> dict[str, Any]:
         "dropped_users",
         "short_users",
         "dropped_items",
+        "tied_rows",
+        "tied_held_out",
+        "repeated_rows",
     )
     return {
         "name": dataset.name,
@@ -308,12 +311,18 @@ def _describe(experiment: Experiment) -> None:
     found = _dataset_summary(experiment.dataset)
     print(
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
-        f"{found['interactions']:,} interactions, {found['train_interactions']:,} of them to train "
-        f"on, {found['validation_users']:,} validation users, "
-        f"{found['unknown_targets']} test targets unknown; left out: {found['dropped_users']:,} "
-        f"users ({found['short_users']} of them too short to split after the filter) and "
-        f"{found['dropped_items']:,} items\nlog {found['log_hash']}"
+        f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on), "
+        f"{found['validation_users']:,} validation users\n"
+        f"left out: {found['dropped_users']:,} users ({found['short_users']:,} of them too short to "
+        f"split after the filter) and {found['dropped_items']:,} items\n"
+        f"test targets that no training row has: {found['unknown_targets']:,}"
     )
+    if found["tied_rows"]:
+        print(
+            f"rows with the time of the user's previous row: {found['tied_rows']:,}, of them held "
+            f"out {found['tied_held_out']:,}; they keep the order of the file"
+        )
+    print(f"log {found['log_hash']}")
     print(f"{experiment.config.objective.name}: " + ", ".join(experiment.names))
 
 

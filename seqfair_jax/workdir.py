@@ -313,7 +313,8 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         UserError: naming the file, if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}{_UNFINISHED}")
+    # With the process's number, since caches and reports may be written by several at once.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     with named_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

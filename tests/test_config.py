@@ -1,0 +1,62 @@
+"""The ranges of settings, the shared recipe, and names that keep unequal values apart."""
+
+import math
+
+import pytest
+
+from seqfair_jax.config import default_config, format_value, plan_runs, resolve
+from seqfair_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.learning_rate": math.inf}, "train.learning_rate is inf: expected a number above"),
+        ({"train.learning_rate": math.nan}, "train.learning_rate is nan"),
+        ({"train.learning_rate": 0.0}, "train.learning_rate is 0.0"),
+        ({"train.checkpoint_minutes": math.inf}, "train.checkpoint_minutes is inf"),
+        ({"train.segment_seconds": math.nan}, "train.segment_seconds is nan"),
+        ({"train.weight_decay": -1.0}, "train.weight_decay is -1.0"),
+        ({"model.init_scale": math.inf}, "model.init_scale is inf"),
+        (
+            {"train.steps_per_epoch": 2**31},
+            "steps_per_epoch is 2147483648: expected at most 524,28",
+        ),
+        ({"model.dropout": 0.999999}, "model.dropout is 0.999999: expected 0 to 0.999"),
+        ({"model.dropout": -0.1}, "model.dropout is -0.1"),
+        ({"data.valid_users": -1}, "data.valid_users is -1: expected a number, 0 or more"),
+        ({"objective.alpha": (math.nan,)}, "objective.alpha is nan"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes, message):
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+def test_the_recipe_lets_the_rate_fall_over_whatever_budget_is_asked_for():
+    config = default_config()
+    assert resolve(config).train.decay_steps == 6 * 256
+    config.train.epochs = 10
+    assert resolve(config).train.decay_steps == 2560
+    config.train.decay_steps = 0
+    assert resolve(config).train.decay_steps == 0
+    assert (config.train.learning_rate, config.model.init_scale) == (0.01, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.1, "0.1"), (1e-5, "1e-05"), (1.0, "1"), (0.1234567, "0.1234567"), (1 / 3, repr(1 / 3))],
+)
+def test_values_are_short_and_read_back_exactly(value, text):
+    assert format_value(value) == text
+    assert float(text) == value
+
+
+def test_runs_of_close_values_have_names_of_their_own():
+    config = default_config()
+    config.objective.name = "cvar"
+    config.objective.alpha = (0.1234567, 0.1234568)
+    names = [run.name for run in plan_runs(resolve(config))]
+    assert names == ["alpha=0.1234567,seed=0", "alpha=0.1234568,seed=0"]
