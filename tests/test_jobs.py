@@ -1,0 +1,120 @@
+import jax
+import pytest
+from sweeps import planned, tiny, write_results
+from test_grid import STRANGE
+
+from seqfair_jax import workdir
+from seqfair_jax.errors import DivergedError, UserError
+from seqfair_jax.sweeps import jobs
+
+
+@pytest.fixture
+def plan():
+    return planned(tiny())
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The folders that were trained, by a stand-in for `run.run` that only writes results."""
+    folders = []
+
+    def run(config, folder):
+        folders.append(folder.name)
+        write_results(folder, config)
+
+    monkeypatch.setattr(jobs, "run", run)
+    return folders
+
+
+def test_every_job_runs_once_and_the_lines_count_them(plan, trained, tmp_path, capsys):
+    assert jobs.work(plan, tmp_path) == {}
+    assert trained == ["erm", "gdro-pop33", "gdro-seq33", "cvar"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert lines == ["[1/4] erm", "[2/4] gdro-pop33", "[3/4] gdro-seq33", "[4/4] cvar"]
+    assert jobs.work(plan, tmp_path) == {}
+    assert len(trained) == 4
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_that_another_process_runs_is_waited_for(plan, tmp_path, monkeypatch, capsys):
+    job = plan[0]
+    naps = []
+
+    def nap(_):
+        naps.append(1)
+        if len(naps) == 2:  # the other process finishes the job
+            write_results(workdir.job_folder(tmp_path, job.name), job.config)
+
+    monkeypatch.setattr(jobs.time, "sleep", nap)
+    monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("trained a job of another process"))
+    with workdir.lock(workdir.job_lock(tmp_path, job.name)) as is_locked:
+        assert is_locked
+        assert jobs.work([job], tmp_path) == {}
+    assert len(naps) == 2
+    assert capsys.readouterr().out.count("waiting for 1 jobs of other processes") == 1
+
+
+def test_a_job_of_a_process_that_dies_is_run_here(plan, trained, tmp_path, monkeypatch):
+    job = plan[0]
+    lock = workdir.lock(workdir.job_lock(tmp_path, job.name))
+    lock.__enter__()
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: lock.__exit__(None, None, None))
+    assert jobs.work([job], tmp_path) == {}
+    assert trained == ["erm"]
+
+
+def test_an_unfinished_job_of_another_config_stops_the_work_before_it_begins(
+    plan, trained, tmp_path
+):
+    last = planned(tiny(**{"train.learning_rate": 0.5}))[-1]
+    folder = workdir.job_folder(tmp_path, last.name)
+    workdir.write_json(folder / "config.json", workdir.jsonable(last.config.to_dict()))
+    with pytest.raises(UserError, match=r"another config.*train\.learning_rate \(0\.5 there"):
+        jobs.work(plan, tmp_path)
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("bad"), DivergedError("bad"), jax.errors.JaxRuntimeError("bad")]
+)
+def test_a_failing_job_does_not_stop_the_others(error, plan, tmp_path, monkeypatch, caplog):
+    def run(config, folder):
+        if config.objective.name == "gdro":
+            raise error
+        write_results(folder, config)
+
+    monkeypatch.setattr(jobs, "run", run)
+    errors = jobs.work(plan, tmp_path)
+    assert errors == {"gdro-pop33": "bad", "gdro-seq33": "bad"}
+    assert [job.name for job in jobs.done(plan, tmp_path)] == ["erm", "cvar"]
+    assert "gdro-seq33 failed: bad" in caplog.text
+
+
+def test_a_bug_stops_the_work(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        jobs.work(plan, tmp_path)
+
+
+def test_a_job_that_failed_here_and_finished_elsewhere_is_no_failure(plan, tmp_path):
+    plan = plan[:2]
+    errors = {job.name: "diverged" for job in plan}
+    lines = jobs.failures(errors, plan, tmp_path).splitlines()
+    assert lines == ["2 of 2 jobs failed:", "  erm: diverged", "  gdro-pop33: diverged"]
+    assert jobs.done(plan, tmp_path) == []
+    for job in plan:
+        write_results(workdir.job_folder(tmp_path, job.name), job.config)
+    assert jobs.failures(errors, plan, tmp_path) == ""
+    assert jobs.done(plan, tmp_path) == plan
+
+
+def test_jobs_of_any_family_write_only_into_the_sweeps_folder(trained, tmp_path):
+    folder = tmp_path / "deep" / "er" / "sweep"
+    plan = planned(tiny(**{"sweep.families": tuple(STRANGE)}))
+    assert jobs.work(plan, folder) == {}
+    assert len(trained) == len(plan) == 2 + len(STRANGE)
+    assert jobs.done(plan, folder) == plan
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.relative_to(folder).parts[0] for path in files} <= {"jobs", "locks"}
+    assert len([path for path in files if path.name == "finished.json"]) == len(plan) + 2
+    assert len(list((folder / "jobs").iterdir())) == len(plan)
