@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from test_run import small
 
 from seqfair_jax import workdir
@@ -174,10 +173,11 @@ def test_the_report_of_real_runs(folders, tmp_path):
         (1, "long", "seq33=long"),
     ):
         assert page.cell(table, row, column).strip("*") == f"{gdro[name]:.4f}"
-    headings = re.findall(r"<h2>(.*)</h2>", source)
+    headings = list(map(html.unescape, re.findall(r"<h2>(.*)</h2>", source)))
     logs = [log.title for name in ("cvar", "gdro") for log in METHODS[name].logs]
     assert headings == [
-        "pop33", "seq33", "Differences", "Training", *logs, "Hyperparameters", "Time", "Settings",
+        f"{NDCG} by pop33", f"{NDCG} by seq33", "Differences", "Training", *logs,
+        "Hyperparameters", "Time", "Settings",
     ]  # fmt: skip
     assert list(page.settings) == list(map(str, folders))
     assert page.settings[str(folders[2])]["config"]["objective"]["name"] == "gdro"
@@ -450,7 +450,7 @@ def test_figures_without_any_difference(tmp_path):
 
 
 def boxes(figure, texts):
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     return [t.get_window_extent() for t in texts if t.get_text()]
 
 
@@ -466,7 +466,7 @@ def boxes(figure, texts):
 def test_labels_of_groups_do_not_overlap(labels):
     figure, axes = figures.panel("title", num_groups=len(labels))
     axes.bar(range(len(labels)), [1.0] * len(labels))
-    figures.group_axis(axes, labels, width=3.4 * figure.get_figwidth() / 4.2)
+    figures.group_axis(axes, labels, width=figure.get_figwidth() - 0.8)
     found = axes.get_xticklabels()
     shown = boxes(figure, found)
     assert len(shown) == len(labels)
@@ -478,13 +478,22 @@ def test_labels_of_groups_do_not_overlap(labels):
 
 
 def test_legends_show_every_name():
-    figure = Figure()
-    axes = figure.subplots()
+    figure, axes = figures.panel("title")
     lines = [axes.plot([0, 1])[0] for _ in AWKWARD]
-    figures.legend(axes, lines, AWKWARD)
-    texts = axes.get_legend().get_texts()
+    figures.legend_below(figure, lines, AWKWARD)
+    [legend] = figure.legends
+    texts = legend.get_texts()
     assert [t.get_text() for t in texts] == [slices.printable(name) for name in AWKWARD]
     assert not any(t.get_parse_math() for t in texts)
+    for many in (3, 40):  # a long legend leaves the plot its height
+        figure, axes = figures.panel("title")
+        lines = [axes.plot([0, 1])[0] for _ in range(many)]
+        figures.legend_below(
+            figure, lines, [f"a name of more than twenty {i}" for i in range(many)]
+        )
+        figure.draw_without_rendering()
+        assert axes.get_window_extent().height > 150
+        assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_markdown_shows_names_as_they_are():

@@ -15,6 +15,7 @@ from seqfair_jax.evaluation.slices import printable
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+PANEL_WIDTH = 4.2  # inches
 _CHARACTER = 0.075  # inches that a character of the small font takes
 _TURNED = 0.22  # inches that a turned label takes beside the next one
 
@@ -39,10 +40,10 @@ def _shorten(text: str, width: int) -> str:
 
 def panel(title: str, *, num_groups: int = 0) -> tuple[Figure, Axes]:
     """A small figure with one plot, wide enough for an axis of groups."""
-    width = max(4.2, 1 + _TURNED * num_groups)
+    width = max(PANEL_WIDTH, 1 + _TURNED * num_groups)
     figure = Figure(figsize=(width, 3.0), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(fold(title, 44), fontsize=10, parse_math=False)
+    axes.set_title(fold(title, 50), fontsize=9, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     return figure, axes
@@ -72,14 +73,18 @@ def group_axis(axes: Axes, labels: Sequence[str], *, width: float) -> None:
     )  # fmt: skip
 
 
-def legend(
-    target: Axes | Figure, handles: Sequence[Any], labels: Sequence[str], **style: Any
-) -> None:
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """A legend under the plot of a `panel`, which grows by the legend's height."""
+    num_columns = 1 if any(len(label) > 20 for label in labels) else 3
+    num_rows = -(-len(labels) // num_columns)
+    figure.set_figheight(figure.get_figheight() + 0.15 * num_rows)
+    legend(figure, handles, labels, loc="outside lower center", ncols=num_columns, fontsize=7)
+
+
+def legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **style: Any) -> None:
     """A legend with plain text: `$` is no formula, and a name may begin with `_`."""
-    if not handles:
-        return
     # matplotlib hides names that begin with `_`, so the texts are set afterwards.
-    box = target.legend(list(handles), [" "] * len(handles), frameon=False, **style)
+    box = figure.legend(list(handles), [" "] * len(handles), frameon=False, **style)
     for text, label in zip(box.get_texts(), labels, strict=True):
         text.set_parse_math(False)
         text.set_text(fold(label, 36))

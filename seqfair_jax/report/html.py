@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from seqfair_jax import __version__, workdir
 from seqfair_jax.config import format_value
@@ -19,8 +20,6 @@ from seqfair_jax.objectives import METHODS
 from seqfair_jax.report import figures, text
 from seqfair_jax.report.runs import FinishedRun, failed_runs, read_consistent
 from seqfair_jax.training.selection import is_result
-
-_BAR_WIDTH = 3.4  # inches of a panel's axis
 
 
 class Cell(NamedTuple):
@@ -51,14 +50,16 @@ class Image(NamedTuple):
 
     alt: str
     uri: str
+    is_wide: bool = False  # takes a whole row of the page
 
 
 class Section(NamedTuple):
-    """A part of the page: a heading, and what there is of note, table and images."""
+    """A part of the page: a heading, then a note, a table, and images with a caption."""
 
     heading: str
     note: str = ""
     table: Table | None = None
+    caption: str = ""
     images: Sequence[Image] = ()
 
 
@@ -119,10 +120,17 @@ def _results(
     runs: Sequence[FinishedRun], metric: str, family: str, rows: pd.DataFrame | None
 ) -> Section:
     numbers = text.table(runs, metric, family)
-    images = []
-    if rows is not None:
-        images = _change_images(rows, family, text.shown_slices(numbers))
-    return Section(slices.family_label(family), table=_result_table(numbers, rows), images=images)
+    table = _result_table(numbers, rows)
+    heading = f"{metric} by {slices.family_label(family)}"
+    if rows is None:
+        return Section(heading, table=table)
+    return Section(
+        heading,
+        table=table,
+        caption="* p < 0.05 against the baseline. Bars: change against the baseline, with its "
+        "95 % interval.",
+        images=_change_images(rows, family, text.shown_slices(numbers)),
+    )
 
 
 def _result_table(numbers: pd.DataFrame, rows: pd.DataFrame | None) -> Table:
@@ -171,8 +179,7 @@ def _change_images(rows: pd.DataFrame, family: str, columns: Sequence[str]) -> l
         axes.bar(places, change, color=figures.colour(number), alpha=0.85)
         axes.vlines(places, low, high, color="black", linewidth=1)
         axes.axhline(0, color="black", linewidth=0.8)
-        width = _BAR_WIDTH * figure.get_figwidth() / 4.2
-        figures.group_axis(axes, slices.labels(shown), width=width)
+        figures.group_axis(axes, slices.labels(shown), width=figure.get_figwidth() - 0.8)
         axes.set_ylabel("change, %", fontsize=8)
         ends = [0.0, *pd.concat([change, low, high]).dropna()]
         lowest, highest = min(lowest, *ends), max(highest, *ends)
@@ -181,7 +188,12 @@ def _change_images(rows: pd.DataFrame, family: str, columns: Sequence[str]) -> l
     margin = 0.05 * (highest - lowest) or 1.0
     for _, axes, _ in drawn:
         axes.set_ylim(lowest - margin, highest + margin)
-    return [Image(alt, figures.svg_uri(figure, alt)) for figure, _, alt in drawn]
+    return [_image(figure, alt) for figure, _, alt in drawn]
+
+
+def _image(figure: Figure, alt: str) -> Image:
+    is_wide = figure.get_figwidth() > figures.PANEL_WIDTH
+    return Image(alt, figures.svg_uri(figure, alt), is_wide)
 
 
 def _differences(rows: pd.DataFrame, families: Sequence[str]) -> Section:
@@ -261,9 +273,9 @@ def _line_image(title: str, lines: dict[str, pd.DataFrame], alt: str = "") -> Im
             handles += axes.plot(epochs, values, color=figures.colour(number), lw=1.5)
             labels.append(label)
     axes.set_xlabel("epoch", fontsize=8)
-    figures.legend(axes, handles, labels, fontsize=7)
+    figures.legend_below(figure, handles, labels)
     alt = alt or f"{title}, by epoch"
-    return Image(alt, figures.svg_uri(figure, alt))
+    return _image(figure, alt)
 
 
 def _grids(runs: Sequence[FinishedRun], metric: str, families: Sequence[str]) -> list[Section]:
@@ -302,9 +314,9 @@ def _grids(runs: Sequence[FinishedRun], metric: str, families: Sequence[str]) ->
         if part["value"].max() > 20 * part["value"].min() > 0:
             axes.set_xscale("log")
         axes.set_xlabel(str(key), fontsize=8)
-        figures.legend(axes, handles, labels, fontsize=7)
+        figures.legend_below(figure, handles, labels)
         alt = f"{metric} over the values of {key}, {method}"
-        images.append(Image(alt, figures.svg_uri(figure, alt)))
+        images.append(_image(figure, alt))
     return [Section("Hyperparameters", images=images)] if images else []
 
 
