@@ -6,11 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqfair_jax.data.groups import GroupFamily, encode_name
+from seqfair_jax.config import default_config
+from seqfair_jax.data.cache import load_dataset
+from seqfair_jax.data.groups import GroupFamily, build_family, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.slices import printable
 from seqfair_jax.paper import tables
+from seqfair_jax.paper.table1 import table_1a, table_1b
 from seqfair_jax.paper.tables import Column, Entry, Layout
 
 NDCG = "NDCG@20"
@@ -304,3 +307,42 @@ def test_every_table_compiles(tmp_path):
         )
         assert result.returncode == 0, result.stdout.decode(errors="replace")[-3000:]
         assert (folder / "document.pdf").stat().st_size > 0
+
+
+def test_the_figure_shows_names_as_they_are(tmp_path):
+    own = encode_name("a*b $x$")
+    names = [name for name in AWKWARD if name.isascii()]  # matplotlib's font has no others
+    families = {own: tuple(names)}
+    entries = [entry("erm", families), entry("gdro", families, loss_family=own, shift=0.05)]
+    drawing = tables.figure(tables.long_table(entries, NDCG, "overall"), "csv")
+    [axes] = drawing.axes
+    texts = [axes.title, *axes.get_xticklabels(), *drawing.legends[0].get_texts()]
+    assert [text.get_text() for text in texts] == [
+        "a*b $x$", *map(printable, names), "GDRO_a*b $x$",
+    ]  # fmt: skip
+    assert not any(text.get_parse_math() for text in texts)
+    for form in ("svg", "pdf", "png"):  # warnings are errors
+        drawing.savefig(tmp_path / f"figure.{form}")
+
+
+def test_table_1_of_a_log():
+    config = default_config()
+    config.data.cache_dir = ""
+    config.data.synthetic.num_users, config.data.synthetic.num_items = 300, 80
+    dataset = load_dataset(config.data)
+    table = table_1a(dataset).set_index("family")
+    assert list(table.index) == ["pop33", "pop2060", "pop1080", "seq33", "seq2060", "seq1080"]
+    for name in table.index:
+        family = build_family(dataset, name)
+        users = 100 * family.membership.mean(axis=0)
+        rows = 100 * dataset.train_lengths @ family.membership / dataset.train_lengths.sum()
+        assert table.loc[name, "groups"] == "/".join(family.groups)
+        assert table.loc[name, "usplit %"] == " / ".join(f"{share:.2f}" for share in users)
+        assert table.loc[name, "dsplit %"] == " / ".join(f"{share:.2f}" for share in rows)
+    counts = table_1b(dataset)
+    assert counts.to_dict("records") == [
+        {
+            "1b": "synthetic",
+            **{key: dataset.counts[key] for key in ("users", "items", "interactions")},
+        }
+    ]

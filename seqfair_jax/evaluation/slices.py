@@ -5,7 +5,7 @@
     FAMILY/min, /max, /gap        over the means of a family's groups
     target=repeat, target=new     users whose target is, or is not, in their history
 
-FAMILY is the canonical name of a group family (`data.groups`), so it holds no `=` or `/` and is
+FAMILY is the canonical name of a group family (`data.groups`), so it has no `=` or `/` and is
 never `target`. GROUP is any text.
 
 Shape letters: U users, G groups.

@@ -31,7 +31,7 @@ def fold(text: str, width: int, max_lines: int = 2) -> str:
 
 
 def _shorten(text: str, width: int) -> str:
-    """A name of at most `width` characters; of a longer one the middle is left out."""
+    """A name of at most `width` characters; a longer one loses its middle."""
     text = printable(text)
     if len(text) <= width:
         return text

@@ -21,7 +21,7 @@ _FREE -= {"train.epochs", "data.group_file"}
 
 
 class FinishedRun(NamedTuple):
-    """A finished run. One that failed is read too; `selection.is_result` tells them apart."""
+    """A finished run, or one that failed (`selection.is_result`)."""
 
     folder: Path
     name: str  # of its row: runs of one name differ only in the seed
