@@ -17,7 +17,7 @@ from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 
 DATA_NAMES = ("retailrocket", "ml1m", "csv", "synthetic")
 # What may differ when a run is resumed: how long, how often and what to show.
-# `evaluate.mask_seen` is not among them, since the best epochs were chosen under it.
+# Not `evaluate.mask_seen`, since the best epochs were chosen under it.
 RESUMABLE = (
     "groups",
     "train.epochs",

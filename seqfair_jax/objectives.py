@@ -1,8 +1,7 @@
 """Training objectives: how much each user of a batch counts (paper, sections 2.2 to 2.3.6).
 
-Every objective is a weighted sum of the users' losses, sum_u q_u l_u, with the weights q held
-constant in the gradient; the objectives differ in q, and in CB's case in the weights of the
-targets inside l_u.
+Every objective is a weighted sum of the users' losses, sum_u q_u l_u. The weights q are constants
+in the gradient. The objectives differ in q; CB and CBlog also weigh the targets inside l_u.
 
 Shape letters: U users, B users in a batch, G groups, V catalogue.
 """
@@ -20,7 +19,7 @@ import numpy as np
 
 from seqfair_jax.errors import UserError
 
-State = Any  # a pytree, () for an objective that remembers nothing
+State = Any  # a pytree, () for an objective without state
 
 
 class HParams(NamedTuple):
@@ -37,7 +36,7 @@ class Log(NamedTuple):
 
     key: str  # in what `apply` returns, and in metrics.jsonl: train/KEY/GROUP
     title: str  # of its plot in the report
-    epoch: str  # what stands for an epoch: the "mean" over its steps, or the "last" step's value
+    epoch: str  # its value for an epoch: the "mean" over its steps, or the "last" step's
 
 
 GROUP_WEIGHT = Log("group_weight", "Group weights ω", "last")  # a state, so its newest value
@@ -80,8 +79,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 class GroupState(NamedTuple):
     """The state of GDRO and SDRO."""
 
-    # The log, since at losses near 70 an absent group's weight itself underflows to a 0 that no
-    # multiplicative update can leave.
+    # The log: at losses near 70 the weight of an absent group underflows to 0, and no
+    # multiplicative update changes a 0.
     log_weights: jax.Array  # f[G], log omega
     loss_estimate: jax.Array  # f[G], the loss that last moved omega
 
@@ -120,12 +119,12 @@ _WeighFn = Callable[[_Batch, Any, HParams], tuple[jax.Array, State, dict[str, ja
 
 
 def check_hparams(name: str, values: Mapping[str, float | Sequence[float]]) -> None:
-    """Refuses an unknown objective, and a hyperparameter outside its range or missing.
+    """Refuse an unknown objective, and a hyperparameter that is missing or outside its range.
 
     Args:
         name: the objective.
         values: for each field of `HParams` its value, or those of a grid. Values that the
-            objective does not read may be left out, but are checked if they are there.
+            objective does not read are optional, and are checked if given.
 
     Raises:
         UserError: as above, naming the configuration key, what was found and what to give.
@@ -154,12 +153,12 @@ def make_objective(
     count_by: str = "rows",
     absent_groups: str = "hold",
 ) -> Objective:
-    """Builds an objective for the users of a data set.
+    """Build an objective for the users of a data set.
 
     Args:
         name: one of `NAMES`.
-        membership: bool[U, G]; G may be 0 where the objective needs no groups. Where it does, a
-            user may be in at most one, and a user in none has weight 0.
+        membership: bool[U, G]; G may be 0 if the objective needs no groups. If it needs groups, a
+            user is in one at most, and a user in none has weight 0.
         train_lengths: i32[U], training rows of each user.
         count_by: what measures a group's size for IPW: its training `rows`, from which the
             paper's tables come, or its `users`, as the paper's text says.
@@ -167,7 +166,7 @@ def make_objective(
             `hold` keeps it, `decay` moves it towards 0, as the published runs do.
 
     Raises:
-        UserError: if a name is unknown or the objective needs groups that are not there.
+        UserError: if a name is unknown, or the objective needs groups and there are none.
     """
     _check_choice("objective.name", name, NAMES)
     _check_choice("objective.count_by", count_by, COUNT_BY)
@@ -205,12 +204,12 @@ def mean_objective(parts: Sequence[Objective], num_groups: Sequence[int]) -> Obj
 
     loss = 1/n sum_k loss_k(user_losses, the columns of family k)
 
-    Each loss weighs the users, so this one's weights are the mean of theirs; each keeps a state
-    of its own. What is logged stands side by side, as the columns do. Beyond the paper, which
-    limits a group method to one family (section 3.3).
+    Each loss weighs the users, so this one's weights are the mean of theirs. Each has its own
+    state. The logged figures are concatenated like the columns. This goes beyond the paper, whose
+    group methods use one family.
 
     Args:
-        parts: n objectives; a single one is returned as it is.
+        parts: n objectives; a single one is returned unchanged.
         num_groups: how many columns of the membership belong to each.
     """
     if len(parts) == 1:
@@ -257,8 +256,8 @@ def _inverse_frequency(item_counts: np.ndarray) -> np.ndarray:
     absent = np.flatnonzero(item_counts < 1)
     if absent.size:
         raise UserError(
-            f"item {absent[0]} has {item_counts[absent[0]]} training rows, so that 1 / f(item) "
-            "has no value: leave items without training rows out of the vocabulary"
+            f"item {absent[0]} has {item_counts[absent[0]]} training rows, so 1 / f(item) is "
+            "undefined: remove items without training rows from the vocabulary"
         )
     return (item_counts.sum(dtype=np.int64) / item_counts).astype(np.float32)
 
@@ -351,8 +350,8 @@ def _chi2(batch: _Batch, state: State, hparams: HParams):
     Where no eta below the largest loss breaks it, v is 0 and those at that loss share alike.
     """
     size, radius = batch.losses.size, hparams.radius
-    # Counted from the largest loss, so that a spread far below the losses themselves keeps its
-    # digits, and scaled, so that squares of small gaps do not underflow.
+    # Relative to the largest loss, which keeps the digits of a small spread, and scaled, so that
+    # squares of small gaps do not underflow.
     losses = batch.losses - batch.losses.max()
     losses /= jnp.maximum(-losses.min(), jnp.finfo(losses.dtype).tiny)
 
@@ -371,7 +370,7 @@ def _chi2(batch: _Batch, state: State, hparams: HParams):
 
 
 def _per_user(group_values: jax.Array, membership: jax.Array) -> jax.Array:
-    # Not a matrix product: an accelerator would round it to tensorfloat32.
+    # Not a matrix product, which an accelerator would round to tensorfloat32.
     return jnp.where(membership, group_values[None, :], 0).sum(axis=1)
 
 

@@ -69,7 +69,7 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
             return workdir.read_summary(folder)
     elif not workdir.is_empty(folder):
         raise UserError(
-            f"--workdir={folder} holds other files and no {workdir.CONFIG}; name an empty folder"
+            f"--workdir={folder} has other files and no {workdir.CONFIG}; name an empty folder"
         )
     inputs = source_hashes(config.data)
     experiment = build_experiment(config)
@@ -313,21 +313,21 @@ def _describe(experiment: Experiment) -> None:
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
         f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on), "
         f"{found['validation_users']:,} validation users\n"
-        f"left out: {found['dropped_users']:,} users ({found['short_users']:,} of them too short to "
-        f"split after the filter) and {found['dropped_items']:,} items\n"
+        f"left out: {found['dropped_users']:,} users ({found['short_users']:,} of them too short "
+        f"to split after the filter) and {found['dropped_items']:,} items\n"
         f"test targets that no training row has: {found['unknown_targets']:,}"
     )
     if found["tied_rows"]:
         print(
-            f"rows with the time of the user's previous row: {found['tied_rows']:,}, of them held "
-            f"out {found['tied_held_out']:,}; they keep the order of the file"
+            f"rows at the same time as the user's previous row: {found['tied_rows']:,} "
+            f"({found['tied_held_out']:,} of them held out); they keep the order of the file"
         )
     print(f"log {found['log_hash']}")
     print(f"{experiment.config.objective.name}: " + ", ".join(experiment.names))
 
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:
-    """`groups.parquet` and `split.parquet`: who is in which group, and who was held out how."""
+    """Write `groups.parquet` (each user's groups) and `split.parquet` (what was held out)."""
     dataset = experiment.dataset
     folder.mkdir(parents=True, exist_ok=True)
     groups = {family.name: family.labels() for family in experiment.families}

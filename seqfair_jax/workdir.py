@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from seqfair_jax.errors import UserError
 
-SCHEMA_VERSION = 3  # of summary.json and of everything beside it
+SCHEMA_VERSION = 3  # of summary.json and the other files of a run
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.json", "env.json", "metrics.jsonl", "summary.json"
 GROUPS, SPLIT = "groups.parquet", "split.parquet"
@@ -123,12 +123,12 @@ def create(path: str | Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but locks and what killed processes left."""
+    """Whether a folder is empty but for locks and the temporary files of killed processes."""
     return all(path.name.startswith(_LOCK) or is_unfinished(path) for path in folder.iterdir())
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote left in a run's folder."""
+    """Remove the temporary files of killed processes from a run's folder."""
     for path in [*folder.glob(f".*{_UNFINISHED}"), *folder.glob(f"checkpoints/**/{_UNFINISHED}*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -137,7 +137,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_results(folder: Path) -> None:
-    """Remove the results of a run, so that none stay beside another config."""
+    """Remove the results of a run."""
     for name in _RESULTS:
         (folder / name).unlink(missing_ok=True)
 
@@ -238,7 +238,7 @@ def read_metrics(folder: Path) -> pd.DataFrame:
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock file against other processes; yields whether it is held.
+    """Lock a file against other processes; yields whether the lock was free.
 
     The operating system releases the lock when its process ends, however it ends.
 
@@ -266,10 +266,10 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process alone.
+    """Lock a run's folder for this process.
 
     Raises:
-        UserError: naming the process that holds it.
+        UserError: naming the process that uses it.
     """
     path = folder / _LOCK
     with lock(path) as ours:
@@ -357,7 +357,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if there is no such file.
 
     Raises:
-        UserError: naming the file, if it cannot be read or holds no JSON object.
+        UserError: naming the file, if it cannot be read or is not a JSON object.
     """
     if not path.exists():
         return None
@@ -369,7 +369,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from None
     if not isinstance(value, dict):
         raise UserError(
-            f"{path} holds a {type(value).__name__}, expected a JSON object; remove or restore it"
+            f"{path} contains a {type(value).__name__}, expected an object; restore or remove it"
         )
     return value
 

@@ -1,6 +1,6 @@
 """From ranks to figures: NDCG, Recall and MRR at a cut-off, for each user.
 
-Each user has one relevant item, the held-out one. Shape letters: U users, V catalogue, k
+Each user has one relevant item, the held-out target. Shape letters: U users, V catalogue, k
 cut-off.
 """
 

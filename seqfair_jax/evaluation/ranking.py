@@ -1,4 +1,4 @@
-"""The rank of each user's held-out item among the whole catalogue.
+"""The rank of each user's held-out item in the whole catalogue.
 
 Shape letters: U users, n users of a split, B users in a batch, T packed tokens, V catalogue,
 D width, k length of a recommended list.
@@ -24,11 +24,11 @@ _TOKENS = 4096  # packed tokens encoded at once
 class Queries(NamedTuple):
     """The users of a split, laid out in batches for the device."""
 
-    sequences: Sequences  # of the n users: their histories, and a place for what follows
-    encode_batches: jax.Array  # i32[batches, B] places among the n users, -1 for an empty slot
-    encoded_at: jax.Array  # i32[m, B'] where the batches above put each user
+    sequences: Sequences  # of the n users: their histories, then a row for the target
+    encode_batches: jax.Array  # i32[batches, B] positions among the n users, -1 for an empty slot
+    encoded_at: jax.Array  # i32[m, B'] where each user is in the batches above
     targets: jax.Array  # i32[m, B'], -1 for a target outside the vocabulary or an empty slot
-    seen_rows: jax.Array  # i32[m, S] which row of the batch has seen the item beside it
+    seen_rows: jax.Array  # i32[m, S] the row of the batch that has seen the item in `seen_items`
     seen_items: jax.Array  # i32[m, S], V for padding; S is 0 where nothing is masked
 
 
@@ -101,13 +101,13 @@ def make_queries(
     Args:
         dataset, split: as for `split_users`.
         max_len: L. A history is the begin token and the last L - 2 items.
-        mask_seen: take every item of the whole history, the target excepted, out of the ranking.
+        mask_seen: remove every item of the whole history but the target from the ranking.
         batch_size: B', users scored at once.
     """
     users, targets, num_history = split_users(dataset, split)
     starts = dataset.offsets[:-1][users]
     lengths = np.minimum(num_history + 1, max_len - 1).astype(np.int32)
-    # The row after the history stands for the target: `pack` never reads it as an input.
+    # The row after the history is in the place of the target; `pack` never reads it as an input.
     ends = (starts + num_history + 1).astype(np.int32)
 
     num_tokens = _num_tokens(max_len)
@@ -136,8 +136,8 @@ def rank_targets(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rank each user's target by its score among all V items; a pure function, to be jitted.
 
-    The rank counts the items that score as high or higher, so a target that ties comes last
-    among its equals, and a constant scorer gains nothing.
+    The rank is the number of items that score at least as high as the target. So ties rank the
+    target last, and a constant scorer gains nothing.
 
     Args:
         model: the network.

@@ -14,12 +14,12 @@ BLOCK = 128  # tokens in an attention block; packed sizes are multiples of it
 class Sequences(NamedTuple):
     """Every user's window into the log, as CSR arrays that stay on the device.
 
-    A user of n tokens is fed the begin token and the n - 1 items before row `ends[u] - 1`, and
-    token t is to predict the item in row `ends[u] - n + t`.
+    The n tokens of user u are the begin token and the n - 1 items before row `ends[u] - 1`. The
+    target of token t is the item in row `ends[u] - n + t`.
     """
 
     items: jax.Array  # i32[N]
-    ends: jax.Array  # i32[U], one past the row that the newest token is to predict
+    ends: jax.Array  # i32[U], one past the row of the newest token's target
     lengths: jax.Array  # i32[U] tokens, 1 to L - 1
 
 
@@ -28,7 +28,7 @@ class Packed(NamedTuple):
 
     items: jax.Array  # i32[T], V for the begin token
     targets: jax.Array  # i32[T]
-    slots: jax.Array  # i32[T], place of the token's user in the batch; B for padding
+    slots: jax.Array  # i32[T], position of the token's user in the batch; B for padding
     positions: jax.Array  # i32[T], counted from the user's newest token, which has 0
     lengths: jax.Array  # i32[B]
 
@@ -39,7 +39,7 @@ def pack(sequences: Sequences, user_ids: jax.Array, *, num_tokens: int, num_item
     Args:
         sequences: the users' windows.
         user_ids: i32[B]; an id outside [0, U) is an empty slot.
-        num_tokens: T, at least the sum of the users' lengths (`token_sizes` sees to it).
+        num_tokens: T, at least the sum of the users' lengths.
         num_items: V, the id of the begin token.
     """
     num_users = sequences.lengths.shape[0]

@@ -26,11 +26,11 @@ _LAYER_NORM_EPSILON = 1e-5
 def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     """Zero each entry with probability `rate`, scale the others by 1 / (1 - rate).
 
-    One threefry block serves four entries, 16 bits each (`jax.random.bernoulli` spends a whole
-    block on one), so the rate is a multiple of 2**-16; the scale follows the rounded rate and the
-    mean stays exact. Threefry, unlike `rbg`, draws the same bits under `vmap` as alone. Entry i
-    of the flattened array takes its bits from block i // 4 whatever the array's length, so a
-    token's dropout does not depend on how far the packing is padded.
+    One threefry block gives four entries 16 bits each (`jax.random.bernoulli` uses a whole block
+    for one entry). So the rate is rounded to a multiple of 2**-16; the scale follows the rounded
+    rate, and the mean is exact. Threefry, unlike `rbg`, draws the same bits under `vmap` as
+    alone. Entry i of the flattened array uses block i // 4, so a token's dropout does not depend
+    on the amount of padding.
 
     Args:
         key: a threefry key.
@@ -131,18 +131,18 @@ def _with_previous(blocks: jax.Array, visible: jax.Array) -> jax.Array:
 def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
     """Which keys each query may look at: the same user's, not later than itself.
 
-    Tokens are cut into blocks; a block's queries see keys of their own block and of the
-    `lookback` blocks before, just enough to hold a window. Exact, since no user has more than
-    `window` tokens.
+    Tokens are cut into blocks. A block's queries see the keys of their own block and of the
+    `lookback` blocks before it, the fewest that cover a window. This is exact, since no user has
+    more than `window` tokens.
 
     Args:
-        slots: i32[T], the batch slot that each token belongs to; T a multiple of `block`.
+        slots: i32[T], the batch slot of each token; T is a multiple of `block`.
         block: tokens in a block.
         window: the most tokens that a user can have.
 
     Returns:
         bool[T / block, block, K], K = (lookback + 1) * block. A query always sees itself, so no
-        row of the attention is empty; padding tokens see each other alone.
+        row of the attention is empty. Padding tokens only see each other.
     """
     lookback = -(-(window - 1) // block)
     own = slots.reshape(-1, block)
@@ -164,9 +164,9 @@ class SASRec(nn.Module):
         dropout: one rate for every place (see `Block`), the summed embeddings and, in training,
             the output embeddings.
         max_len: L, the begin token included; L - 1 positions.
-        tie_embeddings: score with the input embeddings instead of a table of their own.
-        init_scale: standard deviation of the normal that embeddings and positions start from.
-        dtype: key of `PRECISIONS`. Parameters are float32 always.
+        tie_embeddings: score with the input embeddings instead of separate output embeddings.
+        init_scale: standard deviation of the initial embeddings and positions.
+        dtype: a key of `PRECISIONS`. Parameters are always float32.
     """
 
     num_items: int
@@ -234,5 +234,5 @@ class SASRec(nn.Module):
         return dropout(self.make_rng("dropout"), x, self.dropout) if train else x
 
     def encode_and_table(self, packed: Packed, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        """`__call__` and `output_table` under one `apply`, so that they share its rngs."""
+        """`__call__` and `output_table` under one `apply`, which share its rngs."""
         return self(packed, train=train), self.output_table(train=train)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 DEFAULT_MAX_LOGITS = 2**27  # half a GiB of float32
-_MIN_ITEMS = 1024  # of a chunk: the tokens are cut too before the items are cut finer than this
+_MIN_ITEMS = 1024  # of a chunk; the tokens are cut before a chunk gets fewer items
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -27,16 +27,16 @@ def softmax_loss(
 
     l_t = log sum_v exp(h_t . w_v) - h_t . w_{y_t}
 
-    Where T * V fits into `max_logits`, the forward pass keeps E = exp(logits - row maximum),
+    If T * V is at most `max_logits`, the forward pass keeps E = exp(logits - row maximum),
     [T, V]. With S its row sums and g the cotangent, the backward pass is two matrix products on
     E itself, its scaling folded into the thin factor, and one sparse correction for the target:
 
         dL/dh = (g / S) * (E w) - g * w_y
         dL/dw = E^T ((g / S) * h) - scatter_y(g * h)
 
-    Where it does not fit, both passes go through the catalogue (and, past 1,024 items a chunk,
-    through the tokens) in chunks of at most `max_logits`: the forward pass keeps log S alone and
-    the backward pass computes each chunk again, four matrix products where there were three.
+    Otherwise both passes work through the catalogue in chunks of at most `max_logits` (and through
+    the tokens, where chunks of 1,024 items are still too large). The forward pass keeps only
+    log S, and the backward pass computes each chunk again: four matrix products instead of three.
 
     Args:
         hidden: f[T, D].
@@ -83,8 +83,8 @@ def _backward(precision, max_logits, residuals, cotangent):
 def chunk_sizes(num_tokens: int, num_items: int, max_logits: int) -> tuple[int, int]:
     """The chunk's tokens t and items v: as few chunks as `max_logits` allows, equally large.
 
-    Items are cut first, since a chunk of items finishes its rows of the table's gradient, while
-    every chunk of tokens adds to all of them.
+    Items are cut first: a chunk of items finishes its rows of the table's gradient, while every
+    chunk of tokens adds to all rows.
 
     Raises:
         ValueError: if `max_logits` is below 1.
@@ -103,8 +103,8 @@ def _equal_parts(total: int, most: int) -> int:
 def _over_chunks(total: int, size: int, body: Callable, carry):
     """Fold `body(start, first_new, carry)` over windows of `size` that cover `total`.
 
-    The last window is moved back so that it does not reach over the end; its entries before
-    `first_new` were in the window before.
+    The last window is moved back so that it ends at `total`; its entries before `first_new` were
+    already in the previous window.
     """
 
     def step(i, carry):
@@ -163,7 +163,7 @@ def _chunked_gradients(hidden, table, log_sum, cotangent, precision, max_logits)
 
     def over_tokens(token_start, first_new_token, grads):
         rows, sums = _slice(hidden, token_start, t), _slice(log_sum, token_start, t)
-        # A token that the window before has served counts 0 here.
+        # A token that was in the previous window counts 0 here.
         new = token_start + jnp.arange(t) >= first_new_token
         weight = jnp.where(new, _slice(cotangent, token_start, t), 0)[:, None]
         weighted_rows = (weight * rows).astype(hidden.dtype)

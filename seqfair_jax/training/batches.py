@@ -1,4 +1,4 @@
-"""Which users a step trains on, and the packed sizes that hold them.
+"""Which users a step trains on, and the packed sizes of the batches.
 
 Shape letters: R runs, S steps of an epoch, B users in a batch, U users.
 """
@@ -35,7 +35,7 @@ class Draw(NamedTuple):
 
     user_ids: np.ndarray  # i32[R, S, B]
     targets: np.ndarray  # i64[R, S], real targets of each batch
-    tokens: np.ndarray  # what a step's packed size must hold: i64[R, S], or i64[S] for all runs
+    tokens: np.ndarray  # the least packed size of a step: i64[R, S], or i64[S] for all runs
 
 
 class Batches:
@@ -157,12 +157,12 @@ def draw_batches(
 
 
 def choose_sizes(sizes: Sequence[int], tokens: np.ndarray) -> np.ndarray:
-    """The index of the smallest of the ascending `sizes` that holds each batch, as i32."""
+    """The index of the smallest of the ascending `sizes` that fits each batch, as i32."""
     return np.searchsorted(sizes, tokens).astype(np.int32)
 
 
 def token_sizes(totals: np.ndarray, *, multiple: int = BLOCK, most: int = _MOST_SIZES) -> list[int]:
-    """At most four packed sizes that hold every batch with little padding.
+    """At most four packed sizes that fit every batch with little padding.
 
     Args:
         totals: i64[...], the real tokens of a sample of batches.
@@ -170,7 +170,7 @@ def token_sizes(totals: np.ndarray, *, multiple: int = BLOCK, most: int = _MOST_
         most: how many sizes; each is compiled.
 
     Returns:
-        Ascending sizes; the last holds the largest batch, the others minimise the mean padding
+        Ascending sizes. The last fits the largest batch; the others minimise the mean padding
         (exact dynamic programming over the distinct rounded totals).
     """
     rounded, counts = np.unique(-(-np.ravel(totals) // multiple) * multiple, return_counts=True)

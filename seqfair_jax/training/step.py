@@ -1,4 +1,4 @@
-"""The training step as a pure function of its state, and its loops over steps and over runs.
+"""The training step as a pure function of its state, and the loops over steps and runs.
 
 Shape letters: R runs, S steps, B users in a batch, U users, G groups, V catalogue, T packed tokens.
 """
@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
 
 
 class TrainData(NamedTuple):
-    """What every step reads and none changes; shared by all runs."""
+    """What every step reads and no step changes; shared by all runs."""
 
     sequences: Sequences
     membership: jax.Array  # bool[U, G]
@@ -189,8 +189,8 @@ def train_step(
     Args:
         task: the static parts.
         sizes: the packed sizes T to choose from.
-        state: as the step before left it.
-        batch: user ids i32[B] and i32[], which of `sizes` holds them.
+        state: after the previous step.
+        batch: user ids i32[B], and i32[], the index of the packed size.
         data: shared arrays.
         hparams: the objective's values.
     """
