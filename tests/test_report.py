@@ -209,7 +209,9 @@ def test_a_comparison_with_a_baseline(tmp_path):
     row = rows.loc["cvar alpha=0.5", "pop33=niche"]
     assert row[["users", "star"]].tolist() == [USERS / 2, True]
     assert row[["difference", "low", "high"]].tolist() == pytest.approx([0.05] * 3)
-    page = write_page([erm, cvar], tmp_path / "report.html", baseline=erm)
+    same = tmp_path / "cvar" / ".." / "erm"
+    page = write_page([erm, cvar, same], tmp_path / "report.html", baseline=erm)
+    assert list(page.settings) == [str(same), str(cvar)]
     assert page.cell(0, "cvar alpha=0.5", "niche") == f"{row['mean']:.4f}*"
     assert page.cell(1, "cvar alpha=0.5, pop33=niche", "difference") == "+0.0500*"
     assert page.cell(1, "cvar alpha=0.5, target=new", "users") == "16"
@@ -311,15 +313,15 @@ def test_groups_that_a_run_lacks_are_a_dash(tmp_path):
         write_run(tmp_path / "a", "cvar", families={"tier": ("x", "y")}, hparams={"alpha": 0.2}),
         write_run(tmp_path / "b", "cvar", families={"tier": ("y", "z")}, hparams={"alpha": 0.4}),
         write_run(tmp_path / "c", "gdro", families={"tier": ("x",)}, loss_family="tier"),
-        write_run(tmp_path / "d", "gdro", families={"tier": ("z",)}, loss_family="tier", seed=1),
+        write_run(tmp_path / "d", "gdro", families={"tier": ("w",)}, loss_family="tier", seed=1),
     ]
     page = write_page(grid, tmp_path / "report.html")
-    rows = {row[0]: row[1:4] for row in page.tables[0]}
-    assert rows[""] == ["x", "y", "z"]
-    assert [cell == "-" for cell in rows["cvar alpha=0.2"]] == [False, False, True]
-    assert [cell == "-" for cell in rows["cvar alpha=0.4"]] == [True, False, False]
+    rows = {row[0]: row[1:5] for row in page.tables[0]}
+    assert rows[""] == ["x", "y", "z", "w"]
+    assert [cell == "-" for cell in rows["cvar alpha=0.2"]] == [False, False, True, True]
+    assert [cell == "-" for cell in rows["cvar alpha=0.4"]] == [True, False, False, True]
     assert [cell == "-" for cell in rows["gdro (tier) step_size=0.5 (2 seeds)"]] == [
-        False, True, False,
+        False, True, True, False,
     ]  # fmt: skip
     line = next(
         line for line in text.tables(grid, NDCG).splitlines() if line.startswith("cvar alpha=0.4 ")

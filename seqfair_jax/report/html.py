@@ -289,7 +289,7 @@ def _grids(runs: Sequence[FinishedRun], metric: str, families: Sequence[str]) ->
             "value": value,
             "part": part,
             "slice": name,
-            "figure": run.summary[part][metric].get(name),
+            "figure": run.summary[part][metric][name],
         }
         for run in runs
         for key, value in run.summary["hparams"].items()
