@@ -1,3 +1,3 @@
 """Train and judge sequential recommenders that serve every user group well."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
