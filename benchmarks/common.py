@@ -1,4 +1,4 @@
-"""What the benchmarks share: the config flag, timing, the machine's limit, tables."""
+"""What the benchmarks share: the command line, timing, the machine's peak, tables."""
 
 import functools
 import resource
@@ -12,44 +12,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from seqfair_jax.training.batches import choose_sizes, draw_batches
+from seqfair_jax.cli import Command
 from seqfair_jax.config import resolve
-from seqfair_jax.training.experiment import prepare
-from seqfair_jax.main import use_compilation_cache
 from seqfair_jax.model.sasrec import PRECISIONS
-from seqfair_jax.training.step import initial_states, token_sizes
+from seqfair_jax.training.batches import choose_sizes, draw_batches, token_sizes
+from seqfair_jax.training.experiment import build_experiment
+from seqfair_jax.training.step import initial_states
 
 _SIZING_STEPS = 2560
 _PEAK_SIZE = {"cpu": 2048, "gpu": 8192}
 
 
-def run(benchmark: Callable[[ConfigDict], None], **options: tuple[Any, str]) -> None:
-    """Call `benchmark(config, **options)` with the `--config` of the command line.
+def run(
+    name: str, benchmark: Callable[..., Any], description: str, **options: tuple[Any, str]
+) -> None:
+    """Call `benchmark(config, **options)` with the flags of the command line.
 
     Args:
+        name: the benchmark's module.
         benchmark: takes a resolved config.
-        options: name=(default, help) of further flags; the default says the type.
+        description: for `--help`.
+        options: name=(default, help) of further flags; the default gives the type.
     """
-    config = config_flags.DEFINE_config_file("config", None, "as for seqfair_jax.main")
-    flags.mark_flag_as_required("config")
-    define = {int: flags.DEFINE_integer, bool: flags.DEFINE_boolean, str: flags.DEFINE_string}
-    values = {
-        name: define[type(default)](name, default, text)
-        for name, (default, text) in options.items()
-    }
+    command = Command(name, description, config=True, program=f"python -m benchmarks.{name}")
+    for option, (default, text) in options.items():
+        if isinstance(default, bool):
+            command.bool(option, text)
+        elif isinstance(default, int):
+            command.integer(option, text, default)
+        else:
+            command.string(option, text, default)
 
-    def start(_):
-        absl_logging.set_verbosity(absl_logging.WARNING)
-        use_compilation_cache()
+    def start(flags, config: ConfigDict) -> None:
         device = jax.devices()[0]
         print(f"{device.platform}: {device.device_kind}, jax {jax.__version__}, {sys.argv[1:]}")
-        benchmark(resolve(config.value), **{name: value.value for name, value in values.items()})
+        benchmark(resolve(config), **{option: flags[option].value for option in options})
 
-    app.run(start)
+    command.run(sys.argv[1:], start)
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -64,7 +65,7 @@ def matmul_timer(dtype: str) -> Callable[[], float]:
     size = _PEAK_SIZE[jax.default_backend()]
     activations, precision = PRECISIONS[dtype]
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), activations)
-    # Sixteen in one program, so that the launch costs nothing against them.
+    # Sixteen products in one program, so that its launch takes a negligible share of the time.
     product = jax.jit(
         lambda a, b: jax.lax.fori_loop(
             0, 16, lambda _, x: jnp.matmul(x, b, precision=precision) * (1 / size), a
@@ -75,7 +76,7 @@ def matmul_timer(dtype: str) -> Callable[[], float]:
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held: of the device where it tells, else resident."""
+    """Peak memory of this process: of the device if it reports that, else of the host."""
     stats = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
@@ -94,23 +95,23 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 class Steps:
-    """An experiment's first epoch, laid out for `train.make_segment`."""
+    """The batches of an experiment's first epoch, as arguments of `step.make_segment`."""
 
     def __init__(self, config: ConfigDict, num_steps: int):
-        self.experiment = prepare(config)
+        self.experiment = build_experiment(config)
         draw = functools.partial(
             draw_batches,
             [run.seed for run in self.experiment.runs],
             0,
             lengths=self.experiment.train_lengths,
             batch_size=config.train.batch_size,
-            side_by_side=self.experiment.vmap,
+            vmap=self.experiment.vmap,
         )
-        # Fitted to many batches, as a training fits them: fewer would flatter the padding.
+        # Fitted to many batches, as training does: sizes for a few batches have less padding.
         many = draw(steps=max(num_steps, _SIZING_STEPS))
         self.sizes = tuple(token_sizes(many.tokens))
-        held = np.asarray(self.sizes)[choose_sizes(self.sizes, many.tokens)]
-        self.padding = 1 - many.targets.sum() / np.broadcast_to(held, many.targets.shape).sum()
+        packed = np.asarray(self.sizes)[choose_sizes(self.sizes, many.tokens)]
+        self.padding = 1 - many.targets.sum() / np.broadcast_to(packed, many.targets.shape).sum()
         user_ids, self.targets, tokens = draw(steps=num_steps)
         index = choose_sizes(self.sizes, tokens)
         self.tokens = np.asarray(self.sizes)[index]
@@ -122,5 +123,5 @@ class Steps:
         return initial_states(
             experiment.task,
             seeds=[run.seed for run in experiment.runs],
-            num_groups=len(experiment.loss_family.groups),
+            num_groups=experiment.num_groups,
         )

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tables of a GPU: one run and ten side by side, both precisions, both data sets at the paper's
-# size; the loss and the embedding gradient alone; growth; and 1,000 epochs of ten runs.
+# Measurements on a GPU: the training step of one run and of ten runs, in both precisions, on both
+# data sets at the paper's size; the loss and the embedding gradient alone; the evaluation; how time
+# grows; and 1,000 epochs of ten runs.
 #
 #     RETAILROCKET=DIR ML1M=DIR benchmarks/gpu.sh
 set -euo pipefail

@@ -1,14 +1,14 @@
-"""Training throughput beside RecTools' SASRec: the same log, sizes, batch and loss, in turns.
+"""Training throughput of this package and of RecTools' SASRec, measured in turns.
 
     python -m benchmarks.peers --config=configs/rr_erm.py --config.data.path=DIR
 
-RecTools gets an environment of its own in the user's cache folder (about 1.5 GB with PyTorch).
-It trains with full softmax on windows padded to `max_len`; both are judged by real targets, those
-that are no padding, per second of the training step. Its first batches are left out.
+Both train with the same log, sizes, batch size and loss. RecTools gets its own environment in the
+user's cache folder (about 1.5 GB with PyTorch). It pads the users' windows to `max_len`. The figure
+is real targets, without padding, per second of the training step. The first batches of RecTools do
+not count.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import pandas as pd
 
 from benchmarks.common import Steps, print_table, run, spread
+from seqfair_jax import workdir
+from seqfair_jax.errors import UserError
 from seqfair_jax.training.step import make_segment
 
-# The versions that are compared. A CPU build of PyTorch: PIP_EXTRA_INDEX_URL with its index.
+# For a CPU build of PyTorch set PIP_EXTRA_INDEX_URL to its index.
 REQUIREMENTS = ("torch==2.13.0", "rectools[torch]==0.19.0")
 
-# Runs under RecTools' own interpreter: reads a log, trains, prints [seconds, targets] of each step.
+# Runs in RecTools' environment: reads a log, trains, prints [seconds, targets] of each step.
 _RECTOOLS = """
 import json, sys, time
 import pandas as pd
@@ -62,9 +64,11 @@ print(json.dumps(steps))
 
 
 def rectools_python() -> Path:
-    """The interpreter of RecTools' environment, made at the first call."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "seqfair_jax" / "peers" / "rectools-0.19.0"
+    """The interpreter of RecTools' environment, which the first call creates."""
+    cache = workdir.cache_folder()
+    if cache is None:
+        raise UserError("there is no home folder for RecTools' environment: set XDG_CACHE_HOME")
+    folder = cache / "peers" / "rectools-0.19.0"
     stamp = folder / "installed"
     if not stamp.exists():
         print(f"installing {', '.join(REQUIREMENTS)} into {folder}", flush=True)
@@ -122,7 +126,7 @@ def benchmark(config, *, rounds, steps, peer_steps):
 
 
 def training_rows(dataset) -> pd.DataFrame:
-    """The training rows as RecTools names them, a timestamp that keeps their order."""
+    """The training rows with RecTools' column names, and timestamps in the order of the rows."""
     users = [
         (user, row)
         for user, (start, length) in enumerate(
@@ -143,8 +147,10 @@ def training_rows(dataset) -> pd.DataFrame:
 
 if __name__ == "__main__":
     run(
+        "peers",
         benchmark,
+        "Compare the training throughput with that of RecTools.",
         rounds=(3, "measurements of each"),
-        steps=(12, "our steps a measurement"),
-        peer_steps=(3, "RecTools' steps a measurement"),
+        steps=(12, "our steps in a measurement"),
+        peer_steps=(3, "RecTools' steps in a measurement"),
     )

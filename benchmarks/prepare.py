@@ -1,4 +1,4 @@
-"""From a log's file to arrays: parsed, filtered and split; and the same from the cache.
+"""Time to load a log: read, filter and split the file, and the same from the cache.
 
 python -m benchmarks.prepare --config=configs/rr_erm.py --config.data.path=DIR
 """
@@ -7,14 +7,14 @@ import tempfile
 import time
 
 from benchmarks.common import peak_memory_gb, print_table, run, spread
-from seqfair_jax import data
+from seqfair_jax.data.cache import load_dataset
 
 
 def benchmark(config, *, repeats):
     def measure(cache_dir):
         config.data.cache_dir = cache_dir
         began = time.perf_counter()
-        dataset = data.prepare(config.data)
+        dataset = load_dataset(config.data)
         return time.perf_counter() - began, dataset
 
     with tempfile.TemporaryDirectory() as cache:
@@ -36,4 +36,4 @@ def benchmark(config, *, repeats):
 
 
 if __name__ == "__main__":
-    run(benchmark, repeats=(5, "measurements"))
+    run("prepare", benchmark, "Time the loading of a log.", repeats=(5, "measurements"))

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --config=configs/rr_erm.py:scale=small --config.data.path=DIR
     python -m benchmarks.scaling --config=... --only=items --sizes=1000000  # one huge catalogue
 
-The users' lengths are drawn from the config's log, their items at random. One factor changes at a
-time; the exponent is the slope of log time over log size.
+The lengths of the users' histories come from the config's log, their items are random. Each table
+varies one factor. The exponent is the slope of log time over log size.
 """
 
 import time
@@ -15,9 +15,10 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
-from seqfair_jax.training.batches import Sequences, choose_sizes, draw_batches
+from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sasrec import SASRec
-from seqfair_jax.training.step import TrainData, initial_states, make_segment, token_sizes
+from seqfair_jax.training.batches import choose_sizes, draw_batches, token_sizes
+from seqfair_jax.training.step import TrainData, initial_states, make_segment
 
 _FACTORS = {  # multiples of the config's own value
     "users": (1, 4, 16, 64),
@@ -67,7 +68,7 @@ def measure(experiment, size, steps, repeats):
     config = experiment.config
     rng = np.random.default_rng(0)
     lengths = rng.choice(experiment.train_lengths, size["users"])
-    # A log whose users are longer in proportion to the window.
+    # The users' lengths grow in proportion to the window.
     lengths = np.maximum(lengths * size["length"] / config.model.max_len, 1)
     lengths = np.minimum(lengths.round(), size["length"] - 1).astype(np.int32)
     data = TrainData(
@@ -88,7 +89,7 @@ def measure(experiment, size, steps, repeats):
         lengths=lengths,
         batch_size=config.train.batch_size,
         steps=steps,
-        side_by_side=experiment.vmap,
+        vmap=experiment.vmap,
     )
     packed = token_sizes(tokens)
     index = jnp.asarray(choose_sizes(packed, tokens))
@@ -109,9 +110,11 @@ def measure(experiment, size, steps, repeats):
 
 if __name__ == "__main__":
     run(
+        "scaling",
         benchmark,
-        steps=(8, "steps a measurement"),
+        "Time a step at several numbers of users, items, tokens, dimensions and runs.",
+        steps=(8, "steps in a measurement"),
         repeats=(3, "measurements"),
-        only=("", "users, items, length, width or runs; all where empty"),
-        sizes=("", "values instead of the usual multiples, 1000,2000,..."),
+        only=("", "users, items, length, width or runs (default: all)"),
+        sizes=("", "values instead of the usual multiples, such as 1000,2000"),
     )

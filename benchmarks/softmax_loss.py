@@ -1,9 +1,9 @@
-"""The softmax loss alone, forward and backward, beside autodiff and beside chunks.
+"""The softmax loss alone, forward and backward, compared with autodiff and with chunks.
 
     python -m benchmarks.softmax_loss --config=configs/rr_erm.py --tokens=2304 --items=17803
 
-Takes the width and the precision from the config. On a GPU, `--embedding_gradient` times the
-gradient of the table's lookup too.
+The config gives the width and the precision. `--embedding_gradient` also times the gradient of the
+embedding lookup.
 """
 
 import jax
@@ -41,13 +41,13 @@ def benchmark(config, *, tokens, items, repeats, embedding_gradient):
         "the same in 16 chunks": chunks(16),
         "autodiff": autodiff,
     }
-    # Three products; the chunked passes compute the logits twice but are judged by the same.
+    # Three products. The chunked passes compute a fourth, which does not count as useful work.
     flop = 3 * 2 * tokens * items * dim
     programs = {name: jax.jit(jax.grad(loss, (0, 1))) for name, loss in losses.items()}
     calls = {name: (lambda p=p: p(hidden, table)) for name, p in programs.items()}
     if embedding_gradient:
         lookup = jax.jit(jax.grad(lambda w: (w[targets] * hidden).astype(jnp.float32).sum()))
-        calls["gradient of the table's lookup"] = lambda: lookup(table)
+        calls["gradient of the embedding lookup"] = lambda: lookup(table)
     matmul = matmul_timer(config.model.dtype)
     times = {name: [] for name in calls}
     peaks = []
@@ -76,9 +76,11 @@ def benchmark(config, *, tokens, items, repeats, embedding_gradient):
 
 if __name__ == "__main__":
     run(
+        "softmax_loss",
         benchmark,
-        tokens=(2304, "T"),
-        items=(17_803, "V"),
+        "Time the softmax loss and its gradient.",
+        tokens=(2304, "packed tokens"),
+        items=(17_803, "items of the catalogue"),
         repeats=(7, "measurements"),
-        embedding_gradient=(False, "time the gradient of the embedding lookup too"),
+        embedding_gradient=(False, "also time the gradient of the embedding lookup"),
     )

@@ -2,10 +2,10 @@
 
     python -m benchmarks.train_step --config=configs/rr_erm.py --config.data.path=DIR
     python -m benchmarks.train_step --config=... --parts       # where a step's time goes
-    python -m benchmarks.train_step --config=... --first_step  # a fresh process, cache cold, warm
+    python -m benchmarks.train_step --config=... --first_step  # with cold and warm cache
 
-Several seeds or values in the config measure the runs together, side by side (vmap) and one
-after another (map) as `--config.train.runs_axis` says.
+With several seeds or values in the config, the runs train together: side by side or one after
+another, as `--config.train.runs_axis` says (vmap or map).
 """
 
 import os
@@ -30,10 +30,11 @@ from benchmarks.common import (
     seconds,
     spread,
 )
-from seqfair_jax.training.batches import pack
+from seqfair_jax.model.packing import pack
 from seqfair_jax.model.sasrec import PRECISIONS
 from seqfair_jax.model.softmax_loss import softmax_loss
-from seqfair_jax.training.step import flop_per_target, make_segment, user_losses
+from seqfair_jax.sweeps.cost import flop_per_target
+from seqfair_jax.training.step import make_segment, user_losses
 
 
 def benchmark(config, *, steps, repeats, parts, first_step, one_step):
@@ -93,7 +94,7 @@ def benchmark(config, *, steps, repeats, parts, first_step, one_step):
 
 
 def print_parts(loop, states, repeats, step_ms):
-    """Time the parts of one run's step alone, at the packed size that comes up most."""
+    """Time the parts of one run's step separately, at the most frequent packed size."""
     experiment = loop.experiment
     task, data = experiment.task, experiment.data
     model = task.model
@@ -163,7 +164,7 @@ def print_parts(loop, states, repeats, step_ms):
             strict=True,
         )
     ]
-    print(f"parts of one run's step at {size} packed tokens, each a program of its own:")
+    print(f"parts of one run's step at {size} packed tokens, each compiled separately:")
     print_table(
         [
             {
@@ -177,12 +178,12 @@ def print_parts(loop, states, repeats, step_ms):
 
 
 def fresh_processes():
-    """Run this command twice in processes of their own, with an empty cache and a filled one."""
+    """Run this command in two new processes, the first with an empty compilation cache."""
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "warm"):
-            command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:]]
+            words = [word for word in sys.argv[1:] if not word.startswith("--first_step")]
             result = subprocess.run(
-                [*command, "--nofirst_step", "--one_step"],
+                [sys.executable, "-m", "benchmarks.train_step", *words, "--one_step"],
                 env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
                 capture_output=True,
                 text=True,
@@ -193,10 +194,12 @@ def fresh_processes():
 
 if __name__ == "__main__":
     run(
+        "train_step",
         benchmark,
-        steps=(24, "steps a measurement"),
+        "Time the training step.",
+        steps=(24, "steps in a measurement"),
         repeats=(5, "measurements"),
-        parts=(False, "time the parts of a step too"),
-        first_step=(False, "time the first step of a fresh process, cold and warm, and no more"),
-        one_step=(False, "stop after the first step and say when it came"),
+        parts=(False, "also time the parts of a step"),
+        first_step=(False, "only time the first step of a new process, with cold and warm cache"),
+        one_step=(False, "stop after the first step and print when it ended"),
     )

@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
-# Starts a command in several processes on this (Linux) machine, each with cores of its own, and a
-# GPU of its own where there are any. For commands whose processes share the work:
-# seqfair_jax.reproduce and seqfair_jax.search.
+# Starts a command several times on this Linux machine. Each process gets its own cores, and its own
+# GPU if there are any. For commands whose processes share the work: `seqfair reproduce` and
+# `seqfair search`.
 #
-#   launch/local.sh 2 python -m seqfair_jax.reproduce --config=configs/paper_rr.py --workdir=DIR
+#   launch/local.sh 2 seqfair reproduce --config=configs/paper_rr.py --workdir=DIR
 #
-# The first process prints here, the others to local-N.log in $LOGS (here by default). Interrupting
-# stops them all, their states saved; the status is 0 if all of theirs are.
+# The first process prints to this terminal, the others to local-N.log in $LOGS (by default the
+# current folder). Ctrl-C stops all of them, and each saves its state. The exit status is 0 if every
+# process ends with 0.
 set -euo pipefail
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
-  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 processes=$1
 shift
 
-# The cores that this process may use, 0-3,6, one by one.
+# List the cores that this process may use: "0-3,6" becomes 0 1 2 3 6.
 cores=()
 IFS=, read -ra ranges <<<"$(taskset -cp $$ | sed 's/.*: //')"
 for range in "${ranges[@]}"; do
   for ((core = ${range%-*}; core <= ${range#*-}; core++)); do cores+=("$core"); done
 done
-if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # to nothing hides them all
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then  # an empty value hides all GPUs
   IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 else
   mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
@@ -33,6 +34,9 @@ if ((processes > most)); then
 fi
 share=$((${#cores[@]} / processes > 0 ? ${#cores[@]} / processes : 1))
 pids=()
+# Each process runs in its own process group, so Ctrl-C reaches only this script. A process would
+# take the terminal's signal and this script's as two, and the second ends it without saving.
+set -m
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < processes; i++)); do
   (
@@ -45,7 +49,7 @@ for ((i = 0; i < processes; i++)); do
 done
 status=0
 for pid in "${pids[@]}"; do
-  # A trapped signal ends the first wait before the process has saved its state.
+  # A signal interrupts `wait`, so wait again until the process has ended.
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
   wait "$pid" || status=$?
 done

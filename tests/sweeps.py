@@ -8,14 +8,9 @@ from seqfair_jax.config import plan_runs
 from seqfair_jax.sweeps import grid
 
 
-def one_size(**changes):
-    """A run whose batches all fit one packed size, so that it compiles fast."""
-    return small(**{"train.batch_size": 4, "model.dropout": 0.0, **changes})
-
-
 def tiny(**changes):
     """A sweep of four jobs and five runs."""
-    config = one_size()
+    config = small()
     config.sweep = grid.default_sweep()
     config.sweep.methods = ("erm", "gdro", "cvar")
     config.sweep.families = ("pop33", "seq33")

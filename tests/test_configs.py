@@ -1,58 +1,89 @@
-import importlib.util
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from seqfair_jax.sweeps import grid, search
+from seqfair_jax.cli import load_config
 from seqfair_jax.config import default_config, parse_arguments, plan_runs, resolve
+from seqfair_jax.errors import UserError
+from seqfair_jax.sweeps import grid, search
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SWEEPS = {"paper_rr", "paper_ml1m"}
-SEARCHES = {"backbone_rr", "backbone_ml1m"}
-OTHERS = {"paper", *SWEEPS, *SEARCHES}
-FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in OTHERS)
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+SWEEPS = ("paper_ml1m", "paper_rr")
+SEARCHES = ("backbone_ml1m", "backbone_rr")
+OF_ONE_METHOD = [name for name in NAMES if name not in (*SWEEPS, *SEARCHES)]
 
 
-def load(name, arg=None):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg), module.__doc__
+def load(name, arguments=None):
+    return load_config(f"{CONFIGS / name}.py" + (f":{arguments}" if arguments else ""))
 
 
-@pytest.fixture(autouse=True)
-def _from_the_repository(monkeypatch):
-    monkeypatch.syspath_prepend(CONFIGS.parent)
+def docstring(name):
+    return (CONFIGS / f"{name}.py").read_text().split('"""')[1]
 
 
 def test_there_is_a_config_for_each_method_and_data_set():
     methods = ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar")
     expected = {f"{data}_{method}" for data in ("rr", "ml1m") for method in methods}
-    assert {path.stem for path in FILES} == expected | {"demo", "own_log"}
+    assert set(OF_ONE_METHOD) == expected | {"demo", "own_log"}
 
 
-@pytest.mark.parametrize("name", [path.stem for path in FILES])
-def test_every_config_is_valid_and_names_its_command(name):
-    config, doc = load(name)
-    resolve(config)
-    assert f"python -m seqfair_jax.main --config=configs/{name}.py" in doc
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_loads_from_another_folder(name, tmp_path, monkeypatch):
+    """Without the checkout on the path, as `seqfair` starts."""
+    root = CONFIGS.parent
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != root])
+    monkeypatch.chdir(tmp_path)
+    assert not any(name.split(".")[0] == "configs" for name in sys.modules)
+    config = load(name)
+    assert resolve_runs(config).seeds == (0,)
 
 
-@pytest.mark.parametrize("name", sorted(SWEEPS))
+def resolve_runs(config):
+    """The resolved settings of a config's runs."""
+    if "sweep" in config:
+        config = grid.split_config(config)[0]
+    elif "search" in config:
+        config = search.split_config(config)[0]
+    return resolve(config)
+
+
+@pytest.mark.parametrize("name", OF_ONE_METHOD)
+def test_every_config_names_its_command(name):
+    assert f"python -m seqfair_jax.main --config=configs/{name}.py" in docstring(name)
+
+
+def test_a_config_of_one_method_does_not_import_sweeps_or_plots():
+    code = """
+import sys
+from seqfair_jax.cli import load_config
+import seqfair_jax.commands.train
+for file in sys.argv[1:]:
+    load_config(file)
+avoided = ("seqfair_jax.sweeps", "seqfair_jax.report.html", "matplotlib")
+print([name for name in sys.modules if name.startswith(avoided)])
+"""
+    files = [str(CONFIGS / f"{name}.py") for name in OF_ONE_METHOD]
+    command = [sys.executable, "-c", code, *files]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_is_valid_and_names_its_command(name):
-    config, doc = load(name, "scale=small,groups=pop33+seq33")
-    base, settings = grid.split_config(config)
+    base, settings = grid.split_config(load(name, "scale=small,groups=pop33+seq33"))
     resolve(base)
     assert settings.families == ("pop33", "seq33")
-    assert f"python -m seqfair_jax.reproduce --config=configs/{name}.py" in doc
+    assert f"python -m seqfair_jax reproduce --config=configs/{name}.py" in docstring(name)
 
 
-@pytest.mark.parametrize("name", sorted(SEARCHES))
+@pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_is_valid_and_names_its_command(name):
-    config, doc = load(name)
-    assert f"python -m seqfair_jax.search --config=configs/{name}.py" in doc
-    base, grid, order = search.split_config(config)
+    assert f"python -m seqfair_jax search --config=configs/{name}.py" in docstring(name)
+    base, grid, order = search.split_config(load(name))
     resolve(base)
     # Appendix B: every combination, stopped after 200 epochs without a better validation.
     assert math.prod(map(len, grid.values())) == 216
@@ -62,7 +93,7 @@ def test_every_search_is_valid_and_names_its_command(name):
         "model.dim", "model.ff_dim", "model.num_blocks", "model.num_heads", "model.dropout",
         "train.batch_size",
     }  # fmt: skip
-    base, grid, order = search.split_config(load(name, "scale=small")[0])
+    base, grid, order = search.split_config(load(name, "scale=small"))
     base.update_from_flattened_dict({key: values[0] for key, values in grid.items()})
     assert resolve(base).train.decay_steps == base.train.epochs * base.train.steps_per_epoch
     assert set(order) == set(grid)
@@ -71,10 +102,13 @@ def test_every_search_is_valid_and_names_its_command(name):
 
 @pytest.mark.parametrize(
     ("name", "dropout", "batch_size", "epochs", "mask_seen", "valid_users"),
-    [("rr_sdro", 0.2, 128, 1000, False, 10_000), ("ml1m_sdro", 0.5, 256, 700, True, None)],
+    [
+        ("rr_sdro", 0.2, 128, 1000, False, 10_000),
+        ("ml1m_sdro", 0.5, 256, 700, True, 0),  # 0: all of them
+    ],
 )
 def test_the_papers_settings(name, dropout, batch_size, epochs, mask_seen, valid_users):
-    config = resolve(load(name)[0])
+    config = resolve(load(name))
     model = config.model.to_dict()
     assert model == {
         "dim": 256,
@@ -90,6 +124,7 @@ def test_the_papers_settings(name, dropout, batch_size, epochs, mask_seen, valid
     train = config.train
     assert (train.batch_size, train.epochs, train.steps_per_epoch) == (batch_size, epochs, 128)
     assert (train.learning_rate, train.weight_decay, train.clip_norm) == (1e-3, 0, 0)
+    assert train.decay_steps == 0  # a constant rate
     assert train.early_stop_epochs == 0
     assert config.evaluate.mask_seen is mask_seen
     assert config.data.valid_users == valid_users
@@ -98,22 +133,48 @@ def test_the_papers_settings(name, dropout, batch_size, epochs, mask_seen, valid
     assert config.objective.group_family == "pop33"
 
 
+def differences(config, other):
+    config, other = resolve(config), resolve(other)
+    parts = ("model", "train", "evaluate", "select")
+    return {
+        f"{part}.{key}": value
+        for part in parts
+        for key, value in config[part].items()
+        if other[part][key] != value
+    }
+
+
+def test_the_small_size_is_the_default_recipe():
+    recipe = default_config()
+    assert differences(load("rr_cvar", "scale=small"), recipe) == {}
+    assert differences(load("own_log", "method=cvar"), recipe) == {}
+    train = resolve(recipe).train
+    assert (train.learning_rate, train.epochs, train.steps_per_epoch) == (0.01, 6, 256)
+    assert train.decay_steps == 6 * 256
+    assert recipe.model.init_scale == 0.1
+    # MovieLens-1M has its own search.
+    assert differences(load("ml1m_cvar", "scale=small"), recipe) == {
+        "model.dropout": 0.1, "train.learning_rate": 0.02, "train.batch_size": 64,
+        "train.epochs": 16, "train.decay_steps": 16 * 256, "evaluate.mask_seen": True,
+    }  # fmt: skip
+
+
 def test_arguments_of_the_papers_configs():
-    config = load("rr_gdro", "groups=pop2060,init=0.05,tie=1")[0]
+    config = load("rr_gdro", "groups=pop2060,init=0.05,tie=1")
     assert config.groups == ("pop2060",)
     assert (config.model.init_scale, config.model.tie_embeddings) == (0.05, True)
-    small = load("rr_gdro", "scale=small,groups=seq33+pop33")[0]
+    small = load("rr_gdro", "scale=small,groups=seq33+pop33")
     assert (small.model.dim, small.model.num_blocks, small.model.init_scale) == (64, 2, 0.1)
     assert resolve(small).objective.group_family == "seq33"
-    with pytest.raises(ValueError, match="did you mean 'groups'"):
+    with pytest.raises(UserError, match="did you mean 'groups'"):
         load("rr_gdro", "group=pop33")
-    with pytest.raises(ValueError, match="scale=big: expected paper or small"):
+    with pytest.raises(UserError, match="scale=big: expected paper or small"):
         load("rr_gdro", "scale=big")
 
 
 @pytest.mark.parametrize("name", ["own_log", "rr_cvar"])
-def test_the_rate_falls_over_however_many_epochs_are_asked_for(name):
-    config = load(name, "scale=small" if name == "rr_cvar" else None)[0]
+def test_the_rate_falls_over_all_epochs(name):
+    config = load(name, "scale=small" if name == "rr_cvar" else None)
     config.train.epochs = 40
     assert resolve(config).train.decay_steps == 40 * 256
     config.train.decay_steps = 0
@@ -123,7 +184,7 @@ def test_the_rate_falls_over_however_many_epochs_are_asked_for(name):
 def test_parse_arguments():
     assert parse_arguments("a=3,b=x", a=1, b="y", c=0.5).to_dict() == {"a": 3, "b": "x", "c": 0.5}
     for text in ("a=x", "a"):
-        with pytest.raises(ValueError, match="expected a=VALUE with a int"):
+        with pytest.raises(UserError, match="expected a=VALUE with a int"):
             parse_arguments(text, a=1)
 
 
@@ -139,7 +200,7 @@ def test_parse_arguments():
         ({"objective.radius": (0.5, 0.5)}, "objective.radius.*unequal"),
         ({"objective.alpha": (0.1, 0.2)}, "objective.alpha has 2 values, but erm does not read"),
         ({"select.metric": "NDGC@20"}, "unknown metric 'NDGC@20'"),
-        ({"model.max_len": 1}, "model.max_len is 1: expected 2 or more"),
+        ({"model.max_len": 1}, "model.max_len is 1: expected a number, 2 or more"),
         ({"model.num_heads": 3}, "model.dim is 64: expected a multiple of model.num_heads"),
         ({"model.dropout": 1.0}, "model.dropout"),
         ({"model.dtype": "float16"}, "model.dtype is 'float16'.*did you mean"),
@@ -151,7 +212,7 @@ def test_parse_arguments():
 def test_bad_settings_are_named(changes, message):
     config = default_config()
     config.update_from_flattened_dict(changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         resolve(config)
 
 
@@ -159,7 +220,7 @@ def test_unknown_keys_are_named_with_the_closest():
     config = default_config()
     config.train.unlock()
     config.train.epoch = 3
-    with pytest.raises(ValueError, match=r"train\.epoch \(did you mean 'epochs'\?\)"):
+    with pytest.raises(UserError, match=r"train\.epoch \(did you mean '?(train\.)?epochs'?\?\)"):
         resolve(config)
 
 

@@ -53,6 +53,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         return
     folder = workdir.create(directory)
     with workdir.lock(workdir.job_lock(folder, "plan"), wait=True):
+        workdir.remove_unfinished(folder)
         runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder)
         workdir.write_json(folder / _PLAN, {"runs_per_job": runs_per_job})
     choose = functools.partial(
@@ -83,6 +84,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
             f"{experiment.dataset.log_hash[:12]}."
         )
         target = folder / "tables"
+        workdir.remove_unfinished(target)
         files = _write_tables(entries, base.data.name, base.select.metric, target, source)
         files += _write_table_1(experiment.dataset, target, source)
     print("\n" + workdir.read_text(folder / "tables" / "overall.md"))

@@ -92,6 +92,7 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         raise SystemExit(f"no point of the search has a validation score\n{failed}")
     ranking = pd.DataFrame([point | figures for point, figures in ranked])
     with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
+        workdir.remove_unfinished(folder)
         _write(ranking, ranked[0][0], base, folder)
     print("\n" + (folder / "search.md").read_text(encoding="utf-8"))
     if failed:
