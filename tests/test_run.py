@@ -30,6 +30,8 @@ FILES = {
     "per_user_worst_group.parquet",
     "groups.parquet",
     "split.parquet",
+    "items.parquet",
+    "histories.parquet",
     "checkpoints",
 }
 
@@ -41,9 +43,9 @@ def small(method="erm", **changes):
     config.data.cache_dir = ""
     config.model.dim = config.model.ff_dim = 8
     config.model.num_blocks = 1
-    config.model.max_len = 20
+    config.model.max_len = 14
     config.objective.name = method
-    config.train.batch_size = 32
+    config.train.batch_size = 8  # at most 104 tokens: a single packed size to compile
     config.train.epochs = 2
     config.train.steps_per_epoch = 5
     config.train.learning_rate = 1e-3
@@ -309,7 +311,7 @@ def test_a_loss_over_two_families_at_once(method, tmp_path):
 def test_report_refuses_folders_that_do_not_belong_together(tmp_path):
     run(small(), tmp_path / "a")
     run(small(**{"data.synthetic.seed": 5}), tmp_path / "b")
-    with pytest.raises(UserError, match="another log"):
+    with pytest.raises(UserError, match="different logs or splits"):
         text.tables([tmp_path / "a", tmp_path / "b"], "NDCG@20")
     with pytest.raises(UserError, match=r"no summary\.json"):
         text.tables([tmp_path], "NDCG@20")
