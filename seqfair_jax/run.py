@@ -23,6 +23,7 @@ from seqfair_jax.evaluation.metrics import rank_metrics, recommendation_stats
 from seqfair_jax.evaluation.slices import OVERALL, slice_means
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.report import text
+from seqfair_jax.serving import catalogue
 from seqfair_jax.training import checkpoint, selection
 from seqfair_jax.training.experiment import Experiment, build_experiment
 from seqfair_jax.training.loop import fit, make_validation
@@ -327,7 +328,7 @@ def _describe(experiment: Experiment) -> None:
 
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:
-    """Write `groups.parquet` (each user's groups) and `split.parquet` (what was held out)."""
+    """Write the groups, the split, the items and the histories of a run's log."""
     dataset = experiment.dataset
     folder.mkdir(parents=True, exist_ok=True)
     groups = {family.name: family.labels() for family in experiment.families}
@@ -345,3 +346,4 @@ def _write_data_files(folder: Path, experiment: Experiment) -> None:
         }
     )
     workdir.write_parquet(folder / workdir.SPLIT, split)
+    catalogue.write(folder, dataset)

@@ -4,6 +4,7 @@ A work directory of one run:
 
     config.json env.json metrics.jsonl summary.json finished.json
     groups.parquet split.parquet per_user.parquet per_user_worst_group.parquet checkpoints/
+    items.parquet histories.parquet
 
 A grid of runs has the same files for each run in `runs/NAME/`, and its own `summary.json`. A sweep
 or search has a work directory for each job in `jobs/NAME/`, and locks in `locks/`.
@@ -33,6 +34,7 @@ SCHEMA_VERSION = 3  # of summary.json and the other files of a run
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.json", "env.json", "metrics.jsonl", "summary.json"
 GROUPS, SPLIT = "groups.parquet", "split.parquet"
+ITEMS, HISTORIES = "items.parquet", "histories.parquet"
 LATEST_CHECKPOINT = Path("checkpoints", "latest")
 _FINISHED = "finished.json"  # written last: the hashes of the files above
 _LOCK = ".lock"
@@ -149,7 +151,7 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
         folder: of the run.
         inputs: SHA-256 of the log and of the group file.
     """
-    names = (*_RESULTS[1:], CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT)
+    names = (*_RESULTS[1:], CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES)
     files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     write_json(folder / _FINISHED, {"files": files, "inputs": dict(inputs)})
 

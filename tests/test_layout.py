@@ -18,6 +18,7 @@ ROOMS = (
     "evaluation",
     "config",
     "training",
+    "serving",
     "report",
     "run",
     "sweeps",

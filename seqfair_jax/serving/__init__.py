@@ -1,0 +1,5 @@
+"""A finished run as a recommender: load it, and give each user a list of items."""
+
+from seqfair_jax.serving.trained import TrainedModel, load
+
+__all__ = ["TrainedModel", "load"]

@@ -1,0 +1,111 @@
+"""Load a finished run: its model, its parameters, its items and its users' histories."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from seqfair_jax import workdir
+from seqfair_jax.errors import UserError
+from seqfair_jax.model.packing import BLOCK, Packed
+from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.serving import catalogue
+from seqfair_jax.serving.catalogue import Histories
+from seqfair_jax.training import checkpoint, selection
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A finished run. Shape letters: U users, V vocabulary."""
+
+    run: str  # the run's name
+    config: ConfigDict  # its settings
+    model: SASRec
+    params: Any
+    item_ids: np.ndarray  # i64[V] or object[V] of text
+    user_ids: np.ndarray  # i64[U] or object[U] of text
+    histories: Histories  # of the U users, the newest item included
+    mask_seen: bool  # whether the run was evaluated without the items of the history
+
+
+def load(directory: str | Path, *, run: str | None = None, rule: str = "overall") -> TrainedModel:
+    """Load a finished run from its folder. The log is not needed.
+
+    Args:
+        directory: the work directory of a run, or of a grid of runs.
+        run: the name of a run of the grid; None for the one that validation selected: the first
+            seed of the best hyperparameters.
+        rule: which epoch to load: the one that was best "overall", or for the "worst_group".
+
+    Raises:
+        UserError: if the run has not finished or failed, if its files are missing or changed, or
+            if there is no such run or rule.
+    """
+    if rule not in selection.RULES:
+        raise UserError(f"rule is {rule!r}: expected {' or '.join(selection.RULES)}")
+    folder = _run_folder(workdir.user_path(directory), run)
+    summary = workdir.read_summary(folder)
+    workdir.check_finished(folder)
+    if not selection.is_result(summary, rule):
+        raise UserError(
+            f"{folder}: run {summary['run']} {summary['status']}, so it has no parameters to load; "
+            "name another run"
+        )
+    missing = [n for n in (workdir.ITEMS, workdir.HISTORIES) if not (folder / n).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: no {missing[0]}, since an earlier version trained this run; train it again "
+            "in a new --workdir"
+        )
+    item_ids, user_ids, histories = catalogue.read(folder)
+    config = ConfigDict(workdir.read_json(folder / workdir.CONFIG))
+    model = SASRec(num_items=len(item_ids), **config.model)
+    tokens = jax.ShapeDtypeStruct((BLOCK,), jnp.int32)
+    template = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), Packed(*[tokens] * 5)
+    )
+    path = workdir.best_checkpoint(folder, rule)
+    try:
+        params, _ = checkpoint.load(path, template)
+    except (FileNotFoundError, checkpoint.CorruptCheckpointError):
+        raise UserError(
+            f"{path} is damaged or missing. Restore it, or remove finished.json from {folder} and "
+            "run the training command again: it repeats the test"
+        ) from None
+    return TrainedModel(
+        run=summary["run"],
+        config=config,
+        model=model,
+        params=params,
+        item_ids=item_ids,
+        user_ids=user_ids,
+        histories=histories,
+        mask_seen=config.evaluate.mask_seen,
+    )
+
+
+def _run_folder(folder: Path, run: str | None) -> Path:
+    """The folder of one run in a work directory."""
+    if (folder / "jobs").is_dir():
+        jobs = ", ".join(sorted(path.name for path in (folder / "jobs").iterdir())[:5])
+        raise UserError(
+            f"{folder} has the runs of several jobs; name the folder of one, {folder / 'jobs'}/JOB "
+            f"(there are {jobs}, ...)"
+        )
+    summary = workdir.read_summary(folder)
+    runs = summary.get("runs", [summary])
+    names = [found["run"] for found in runs]
+    if run is None and "runs" in summary:
+        best = summary["selected"]["hparams"]
+        run = next(r["run"] for r in runs if r["hparams"] == best and r["status"] == "finished")
+    if run is not None and run not in names:
+        raise UserError(f"{folder} has no run {run!r}; there are {', '.join(names)}")
+    if "runs" not in summary:
+        return folder
+    workdir.check_finished(folder)
+    return workdir.run_folders(folder, names)[names.index(run)]
