@@ -110,8 +110,8 @@ def make_queries(
     # The row after the history is in the place of the target; `pack` never reads it as an input.
     ends = (starts + num_history + 1).astype(np.int32)
 
-    num_tokens = _num_tokens(max_len)
-    encode_batches = _fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
+    num_tokens = packed_tokens(max_len)
+    encode_batches = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
     encoded_at = np.empty(len(users), np.int32)
     real = encode_batches >= 0
     encoded_at[encode_batches[real]] = np.flatnonzero(real)
@@ -149,26 +149,13 @@ def rank_targets(
         ranks i32[m * B'] (padding included), top items i32[m * B', k], and a
         bool[]: whether every score was finite.
     """
-    num_tokens = _num_tokens(model.max_len)
-
-    def encode(places):
-        packed = pack(queries.sequences, places, num_tokens=num_tokens, num_items=model.num_items)
-        hidden = model.apply(params, packed, train=False)
-        newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
-        return hidden[newest]
-
+    encode = functools.partial(encode_newest, model, params, queries.sequences)
     hidden = lax.map(encode, queries.encode_batches).reshape(-1, model.dim)
     table = jnp.asarray(model.apply(params, train=False, method="output_table"))
-    precision = PRECISIONS[model.dtype][1]
 
     def score(batch):
         encoded_at, targets, seen_rows, seen_items = batch
-        scores = jnp.matmul(
-            hidden[encoded_at], table.T, precision=precision, preferred_element_type=jnp.float32
-        )
-        finite = jnp.isfinite(scores.sum(axis=-1)).all()  # one pass; NaN and inf survive a sum
-        if seen_rows.size:
-            scores = scores.at[seen_rows, seen_items].set(-jnp.inf, mode="drop")
+        scores, finite = score_items(model, hidden[encoded_at], table, seen_rows, seen_items)
         own = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[:, None], axis=-1)
         ranks = jnp.sum(scores >= own, axis=-1, dtype=jnp.int32)
         top_items = lax.top_k(scores, top_k)[1]
@@ -180,11 +167,54 @@ def rank_targets(
     return ranks.reshape(-1), top_items.reshape(ranks.size, top_k), finite.all()
 
 
-def _num_tokens(max_len: int) -> int:
+def encode_newest(model: SASRec, params, sequences: Sequences, users: jax.Array) -> jax.Array:
+    """The hidden state of each user's newest token, f[B, D]: what the model predicts from.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        sequences: the users' windows.
+        users: i32[B], of at most `packed_tokens` tokens together; -1 for an empty slot.
+    """
+    num_tokens = packed_tokens(model.max_len)
+    packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items)
+    hidden = model.apply(params, packed, train=False)
+    newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
+    return hidden[newest]
+
+
+def score_items(
+    model: SASRec,
+    hidden: jax.Array,
+    table: jax.Array,
+    seen_rows: jax.Array,
+    seen_items: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The score of every item for each user, f32[B, V].
+
+    Args:
+        model: the network.
+        hidden: f[B, D], as `encode_newest` gives it.
+        table: f[V, D], the items' output embeddings.
+        seen_rows, seen_items: i32[S], pairs whose score becomes -inf; an item V is padding.
+
+    Returns:
+        The scores, and a bool[]: whether all were finite before the mask.
+    """
+    precision = PRECISIONS[model.dtype][1]
+    scores = jnp.matmul(hidden, table.T, precision=precision, preferred_element_type=jnp.float32)
+    finite = jnp.isfinite(scores.sum(axis=-1)).all()  # one pass; NaN and inf survive a sum
+    if seen_rows.size:
+        scores = scores.at[seen_rows, seen_items].set(-jnp.inf, mode="drop")
+    return scores, finite
+
+
+def packed_tokens(max_len: int) -> int:
+    """How many tokens are encoded at once."""
     return -(-max(_TOKENS, max_len) // BLOCK) * BLOCK
 
 
-def _fill_batches(lengths: np.ndarray, num_tokens: int, *, max_users: int) -> np.ndarray:
+def fill_batches(lengths: np.ndarray, num_tokens: int, *, max_users: int) -> np.ndarray:
     """Cut users into batches of at most `num_tokens` tokens and `max_users` users, in order."""
     batches: list[list[int]] = [[]]
     tokens = 0
