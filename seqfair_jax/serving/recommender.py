@@ -1,0 +1,159 @@
+"""Rank the catalogue for each user, in batches of fixed shapes and so in bounded memory.
+
+Shape letters: n users, V vocabulary, C candidates, B users scored at once, D width, T tokens
+encoded at once, k length of a list.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from seqfair_jax.errors import DivergedError
+from seqfair_jax.evaluation.ranking import (
+    encode_newest,
+    fill_batches,
+    packed_tokens,
+    score_items,
+)
+from seqfair_jax.model.packing import Sequences
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec
+from seqfair_jax.serving.catalogue import Histories
+from seqfair_jax.serving.trained import TrainedModel
+
+_BLOCK_ROWS = 2**18  # lists are yielded in blocks of about so many rows
+_BLOCK_USERS = 2**14
+
+
+class Lists(NamedTuple):
+    """The recommended items of some users, best first."""
+
+    first: int  # place of the first of the n users
+    items: np.ndarray  # i32[n, k] positions in the vocabulary
+    scores: np.ndarray  # f32[n, k]; -inf behind the end of a shorter list
+
+
+def recommend(
+    trained: TrainedModel,
+    histories: Histories,
+    *,
+    k: int,
+    mask_seen: bool | None = None,
+    candidates: np.ndarray | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Lists]:
+    """The k best items of each user, by the score of what follows their history.
+
+    Items with the same score are in the order of the vocabulary. A list is shorter than k if the
+    user has fewer items left to recommend.
+
+    Args:
+        trained: the model.
+        histories: the users, by default `trained.histories` has those of the log.
+        k: length of a list.
+        mask_seen: recommend no item of the whole history; None for what the run was evaluated by.
+        candidates: i32[C] ascending positions of the items to recommend; None for all.
+        batch_size: B, users scored at once; None for that of the run's evaluation.
+
+    Yields:
+        Blocks of users, in order.
+
+    Raises:
+        DivergedError: if a score is not finite.
+    """
+    model, params = trained.model, trained.params
+    mask_seen = trained.mask_seen if mask_seen is None else mask_seen
+    batch_size = batch_size or trained.config.evaluate.batch_size
+    table = model.apply(params, train=False, method="output_table")
+    if candidates is None:
+        candidates = np.arange(model.num_items, dtype=np.int32)
+    else:
+        table = table[candidates]
+    k = min(k, len(candidates))
+    # The place of each item among the candidates; an item that is none is dropped from the mask.
+    places = np.full(model.num_items, len(candidates), np.int32)
+    places[candidates] = np.arange(len(candidates))
+    table = jnp.asarray(table)
+
+    num_users = len(histories.offsets) - 1
+    num_batches = max(1, min(_BLOCK_USERS, _BLOCK_ROWS // k) // batch_size)
+    block = num_batches * batch_size
+    for first in range(0, num_users, block):
+        users = slice(first, min(first + block, num_users))
+        hidden = _encode_users(model, params, histories, users, batch_size)
+        found = []
+        for start in range(users.start, users.stop, batch_size):
+            batch = slice(start, min(start + batch_size, users.stop))
+            rows = hidden[start - first : start - first + batch_size]
+            seen = _seen(histories, batch, places, mask_seen)
+            found.append(_top_items(model, rows, table, *seen, k=k))
+            if len(found) > 1:  # at most two batches of scores are alive
+                jax.block_until_ready(found[-2])
+        scores, items, finite = (np.concatenate(part) for part in zip(*found, strict=True))
+        if not finite.all():
+            raise DivergedError(
+                f"run {trained.run}: a score is not finite, so nothing can be ranked; load another "
+                "run"
+            )
+        count = users.stop - users.start
+        yield Lists(first, candidates[items[:count]], scores[:count])
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: SASRec, params: Any, sequences: Sequences) -> jax.Array:
+    return encode_newest(model, params, sequences, jnp.arange(len(sequences.lengths)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def _top_items(model, hidden, table, seen_rows, seen_items, *, k):
+    scores, finite = score_items(model, hidden, table, seen_rows, seen_items)
+    return *lax.top_k(scores, k), finite[None]
+
+
+def _encode_users(
+    model: SASRec, params: Any, histories: Histories, users: slice, batch_size: int
+) -> np.ndarray:
+    """The newest hidden state of each user, f[n, D], padded to whole batches."""
+    num_tokens = packed_tokens(model.max_len)
+    max_users = num_tokens // 8
+    stops = histories.offsets[users.start + 1 : users.stop + 1]
+    sizes = stops - histories.offsets[users]
+    lengths = np.minimum(sizes + 1, model.max_len - 1)  # the begin token and the last L - 2 items
+    padded = -(-len(sizes) // batch_size) * batch_size
+    hidden = np.zeros((padded, model.dim), PRECISIONS[model.dtype][0])
+    for batch in fill_batches(lengths, num_tokens, max_users=max_users):
+        batch = batch[batch >= 0]
+        tokens = lengths[batch]
+        ends = np.cumsum(tokens)
+        # Each user's items, then a row for the target, which is never an input.
+        rows = np.arange(ends[-1]) + np.repeat(stops[batch] + 1 - ends, tokens)
+        items = np.zeros(num_tokens, np.int32)
+        real = np.ones(ends[-1], bool)
+        real[ends - 1] = False
+        items[: ends[-1]][real] = histories.items[rows[real]]
+        pad = (0, max_users - len(batch))
+        sequences = Sequences(
+            items, np.pad(ends, pad).astype(np.int32), np.pad(tokens, pad).astype(np.int32)
+        )
+        hidden[batch] = np.asarray(_encode(model, params, sequences))[: len(batch)]
+    return hidden
+
+
+def _seen(
+    histories: Histories, users: slice, places: np.ndarray, mask_seen: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (row of the batch, candidate) pairs to mask: two arrays i32[S].
+
+    S is a power of two, so few programs are compiled.
+    """
+    if not mask_seen:
+        return np.zeros(0, np.int32), np.zeros(0, np.int32)
+    offsets = histories.offsets[users.start : users.stop + 1]
+    rows = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+    items = places[histories.items[offsets[0] : offsets[-1]]]
+    pad = (0, (1 << max(len(rows) - 1, 0).bit_length()) - len(rows))
+    return np.pad(rows, pad), np.pad(items, pad, constant_values=len(places))
