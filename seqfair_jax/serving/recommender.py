@@ -136,9 +136,8 @@ def _encode_users(
         real[ends - 1] = False
         items[: ends[-1]][real] = histories.items[rows[real]]
         pad = (0, max_users - len(batch))
-        sequences = Sequences(
-            items, np.pad(ends, pad).astype(np.int32), np.pad(tokens, pad).astype(np.int32)
-        )
+        windows = (items, np.pad(ends, pad), np.pad(tokens, pad))
+        sequences = Sequences(*(jnp.asarray(part, jnp.int32) for part in windows))
         hidden[batch] = np.asarray(_encode(model, params, sequences))[: len(batch)]
     return hidden
 

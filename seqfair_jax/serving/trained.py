@@ -65,7 +65,7 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
     item_ids, user_ids, histories = catalogue.read(folder)
     config = ConfigDict(workdir.read_json(folder / workdir.CONFIG))
     model = SASRec(num_items=len(item_ids), **config.model)
-    tokens = jax.ShapeDtypeStruct((BLOCK,), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((BLOCK,), jnp.int32)
     template = jax.eval_shape(
         functools.partial(model.init, train=False), jax.random.key(0), Packed(*[tokens] * 5)
     )

@@ -1,0 +1,144 @@
+"""`seqfair recommend --workdir=DIR --out=FILE`: a list of items for each user."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from absl import flags
+from tqdm import tqdm
+
+from seqfair_jax import workdir
+from seqfair_jax.cli import Command
+from seqfair_jax.errors import UserError
+from seqfair_jax.serving import TrainedModel, load, tables, writers
+from seqfair_jax.serving.catalogue import Histories
+from seqfair_jax.serving.recommender import Lists, recommend
+
+_LOG = logging.getLogger(__name__)
+_SEEN = {None: None, "keep": False, "mask": True}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write a list of items for each user."""
+    command = Command(
+        "recommend",
+        "Write the k best items of each user by a finished run. Needs the run's folder, not its\n"
+        "log. Tables are CSV or Parquet.",
+    )
+    command.string("workdir", "the folder of a finished run, or of a grid of runs (required)")
+    command.string("out", "the file to write: .parquet, .csv or .jsonl (required)")
+    command.integer("k", "items for each user", 20)
+    command.string("users", "a table with a column user_id (default: all users of the log)")
+    command.string("histories", "a table user_id, item_id[, timestamp] of new or known users")
+    command.string("seen", "keep, or mask: no item of the user's history (default: as evaluated)")
+    command.string("exclude", "a table with a column item_id: never recommend these")
+    command.string("only", "a table with a column item_id: recommend only these")
+    command.string("run", "the name of a run of a grid (default: the one that was selected)")
+    command.string("rule", "the epoch that was best overall, or for the worst_group", "overall")
+    command.integer("batch_size", "users scored at once (default: as evaluated)", 0)
+    command.run(argv, lambda values, _: _recommend(command, values))
+
+
+def _recommend(command: Command, values: flags.FlagValues) -> None:
+    directory = command.required("workdir")
+    out = workdir.user_path(command.required("out"))
+    writers.check_suffix(out)
+    if out.is_dir():
+        raise UserError(f"--out={out} is a folder; name a file")
+    if values.k < 1 or values.batch_size < 0:
+        raise UserError(f"--k={values.k}, --batch_size={values.batch_size}: expected 1 or more")
+    if values.seen not in _SEEN:
+        raise UserError(f"--seen={values.seen}: expected keep or mask")
+    if values.users and values.histories:
+        raise UserError("--users and --histories are both given; give one of them")
+    try:
+        trained = load(directory, run=values.run, rule=values.rule)
+        user_ids, histories = _users(trained, values)
+        candidates = _candidates(trained, values)
+        _LOG.info(
+            "run %s, best epoch by %s: %s users, %s items", trained.run, values.rule,
+            f"{len(user_ids):,}", f"{len(candidates):,}",
+        )  # fmt: skip
+        began = time.perf_counter()
+        found = recommend(
+            trained,
+            histories,
+            k=values.k,
+            mask_seen=_SEEN[values.seen],
+            candidates=candidates,
+            batch_size=values.batch_size or None,
+        )
+        writer = _Rows(user_ids, trained.item_ids)
+        writers.write(out, writer.schema, writer.tables(found, values.k))
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped: nothing was written to {out}") from None
+    seconds = time.perf_counter() - began
+    if writer.shorter:
+        _LOG.warning(
+            "%s users have fewer than %s items, since no more are left to recommend to them",
+            f"{writer.shorter:,}", values.k,
+        )  # fmt: skip
+    print(
+        f"{out}: {writer.rows:,} rows for {len(user_ids):,} users in {seconds:.1f} s "
+        f"({len(user_ids) / seconds:,.0f} users/s)"
+    )
+
+
+def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray, Histories]:
+    """Who gets a list: the ids and the histories."""
+    if values.histories:
+        return tables.read_histories(values.histories, trained.user_ids, trained.item_ids)
+    if values.users:
+        ids, places = tables.read_users(values.users, trained.user_ids)
+        return ids, trained.histories.select(places)
+    return trained.user_ids, trained.histories
+
+
+def _candidates(trained: TrainedModel, values: flags.FlagValues) -> np.ndarray:
+    """The places of the items to recommend, ascending."""
+    places = np.arange(len(trained.item_ids))
+    if values.only:
+        places = tables.read_items(values.only, "only", trained.item_ids)
+    if values.exclude:
+        places = np.setdiff1d(
+            places, tables.read_items(values.exclude, "exclude", trained.item_ids)
+        )
+    if not len(places):
+        raise UserError(f"--exclude={values.exclude}: no item is left to recommend; exclude fewer")
+    return places.astype(np.int32)
+
+
+class _Rows:
+    """Lists as tables of the output, with the ids of the log."""
+
+    def __init__(self, user_ids: np.ndarray, item_ids: np.ndarray):
+        self._user_ids, self._item_ids = pa.array(user_ids), pa.array(item_ids)
+        self.schema = pa.schema(
+            {
+                "user_id": self._user_ids.type,
+                "item_id": self._item_ids.type,
+                "score": pa.float32(),
+                "rank": pa.int32(),
+            }
+        )
+        self.rows = 0  # so far
+        self.shorter = 0  # users so far whose list is shorter than k
+
+    def tables(self, found: Iterator[Lists], k: int) -> Iterator[pa.Table]:
+        """A table for each block of users."""
+        with tqdm(total=len(self._user_ids), unit="user", dynamic_ncols=True) as bar:
+            for lists in found:
+                real = np.isfinite(lists.scores)
+                user, column = np.nonzero(real)
+                self.rows += len(user)
+                self.shorter += int((real.sum(axis=1) < k).sum())
+                columns = [
+                    self._user_ids.take(pa.array(lists.first + user)),
+                    self._item_ids.take(pa.array(lists.items[real])),
+                    pa.array(lists.scores[real]),
+                    pa.array(column.astype(np.int32) + 1),
+                ]
+                yield pa.table(columns, schema=self.schema)
+                bar.update(len(real))
