@@ -178,7 +178,7 @@ def encode_newest(model: SASRec, params, sequences: Sequences, users: jax.Array)
     """
     num_tokens = packed_tokens(model.max_len)
     packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items)
-    hidden = model.apply(params, packed, train=False)
+    hidden: Any = model.apply(params, packed, train=False)
     newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
     return hidden[newest]
 
