@@ -2,19 +2,17 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 from absl import flags
-from tqdm import tqdm
 
 from seqfair_jax import workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.errors import UserError
-from seqfair_jax.serving import TrainedModel, load, tables, writers
+from seqfair_jax.serving import TrainedModel, load, output, tables
 from seqfair_jax.serving.catalogue import Histories
-from seqfair_jax.serving.recommender import Lists, recommend
+from seqfair_jax.serving.recommender import recommend
 
 _LOG = logging.getLogger(__name__)
 _SEEN = {None: None, "keep": False, "mask": True}
@@ -44,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
 def _recommend(command: Command, values: flags.FlagValues) -> None:
     directory = command.required("workdir")
     out = workdir.user_path(command.required("out"))
-    writers.check_suffix(out)
+    output.check_suffix(out)
     if out.is_dir():
         raise UserError(f"--out={out} is a folder; name a file")
     if values.k < 1 or values.batch_size < 0:
@@ -70,18 +68,19 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
             candidates=candidates,
             batch_size=values.batch_size or None,
         )
-        writer = _Rows(user_ids, trained.item_ids)
-        writers.write(out, writer.schema, writer.tables(found, values.k))
+        written = output.write_lists(
+            out, found, user_ids=user_ids, item_ids=trained.item_ids, k=values.k
+        )
     except KeyboardInterrupt:
         raise SystemExit(f"stopped: nothing was written to {out}") from None
     seconds = time.perf_counter() - began
-    if writer.shorter:
+    if written.short_lists:
         _LOG.warning(
             "%s users have fewer than %s items, since no more are left to recommend to them",
-            f"{writer.shorter:,}", values.k,
+            f"{written.short_lists:,}", values.k,
         )  # fmt: skip
     print(
-        f"{out}: {writer.rows:,} rows for {len(user_ids):,} users in {seconds:.1f} s "
+        f"{out}: {written.rows:,} rows for {len(user_ids):,} users in {seconds:.1f} s "
         f"({len(user_ids) / seconds:,.0f} users/s)"
     )
 
@@ -108,37 +107,3 @@ def _candidates(trained: TrainedModel, values: flags.FlagValues) -> np.ndarray:
     if not len(places):
         raise UserError(f"--exclude={values.exclude}: no item is left to recommend; exclude fewer")
     return places.astype(np.int32)
-
-
-class _Rows:
-    """Lists as tables of the output, with the ids of the log."""
-
-    def __init__(self, user_ids: np.ndarray, item_ids: np.ndarray):
-        self._user_ids, self._item_ids = pa.array(user_ids), pa.array(item_ids)
-        self.schema = pa.schema(
-            {
-                "user_id": self._user_ids.type,
-                "item_id": self._item_ids.type,
-                "score": pa.float32(),
-                "rank": pa.int32(),
-            }
-        )
-        self.rows = 0  # so far
-        self.shorter = 0  # users so far whose list is shorter than k
-
-    def tables(self, found: Iterator[Lists], k: int) -> Iterator[pa.Table]:
-        """A table for each block of users."""
-        with tqdm(total=len(self._user_ids), unit="user", dynamic_ncols=True) as bar:
-            for lists in found:
-                real = np.isfinite(lists.scores)
-                user, column = np.nonzero(real)
-                self.rows += len(user)
-                self.shorter += int((real.sum(axis=1) < k).sum())
-                columns = [
-                    self._user_ids.take(pa.array(lists.first + user)),
-                    self._item_ids.take(pa.array(lists.items[real])),
-                    pa.array(lists.scores[real]),
-                    pa.array(column.astype(np.int32) + 1),
-                ]
-                yield pa.table(columns, schema=self.schema)
-                bar.update(len(real))

@@ -5,6 +5,7 @@ With them and the parameters, a run can recommend without its log.
 Shape letters: U users, V vocabulary, N rows.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +63,8 @@ def write(folder: Path, dataset: Dataset) -> None:
             "unknown_items": (rows - np.diff(histories.offsets)).astype(np.int32),
         }
     )
-    for name, table in ((workdir.ITEMS, items), (workdir.HISTORIES, users)):
-        workdir.write_file(folder / name, lambda path, table=table: pq.write_table(table, path))
+    workdir.write_file(folder / workdir.ITEMS, functools.partial(pq.write_table, items))
+    workdir.write_file(folder / workdir.HISTORIES, functools.partial(pq.write_table, users))
 
 
 def read(folder: Path) -> tuple[np.ndarray, np.ndarray, Histories]:
