@@ -15,13 +15,13 @@ from seqfair_jax import workdir
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.paper.reproduce import reproduce
 from seqfair_jax.report import runs as report_runs
-from seqfair_jax.sweeps import jobs
+from seqfair_jax.sweeps import cost, jobs
 
 TESTS = Path(__file__).parent
 
 
 def test_the_plan_is_printed_and_no_folder_is_made(tmp_path, capsys):
-    config = tiny(**{"seeds": (0, 1), "sweep.choice_seeds": 1, "sweep.runs_per_job": 1000})
+    config = tiny(**{"seeds": (0, 1), "sweep.choice_seeds": 1})
     reproduce(config, tmp_path / "none", dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [
@@ -89,13 +89,26 @@ def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch, capsys):
         reproduce(tiny(**{"train.learning_rate": 0.5}), finished)
 
 
+def test_the_runs_of_a_job_are_measured_once(tmp_path, monkeypatch):
+    def run(config, folder):
+        raise DivergedError("diverged")
+
+    monkeypatch.setattr(jobs, "run", run)
+    config = tiny(**{"sweep.runs_per_job": 0})
+    for measured, expected in ((1, 1), (2, 1)):  # another machine may have more memory
+        monkeypatch.setattr(cost, "measure_runs_per_job", lambda _, number=measured: number)
+        with pytest.raises(SystemExit, match="5 of 5 jobs failed"):
+            reproduce(config, tmp_path)
+        assert workdir.read_json(tmp_path / "plan.json") == {"runs_per_job": expected}
+
+
 def test_without_erm_the_failures_are_shown_instead_of_tables(tmp_path, monkeypatch):
     def run(config, folder):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(jobs, "run", run)
     with pytest.raises(SystemExit, match=r"no tables.*\n4 of 4 jobs failed:\n  erm: RESOURCE"):
-        reproduce(tiny(**{"sweep.runs_per_job": 8}), tmp_path)
+        reproduce(tiny(), tmp_path)
 
 
 def test_a_failing_job_is_reported_when_the_others_are_done(finished, tmp_path, monkeypatch):
@@ -109,7 +122,7 @@ def test_a_failing_job_is_reported_when_the_others_are_done(finished, tmp_path, 
 
     monkeypatch.setattr(jobs, "run", run)
     with pytest.raises(SystemExit, match=r"2 of 4 jobs failed:\n  gdro-pop33: diverged"):
-        reproduce(tiny(**{"sweep.runs_per_job": 8}), tmp_path)
+        reproduce(tiny(), tmp_path)
     assert trained == ["erm", "cvar"]
     text = (tmp_path / "tables" / "overall.md").read_text()
     assert "| CVaR |" in text

@@ -12,7 +12,7 @@ from seqfair_jax.sweeps.search import default_search, search
 
 
 def tiny(one_by_one=(), **grid):
-    config = small(**{"train.steps_per_epoch": 3, "train.epochs": 1})
+    config = small(**{"train.steps_per_epoch": 3, "train.epochs": 1, "model.dropout": 0.0})
     config.search = default_search()
     config.search.one_by_one = one_by_one
     config.search.grid.model = grid or {"dim": (8, 4), "dropout": (0.0, 0.5)}
