@@ -35,11 +35,6 @@ WITH_CONFIG = {"train": (train, "run"), "search": (search, "search")}
 WITH_CONFIG["reproduce"] = (reproduce, "reproduce")
 
 
-@pytest.fixture(autouse=True)
-def _own_compilation_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-
-
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
@@ -237,7 +232,6 @@ def home(config_file, tmp_path_factory):
     (home / "work").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "xla"))
         patch.chdir(home / "work")
         train.main(
             [
@@ -389,7 +383,8 @@ def test_messages_go_to_standard_error_of_each_run(capsys):
 def test_every_command_has_help(capsys):
     __main__.main(["--help"])
     overview = capsys.readouterr().out
-    for name in [*WITH_CONFIG, "report", "table1"]:
+    assert {*WITH_CONFIG, "report", "table1"} <= set(__main__.COMMANDS)
+    for name in __main__.COMMANDS:
         assert name in overview
         for word in ("--help", "-h"):
             with pytest.raises(SystemExit) as end:
@@ -425,7 +420,7 @@ def test_the_names_of_the_program_are_the_same_commands(tmp_path):
 
 def test_importing_the_commands_has_no_effect(tmp_path):
     code = """
-import logging, os, signal
+import importlib, logging, os, signal
 from absl import flags
 state = lambda: (
     [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)],
@@ -433,7 +428,8 @@ state = lambda: (
 )
 before = state()
 import seqfair_jax.__main__, seqfair_jax.main
-from seqfair_jax.commands import report, reproduce, search, table1, train
+for name in seqfair_jax.__main__.COMMANDS:
+    importlib.import_module(f"seqfair_jax.commands.{name}")
 assert state() == before
 assert not {"config", "workdir", "dry_run", "family", "metric", "out", "ml1m"} & set(flags.FLAGS)
 assert os.listdir() == []

@@ -147,7 +147,8 @@ def test_the_bytes_of_a_program_grow_with_its_runs(experiment, monkeypatch):
         cost.measure_runs_per_job(experiment)
 
 
-def test_the_cost_of_a_plan(experiment):
+def test_the_cost_of_a_plan(experiment, monkeypatch):
+    monkeypatch.setattr(cost, "TIMED_STEPS", 1)
     jobs = grid.plan(*grid.split_config(tiny()), runs_per_job=2)
     found = cost.estimate(jobs, experiment, 2)
     runs = sum(len(plan_runs(job.config)) for job in jobs)

@@ -20,7 +20,8 @@ from seqfair_jax.sweeps import cost, jobs
 TESTS = Path(__file__).parent
 
 
-def test_the_plan_is_printed_and_no_folder_is_made(tmp_path, capsys):
+def test_the_plan_is_printed_and_no_folder_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cost, "TIMED_STEPS", 1)
     config = tiny(**{"seeds": (0, 1), "sweep.choice_seeds": 1})
     reproduce(config, tmp_path / "none", dry_run=True)
     lines = capsys.readouterr().out.splitlines()
@@ -35,6 +36,7 @@ def test_the_plan_is_printed_and_no_folder_is_made(tmp_path, capsys):
         "cvar-alpha=0.3-more_seeds: with the values that validate best, seed=1",
     ]
     assert lines[-1].startswith("8 jobs, 9 runs, 90 steps, ")
+    assert lines[-1].endswith("(estimated from 1 steps, without compilation, validation and test)")
     assert not (tmp_path / "none").exists()
 
 

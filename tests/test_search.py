@@ -12,7 +12,7 @@ from seqfair_jax.sweeps.search import default_search, search
 
 
 def tiny(one_by_one=(), **grid):
-    config = small(**{"train.steps_per_epoch": 3, "train.epochs": 1, "model.dropout": 0.0})
+    config = small(**{"train.epochs": 1, "model.dropout": 0.0})
     config.search = default_search()
     config.search.one_by_one = one_by_one
     config.search.grid.model = grid or {"dim": (8, 4), "dropout": (0.0, 0.5)}
@@ -166,14 +166,14 @@ def test_only_the_plan(tmp_path, capsys):
         "model.dim=8,model.dropout=0.5",
         "model.dim=4,model.dropout=0.0",
         "model.dim=4,model.dropout=0.5",
-        "4 points, 4 runs, at most 12 steps",
+        "4 points, 4 runs, at most 20 steps",
     ]
     search(tiny(("model.dim", "model.dropout")), tmp_path / "none", dry_run=True)
     assert capsys.readouterr().out.splitlines() == [
         "start: model.dim=8, model.dropout=0.0",
         "then try model.dim: 8, 4",
         "then try model.dropout: 0.0, 0.5",
-        "3 points, 3 runs, at most 9 steps",
+        "3 points, 3 runs, at most 15 steps",
     ]
     assert not (tmp_path / "none").exists()
 

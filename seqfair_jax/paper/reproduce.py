@@ -155,7 +155,7 @@ def _print_plan(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimat
         f"{len(first) + len(more)} jobs, {total.runs} runs, {total.steps:,} steps, "
         f"{total.flop:.2e} FLOP, "
         f"about {total.seconds / 3600:.1f} hours of training on this machine (estimated from "
-        f"{cost.TIMED_STEPS} timed steps, without compilation, validation and test)"
+        f"{cost.TIMED_STEPS} steps, without compilation, validation and test)"
     )
 
 
