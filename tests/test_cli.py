@@ -393,7 +393,7 @@ def test_every_command_has_help(capsys):
             out = capsys.readouterr().out
             assert out.startswith(f"usage: seqfair {name} ")
             assert ("--config.KEY: " in out) == (name in WITH_CONFIG)
-            assert ("--workdir: " in out) == (name in WITH_CONFIG)
+            assert "--workdir: " in out or name not in WITH_CONFIG
     __main__.main([])
     assert capsys.readouterr().out == overview
 
