@@ -1,5 +1,6 @@
 """A finished run as a recommender: load it, and give each user a list of items."""
 
+from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.trained import TrainedModel, load
 
-__all__ = ["TrainedModel", "load"]
+__all__ = ["Histories", "TrainedModel", "load"]

@@ -1,0 +1,306 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_serving import ODD_USERS, lists_of, make_run
+
+from seqfair_jax import __main__, serving
+from seqfair_jax.commands import recommend
+from seqfair_jax.serving import tables
+
+COLUMNS = ["user_id", "item_id", "score", "rank"]
+
+
+@pytest.fixture(scope="module")
+def run_and_log(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("recommend"))
+
+
+@pytest.fixture(scope="module")
+def trained(run_and_log):
+    return serving.load(run_and_log[0])
+
+
+@pytest.fixture
+def call(run_and_log, tmp_path):
+    """Calls the command; returns what it wrote."""
+
+    def call(*flags, out="recs.parquet"):
+        path = tmp_path / out
+        if not any(flag.startswith("--k=") for flag in flags):
+            flags = ("--k=5", *flags)
+        recommend.main([f"--workdir={run_and_log[0]}", f"--out={path}", *flags])
+        return read(path)
+
+    return call
+
+
+@pytest.fixture
+def refused(call, capsys, tmp_path):
+    """The one line with which the command ends; nothing is written."""
+
+    def refused(*flags, out="recs.parquet"):
+        with pytest.raises(SystemExit) as end:
+            call(*flags, out=out)
+        assert end.value.code == 1
+        assert not (tmp_path / out).is_file()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return refused
+
+
+def read(path):
+    if path.suffix.lower() == ".parquet":
+        return pd.read_parquet(path)
+    types = {"user_id": str, "item_id": str, "score": np.float32, "rank": np.int32}
+    if path.suffix == ".csv":
+        return pd.read_csv(path, dtype=types, keep_default_na=False)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return pd.DataFrame(rows).astype({"score": np.float32, "rank": np.int32})
+
+
+def items_of(table):
+    """Each user's items, in the order of the file."""
+    return {user: list(rows.item_id) for user, rows in table.groupby("user_id", sort=False)}
+
+
+def named(trained, lists):
+    return [[trained.item_ids[item] for item, _ in pairs] for pairs in lists]
+
+
+def write(path, **columns):
+    pd.DataFrame(columns).to_csv(path, index=False)
+    return path
+
+
+# The output.
+
+
+def test_every_user_has_a_list_in_the_ids_of_the_log(call, trained, capsys):
+    table = call()
+    assert list(table.columns) == COLUMNS
+    assert table.dtypes[["score", "rank"]].tolist() == [np.float32, np.int32]
+    lists = lists_of(trained, k=5)
+    assert list(items_of(table)) == list(trained.user_ids)
+    assert list(items_of(table).values()) == named(trained, lists)
+    assert table["rank"].tolist() == [1, 2, 3, 4, 5] * 40
+    assert table.score.tolist() == [score for pairs in lists for _, score in pairs]
+    captured = capsys.readouterr()
+    assert "200 rows for 40 users" in captured.out
+    assert "run seed=0, best epoch by overall: 40 users" in captured.err
+
+
+@pytest.mark.parametrize("out", ["recs.csv", "recs.jsonl", "deep/er/recs.PARQUET"])
+def test_the_formats_have_the_same_content(out, call, tmp_path):
+    expected = call()
+    call(out=out)
+    found = read(tmp_path / out)
+    assert [column for column in found if (found[column] != expected[column]).any()] == []
+    assert {'a "quote", a comma', "ünï", "07", "NA"} <= set(found.user_id)
+
+
+@pytest.mark.parametrize("out", ["recs.parquet", "recs.csv", "recs.jsonl"])
+def test_two_runs_of_the_command_give_the_same_bytes(out, call, tmp_path):
+    flags = ("--seen=mask", "--batch_size=7")
+    call(*flags, out=out)
+    first = (tmp_path / out).read_bytes()
+    call(*flags, out=out)
+    assert (tmp_path / out).read_bytes() == first
+
+
+def test_integer_ids_stay_integers():
+    known = np.array([3, 7, 2**60])
+    assert tables.find(pd.Series([7, 4, 2**60]), known).tolist() == [1, -1, 2]
+    text = pd.Series(["7", "07", "x"], dtype="str")
+    assert tables.find(text, known).tolist() == [1, -1, -1]
+    words = np.array(["7", "a\0", "a"], object)
+    assert tables.find(pd.Series([7, 8]), words).tolist() == [0, -1]
+    assert tables.find(pd.Series(["a", "a\0"], dtype=object), words).tolist() == [2, 1]
+
+
+# Who gets a list.
+
+
+def test_users_of_a_file(call, trained, tmp_path, capsys):
+    users = ["u9", ODD_USERS[0], "u9", "stranger", "07"]
+    table = call(f"--users={write(tmp_path / 'users.csv', other=1, user_id=users)}")
+    found = items_of(table)
+    assert list(found) == ["u9", ODD_USERS[0], "stranger", "07"]
+    everyone = items_of(call())
+    assert all(found[user] == everyone[user] for user in ("u9", ODD_USERS[0], "07"))
+    [empty] = named(trained, lists_of(trained, trained.histories.select(np.array([-1])), k=5))
+    assert found["stranger"] == empty
+    assert "users.csv: 1 users are not in the log" in capsys.readouterr().err
+
+
+def test_the_log_as_histories_gives_what_the_run_stored(call, run_and_log, tmp_path, capsys):
+    _, log = run_and_log
+    log.to_csv(tmp_path / "log.csv", index=False)
+    table = call(f"--histories={tmp_path / 'log.csv'}", "--seen=mask")
+    known = set(log.groupby("item_id").filter(lambda rows: len(rows) > 1).item_id)
+    assert list(items_of(table)) == list(log.user_id.unique())
+    assert items_of(table) == items_of(call("--seen=mask"))
+    assert "rows have items that are not items of the run" in capsys.readouterr().err
+    assert set(table.item_id) <= known
+    # In order, without times:
+    log.sort_values("timestamp")[["item_id", "user_id"]].to_parquet(tmp_path / "log.parquet")
+    again = call(f"--histories={tmp_path / 'log.parquet'}", "--seen=mask")
+    assert items_of(again) == items_of(table)
+    assert "has no column timestamp" in capsys.readouterr().err
+
+
+def test_histories_of_new_users(call, trained, tmp_path, capsys):
+    item = list(trained.item_ids[[3, 8, 1]])
+    rows = {
+        "user_id": [70, 70, 71, 70, 72, 70],
+        "item_id": [item[1], "unheard", "unheard", item[2], item[0], item[0]],
+        "timestamp": [20, 30, 10, 40, 10, 10],
+    }
+    found = items_of(call(f"--histories={write(tmp_path / 'new.csv', **rows)}"))
+    histories = serving.Histories(np.array([3, 8, 1, 3], np.int32), np.array([0, 3, 3, 4]))
+    assert found == dict(
+        zip(["70", "71", "72"], named(trained, lists_of(trained, histories, k=5)), strict=True)
+    )
+    err = capsys.readouterr().err
+    assert "2 rows have items that are not items of the run" in err
+    assert "1 users have no known item; they get the list of a user without items" in err
+
+
+# What is recommended.
+
+
+def test_seen_items_are_kept_or_masked(call, trained):
+    kept, masked = call("--seen=keep"), call("--seen=mask")
+    pd.testing.assert_frame_equal(call(), kept)
+    assert list(items_of(masked).values()) == named(trained, lists_of(trained, k=5, mask_seen=True))
+    assert items_of(masked) != items_of(kept)
+
+
+def test_only_and_exclude(call, trained, tmp_path, capsys):
+    listed = [*trained.item_ids[[2, 20, 5, 9, 11]], "unheard"]
+    only = f"--only={write(tmp_path / 'only.csv', item_id=listed)}"
+    found = items_of(call(only))
+    assert {frozenset(items) for items in found.values()} == {frozenset(listed[:-1])}
+    ranked = items_of(call("--k=1000"))
+    assert all(items == [i for i in ranked[user] if i in listed] for user, items in found.items())
+    assert "only.csv: 1 items are not items of the run; left out" in capsys.readouterr().err
+    exclude = f"--exclude={write(tmp_path / 'exclude.csv', item_id=listed[:2])}"
+    found = items_of(call(only, exclude))
+    assert {frozenset(items) for items in found.values()} == {frozenset(listed[2:-1])}
+    assert "40 users have fewer than 5 items" in capsys.readouterr().err
+    found = items_of(call(exclude))
+    assert all(
+        items == [i for i in ranked[user] if i not in listed[:2]][:5]
+        for user, items in found.items()
+    )
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k=0"], "error: --k=0"),
+        (["--seen=hide"], "error: --seen=hide: expected keep or mask"),
+        (["--users=a", "--histories=b"], "error: --users and --histories are both given"),
+        (["--users=nothing.csv"], "error: --users=nothing.csv: no such file"),
+        (["--run=seed=1"], "has no run 'seed=1'; there are seed=0"),
+        (["--rule=best"], "error: rule is 'best': expected overall or worst_group"),
+    ],
+)
+def test_a_bad_flag_is_one_line(flags, message, refused):
+    assert message in refused(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "columns", "message"),
+    [
+        ("users", {"customer": ["u9"]}, "no column 'user_id'"),
+        ("users", {"user_id": [1, 2]}, "none of its 2 users is a user of the run's log"),
+        ("users", {"user_id": []}, "has no rows"),
+        ("only", {"item_id": ["x"]}, "none of its 1 items is an item of the run"),
+        ("exclude", {"item_id": ["i1", ""]}, "1 rows have no item_id"),
+        ("histories", {"user_id": ["a"]}, "no column 'item_id'"),
+        ("histories", {"user_id": [], "item_id": []}, "has no rows"),
+        (
+            "histories",
+            {"user_id": ["a"], "item_id": ["i1"], "timestamp": ["soon"]},
+            "the timestamp of data row 1 is 'soon'",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(flag, columns, message, refused, tmp_path):
+    path = write(tmp_path / "table.csv", **columns)
+    line = refused(f"--{flag}={path}")
+    assert line.startswith("error: ")
+    assert message in line
+    assert str(path) in line
+
+
+def test_excluding_everything_is_refused(refused, trained, tmp_path):
+    path = write(tmp_path / "all.csv", item_id=trained.item_ids)
+    assert "no item is left to recommend" in refused(f"--exclude={path}")
+
+
+@pytest.mark.parametrize("out", ["recs.txt", "recs", "recs.csv.gz"])
+def test_another_suffix_is_refused_before_anything_is_read(out, refused):
+    assert "expected .parquet, .csv, .jsonl" in refused("--users=nothing.csv", out=out)
+
+
+def test_a_folder_is_no_output(refused, tmp_path):
+    (tmp_path / "recs.csv").mkdir()
+    assert "recs.csv is a folder" in refused(out="recs.csv")
+
+
+def test_flags_that_are_missing(capsys):
+    with pytest.raises(SystemExit):
+        __main__.main(["recommend", "--workdir=x"])
+    assert "error: --out is missing: the file to write" in capsys.readouterr().err
+
+
+# Interruptions.
+
+
+@pytest.mark.parametrize("out", ["recs.parquet", "recs.csv", "recs.jsonl"])
+def test_ctrl_c_writes_nothing_and_says_so(out, call, monkeypatch, tmp_path):
+    def interrupted(*args, **options):
+        yield from recommend_lists(*args, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        yield
+
+    recommend_lists = recommend.recommend
+    monkeypatch.setattr(recommend, "recommend", interrupted)
+    (tmp_path / out).write_text("as before")
+    with pytest.raises(SystemExit, match=f"stopped: nothing was written to .*{out}"):
+        call(out=out)
+    assert (tmp_path / out).read_text() == "as before"
+    assert [path.name for path in tmp_path.iterdir()] == [out]
+
+
+def test_a_killed_process_leaves_no_output(tmp_path):
+    program = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from seqfair_jax.serving.output import write_lists
+from seqfair_jax.serving.recommender import Lists
+
+def found():
+    yield Lists(0, np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_lists(Path(sys.argv[1]), found(), user_ids=np.arange(2), item_ids=np.arange(1), k=1)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "recs.csv")],
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL
+    assert not (tmp_path / "recs.csv").exists()
