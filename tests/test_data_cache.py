@@ -20,7 +20,13 @@ def settings(**changes):
         {
             "name": "csv",
             "path": None,
-            "columns": {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"},
+            "columns": {},
+            "delimiter": "",
+            "events": (),
+            "min_rating": None,
+            "since": None,
+            "until": None,
+            "missing": "error",
             "min_interactions": 1,
             "valid_users": 0,
             "split_seed": 42,
@@ -62,20 +68,48 @@ def test_the_cache_gives_the_same(config, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cache, "read_log", None)  # the cache alone is read
     assert_equal(load_dataset(config), fresh)
     assert not caplog.records
-    # Another log or setting is another entry.
-    config.split_seed = 1
-    with pytest.raises(TypeError):
-        load_dataset(config)
-    config.split_seed = 42
+    # Another log is another entry.
     (tmp_path / "log.csv").write_text((tmp_path / "log.csv").read_text() + "NA,b,9\n")
     with pytest.raises(TypeError):
         load_dataset(config)
 
 
+def test_another_split_does_not_read_the_log_again(config, tmp_path, monkeypatch):
+    LOG.assign(rating=range(12)).to_csv(tmp_path / "log.csv", index=False)
+    reads = []
+    real = cache.read_log
+    monkeypatch.setattr(cache, "read_log", lambda *a, **k: reads.append(a) or real(*a, **k))
+    load_dataset(config)
+    base = config.to_dict()
+    for change in [{"split_seed": 1}, {"valid_users": 2}, {"min_interactions": 2}]:
+        cached = load_dataset(settings(**(base | change)))
+        assert len(reads) == 1
+        assert_equal(cached, load_dataset(settings(**(base | change | {"cache_dir": ""}))))
+        del reads[1:]
+    # How the log is read is part of its key.
+    for number, change in enumerate([{"min_rating": 2.0}, {"since": "1"}, {"missing": "drop"},
+                                     {"columns": {"timestamp": "timestamp"}}]):  # fmt: skip
+        load_dataset(settings(**(base | change)))
+        assert len(reads) == 2 + number
+    (tmp_path / "log.csv").rename(tmp_path / "other.csv")  # the same bytes
+    load_dataset(settings(**(base | {"path": str(tmp_path / "other.csv")})))
+    assert len(reads) == 5
+
+
+def test_times_of_all_kinds_are_kept(config, tmp_path):
+    for number, times in enumerate([LOG["timestamp"], LOG["timestamp"] / 2,
+                                    pd.to_datetime(LOG["timestamp"], unit="D")]):  # fmt: skip
+        LOG.assign(timestamp=times).to_csv(tmp_path / "log.csv", index=False)
+        config.split_seed = number
+        fresh = load_dataset(config)
+        config.split_seed = number + 10  # from the kept log
+        assert load_dataset(config).log_hash == fresh.log_hash
+
+
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_damaged_entry_is_made_again(config, tmp_path, caplog, kept):
     fresh = load_dataset(config)
-    (entry,) = (tmp_path / "cache").iterdir()
+    (entry,) = (tmp_path / "cache").glob("split-*")
     whole = entry.read_bytes()
     entry.write_bytes(whole[:kept])
     assert_equal(load_dataset(config), fresh)
@@ -85,7 +119,7 @@ def test_a_damaged_entry_is_made_again(config, tmp_path, caplog, kept):
 
 def test_a_changed_byte_is_noticed(config, tmp_path, caplog):
     fresh = load_dataset(config)
-    (entry,) = (tmp_path / "cache").iterdir()
+    (entry,) = (tmp_path / "cache").glob("split-*")
     whole = entry.read_bytes()
     place = whole.index(b'["NA"') + 2
     entry.write_bytes(whole[:place] + b"M" + whole[place + 1 :])
@@ -97,9 +131,9 @@ def test_the_entry_of_another_log_is_not_believed(config, tmp_path, caplog):
     LOG.to_csv(tmp_path / "other.csv", index=False)
     other = settings(path=str(tmp_path / "other.csv"), cache_dir=config.cache_dir)
     load_dataset(other)
-    (wrong,) = (tmp_path / "cache").iterdir()
+    (wrong,) = (tmp_path / "cache").glob("split-*")
     fresh = load_dataset(config)
-    (entry,) = set((tmp_path / "cache").iterdir()) - {wrong}
+    (entry,) = set((tmp_path / "cache").glob("split-*")) - {wrong}
     entry.write_bytes(wrong.read_bytes())
     assert_equal(load_dataset(config), fresh)
     assert "it holds another data set" in caplog.text

@@ -1,4 +1,5 @@
 import itertools
+import logging
 from fractions import Fraction
 
 import numpy as np
@@ -20,6 +21,8 @@ from seqfair_jax.data.groups import (
     read_group_table,
     require_partition,
 )
+from seqfair_jax.data.readers import read_log
+from seqfair_jax.data.split import leave_one_out
 from seqfair_jax.errors import UserError
 
 HEADER = "user_id,family,group\n"
@@ -134,14 +137,14 @@ def test_a_union_has_the_groups_of_its_families():
 def test_groups_from_a_file(tmp_path):
     text = HEADER + "1,age,old\n1,age,young\n2,age,young\n9,age,old\n"
     own = read(tmp_path / "groups.csv", text)
-    family = build_family(split(), "age", group_table=own)
+    family = build_family(split(), "age", group_table=own, missing_group="leave_out")
     assert family.groups == ("old", "young")
     assert family.membership.tolist() == [[True, True], [False, True], [False, False]]
     assert family.overlapping
     assert family.labels().tolist() == [["old", "young"], ["young"], []]
     with pytest.raises(UserError, match="gdro needs every user in exactly one group.*1, 3"):
         require_partition(family, "gdro", np.array([1, 2, 3]))
-    union = build_family(split(), "pop33&age", group_table=own)
+    union = build_family(split(), "pop33&age", group_table=own, missing_group="leave_out")
     with pytest.raises(UserError, match="in family 'age' 2 users are in none or several: 1, 3"):
         require_partition(union, "gdro", np.array([1, 2, 3]))
     with pytest.raises(UserError, match="none of family 'age'.s users is in the log"):
@@ -175,7 +178,7 @@ def test_labels_of_parquet_become_text(tmp_path, values, labels):
     assert own["user_id"].tolist() == ["1", "2", "3"]
     assert own["family"].tolist() == labels
     assert own["group"].tolist() == labels
-    family = build_family(split(), labels[0], group_table=own)
+    family = build_family(split(), labels[0], group_table=own, missing_group="leave_out")
     assert family.groups == (labels[0],)
     assert family.membership[0].all()
 
@@ -183,7 +186,6 @@ def test_labels_of_parquet_become_text(tmp_path, values, labels):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (HEADER + "1,age,old\n2,age,\n", "1 rows have no group, the first of them data row 2"),
         (HEADER + "1,age,old\n2,,old\n", "1 rows have no family, the first of them data row 2"),
         (HEADER + "1,age,old\n,age,old\n", "1 rows have no user_id, the first of them data row 2"),
         (HEADER, "has no rows"),
@@ -198,11 +200,11 @@ def test_bad_group_files(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("column", ["user_id", "family", "group"])
-@pytest.mark.parametrize("values", [[["a"]], [b"a"], [{"a": 1}], [None]])
+@pytest.mark.parametrize("values", [[["a"]], [b"a"], [{"a": 1}]])
 def test_bad_types_in_a_group_file(tmp_path, column, values):
     columns = {"user_id": [1], "family": ["age"], "group": ["old"], column: values}
     pq.write_table(pa.table(columns), tmp_path / "groups.parquet")
-    with pytest.raises(UserError, match=rf"groups\.parquet.* {column}( is of type|, the first)"):
+    with pytest.raises(UserError, match=rf"groups\.parquet.* {column} is of type"):
         read_group_table(str(tmp_path / "groups.parquet"))
 
 
@@ -223,6 +225,206 @@ def test_users_are_matched_by_the_text_of_their_ids():
     own = table(*((user, "f", f"group of {user}") for user in users))
     family = build_family(dataset, "f", group_table=own)
     assert family.labels().tolist() == [f"group of {user}" for user in dataset.user_ids]
+
+
+def test_wide_files(tmp_path):
+    """A row for each user, a column for each family; Parquet types as in long files."""
+    text = "uid,age,home town\n1,30,Graz\n2,,01\n3,18,NA\n9,70,Linz\n"
+    own = read(tmp_path / "groups.csv", text)
+    assert own["family"].unique().tolist() == ["age", "home town"]
+    family = build_family(split(), "age", group_table=own)
+    assert family.groups == ("18", "30", "unknown")
+    assert family.labels().tolist() == ["30", "unknown", "18"]
+    town = build_family(split(), "home town", group_table=own)
+    assert town.labels().tolist() == ["Graz", "01", "NA"]
+    assert town.groups == ("01", "Graz", "NA")  # no user is unknown
+    file = tmp_path / "groups.parquet"
+    frame = pd.DataFrame({"user_id": [1, 2, 3], "age": [30, None, 18], "paid": [True, False, True]})
+    frame.to_parquet(file)
+    own = read_group_table(str(file))
+    assert (
+        build_family(split(), "age", group_table=own).labels().tolist() == family.labels().tolist()
+    )
+    assert build_family(split(), "paid", group_table=own).groups == ("False", "True")
+    jsonl = '{"user_id": "1", "age": 30}\n{"user_id": "2"}\n{"user_id": "3", "age": 18}\n'
+    own = read(tmp_path / "groups.jsonl", jsonl)
+    assert (
+        build_family(split(), "age", group_table=own).labels().tolist() == family.labels().tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name,age\n1,2\n", "no column 'user_id', it has name, age; rename a column"),
+        ("customer,uid,age\n1,2,3\n", "customer and uid may each be the user_id; rename"),
+        ("user_id\n1\n", "has no column beside user_id"),
+        ("user_id,age,age\n1,2,3\n", "column age appears more than once"),
+        ("user_id,seq33\n1,2\n", "'seq33' has the name of a built-in family; rename it"),
+        ("user_id,age\n1,2\n,3\n", "1 rows have no user_id, the first of them data row 2"),
+        ("user_id,age\n", "has no rows: expected rows of user_id, age"),
+    ],
+)
+def test_bad_wide_files(tmp_path, content, message):
+    with pytest.raises(UserError, match=rf"groups\.csv.*{message}"):
+        read(tmp_path / "groups.csv", content)
+
+
+# --- Users without a value ---
+
+
+def test_users_without_a_value_are_unknown_or_left_out(tmp_path, caplog):
+    """A blank group is like no row; a blank beside a group is nothing."""
+    text = HEADER + "1,age,\n1,age,old\n2,age,\n3,name,x\n"
+    own = read(tmp_path / "groups.csv", text)
+    with caplog.at_level(logging.INFO, "seqfair_jax"):
+        family = build_family(split(), "age", group_table=own)
+    assert family.labels().tolist() == ["old", "unknown", "unknown"]
+    assert family.groups == ("old", "unknown")
+    require_partition(family, "gdro", np.array([1, 2, 3]))
+    assert "age: 2 of 3 users have no value in data.group_file; they are in group 'unknown'" in (
+        caplog.text
+    )
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "seqfair_jax"):
+        family = build_family(split(), "age", group_table=own, missing_group="leave_out")
+    assert family.labels().tolist() == ["old", None, None]
+    assert "age: 2 of 3 users have no value in data.group_file; they are in no group" in caplog.text
+    with pytest.raises(UserError, match="in none or several: 2, 3"):
+        require_partition(family, "gdro", np.array([1, 2, 3]))
+
+
+def test_the_file_s_own_unknown_group_takes_the_others_in(tmp_path):
+    own = read(tmp_path / "groups.csv", HEADER + "1,age,unknown\n2,age,young\n")
+    family = build_family(split(), "age", group_table=own)
+    assert family.groups == ("unknown", "young")
+    assert family.labels().tolist() == ["unknown", "young", "unknown"]
+
+
+def test_all_blank_is_no_family(tmp_path):
+    own = read(tmp_path / "groups.csv", HEADER + "1,age,\n")
+    with pytest.raises(UserError, match="none of family 'age'.s users is in the log"):
+        build_family(split(), "age", group_table=own)
+
+
+# --- Families of numbers ---
+
+
+def ages(*values, users=None, name="age"):
+    """A group table and a log of as many users; None for a user that the table lacks."""
+    users = range(len(values)) if users is None else users
+    own = table(*((str(user), name, value) for user, value in zip(users, values, strict=True)
+                  if value is not None))  # fmt: skip
+    return split(log(*[[1, 2, 3]] * len(values), users=users)), own
+
+
+def test_numbers_are_cut_into_quantiles_by_hand():
+    dataset, own = ages("18", "50", "24", "30", "35", "61", "19", "49")
+    family = build_family(dataset, "age:4", group_table=own)
+    assert family.name == "age:4"
+    assert family.groups == ("18-19", "24-30", "35-49", "50-61")
+    assert family.labels().tolist() == ["18-19", "50-61", "24-30", "24-30", "35-49", "50-61",
+                                        "18-19", "35-49"]  # fmt: skip
+    assert build_family(dataset, "age:2", group_table=own).groups == ("18-30", "35-61")
+    # 8 users in 3 groups: the cuts are the 3rd and the 6th of them.
+    sizes = build_family(dataset, "age:3", group_table=own).membership.sum(axis=0)
+    assert sizes.tolist() == [3, 3, 2]
+
+
+def test_users_of_equal_numbers_stay_together(caplog):
+    dataset, own = ages("1", "2", "2", "2", "2", "3", "9", "9")
+    assert build_family(dataset, "age:2", group_table=own).groups == ("1-2", "3-9")
+    with caplog.at_level(logging.INFO, "seqfair_jax"):
+        family = build_family(dataset, "age:4", group_table=own)
+    # The quantiles are the 2nd, 4th, 6th and 8th user: 2, 2, 3, 9.
+    assert family.groups == ("1-2", "3", "9")
+    assert family.membership.sum(axis=0).tolist() == [5, 1, 2]
+    assert "family age:4 has 3 groups" in caplog.text
+    assert build_family(dataset, "age:9999", group_table=own).groups == ("1", "2", "3", "9")
+
+
+def test_only_the_log_s_users_say_where_to_cut():
+    dataset, own = ages("1", "2", "3", "4")
+    others = table(*((f"x{i}", "age", "100") for i in range(50)))
+    family = build_family(dataset, "age:2", group_table=pd.concat([own, others]))
+    assert family.groups == ("1-2", "3-4")
+
+
+def test_users_without_a_number():
+    dataset, own = ages("1", None, "3", "4", None)
+    family = build_family(dataset, "age:2", group_table=own)
+    assert family.groups == ("1-3", "4", "unknown")
+    assert family.labels().tolist() == ["1-3", "unknown", "1-3", "4", "unknown"]
+    family = build_family(dataset, "age:2", group_table=own, missing_group="leave_out")
+    assert family.labels().tolist() == ["1-3", None, "1-3", "4", None]
+
+
+def test_labels_of_ranges():
+    dataset, own = ages("-5", "-1", "0.25", "1e3")
+    assert build_family(dataset, "age:2", group_table=own).groups == ("-5 to -1", "0.25-1000")
+    assert build_family(dataset, "age:3", group_table=own).groups == ("-5 to -1", "0.25", "1000")
+
+
+def test_the_place_of_numbers_in_the_grammar():
+    dataset, own = ages("1", "2", "3", "4")
+    own = pd.concat([own, own.assign(family="a:g")])
+    product = build_family(dataset, "age:2*seq33", group_table=own)
+    assert product.name == "age:2*seq33"
+    assert product.groups[:2] == ("1-2*short", "1-2*medium")
+    union = build_family(dataset, "pop33&a%3Ag:2&age:2*a%3Ag:2", group_table=own)
+    assert union.name == "pop33&a%3Ag:2&age:2*a%3Ag:2"
+    assert [part.name for part in union.parts] == ["pop33", "a%3Ag:2", "age:2*a%3Ag:2"]
+    assert "a%3Ag:2:1-2" in union.groups
+    # The file's own name comes first; in an expression it is encoded.
+    named = pd.concat([own, table(*((str(u), "age:2", "x") for u in range(4)))])
+    assert build_family(dataset, "age:2", group_table=named).name == "age%3A2"
+    assert build_family(dataset, "age%3A2", group_table=named).groups == ("x",)
+    assert build_family(dataset, "age:2*pop33", group_table=named).groups[0] == "1-2*niche"
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "message"),
+    [
+        (["1", "M"], "age:2", "'age:2': 'age' of user 1 is 'M', which is not a finite number"),
+        (["1", "inf"], "age:2", "'age' of user 1 is 'inf'"),
+        (["1", "2"], "age:1", "expected age:N with N groups, 2 to 9999"),
+        (["1", "2"], "age:x", "expected age:N with N groups"),
+        (["1", "2"], "age:", "expected age:N with N groups"),
+        (["1", "2"], "seq33:2", "seq33 has groups; only a file's numbers are cut"),
+        (["1", "2"], "agee:2", "unknown group family 'agee:2' .did you mean 'age'"),
+    ],
+)
+def test_families_that_cannot_be_cut(values, name, message):
+    dataset, own = ages(*values)
+    with pytest.raises(UserError, match=message):
+        build_family(dataset, name, group_table=own)
+
+
+def test_several_numbers_of_a_user():
+    dataset, own = ages("1", "2")
+    twice = pd.concat([own, own])  # the same value twice is one
+    assert build_family(dataset, "age:2", group_table=twice).groups == ("1", "2")
+    twice = pd.concat([own, table(("1", "age", "5"))])
+    with pytest.raises(UserError, match="'age:2': user 1 has several values of 'age'; give each"):
+        build_family(dataset, "age:2", group_table=twice)
+
+
+def test_movielens_users_of_recbole(real_data):
+    own = read_group_table(str(real_data / "ml-100k" / "ml-100k.user.gz"))
+    log_of_all = read_log("csv", [real_data / "ml-100k" / "ml-100k.inter.gz"], {})
+    counts = log_of_all.counts
+    assert (counts["raw_rows"], counts["raw_users"], counts["raw_items"]) == (100_000, 943, 1_682)
+    dataset = leave_one_out(log_of_all, name="csv", num_valid_users=0, split_seed=0)
+    gender = build_family(dataset, "gender", group_table=own)
+    assert dict(zip(gender.groups, gender.membership.sum(axis=0), strict=True)) == {
+        "F": 273,
+        "M": 670,
+    }
+    assert len(build_family(dataset, "occupation", group_table=own).groups) == 21
+    age = build_family(dataset, "age:4", group_table=own)
+    assert age.groups == ("7-25", "26-31", "32-43", "44-73")
+    assert age.membership.sum(axis=1).tolist() == [1] * 943
+    assert set(own["family"]) == {"age", "gender", "occupation", "zip_code"}
 
 
 # --- Names ---
@@ -259,7 +461,8 @@ def test_any_family_name_can_be_used():
 
 def test_groups_of_products_and_unions_stay_apart():
     labels = ["a", "b", "a*b", "b*a", "a:b", "b:a", "a%2Ab"]
-    rows = [("1", family, label) for family in ("f", "f:a", "g") for label in labels]
+    rows = [(user, family, label) for user in ("1", "2", "3") for family in ("f", "f:a", "g")
+            for label in labels]  # fmt: skip
     own = table(*rows)
     assert build_family(split(), "f", group_table=own).groups == tuple(sorted(labels))
     for name in ("f*g", "f&f%3Aa&g", "f&g&f*g"):

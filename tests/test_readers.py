@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from seqfair_jax.data import readers
-from seqfair_jax.data.readers import locate, read_log
+from seqfair_jax.data import files
+from seqfair_jax.data.files import locate
+from seqfair_jax.data.readers import read_log
 from seqfair_jax.errors import UserError
 
 COLUMNS = {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"}
@@ -33,7 +34,7 @@ EVENTS = """timestamp,visitorid,event,itemid,transactionid
 def read(path, content, name="csv", columns=COLUMNS):
     """The log in a file of that content."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_log(name, path, columns)
+    return read_log(name, [path], columns).frame()
 
 
 def zipped(members, compression=zipfile.ZIP_DEFLATED):
@@ -142,7 +143,7 @@ def test_movielens_reads_its_separator(tmp_path):
         ("user_id,item_id,user_id,timestamp\n1,2,3,4\n", "user_id appears more than once"),
         (HEADER + "1,2,3\n1,,4\n", "1 rows have no item_id, the first of them data row 2"),
         (HEADER + "1,2,3\n1,5,soon\n", "data row 2 is 'soon'"),
-        (HEADER + "1,2,3\n1,5,\n", "data row 2 is ''"),
+        (HEADER + "1,2,3\n1,5,\n", "1 rows have no timestamp, the first of them data row 2;.*drop"),
         (HEADER + "1,2,3\n1,5,inf\n", "data row 2 is 'inf'"),
         (HEADER + "1,2,3\n1,5,nan\n", "data row 2 is 'nan'"),
         (HEADER + "1,2,2020-01-01\n1,5,12020-01-01\n", "data row 2 is '12020-01-01'"),
@@ -221,10 +222,10 @@ def test_a_decompression_bomb_is_stopped_early(tmp_path, monkeypatch, packer):
     path = tmp_path / "bomb"
     path.write_bytes(PACKERS[packer](HEADER.encode() + bytes(2**26)))
     assert path.stat().st_size < 2**17
-    monkeypatch.setattr(readers, "MAX_UNPACKED", 2**21)
+    monkeypatch.setattr(files, "MAX_UNPACKED", 2**21)
     tracemalloc.start()
     with pytest.raises(UserError, match="bomb holds more than 2,097,152 bytes once unpacked"):
-        read_log("csv", path, COLUMNS)
+        read_log("csv", [path], COLUMNS)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
 
@@ -233,7 +234,7 @@ def test_a_small_file_needs_little_memory(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text(LOG.to_csv(index=False))
     tracemalloc.start()
-    read_log("csv", path, COLUMNS)
+    read_log("csv", [path], COLUMNS)
     assert tracemalloc.get_traced_memory()[1] < 2**24  # not the limit's size
     tracemalloc.stop()
 
@@ -243,11 +244,11 @@ def test_a_parquet_file_of_repeated_values_is_measured_before_it_is_read(tmp_pat
     table = pa.table(dict.fromkeys(COLUMNS, pa.repeat(1, rows)))
     pq.write_table(table, tmp_path / "log.parquet")
     assert (tmp_path / "log.parquet").stat().st_size < 2**14
-    monkeypatch.setattr(readers, "MAX_UNPACKED", 24 * rows - 1)
+    monkeypatch.setattr(files, "MAX_UNPACKED", 24 * rows - 1)
     with pytest.raises(UserError, match="holds more than"):
-        read_log("csv", tmp_path / "log.parquet", COLUMNS)
-    monkeypatch.setattr(readers, "MAX_UNPACKED", 24 * rows)
-    assert len(read_log("csv", tmp_path / "log.parquet", COLUMNS)) == rows
+        read_log("csv", [tmp_path / "log.parquet"], COLUMNS)
+    monkeypatch.setattr(files, "MAX_UNPACKED", 24 * rows)
+    assert len(read_log("csv", [tmp_path / "log.parquet"], COLUMNS)) == rows
 
 
 # --- Ids ---
@@ -346,14 +347,15 @@ def test_times_keep_their_order(tmp_path):
         pa.array([1, None]),
         pa.array([1.0, None]),
         pa.array([1.0, np.nan]),
-        pa.array([1.0, np.inf]),
         pa.array([1, None], pa.timestamp("us")),
         pa.array([1, None], pa.timestamp("ns", tz="Europe/Vienna")),
     ],
 )
 def test_a_missing_time_is_refused(tmp_path, times):
-    with pytest.raises(UserError, match="timestamp of data row 2"):
+    with pytest.raises(UserError, match="1 rows have no timestamp, the first of them data row 2"):
         read(tmp_path / "log.parquet", parquet(timestamp=times))
+    with pytest.raises(UserError, match="timestamp of data row 2 is inf"):
+        read(tmp_path / "log.parquet", parquet(timestamp=pa.array([1.0, np.inf])))
     with pytest.raises(UserError, match="column timestamp is of type list"):
         read(tmp_path / "log.parquet", parquet(timestamp=pa.array([[1], [2]])))
 
@@ -366,26 +368,24 @@ def test_missing_files(tmp_path):
         locate("csv", "none.csv")
     with pytest.raises(UserError, match="data.path is not set"):
         locate("csv", None)
-    with pytest.raises(UserError, match="is a folder; name a file in it"):
-        locate("csv", str(tmp_path))
     with pytest.raises(UserError, match="kaggle.*third_party_data/retailrocket"):
         locate("retailrocket", str(tmp_path))
     with pytest.raises(UserError, match="ratings.dat.*leave data.path unset"):
         locate("ml1m", str(tmp_path / "none"))
     with pytest.raises(UserError, match="none.csv cannot be read: No such file"):
-        read_log("csv", tmp_path / "none.csv", COLUMNS)
+        read_log("csv", [tmp_path / "none.csv"], COLUMNS)
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        read_log("csv", tmp_path, COLUMNS)
+        read_log("csv", [tmp_path], COLUMNS)
 
 
 def test_files_are_found_in_a_folder(tmp_path, monkeypatch):
     for name in ("events.zip", "EVENTS.CSV.GZ", "events.csv"):  # the plain one first
         (tmp_path / name).write_text(EVENTS)
-        assert locate("retailrocket", str(tmp_path)) == tmp_path / name
+        assert locate("retailrocket", str(tmp_path)) == [tmp_path / name]
     (tmp_path / "ml-1m.zip").write_bytes(b"")
-    assert locate("ml1m", str(tmp_path)) == tmp_path / "ml-1m.zip"
+    assert locate("ml1m", str(tmp_path)) == [tmp_path / "ml-1m.zip"]
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert locate("csv", "~/events.csv") == tmp_path / "events.csv"
+    assert locate("csv", "~/events.csv") == [tmp_path / "events.csv"]
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import reference
 
-from seqfair_jax.data.split import k_core, leave_one_out
+from seqfair_jax.data.readers import log_from_table
+from seqfair_jax.data.split import describe_counts, k_core, leave_one_out
 from seqfair_jax.errors import UserError
 
 LOG = pd.DataFrame(
@@ -18,8 +19,9 @@ LOG = pd.DataFrame(
 )
 
 
-def split(frame=LOG, valid_users=0, **options):
-    return leave_one_out(frame, name="csv", num_valid_users=valid_users, split_seed=42, **options)
+def split(frame=LOG, valid_users=0, core=1):
+    kept = k_core(log_from_table(frame), core)
+    return leave_one_out(kept, name="csv", num_valid_users=valid_users, split_seed=42)
 
 
 def log(*sequences, users=None):
@@ -57,7 +59,17 @@ def test_leave_one_out_by_hand():
         "dropped_users": 1,
         "short_users": 1,
         "dropped_items": 0,
+        "rows_read": 12,
+        "other_events": 0,
+        "missing_values": 0,
+        "below_min_rating": 0,
+        "outside_period": 0,
         "raw_rows": 12,
+        "raw_users": 4,
+        "raw_items": 5,
+        "core_rows": 12,
+        "core_users": 4,
+        "core_items": 5,
         "repeated_rows": 0,
         "tied_rows": 0,
         "tied_held_out": 0,
@@ -96,18 +108,18 @@ def test_rows_of_one_time_keep_the_order_of_the_file():
             "timestamp": [7, 8, 7, 9, 7, 9, 6, 8, 9],
         }
     )
-    dataset = split(k_core(frame, 1))
+    dataset = split(frame)
     # User 1: 1 | 5 3 4 of time 7 | 9; user 2: 9 of time 8, too | 1 8 2 of time 9.
     assert dataset.item_ids[dataset.items].tolist() == [1, 5, 3, 9, 1]
     assert dataset.test_target_ids.tolist() == [9, 2]
     assert dataset.counts["tied_rows"] == 4
     assert dataset.counts["tied_held_out"] == 3  # 4, 8 and 2
-    assert split(k_core(frame, 1), valid_users=1).counts["tied_held_out"] == 2
+    assert split(frame, valid_users=1).counts["tied_held_out"] == 2
 
 
 def test_repeated_rows_are_counted_in_the_raw_log():
     raw = pd.concat([LOG, LOG])
-    dataset = split(k_core(raw, 2), raw=raw)
+    dataset = split(raw, core=2)
     assert dataset.counts["raw_rows"] == 24
     assert dataset.counts["repeated_rows"] == 12
     # Another time, item or user is no repeat.
@@ -117,7 +129,7 @@ def test_repeated_rows_are_counted_in_the_raw_log():
 
 def test_what_the_filter_dropped_is_counted():
     raw = log([1, 2, 1], [1, 2, 2, 1], [1, 2], [5])
-    dataset = split(k_core(raw, 2), raw=raw)
+    dataset = split(raw, core=2)
     assert dataset.counts["dropped_users"] == 2
     assert dataset.counts["short_users"] == 1
     assert dataset.counts["dropped_items"] == 1
@@ -175,18 +187,50 @@ def test_k_core_matches_the_reference(seed):
     rng = np.random.default_rng(seed)
     frame = pd.DataFrame(
         {"user_id": rng.integers(20, size=90), "item_id": rng.integers(15, size=90)}
-    )
-    found = k_core(frame, 3)
+    ).assign(timestamp=range(90))
+    found = k_core(log_from_table(frame), 3)
     expected = reference.k_core(zip(frame.user_id, frame.item_id, strict=True), 3)
-    assert list(zip(found.user_id, found.item_id, strict=True)) == expected  # in the same order
-    text = frame.astype(str).astype("string[pyarrow]")
-    pd.testing.assert_frame_equal(k_core(text, 3), text.loc[found.index])
-    assert k_core(frame, 99).empty
-    pd.testing.assert_frame_equal(k_core(frame, 1), frame)
+    kept = found.frame()
+    assert list(zip(kept.user_id, kept.item_id, strict=True)) == expected  # in the same order
+    users, items = zip(*expected, strict=True)
+    assert found.counts["core_rows"] == len(expected)
+    assert found.counts["core_users"] == len(set(users))
+    assert found.counts["core_items"] == len(set(items))
+    text = k_core(log_from_table(frame.astype({"user_id": str, "item_id": str})), 3)
+    pd.testing.assert_frame_equal(text.frame(), kept)
+    assert len(k_core(log_from_table(frame), 99)) == 0
+    pd.testing.assert_frame_equal(k_core(log_from_table(frame), 1).frame(), frame)
 
 
 def test_k_core_counts_distinct_partners():
     frame = log([1, 1, 1, 1], [1, 2], [1, 2])  # user 0 has one item, four times
-    assert k_core(frame, 2)["user_id"].tolist() == [1, 1, 2, 2]
+    assert k_core(log_from_table(frame), 2).frame()["user_id"].tolist() == [1, 1, 2, 2]
     ids = log(["a\0", "a"], ["a\0", "a"], users=["u\0", "u"])
-    assert len(k_core(ids, 2)) == 4
+    assert len(k_core(log_from_table(ids), 2)) == 4
+
+
+def test_ids_may_become_integers_where_the_filter_drops_the_others():
+    frame = log(["10", "9", "10", "9"], ["9", "10", "9", "10"], ["x"], users=["8", "11", "u"])
+    dataset = split(frame, core=2)
+    assert dataset.user_ids.tolist() == [8, 11]
+    assert dataset.item_ids.tolist() == [9, 10]
+    assert dataset.item_ids[dataset.items].tolist() == [10, 9, 10, 9, 10, 9]
+
+
+# --- What a run prints ---
+
+
+def test_the_table_of_what_was_left_out():
+    repeated = pd.DataFrame({"user_id": [0], "item_id": [1], "timestamp": [0]})
+    raw = pd.concat([log([1, 2, 1], [1, 2, 2, 1], [1, 2], [5]), repeated])
+    rows = [line.split() for line in describe_counts(split(raw, core=2).counts).splitlines()]
+    assert rows == [
+        ["rows", "users", "items"],
+        ["rows", "read", "11"],
+        ["-", "below", "data.min_interactions", "1", "1", "1"],
+        ["-", "of", "users", "with", "fewer", "than", "3", "rows", "2", "1", "0"],
+        ["used", "8", "2", "2"],
+        ["repeated", "rows", "among", "those", "read", "(kept)", "1"],
+    ]
+    counts = split().counts | {"rows_read": 1_000_012, "other_events": 1_000_000}
+    assert describe_counts(counts).splitlines()[2].split()[-1] == "1,000,000"

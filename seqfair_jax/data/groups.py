@@ -1,7 +1,14 @@
 """User groups: by taste and by activity (paper, section 3.1, from training rows), or from a file.
 
-A family's canonical name is safe as a column and as a key: 'pop33', or 'R%26D' for 'R&D'. The
-expressions `a*b` (product) and `a&b` (union) join such names.
+A family's canonical name is safe as a column and as a key: 'pop33', or 'R%26D' for 'R&D'. Such
+names are the atoms of expressions, in the order in which they bind:
+
+    age:4     a family of numbers in a file, cut into 4 groups of about as many users
+    a*b       product: the intersections of the groups
+    a&b       union: the groups of both
+
+So 'age:4*pop33&gender' is ((age:4)*pop33)&gender. No canonical name contains `:`, `*` or `&`. A
+family that the file calls 'age:4' comes first; within an expression it is 'age%3A4'.
 
 Shape letters: U users, G groups, V vocabulary.
 """
@@ -10,19 +17,22 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import re
 import urllib.parse
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from seqfair_jax.data.ids import ids_from_column, require_values
-from seqfair_jax.data.readers import read_table, require_file
+from seqfair_jax.data.files import require_file
+from seqfair_jax.data.ids import encode_ids, missing, require_values
+from seqfair_jax.data.readers import find_column
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.data.tables import fold, pick, read_table
 from seqfair_jax.errors import UserError
 from seqfair_jax.workdir import user_path
 
@@ -40,7 +50,10 @@ RESERVED_NAMES = (
     "target", "repeat", "user_id", "target_item_id", "rank",
     "overall", "epoch", "step", "name", "seed",
 )  # fmt: skip
-_TABLE_COLUMNS = ("user_id", "family", "group")
+_LONG = ("user_id", "family", "group")  # columns of a file with a row for each membership
+MISSING_GROUP = ("unknown", "leave_out")
+UNKNOWN = MISSING_GROUP[0]
+_LOG = logging.getLogger("seqfair_jax")
 
 
 def encode_name(text: str) -> str:
@@ -112,91 +125,145 @@ class GroupFamily:
 def read_group_table(path: str | None) -> pd.DataFrame | None:
     """The users' own groups: columns user_id, family, group, a row for each membership; all text.
 
+    The file has such rows, or it is wide: a row for each user, and a column for each family.
+    Without columns `family` and `group` it is wide; its user column has one of the names that a
+    log's may have (`readers.ALIASES`). An empty group is None.
+
     Labels are text as written: '01' and '1' are two groups. Of a Parquet file's numbers, 18 and
     18.0 become '18'.
 
     Args:
-        path: a CSV or Parquet file (see `readers.read_table`), or None.
+        path: a CSV, JSON Lines or Parquet file (see `tables.read_table`), or None.
 
     Raises:
-        UserError: naming the file, the row and what is wrong: an empty field, a column of lists
-            or bytes, a family with the name of one of `FAMILIES`.
+        UserError: naming the file, the row and what is wrong: a row without user or family, a
+            column of lists or bytes, a family with the name of one of `FAMILIES`.
     """
     if path is None:
         return None
     file = user_path(path)
     require_file(file, f"data.group_file={path}")
-    table = read_table(file, {name: name for name in _TABLE_COLUMNS})
+    table, names, *_ = read_table(file, _choose)
+    is_long = set(names) == set(_LONG)
     if not len(table):
-        raise UserError(f"{file} has no rows: expected rows of {', '.join(_TABLE_COLUMNS)}")
-    rows = np.arange(len(table))
-    users = ids_from_column(table["user_id"], rows, file, "user_id")
-    frame = pd.DataFrame(
-        {
-            "user_id": _texts(users.to_numpy()),
-            "family": _labels(table["family"], rows, file, "family"),
-            "group": _labels(table["group"], rows, file, "group"),
-        },
-        dtype=object,
-    )
+        raise UserError(f"{file} has no rows: expected rows of {', '.join(names.values())}")
+    users = _users(table["user_id"], str(file), names["user_id"])
+    if is_long:
+        family = _labels(table["family"], str(file), "family")
+        empty = np.array([label is None for label in family])
+        advice = "fill or remove them"
+        require_values(empty, np.arange(len(table)), str(file), "family", advice)
+        columns = {"user_id": users, "family": family}
+        columns["group"] = _labels(table["group"], str(file), "group")
+    else:
+        families = {name: _labels(table[key], str(file), name)
+                    for key, name in names.items() if key != "user_id"}  # fmt: skip
+        columns = {
+            "user_id": np.tile(users, len(families)),
+            "family": np.repeat(np.array([*families, None], object)[:-1], len(users)),
+            "group": np.concatenate(list(families.values())),
+        }
+    frame = pd.DataFrame(columns, dtype=object)
     taken = sorted(set(frame["family"]) & set(FAMILIES))
     if taken:
         raise UserError(f"{file}: family {taken[0]!r} has the name of a built-in family; rename it")
     return frame
 
 
-def _labels(column: pa.ChunkedArray, rows: np.ndarray, path: Path, name: str) -> np.ndarray:
-    require_values(column, rows, path, name)
+def _choose(names: Sequence[str], where: str) -> dict[str, str]:
+    """The columns of a group file: user_id, family, group; or of a wide one user_id, 0, 1, ..."""
+    advice = "rename a column"
+    if any(fold(name) in _LONG[1:] for name in names):
+        return {key: pick(names, key, where, advice) for key in _LONG}
+    user = find_column(names, "user_id", where, advice)
+    families = [name for name in names if name != user]
+    if not families:
+        raise UserError(f"{where} has no column beside {user}; add one for each family of groups")
+    for name in families:
+        pick(names, name, where, advice)
+    return {"user_id": user, **{str(place): name for place, name in enumerate(families)}}
+
+
+def _users(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
+    rows = np.arange(len(column))
+    places, ids = encode_ids(column, rows, where, name)
+    require_values(places < 0, rows, where, name, "fill or remove them")
+    return np.asarray(ids.cast(pa.large_string()), object)[places]
+
+
+def _labels(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
+    """Labels as text, None for an empty field: object[N]."""
     if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
-        raise UserError(f"{path}: column {name} is of type {column.type}; expected text or numbers")
+        raise UserError(
+            f"{where}: column {name} is of type {column.type}; expected text or numbers"
+        )
     distinct = pc.unique(column)
-    values = [
+    labels = _texts(
         int(value) if isinstance(value, float) and value.is_integer() else value
         for value in distinct.to_pylist()
-    ]
-    return _texts(values)[pc.index_in(column, value_set=distinct).to_numpy()]
+    )[pc.index_in(column, value_set=distinct).to_numpy()]
+    labels[missing(column)] = None
+    return labels
 
 
-def _texts(values) -> np.ndarray:
-    texts = np.empty(len(values), object)
-    texts[:] = [str(value) for value in values]
-    return texts
+def _texts(values: Iterable) -> np.ndarray:
+    texts = [str(value) for value in values]
+    found = np.empty(len(texts), object)
+    found[:] = texts
+    return found
 
 
 def build_family(
-    dataset: Dataset, name: str, *, group_table: pd.DataFrame | None = None
+    dataset: Dataset,
+    name: str,
+    *,
+    group_table: pd.DataFrame | None = None,
+    missing_group: str = UNKNOWN,
 ) -> GroupFamily:
     """The family of that name.
 
     Args:
         dataset: the split log.
-        name: a family of `group_table` as written there; or one of `FAMILIES`; or a product of
-            such, 'pop33*seq33', whose groups are the intersections 'niche*short', 'niche*medium',
-            ...; or a union of any of these, 'pop33&seq33', whose groups 'pop33:niche', ...,
-            'seq33:long' overlap. In a product or union the names are encoded (`encode_name`).
-        group_table: see `read_group_table`; a user may be in several groups, or in none.
+        name: a family of `group_table` as written there; or one of `FAMILIES`; or 'age:4', a
+            family of numbers cut into at most 4 groups; or a product of such, 'pop33*seq33',
+            whose groups are the intersections 'niche*short', 'niche*medium', ...; or a union of
+            any of these, 'pop33&seq33', whose groups 'pop33:niche', ..., 'seq33:long' overlap.
+            In an expression the names are encoded (`encode_name`).
+        group_table: see `read_group_table`; a user may be in several groups.
+        missing_group: where users go that have no group in the table: 'unknown', a group of that
+            name, which a family of the table may have already; or 'leave_out', into no group.
 
     Raises:
         UserError: on an unknown name (the closest is named), a family that is twice in a union,
-            or a family of the table without any user of the log.
+            a family of the table without any user of the log, or one that cannot be cut.
     """
     if group_table is not None and (group_table["family"] == name).any():
-        return _from_table(dataset, name, group_table)
-    return _expression(dataset, name, group_table)
+        return _from_table(dataset, name, group_table, missing_group)
+    return _expression(dataset, name, group_table, missing_group)
 
 
-def _expression(dataset: Dataset, text: str, table: pd.DataFrame | None) -> GroupFamily:
+def _expression(
+    dataset: Dataset, text: str, table: pd.DataFrame | None, missing_group: str
+) -> GroupFamily:
     for sign, combine in (("&", _union), ("*", _product)):
         if sign in text:
-            return combine([_expression(dataset, part, table) for part in text.split(sign)])
+            parts = text.split(sign)
+            return combine([_expression(dataset, part, table, missing_group) for part in parts])
     if text in FAMILIES:
         return _built_in(dataset, text)
-    name = decode_name(text)
     own = [] if table is None else sorted(set(table["family"]))
+    atom, colon, number = text.partition(":")
+    name = decode_name(atom)
     if table is not None and name in own:
-        return _from_table(dataset, name, table)
+        if not colon:
+            return _from_table(dataset, name, table, missing_group)
+        if re.fullmatch("[1-9][0-9]{0,3}", number) and int(number) > 1:
+            return _quantiles(dataset, name, int(number), table, missing_group)
+        raise UserError(f"group family {text!r}: expected {atom}:N with N groups, 2 to 9999")
+    if colon and atom in FAMILIES:
+        raise UserError(f"group family {text!r}: {atom} has groups; only a file's numbers are cut")
     known = [*FAMILIES, *map(encode_name, own)]
-    close = difflib.get_close_matches(text, known, n=1)
+    close = difflib.get_close_matches(atom, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UserError(f"unknown group family {text!r}{hint}; known: {', '.join(known)}")
 
@@ -294,9 +361,19 @@ def _encoded(family: GroupFamily) -> tuple[str, ...]:
     return tuple(_escape(group, "[%*:]") for group in family.groups)
 
 
-def _from_table(dataset: Dataset, name: str, table: pd.DataFrame) -> GroupFamily:
-    rows = table[table["family"] == name]
-    groups = tuple(sorted(set(rows["group"])))
+def _from_table(
+    dataset: Dataset, name: str, table: pd.DataFrame, missing_group: str
+) -> GroupFamily:
+    users, labels = _labelled(dataset, name, table)
+    groups = tuple(sorted(set(labels)))
+    membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
+    membership[users, _places(labels, groups)] = True
+    return _with_missing(GroupFamily(encode_name(name), groups, membership), missing_group)
+
+
+def _labelled(dataset: Dataset, name: str, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The users of the log, and their labels: i64[M], object[M]."""
+    rows = table[(table["family"] == name) & table["group"].notna()]
     users = _places(rows["user_id"], _texts(dataset.user_ids))
     known = users >= 0  # the table may hold users that the log's filter dropped
     if not known.any():
@@ -304,9 +381,84 @@ def _from_table(dataset: Dataset, name: str, table: pd.DataFrame) -> GroupFamily
             f"data.group_file: none of family {name!r}'s users is in the log; "
             "its user_id column must hold the log's ids"
         )
-    membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
-    membership[users[known], _places(rows["group"], groups)[known]] = True
-    return GroupFamily(encode_name(name), groups, membership)
+    return users[known], rows["group"].to_numpy(object)[known]
+
+
+def _quantiles(
+    dataset: Dataset, name: str, number: int, table: pd.DataFrame, missing_group: str
+) -> GroupFamily:
+    """A family of numbers, cut at the quantiles over the log's users; equal numbers stay together.
+
+    A user is in the first group whose quantile is not below the user's number. Quantiles are
+    numbers of users (`inverted_cdf`), so each cut is the largest number of its group.
+    """
+    users, labels = _labelled(dataset, name, table)
+    values = pd.to_numeric(pd.Series(labels), errors="coerce").to_numpy(np.float64)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        user, label = dataset.user_ids[users[bad.argmax()]], labels[bad.argmax()]
+        raise UserError(
+            f"group family '{encode_name(name)}:{number}': {name!r} of user {user} is {label!r}, "
+            "which is not a finite number; remove it, or use the family without a number of groups"
+        )
+    pairs = pd.DataFrame({"user": users, "value": values}).drop_duplicates()
+    several = pairs["user"][pairs["user"].duplicated()]
+    if len(several):
+        raise UserError(
+            f"group family '{encode_name(name)}:{number}': user "
+            f"{dataset.user_ids[several.iloc[0]]} has several values of {name!r}; give "
+            "each user one"
+        )
+    users, values = pairs["user"].to_numpy(), pairs["value"].to_numpy()
+    shares = np.arange(1, number + 1) / number
+    cuts = np.unique(np.quantile(values, shares, method="inverted_cdf"))
+    if len(cuts) < number:
+        _LOG.info(
+            "family %s:%d has %d groups, since users with equal values stay together",
+            name,
+            number,
+            len(cuts),
+        )
+    place = np.searchsorted(cuts, values)
+    membership = np.zeros((len(dataset.user_ids), len(cuts)), bool)
+    membership[users, place] = True
+    groups = tuple(_range(values[place == group]) for group in range(len(cuts)))
+    family = GroupFamily(f"{encode_name(name)}:{number}", groups, membership)
+    return _with_missing(family, missing_group)
+
+
+def _range(values: np.ndarray) -> str:
+    """The least and the largest number: '18-24'."""
+    ends = [repr(int(end)) if end.is_integer() else repr(end)
+            for end in (float(values.min()), float(values.max()))]  # fmt: skip
+    joint = "-" if values.min() >= 0 else " to "
+    return joint.join(dict.fromkeys(ends))
+
+
+def _with_missing(family: GroupFamily, missing_group: str) -> GroupFamily:
+    """The family with the users of no group in group 'unknown', if they are not left out."""
+    absent = ~family.membership.any(axis=1)
+    if not absent.any():
+        return family
+    where = "in no group" if missing_group != UNKNOWN else f"in group {UNKNOWN!r}"
+    _LOG.info(
+        "family %s: %d of %d users have no value in data.group_file; they are %s",
+        decode_name(family.name),
+        absent.sum(),
+        len(family.membership),
+        where,
+    )
+    if missing_group != UNKNOWN:
+        return family
+    if UNKNOWN in family.groups:  # the file says so of some users itself
+        membership = family.membership.copy()
+        membership[absent, family.groups.index(UNKNOWN)] = True
+        return dataclasses.replace(family, membership=membership)
+    return dataclasses.replace(
+        family,
+        groups=(*family.groups, UNKNOWN),
+        membership=np.column_stack([family.membership, absent]),
+    )
 
 
 def _places(texts, known) -> np.ndarray:

@@ -4,7 +4,7 @@ Ids have any length and any character, so text ids are `object` arrays, never nu
 strings: those take the longest id's size for every row and drop trailing NULs.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,102 +13,157 @@ import pyarrow.compute as pc
 
 from seqfair_jax.errors import UserError
 
-_TEXT = pd.StringDtype("pyarrow")
+_TEXT = pa.large_string()
 _EXACT_FLOATS = 2**53
 
 
-def id_order(ids: np.ndarray | pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids in id order, and each id's place among them.
+def compact(places: np.ndarray, ids: np.ndarray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Drop the ids that no row has and bring the others into id order.
 
     The order is numeric where all ids are integers, else that of their UTF-8 bytes.
 
     Args:
-        ids: [N], integers or text.
+        places: i[N] positions in `ids`.
+        ids: [D] distinct: integers or text.
 
     Returns:
-        The distinct ids, i64[D] or object[D], and i64[N].
+        i32[N] positions in the ids that stay, and these: i64 or object.
     """
-    if ids.dtype.kind in "iu":
-        return np.unique(np.asarray(ids), return_inverse=True)
-    places, index = pd.factorize(pd.Series(ids, dtype=_TEXT))
-    distinct = np.asarray(index, object)
-    numbers = whole_numbers(distinct)
-    if numbers is not None:
-        distinct = numbers
-    order = np.argsort(distinct)  # code points sort as their UTF-8 bytes do
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[places]
+    used = np.bincount(places, minlength=len(ids)) > 0
+    ids = ids.filter(pa.array(used)) if isinstance(ids, pa.Array) else ids[used]
+    numbers = whole_numbers(ids)
+    if numbers is None:
+        text = pa.array(ids, _TEXT)
+        order = pc.sort_indices(text).to_numpy()
+        distinct = np.asarray(text.take(order), object)
+    else:
+        order = np.argsort(numbers)
+        distinct = numbers[order]
+    rank = np.zeros(len(used), np.int32)
+    rank[np.flatnonzero(used)[order]] = np.arange(len(order))
+    return rank[places], distinct
 
 
-def whole_numbers(ids: np.ndarray) -> np.ndarray | None:
-    """The integers that text ids spell, i64; None if one spells something else: '7.0', '07'."""
-    text = pa.array(ids, pa.large_string())
+def whole_numbers(ids: np.ndarray | pa.Array) -> np.ndarray | None:
+    """The integers that ids are or spell, i64; None if one spells something else: '7.0', '07'."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "i":
+        return ids
+    if isinstance(ids, pa.Array) and pa.types.is_integer(ids.type):
+        return ids.to_numpy()
+    text = pa.array(ids, _TEXT)
     try:
         numbers = text.cast(pa.int64())
     except pa.ArrowInvalid:
         return None
-    same = pc.equal(numbers.cast(pa.large_string()), text)
+    same = pc.equal(numbers.cast(_TEXT), text)
     return numbers.to_numpy() if pc.all(same).as_py() else None
 
 
 def missing(column: pa.ChunkedArray) -> np.ndarray:
     """Which rows of a column are empty: bool[N]. `NA`, `null` and the like are text."""
+    if pa.types.is_dictionary(column.type):
+        return encode(column)[0] < 0
     empty = column.is_null(nan_is_null=True)
     if pa.types.is_large_string(column.type):
         empty = pc.or_kleene(empty, pc.equal(column, ""))
     return empty.to_numpy()
 
 
-def require_values(column: pa.ChunkedArray, rows: np.ndarray, path: Path, name: str) -> None:
+def require_values(empty: np.ndarray, rows: np.ndarray, where: str, name: str, advice: str) -> None:
     """Check that a column has a value in every row.
 
     Args:
-        column: [N].
+        empty: bool[N], the rows without a value.
         rows: i64[N], each row's number in the file, from 0.
-        path: of the file, for the message.
+        where: the file, for the message.
         name: of the column in the file, for the message.
+        advice: what to do, for the message.
 
     Raises:
         UserError: naming the first row without a value.
     """
-    empty = missing(column)
     if empty.any():
         raise UserError(
-            f"{path}: {empty.sum()} rows have no {name}, the first of them data row "
-            f"{rows[empty.argmax()] + 1}; fill or remove them"
+            f"{where}: {empty.sum()} rows have no {name}, the first of them data row "
+            f"{rows[empty.argmax()] + 1}; {advice}"
         )
 
 
-def ids_from_column(column: pa.ChunkedArray, rows: np.ndarray, path: Path, name: str) -> pd.Series:
-    """A column of ids, as integers if every id is the text of an integer, else as text.
+def encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """A column of text: i32[N] positions in its distinct texts, -1 for an empty one; and these."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    column = column.unify_dictionaries()
+    texts = column.chunk(0).dictionary if column.num_chunks else pa.array([], _TEXT)
+    parts = [chunk.indices.fill_null(-1).to_numpy() for chunk in column.chunks]
+    places = np.concatenate([np.empty(0, np.int32), *parts])
+    empty = pc.index(texts, pa.scalar("", texts.type)).as_py()
+    if empty >= 0:
+        places[places == empty] = -1
+    return places.astype(np.int32, copy=False), texts.cast(_TEXT)
+
+
+def encode_ids(
+    column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str
+) -> tuple[np.ndarray, pa.Array]:
+    """A column of ids: i32[N] positions in its distinct ids, -1 for none; and these.
 
     Args:
-        column, rows, path, name: see `require_values`.
+        column, rows, where, name: see `require_values`.
+
+    Returns:
+        The distinct ids are of text, or of int64 for a column of numbers.
 
     Raises:
-        UserError: naming the first row without an id or with a fraction, or the column's type if
-            it is neither integers nor text.
+        UserError: naming the first row with a fraction, or the column's type if it is neither
+            integers nor text.
     """
-    require_values(column, rows, path, name)
-    if pa.types.is_integer(column.type):
-        return pd.Series(column.to_numpy())
-    if pa.types.is_floating(column.type):  # Parquet's way with integers beside missing ones
-        numbers = column.to_numpy()
+    kind = column.type
+    if pa.types.is_dictionary(kind) or pa.types.is_large_string(kind):
+        return encode(column)
+    if pa.types.is_null(kind):
+        return np.full(len(column), -1, np.int32), pa.array([], _TEXT)
+    if not pa.types.is_integer(kind) and not pa.types.is_floating(kind):
+        raise UserError(
+            f"{where}: column {name} is of type {kind}; expected integers or text: store the "
+            "column as one of these"
+        )
+    if kind == pa.uint64():
+        column = column.cast(_TEXT)
+        return encode(column)
+    empty = missing(column)
+    if pa.types.is_floating(kind):  # what integers beside missing ones often become
+        numbers = np.where(empty, 0, column.cast(pa.float64()).to_numpy())
         inexact = (numbers != np.floor(numbers)) | (np.abs(numbers) > _EXACT_FLOATS)
         if inexact.any():
             first = inexact.argmax()
             raise UserError(
-                f"{path}: the {name} of data row {rows[first] + 1} is the float "
+                f"{where}: the {name} of data row {rows[first] + 1} is the float "
                 f"{float(numbers[first])}; expected integers or text: store the column as one of "
                 "these"
             )
-        return pd.Series(numbers.astype(np.int64))
-    if not pa.types.is_large_string(column.type):
-        raise UserError(
-            f"{path}: column {name} is of type {column.type}; expected integers or text: store "
-            "the column as one of these"
-        )
-    if whole_numbers(np.asarray(pc.unique(column))) is not None:
-        return pd.Series(column.cast(pa.int64()).to_numpy())
-    return pd.Series(column.to_pandas(types_mapper={pa.large_string(): _TEXT}.get))
+        numbers = numbers.astype(np.int64)
+    else:
+        numbers = column.fill_null(0).cast(pa.int64()).to_numpy()
+    places, distinct = pd.factorize(numbers)
+    places[empty] = -1
+    return places.astype(np.int32), pa.array(distinct)
+
+
+def join_ids(parts: Sequence[tuple[np.ndarray, pa.Array]]) -> tuple[np.ndarray, pa.Array]:
+    """The ids of several files as those of one: see `encode_ids`.
+
+    '7' in one file and 7 in another are one id.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    tables = [ids for _, ids in parts]
+    if any(ids.type != pa.int64() for ids in tables):
+        tables = [ids.cast(_TEXT) for ids in tables]
+    joined = pa.chunked_array(tables).combine_chunks().dictionary_encode()
+    if isinstance(joined, pa.ChunkedArray):
+        joined = joined.combine_chunks()
+    of_table = joined.indices.to_numpy()
+    starts = np.cumsum([0, *map(len, tables)])
+    places = [of_table[start + place] for (place, _), start in zip(parts, starts, strict=False)]
+    return np.concatenate(places), joined.dictionary

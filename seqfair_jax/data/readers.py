@@ -1,467 +1,361 @@
-"""Readers: from a CSV or Parquet file to a table of `user_id, item_id, timestamp`.
+"""Readers: from the files of a log, or a table in memory, to a `Log`."""
 
-Only the wanted columns are read, those of a CSV file as text, so that no other column can fail
-and nothing is guessed before it is checked.
-"""
-
-import bz2
-import contextlib
-import csv
-import difflib
 import functools
-import gzip
-import io
 import logging
-import lzma
-import os
-import re
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
-from seqfair_jax.data.ids import ids_from_column
+from seqfair_jax.data.files import MEMBERS, short
+from seqfair_jax.data.ids import compact, encode, encode_ids, join_ids, missing, require_values
+from seqfair_jax.data.log import Log
+from seqfair_jax.data.tables import fold, pick, plain, read_table
+from seqfair_jax.data.times import join_times, mixed_units, parse_times, within
 from seqfair_jax.errors import UserError
-from seqfair_jax.workdir import user_path
 
-COLUMNS = ["user_id", "item_id", "timestamp"]
-THIRD_PARTY = Path("third_party_data")
-# A quarter of the machine's memory: parsing needs some more beside the content.
-MAX_UNPACKED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-
+# What data sets call the columns. Where `data.columns` is silent, a column of the first name is
+# used, else the only one of the others.
+ALIASES = {
+    "user_id": "user_id userid user uid user_token visitorid visitor_id customer_id customerid "
+    "customer client_id clientid member_id memberid account_id accountid reviewer_id reviewerid "
+    "person_id session_id sessionid session",
+    "item_id": "item_id itemid item iid item_token movie_id movieid product_id productid product "
+    "asin parent_asin sku article_id articleid track_id trackid song_id songid book_id bookid isbn "
+    "video_id videoid news_id game_id business_id anime_id recipe_id",
+    "timestamp": "timestamp time ts datetime date_time date when created_at event_time eventtime "
+    "event_timestamp time_stamp unix_timestamp unixtime unixreviewtime rating_timestamp t_dat "
+    "order_date invoicedate",
+    "event": "event event_type eventtype event_name behavior behavior_type behaviour action "
+    "action_type",
+    "rating": "rating ratings score stars overall book_rating user_rating",
+}
+_RETAILROCKET = {
+    "user_id": "visitorid",
+    "item_id": "itemid",
+    "timestamp": "timestamp",
+    "event": "event",
+}
+_ML1M = {"user_id": "UserID", "item_id": "MovieID", "timestamp": "Timestamp", "rating": "Rating"}
+_ML1M_HEADER = ("UserID", "", "MovieID", "", "Rating", "", "Timestamp")  # between `::` is nothing
+_CODED = ("user_id", "item_id", "event")
 _LOG = logging.getLogger("seqfair_jax")
-_ML1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
-_ML1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
-_FILES = {"retailrocket": "events.csv", "ml1m": "ratings.dat"}
-_SUFFIXES = ("", ".gz", ".zip", ".bz2", ".xz", ".zst")
-_RETAILROCKET = {"user_id": "visitorid", "item_id": "itemid", "timestamp": "timestamp"}
-_ML1M = {"user_id": "UserID", "item_id": "MovieID", "timestamp": "Timestamp"}
-_ML1M_NAMES = ["UserID", "MovieID", "Rating", "Timestamp"]
-
-_CHUNK = 2**20
-_LONGEST_ROW = 2**26
-_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-_PARQUET = (b"PAR1", b"PARE")
-_OPENERS: dict[bytes, Any] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-    b"\x28\xb5\x2f\xfd": functools.partial(pa.CompressedInputStream, compression="zstd"),
-    b"\x04\x22\x4d\x18": functools.partial(pa.CompressedInputStream, compression="lz4"),
-}
-_NOT_TABLES = {
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
-    b"Rar!": "a RAR archive: unpack it",
-    b"\x1f\x9d": "compressed by `compress`: unpack it",
-    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
-    **dict.fromkeys((*_OPENERS, *_ZIP), "compressed twice: unpack it once"),
-}
-# What the standard library raises on archives that are damaged, encrypted or of an unknown kind.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    lzma.LZMAError,
-    pa.ArrowException,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
-def locate(name: str, path: str | None) -> Path:
-    """The file that holds a data set's log.
+class Rows(NamedTuple):
+    """Which rows of a log are read: the settings of the same names in a config's `data`."""
+
+    events: tuple[str, ...] = ()  # () for all
+    min_rating: float | None = None
+    since: str | None = None
+    until: str | None = None
+    missing: str = "error"
+
+
+ALL_ROWS = Rows()
+
+
+class _Part(NamedTuple):
+    """What is kept of one file."""
+
+    users: tuple[np.ndarray, pa.Array]  # `ids.encode_ids`
+    items: tuple[np.ndarray, pa.Array]
+    times: np.ndarray
+    counts: dict[str, int]
+    other_events: list[str]
+
+
+def read_log(
+    name: str,
+    paths: Sequence[Path],
+    columns: Mapping[str, str],
+    rows: Rows = ALL_ROWS,
+    *,
+    delimiter: str = "",
+) -> Log:
+    """Read a log of interactions, a row each.
 
     Args:
-        name: of the data set (`data.name`).
-        path: a file, or a folder that holds the file; None looks in `third_party_data/`, where
-            MovieLens-1M is downloaded to if it is absent.
-
-    Raises:
-        UserError: saying where to get the file and where to put it.
-    """
-    if path is None:
-        if name == "csv":
-            raise UserError("data.path is not set: name the CSV or Parquet file with your log")
-        folder = THIRD_PARTY / {"ml1m": "ml-1m"}.get(name, name)
-        if name == "ml1m" and not _candidates(folder, _FILES[name]):
-            return _download_ml1m()
-    else:
-        folder = user_path(path)
-    if name == "csv":
-        require_file(folder, f"data.path={path}")
-    with _reading(folder):
-        if folder.is_file():
-            return folder
-        found = _candidates(folder, _FILES[name])
-    if found:
-        return found[0]
-    advice = {
-        "retailrocket": "download it (a free login is needed) from "
-        "https://www.kaggle.com/datasets/retailrocket/ecommerce-dataset and put events.csv into "
-        "third_party_data/retailrocket/, or set data.path",
-        "ml1m": f"leave data.path unset to download it, or unpack {_ML1M_URL} there",
-    }[name]
-    raise UserError(f"no {_FILES[name]} (.gz, .zip) at {folder}: {advice}")
-
-
-def require_file(path: Path, setting: str) -> None:
-    """Check that a file exists.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    with _reading(path):
-        if path.is_dir():
-            raise UserError(f"{setting} is a folder; name a file in it")
-        if not path.exists():
-            raise UserError(f"{setting}: no such file; it would be {path.absolute()}")
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the errors of reading a file into a `UserError` that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except _UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or _short(str(error)) or type(error).__name__
-        raise UserError(f"{path} cannot be read: {reason}") from error
-
-
-def read_log(name: str, path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Read a log of interactions: user_id, item_id, timestamp, one row each, in the file's order.
-
-    Args:
-        name: `retailrocket` (view events of events.csv), `ml1m` (ratings.dat) or `csv`.
-        path: the file; see `read_table`.
-        columns: for `csv`, what the file calls the three columns.
+        name: `retailrocket` (events.csv; its views unless `rows.events` says otherwise), `ml1m`
+            (ratings.dat) or `csv`.
+        paths: the files, read one after the other as one log; see `tables.read_table`.
+        columns: for `csv`, what the files call the columns `user_id`, `item_id`, `timestamp`,
+            `event` and `rating`; '' or absent to find a column by the names in `ALIASES`.
+        rows: which rows to read.
+        delimiter: of CSV files; '' to find it out.
 
     Returns:
-        Ids are integers where every id of the column is one, else text: '07' and '7' are two ids.
-        Times are numbers as they are, or `datetime64` in UTC.
+        The log. Ids are integers where every id of the column is one, else text: '07' and '7' are
+        two ids. Its counts: `rows_read`; `other_events`, `missing_values`, `below_min_rating` and
+        `outside_period`, the rows left out; `raw_rows`, `raw_users` and `raw_items`, which stay;
+        `repeated_rows`, which have the user, item and time of an earlier row.
 
     Raises:
         UserError: naming the file, the row and what is wrong.
     """
-    rows: np.ndarray | None = None
-    if name == "ml1m":
+    options: dict[str, Any] = {"delimiter": delimiter}
+    if name == "retailrocket":
+        columns, rows = _RETAILROCKET, rows._replace(events=rows.events or ("view",))
+        options = {"member": MEMBERS[name]}
+    elif name == "ml1m":
         columns = _ML1M
-        table = _read_ratings(path)
-    elif name == "retailrocket":
-        columns = _RETAILROCKET
-        table = read_table(path, {"event": "event", **columns}, member=_FILES[name])
-        rows = np.flatnonzero(pc.equal(table["event"], "view").to_numpy())
-        table = table.take(rows)
-    else:
-        columns = {column: columns[column] for column in COLUMNS}
-        table = read_table(path, columns)
-    if not len(table):
-        kind = " of event 'view'" if name == "retailrocket" else ""
-        raise UserError(
-            f"{path} holds no interactions{kind}: expected rows of {', '.join(columns.values())}"
-        )
-    if rows is None:
-        rows = np.arange(len(table))
-    frame = {
-        column: ids_from_column(table[column], rows, path, columns[column])
-        for column in ("user_id", "item_id")
-    }
-    times = _times(table["timestamp"], rows, path, columns["timestamp"])
-    return pd.DataFrame({**frame, "timestamp": times})
+        options = {"member": MEMBERS[name], "header": _ML1M_HEADER, "delimiter": ":"}
+    choose = functools.partial(_choose, columns=columns, rows=rows)
+    parts: list[_Part] = []
+    for path in paths:
+        try:
+            table = read_table(path, choose, coded=_CODED, **options)
+        except UserError as error:
+            if name != "ml1m":
+                raise
+            header = "::".join(filter(None, _ML1M_HEADER))
+            raise UserError(f"{error}; expected rows of {header}") from error
+        if not parts:
+            form = table.format
+            _say_columns(table.names, columns, str(path))
+            if table.delimiter not in ("", ",", options.get("delimiter")):
+                _LOG.info("%s: columns are separated by %r", path, table.delimiter)
+        if table.format != form:
+            raise UserError(
+                f"{paths[0]} is {form}, but {path} is {table.format}; all files of data.path must "
+                "be of one format"
+            )
+        parts.append(_select(table.columns, table.names, str(path), rows))
+    return _join(parts, list(map(str, paths)), rows)
 
 
-def read_table(path: Path, columns: Mapping[str, str], *, member: str | None = None) -> pa.Table:
-    """Read some columns of a CSV or Parquet file.
-
-    The content says what a file is, not its name: Parquet or text, plain or packed by gzip, bzip2,
-    xz, zstd, lz4 or zip. The columns of a CSV file are separated by `,`, `;`, `|` or tabs.
+def log_from_table(
+    table: Any, columns: Mapping[str, str] | None = None, rows: Rows = ALL_ROWS
+) -> Log:
+    """A log from a table in memory, checked as a file is.
 
     Args:
-        path: the file.
-        columns: for each column of the result, what the file calls it.
-        member: the file to read in a zip; None if the zip holds one.
-
-    Returns:
-        A CSV file's columns as text, in which '' is a missing value. A Parquet file's columns as
-        they are, with text, categories of text and decimal numbers as text.
+        table: of pandas, polars or pyarrow, or of another library with Arrow's C stream.
+        columns, rows: see `read_log`.
 
     Raises:
-        UserError: naming the file and what is wrong.
+        UserError: naming the row of the table and what is wrong.
     """
-    if len(set(columns.values())) < len(columns):
+    where, columns = "the table", columns or {}
+    if isinstance(table, pd.DataFrame):
+        known = [str(name) for name in table.columns]
+        names = _choose(known, where, columns=columns, rows=rows)
+        frame = table.iloc[:, [known.index(name) for name in names.values()]]
+        try:
+            arrow = pa.Table.from_pandas(frame.set_axis(list(names), axis=1), preserve_index=False)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{where}: a column has values of several types ({short(str(error))}); store it "
+                "as one type, such as text"
+            ) from error
+    else:
+        if hasattr(table, "__arrow_c_stream__"):
+            arrow = pa.table(table)
+        elif hasattr(table, "to_arrow"):
+            arrow = table.to_arrow()
+        else:
+            raise UserError(
+                f"expected a table of pandas, polars or pyarrow, found {type(table).__name__}"
+            )
+        names = _choose(arrow.column_names, where, columns=columns, rows=rows)
+        arrow = pa.table({key: arrow[name] for key, name in names.items()})
+    _say_columns(names, columns, where)
+    selected = pa.table({name: plain(arrow[name]) for name in names})
+    return _join([_select(selected, names, where, rows)], [where], rows)
+
+
+def read_ids(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Columns of ids of a file, `user_id` or `item_id`, as integers or text.
+
+    Args:
+        path: see `tables.read_table`.
+        columns: each is found by the names in `ALIASES`.
+
+    Raises:
+        UserError: naming the file, the row and what is wrong.
+    """
+
+    def choose(names: Sequence[str], where: str) -> dict[str, str]:
+        advice = "rename a column"
+        return {column: find_column(names, column, where, advice) for column in columns}
+
+    table, names, *_ = read_table(path, choose, coded=columns)
+    rows = np.arange(len(table))
+    found = {}
+    for column, name in names.items():
+        places, ids = encode_ids(table[column], rows, str(path), name)
+        require_values(places < 0, rows, str(path), name, "fill or remove them")
+        places, distinct = compact(places, ids)
+        found[column] = distinct[places]
+    return pd.DataFrame(found)
+
+
+# Columns.
+
+
+def _choose(
+    names: Sequence[str], where: str, *, columns: Mapping[str, str], rows: Rows
+) -> dict[str, str]:
+    wanted = ["user_id", "item_id", "timestamp"]
+    wanted += ["event"] if rows.events else []
+    wanted += ["rating"] if rows.min_rating is not None else []
+    found = {}
+    for column in wanted:
+        advice = f"name the column in data.columns.{column}"
+        if columns.get(column):
+            found[column] = pick(names, columns[column], where, advice)
+        else:
+            found[column] = find_column(names, column, where, advice)
+    if len(set(found.values())) < len(found):
         raise UserError(
-            f"data.columns names one column of {path} twice: {', '.join(columns.values())}; name "
+            f"data.columns names one column of {where} twice: {', '.join(found.values())}; name "
             "another"
         )
-    with _reading(path), path.open("rb") as file:
-        is_parquet = file.read(4) in _PARQUET
-    content = bytearray() if is_parquet else _unpack(path, member)
-    if is_parquet or content.startswith(_PARQUET):
-        table = _read_parquet(path if is_parquet else pa.BufferReader(content), path, columns)
-    else:
-        table = _read_csv(content, path, columns)
-    plain = [_plain(column) for column in table.select(list(columns.values())).columns]
-    return pa.table(plain, names=list(columns))
+    return found
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    kind, types = column.type, pa.types
-    if types.is_string(kind) or types.is_string_view(kind) or types.is_decimal(kind):
-        column = column.cast(pa.large_string())
-    return column
+def find_column(names: Sequence[str], column: str, where: str, advice: str) -> str:
+    """The column that is called `column`, or else the only one with a name of its `ALIASES`.
 
-
-def _read_parquet(source: Any, path: Path, columns: Mapping[str, str]) -> pa.Table:
-    with _reading(path):
-        file = pq.ParquetFile(source)
-        _check_names(file.schema_arrow.names, columns, path)
-        # A repeated value takes no space in the file.
-        if file.metadata.num_rows * len(columns) * 8 > MAX_UNPACKED:
-            raise _too_large(path)
-        table = file.read(columns=list(columns.values()))
-        table.validate(full=True)  # damaged text
-        return table
-
-
-def _read_csv(content: bytearray, path: Path, columns: Mapping[str, str]) -> pa.Table:
-    header = re.search(rb"[^\r\n]+", content)
-    if header is None:
-        raise UserError(f"{path} is empty: expected a header line and rows")
-    if b"\0" in header[0]:
-        raise UserError(f"{path} is not UTF-8 text, perhaps UTF-16 or another kind of file")
-    line = header[0].decode("utf-8-sig", errors="replace")
-    splits = {delimiter: _split(line, delimiter) for delimiter in ",;\t|"}
-    delimiter = max(
-        splits, key=lambda sign: (sum(name in splits[sign] for name in columns.values()),
-                                  len(splits[sign]))
-    )  # fmt: skip
-    _check_names(splits[delimiter], columns, path)
-    if delimiter != ",":
-        _LOG.info("%s: columns are separated by %r", path, delimiter)
-    return _parse(content, path, list(columns.values()), delimiter=delimiter)
-
-
-def _split(line: str, delimiter: str) -> list[str]:
-    try:
-        return next(csv.reader([line], delimiter=delimiter))
-    except csv.Error:  # a field of over 100 kB: no header
-        return [line]
-
-
-def _check_names(names: list[str], columns: Mapping[str, str], path: Path) -> None:
-    for name in columns.values():
-        if names.count(name) > 1:
-            raise UserError(f"{path}: column {name} appears more than once; rename one")
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(
-                f"{path}: no column {name!r}, it has {_short(', '.join(names))}{hint}; rename a "
-                "column, or for a log say in data.columns what the file calls it"
-            )
-
-
-def _parse(
-    content: bytearray,
-    path: Path,
-    wanted: list[str],
-    *,
-    names: list[str] | None = None,
-    delimiter: str = ",",
-) -> pa.Table:
-    """The wanted columns of a CSV file's content as text; `names` if it has no header."""
-    # One thread, so that errors name the row.
-    try:
-        table = pa.csv.read_csv(
-            pa.BufferReader(content),
-            pa.csv.ReadOptions(use_threads=False, block_size=_LONGEST_ROW, column_names=names),
-            pa.csv.ParseOptions(delimiter=delimiter),
-            pa.csv.ConvertOptions(
-                include_columns=wanted,
-                column_types=dict.fromkeys(wanted, pa.large_string()),
-                strings_can_be_null=False,
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        _check_line_breaks(content, path, delimiter)
-        reason = str(error).replace("invalid UTF8 data", "the text is not UTF-8; save it as UTF-8")
-        raise UserError(f"{path} cannot be read: {_short(reason)}") from error
-    if b'"' in content:
-        lines = sum(1 for _ in re.finditer(rb"[^\r\n]+", content))
-        if len(table) < lines - (names is None):
-            _check_line_breaks(content, path, delimiter)
-    return table
-
-
-def _check_line_breaks(content: bytearray, path: Path, delimiter: str) -> None:
-    """Refuse a quoted field with a line break.
-
-    A quotation mark without its partner makes a field of the rows up to the next mark, and such
-    rows cannot be told from text of several lines.
+    Raises:
+        UserError: if there is none, or several.
     """
-    text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors="replace", newline="")
-    rows = csv.reader(text, delimiter=delimiter)
-    line = 0
-    with contextlib.suppress(csv.Error, StopIteration):  # an error: the field is too long
-        while rows.line_num <= line + 1:
-            line = rows.line_num
-            next(rows)
-    if rows.line_num > line + 1:
-        raise UserError(
-            f"{path}: the row of line {line + 1} has a quotation mark that closes on another line; "
-            "each row must be one line: close the quotation, or remove the line breaks in it"
-        )
+    own, *others = ALIASES[column].split()
+    found = [name for name in names if fold(name) in others]
+    if len(found) == 1 and not any(fold(name) == own for name in names):
+        return found[0]
+    if len(found) > 1 and not any(fold(name) == own for name in names):
+        raise UserError(f"{where}: {' and '.join(found)} may each be the {column}; {advice}")
+    return pick(names, own, where, advice)
 
 
-def _read_ratings(path: Path) -> pa.Table:
-    """MovieLens-1M: `UserID::MovieID::Rating::Timestamp`, no header."""
-    content = _unpack(path, _FILES["ml1m"]).replace(b"::", b",")
-    try:
-        table = _parse(content, path, list(_ML1M.values()), names=_ML1M_NAMES)
-    except UserError as error:
-        raise UserError(f"{error}; expected rows of {'::'.join(_ML1M_NAMES)}") from error
-    return table.rename_columns(list(_ML1M))
+def _say_columns(names: Mapping[str, str], columns: Mapping[str, str], where: str) -> None:
+    found = [f"{key} is column {name!r}" for key, name in names.items()
+             if not columns.get(key) and name != key]  # fmt: skip
+    if found:
+        _LOG.info("%s: %s", where, ", ".join(found))
 
 
-def _unpack(path: Path, member: str | None) -> bytearray:
-    """The content of a file, unpacked; at most `MAX_UNPACKED` bytes.
-
-    An archive's own word for its size is not believed, nothing is unpacked to the disk.
-    """
-    content = bytearray()
-    with _reading(path), path.open("rb") as file, _open(file, path, member) as stream:
-        while chunk := stream.read(_CHUNK):
-            content += chunk
-            if len(content) > MAX_UNPACKED:
-                raise _too_large(path)
-    for magic, what in _NOT_TABLES.items():
-        if content.startswith(magic):
-            raise UserError(f"{path} is {what}")
-    if content[257:262] == b"ustar":
-        raise UserError(f"{path} is a tar archive: unpack it")
-    return content
+# Rows.
 
 
-def _open(file: BinaryIO, path: Path, member: str | None) -> Any:
-    """A stream of the unpacked bytes.
+def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: Rows) -> _Part:
+    """The rows of a file that the settings ask for."""
+    rows = np.arange(len(columns))
+    counts = {"rows_read": len(rows)}
+    others: list[str] = []
+    if settings.events:
+        column = columns["event"]
+        if pa.types.is_integer(column.type):
+            column = column.cast(pa.large_string())
+        places, texts = encode(column)
+        kinds = texts.to_pylist()
+        good = np.array([kind in settings.events for kind in kinds] + [False])
+        others = [kind for kind in kinds if kind not in settings.events]
+        rows = np.flatnonzero(good[places])
+        columns = columns.take(rows)
+    counts["other_events"] = counts["rows_read"] - len(rows)
 
-    Of a zip the one member of that name is read, whatever its folder, or the only one where no
-    name is given.
-    """
-    head = file.read(6)
-    file.seek(0)
-    if head.startswith(_ZIP):
-        archive = zipfile.ZipFile(file)
-        files = [info for info in archive.infolist() if not _is_litter(info)]
-        members = [info for info in files if member in (None, PurePosixPath(info.filename).name)]
-        if len(members) != 1:
-            names = _short(", ".join(info.filename for info in files)) or "nothing"
-            raise UserError(
-                f"{path}: expected one {member or 'file'} in it, found {len(members)} (it holds "
-                f"{names}); unpack it and name the file"
-            )
-        return archive.open(members[0])
-    for magic, opener in _OPENERS.items():
-        if head.startswith(magic):
-            return opener(file)
-    return contextlib.nullcontext(file)
+    users = encode_ids(columns["user_id"], rows, where, names["user_id"])
+    items = encode_ids(columns["item_id"], rows, where, names["item_id"])
+    empty = {
+        "user_id": users[0] < 0,
+        "item_id": items[0] < 0,
+        "timestamp": missing(columns["timestamp"]),
+    }
+    if settings.min_rating is not None:
+        empty["rating"] = missing(columns["rating"])
+    if settings.missing == "error":
+        for key, is_empty in empty.items():
+            advice = "fill or remove them, or set data.missing=drop to leave such rows out"
+            require_values(is_empty, rows, where, names[key], advice)
+    keep = ~np.logical_or.reduce(list(empty.values()))
+    counts["missing_values"] = int((~keep).sum())
 
-
-def _is_litter(info: zipfile.ZipInfo) -> bool:
-    """Whether a member is a folder or what macOS adds."""
-    name = PurePosixPath(info.filename)
-    return info.is_dir() or "__MACOSX" in name.parts or name.name == ".DS_Store"
-
-
-def _too_large(path: Path) -> UserError:
-    return UserError(
-        f"{path} holds more than {MAX_UNPACKED:,} bytes once unpacked, a quarter of this machine's "
-        "memory: give a smaller log"
+    if settings.min_rating is not None:
+        good = np.zeros(len(rows), bool)
+        column = columns["rating"].filter(pa.array(keep))
+        values = _ratings(column, rows[keep], where, names["rating"])
+        good[keep] = values >= settings.min_rating
+        counts["below_min_rating"] = int((keep & ~good).sum())
+        keep &= good
+    column = columns["timestamp"]
+    column = column if keep.all() else column.filter(pa.array(keep))
+    times = parse_times(column, rows[keep], where, names["timestamp"])
+    inside = within(times, settings.since, settings.until, where)
+    counts["outside_period"] = int((~inside).sum())
+    keep[keep] = inside
+    return _Part(
+        (users[0][keep], users[1]), (items[0][keep], items[1]), times[inside], counts, others
     )
 
 
-def _short(text: str) -> str:
-    """A text of any kind as part of a message of one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:300] + "..."
-
-
-def _times(column: pa.ChunkedArray, rows: np.ndarray, path: Path, name: str) -> np.ndarray:
-    """Numbers as they are, dates as `datetime64` of their own resolution, without a zone in UTC."""
-    kind = column.type
-    if pa.types.is_large_string(kind):
-        text = column.to_pandas(types_mapper={kind: pd.StringDtype("pyarrow")}.get)
-        numbers = pd.to_numeric(text, errors="coerce")
-        # Integers above 2**53, such as nanoseconds, are no floats.
-        whole = numbers.dtype.kind == "i" and not numbers.isna().any()
-        times = numbers.to_numpy(np.int64 if whole else np.float64, na_value=np.nan)
-        bad = ~np.isfinite(times)
-        if bad.all():
-            text = text.str.replace(" ?(UTC|GMT)$", "", regex=True)
-            dates = pd.to_datetime(text, errors="coerce", utc=True, format="ISO8601")
-            times = dates.dt.tz_localize(None).to_numpy()
-            bad = np.isnat(times)
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        times = column.to_numpy()  # integers beside missing ones as floats, which are refused
-        bad = ~np.isfinite(times)
-    elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        unit = pa.timestamp(getattr(kind, "unit", "s"))
-        times = column.cast(unit).to_numpy()
-        bad = np.isnat(times)
+def _ratings(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
+    if pa.types.is_large_string(column.type):
+        series = column.to_pandas()
     else:
-        raise UserError(
-            f"{path}: column {name} is of type {kind}; expected numbers or dates in every row"
-        )
+        series = pd.Series(column.to_numpy())
+    values = pd.to_numeric(series, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    bad = ~np.isfinite(values)
     if bad.any():
         first = bad.argmax()
         raise UserError(
-            f"{path}: the {name} of data row {rows[first] + 1} is {column[first].as_py()!r}; "
-            "expected a finite number in every row, or an ISO date in every row"
+            f"{where}: the {name} of data row {rows[first] + 1} is {column[first].as_py()!r}; "
+            "expected a finite number in every row"
         )
-    return times
+    return values
 
 
-def _candidates(folder: Path, name: str) -> list[Path]:
-    """The files in a folder that may hold the log, by their names in any case, plain ones first."""
-    names = [name + suffix for suffix in _SUFFIXES] + [f"{Path(name).stem}.zip"]
-    if name == _FILES["ml1m"]:
-        names.append("ml-1m.zip")
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in files if path.name.lower() in names and path.is_file()]
-    return sorted(found, key=lambda path: names.index(path.name.lower()))
-
-
-def _download_ml1m() -> Path:
-    import pooch
-
-    folder = THIRD_PARTY / "ml-1m"
-    try:
-        pooch.retrieve(
-            _ML1M_URL,
-            known_hash=f"md5:{_ML1M_MD5}",
-            fname="ml-1m.zip",
-            path=folder,
-            progressbar=True,
+def _join(parts: list[_Part], files: list[str], settings: Rows) -> Log:
+    """The log of all files."""
+    where = files[0] if len(files) == 1 else f"{files[0]} to {files[-1]} ({len(files)} files)"
+    counts = {
+        key: sum(part.counts.get(key, 0) for part in parts)
+        for key in ("rows_read", "other_events", "missing_values", "below_min_rating",
+                    "outside_period")
+    }  # fmt: skip
+    full = [(part, file) for part, file in zip(parts, files, strict=True) if len(part.times)]
+    if not full:
+        raise UserError(_nothing_left(where, counts, parts, settings))
+    times = join_times([part.times for part, _ in full], [file for _, file in full])
+    if units := mixed_units(times):
+        _LOG.warning(
+            "%s: some times look like %s since 1970; write them in one unit, or their order is "
+            "wrong",
+            where,
+            units,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"MovieLens-1M could not be downloaded from {_ML1M_URL} ({error}); fetch it by hand "
-            f"and put it into {folder}, or set data.path"
-        ) from error
-    return folder / "ml-1m.zip"
+    users, user_ids = compact(*join_ids([part.users for part, _ in full]))
+    items, item_ids = compact(*join_ids([part.items for part, _ in full]))
+    pairs = users * np.int64(len(item_ids)) + items
+    repeated = pd.DataFrame({"pair": pairs, "time": times}).duplicated()
+    counts |= {
+        "raw_rows": len(users),
+        "raw_users": len(user_ids),
+        "raw_items": len(item_ids),
+        "repeated_rows": int(repeated.sum()),
+    }
+    return Log(users, items, times, user_ids, item_ids, counts)
+
+
+def _nothing_left(
+    where: str, counts: Mapping[str, int], parts: Sequence[_Part], settings: Rows
+) -> str:
+    if not counts["rows_read"]:
+        return f"{where} holds no interactions: expected rows of a user, an item and a time"
+    if counts["other_events"] == counts["rows_read"]:
+        others = sorted({event for part in parts for event in part.other_events})
+        found = f"its events are {short(', '.join(others))}" if others else "it has no events"
+        wanted = " or ".join(map(repr, settings.events))
+        return f"{where} holds no interactions of event {wanted}; {found}: set data.events"
+    reasons = {
+        "other_events": "have other events",
+        "missing_values": "have no user, item, time or rating",
+        "below_min_rating": "are below data.min_rating",
+        "outside_period": "are outside data.since and data.until",
+    }
+    found = ", ".join(f"{counts[key]:,} {what}" for key, what in reasons.items() if counts[key])
+    return f"{where}: no row is left of {counts['rows_read']:,}: {found}; change these settings"

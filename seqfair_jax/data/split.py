@@ -5,12 +5,15 @@ Shape letters: U users, V vocabulary, N rows kept, n validation users.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from seqfair_jax.data.ids import id_order
+from seqfair_jax.data.ids import compact
+from seqfair_jax.data.log import Log
 from seqfair_jax.errors import UserError
 
 MIN_ROWS = 3  # one to train on, one to validate on, one to test on
@@ -37,41 +40,39 @@ class Dataset:
     counts: dict[str, int]  # users, items, interactions, ...: see `leave_one_out`
 
 
-def k_core(frame: pd.DataFrame, k: int) -> pd.DataFrame:
+def k_core(log: Log, k: int) -> Log:
     """Drop users, then items, with fewer than k partners, until nothing changes.
 
     Partners are counted as *distinct* (user, item) pairs; of the users and items that stay, every
-    row stays, repeats too, in its order.
+    row stays, repeats too, in its order. The counts get `core_rows`, `core_users`, `core_items`.
 
     Args:
-        frame: columns user_id and item_id at least.
+        log: see `Log`.
         k: 1 or less keeps everything.
     """
-    user, users = pd.factorize(frame["user_id"])
-    item, items = pd.factorize(frame["item_id"])
-    pairs = pd.unique(user * np.int64(len(items)) + item)
-    pair_user, pair_item = pairs // len(items), pairs % len(items)
+    num_users, num_items = len(log.user_ids), len(log.item_ids)
+    pairs = pd.unique(log.users * np.int64(num_items) + log.items)
+    user, item = pairs // num_items, pairs % num_items
     size = -1
-    while len(pair_user) != size:
-        size = len(pair_user)
-        keep = np.bincount(pair_user, minlength=len(users))[pair_user] >= k
-        pair_user, pair_item = pair_user[keep], pair_item[keep]
-        keep = np.bincount(pair_item, minlength=len(items))[pair_item] >= k
-        pair_user, pair_item = pair_user[keep], pair_item[keep]
-    good_user, good_item = np.zeros(len(users), bool), np.zeros(len(items), bool)
-    good_user[pair_user] = True
-    good_item[pair_item] = True
-    return frame[good_user[user] & good_item[item]]
+    while len(user) != size:
+        size = len(user)
+        keep = np.bincount(user, minlength=num_users)[user] >= k
+        user, item = user[keep], item[keep]
+        keep = np.bincount(item, minlength=num_items)[item] >= k
+        user, item = user[keep], item[keep]
+    good_user, good_item = np.zeros(num_users, bool), np.zeros(num_items, bool)
+    good_user[user] = True
+    good_item[item] = True
+    keep = good_user[log.users] & good_item[log.items]
+    return log.take(
+        keep,
+        core_rows=int(keep.sum()),
+        core_users=int(good_user.sum()),
+        core_items=int(good_item.sum()),
+    )
 
 
-def leave_one_out(
-    frame: pd.DataFrame,
-    *,
-    name: str,
-    num_valid_users: int,
-    split_seed: int,
-    raw: pd.DataFrame | None = None,
-) -> Dataset:
+def leave_one_out(log: Log, *, name: str, num_valid_users: int, split_seed: int) -> Dataset:
     """Hold out each user's last row for the test and, of the validation users, the one before.
 
     The second to last row of every other user stays in training. Rows are sorted by (user,
@@ -79,38 +80,34 @@ def leave_one_out(
     vocabulary is that of the training rows.
 
     Args:
-        frame: columns user_id, item_id, timestamp; filtered. Users with fewer than `MIN_ROWS`
-            rows are dropped and counted (`short_users`, which `dropped_users` includes).
+        log: filtered (`k_core`). Users with fewer than `MIN_ROWS` rows are dropped and counted
+            (`short_users`, which `dropped_users` includes).
         name: of the data set.
         num_valid_users: how many users validate, drawn without replacement from the sorted ids
             by `default_rng(split_seed)`; 0 for all.
         split_seed: see there.
-        raw: the log before any filter, to count what was dropped and which rows repeat others;
-            None for `frame`.
 
     Returns:
-        The split log. Its counts: `users`, `items`, `interactions` after filtering;
-        `train_interactions`; `validation_users`; `unknown_valid_targets` and
+        The split log. Its counts are the log's and: `users`, `items`, `interactions` after
+        filtering; `train_interactions`; `validation_users`; `unknown_valid_targets` and
         `unknown_test_targets`, whose item no training row has; `dropped_users`, `short_users` of
-        them, and `dropped_items`; `raw_rows`, and `repeated_rows` of them, which have the user,
-        item and time of an earlier row; `tied_rows`, which have the time of the user's row before,
-        and `tied_held_out` of them, which are validation or test rows.
+        them, and `dropped_items`; `tied_rows`, which have the time of the user's row before, and
+        `tied_held_out` of them, which are validation or test rows.
 
     Raises:
         UserError: if no user is left, or fewer than `num_valid_users`.
     """
-    raw = frame if raw is None else raw
-    _, user = id_order(frame["user_id"])
-    rows_of = np.bincount(user)
-    frame = frame[(rows_of >= MIN_ROWS)[user]]
-    if frame.empty:
+    rows_of = np.bincount(log.users, minlength=len(log.user_ids))
+    short_users = np.count_nonzero((rows_of > 0) & (rows_of < MIN_ROWS))
+    keep = (rows_of >= MIN_ROWS)[log.users]
+    if not keep.any():
         raise UserError(
             f"{name}: no user has {MIN_ROWS} rows after filtering (one to train on, one to "
             "validate on, one to test on); give a larger log or lower data.min_interactions"
         )
-    user_ids, user = id_order(frame["user_id"])
-    all_item_ids, item = id_order(frame["item_id"])
-    time = frame["timestamp"].to_numpy()
+    user, user_ids = compact(log.users[keep], log.user_ids)
+    item, all_item_ids = compact(log.items[keep], log.item_ids)
+    time = log.times[keep]
     order = np.lexsort((time, user))  # stable
     user, item, time = user[order], item[order], time[order]
     tied = np.concatenate([[False], (user[1:] == user[:-1]) & (time[1:] == time[:-1])])
@@ -155,7 +152,8 @@ def leave_one_out(
         test_target_ids=all_item_ids[item[test_rows]],
         test_repeat=repeat[test_rows],
         item_counts=item_counts[known].astype(np.int32),
-        counts={
+        counts=log.counts
+        | {
             "users": num_users,
             "items": len(all_item_ids),
             "interactions": len(user),
@@ -163,14 +161,44 @@ def leave_one_out(
             "validation_users": len(valid_users),
             "unknown_valid_targets": int((valid_targets < 0).sum()),
             "unknown_test_targets": int((test_targets < 0).sum()),
-            "dropped_users": raw["user_id"].nunique() - num_users,
-            "short_users": int((rows_of < MIN_ROWS).sum()),
-            "dropped_items": raw["item_id"].nunique() - len(all_item_ids),
-            "raw_rows": len(raw),
-            "repeated_rows": int(raw.duplicated(["user_id", "item_id", "timestamp"]).sum()),
+            "dropped_users": log.counts["raw_users"] - num_users,
+            "short_users": int(short_users),
+            "dropped_items": log.counts["raw_items"] - len(all_item_ids),
             "tied_rows": int(tied.sum()),
             "tied_held_out": int(tied[test_rows].sum() + tied[valid_rows].sum()),
         },
+    )
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """A table of what was read and left out, and why.
+
+    Args:
+        counts: of a `Dataset`. Reasons without a row are omitted.
+    """
+    kept = [
+        [counts[f"raw_{what}"] for what in ("rows", "users", "items")],
+        [counts.get(f"core_{what}", counts[f"raw_{what}"]) for what in ("rows", "users", "items")],
+        [counts[what] for what in ("interactions", "users", "items")],
+    ]
+    by_core, short = (np.subtract(old, new).tolist() for old, new in itertools.pairwise(kept))
+    table = {
+        "rows read": [counts["rows_read"]],
+        "- of other events": [counts["other_events"]],
+        "- without user, item, time or rating": [counts["missing_values"]],
+        "- below data.min_rating": [counts["below_min_rating"]],
+        "- outside data.since and data.until": [counts["outside_period"]],
+        "- below data.min_interactions": by_core,
+        f"- of users with fewer than {MIN_ROWS} rows": short,
+        "used": kept[-1],
+        "repeated rows among those read (kept)": [counts["repeated_rows"]],
+    }
+    shown = {what: [f"{n:,}" for n in values] for what, values in table.items() if any(values)}
+    shown = {"": ["rows", "users", "items"], **shown}
+    width = max(map(len, shown))
+    return "\n".join(
+        f"{what:{width}}" + "".join(f"{value:>13}" for value in values)
+        for what, values in shown.items()
     )
 
 

@@ -1,0 +1,330 @@
+"""Files of logs and groups: where they are, and their bytes, unpacked while they are read."""
+
+import bz2
+import contextlib
+import functools
+import glob
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from seqfair_jax.errors import UserError
+from seqfair_jax.workdir import sha256, user_path
+
+THIRD_PARTY = Path("third_party_data")
+MEMBERS = {"retailrocket": "events.csv", "ml1m": "ratings.dat"}  # the file of a public data set
+# A quarter of the machine's memory: parsing needs some more beside the content.
+MAX_UNPACKED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+SHOW_PROGRESS = 50 * 2**20  # bytes of a file whose reading shows a bar
+PARQUET = (b"PAR1", b"PARE")
+CHUNK = 2**20  # bytes of `Stream.head`
+
+_ML1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+_ML1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
+_SUFFIXES = ("", ".gz", ".zip", ".bz2", ".xz", ".zst")
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+_OPENERS: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": functools.partial(pa.CompressedInputStream, compression="zstd"),
+    b"\x04\x22\x4d\x18": functools.partial(pa.CompressedInputStream, compression="lz4"),
+}
+_NOT_TABLES = {
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
+    b"Rar!": "a RAR archive: unpack it",
+    b"\x1f\x9d": "compressed by `compress`: unpack it",
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+    **dict.fromkeys((*_OPENERS, *_ZIP), "compressed twice: unpack it once"),
+}
+# What the standard library raises on archives that are damaged, encrypted or of an unknown kind.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    lzma.LZMAError,
+    pa.ArrowException,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+# Where the files are.
+
+
+def locate(name: str, path: str | None) -> list[Path]:
+    """The files that hold a data set's log, in the order in which they are read.
+
+    Args:
+        name: of the data set (`data.name`).
+        path: a file. For `csv` also a folder of parts or a pattern such as 'logs/2024-*.csv.gz';
+            parts are sorted by name, and names that start with `.` or `_` are skipped. For a
+            public data set also the folder that holds the file; None looks in `third_party_data/`,
+            where MovieLens-1M is downloaded to if it is absent.
+
+    Raises:
+        UserError: saying where to get the file and where to put it.
+    """
+    if name == "csv":
+        if path is None:
+            raise UserError("data.path is not set: name the file or the folder with your log")
+        return _parts(path)
+    if path is None:
+        folder = THIRD_PARTY / {"ml1m": "ml-1m"}.get(name, name)
+        if name == "ml1m" and not _candidates(folder, MEMBERS[name]):
+            return [_download_ml1m()]
+    else:
+        folder = user_path(path)
+    with reading(folder):
+        if folder.is_file():
+            return [folder]
+        found = _candidates(folder, MEMBERS[name])
+    if found:
+        return found[:1]
+    advice = {
+        "retailrocket": "download it (a free login is needed) from "
+        "https://www.kaggle.com/datasets/retailrocket/ecommerce-dataset and put events.csv into "
+        "third_party_data/retailrocket/, or set data.path",
+        "ml1m": f"leave data.path unset to download it, or unpack {_ML1M_URL} there",
+    }[name]
+    raise UserError(f"no {MEMBERS[name]} (.gz, .zip) at {folder}: {advice}")
+
+
+def _parts(path: str) -> list[Path]:
+    """The file of that name, the files in the folder of that name, or those of the pattern."""
+    target = user_path(path)
+    with reading(target):
+        if target.is_dir():
+            found, where = list(target.iterdir()), "folder"
+        elif not target.exists() and glob.has_magic(path):
+            found, where = list(map(Path, glob.glob(str(target), recursive=True))), "pattern"
+        else:
+            require_file(target, f"data.path={path}")
+            return [target]
+        files = sorted(file for file in found if file.name[0] not in "._" and file.is_file())
+    if not files:
+        hint = f"; for the files in its folders give {path.rstrip('/')}/*/*" if found else ""
+        raise UserError(f"data.path={path}: no file is in this {where}{hint}")
+    return files
+
+
+def require_file(path: Path, setting: str) -> None:
+    """Check that a file exists.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    with reading(path):
+        if path.is_dir():
+            raise UserError(f"{setting} is a folder; name a file in it")
+        if not path.exists():
+            raise UserError(f"{setting}: no such file; it would be {path.absolute()}")
+
+
+def hash_files(paths: list[Path]) -> str:
+    """The SHA-256 of a file; of several, that of their hashes in order.
+
+    Raises:
+        UserError: naming the file that cannot be read.
+    """
+    digests = []
+    for path in paths:
+        with reading(path):
+            digests.append(sha256(path))
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _candidates(folder: Path, name: str) -> list[Path]:
+    """The files in a folder that may hold the log, by their names in any case, plain ones first."""
+    names = [name + suffix for suffix in _SUFFIXES] + [f"{Path(name).stem}.zip"]
+    if name == MEMBERS["ml1m"]:
+        names.append("ml-1m.zip")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in files if path.name.lower() in names and path.is_file()]
+    return sorted(found, key=lambda path: names.index(path.name.lower()))
+
+
+def _download_ml1m() -> Path:
+    import pooch
+
+    folder = THIRD_PARTY / "ml-1m"
+    try:
+        pooch.retrieve(
+            _ML1M_URL,
+            known_hash=f"md5:{_ML1M_MD5}",
+            fname="ml-1m.zip",
+            path=folder,
+            progressbar=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"MovieLens-1M could not be downloaded from {_ML1M_URL} ({error}); fetch it by hand "
+            f"and put it into {folder}, or set data.path"
+        ) from error
+    return folder / "ml-1m.zip"
+
+
+# Their bytes.
+
+
+class Stream(io.RawIOBase):
+    """The unpacked bytes of a file, from its start to its end; at most `MAX_UNPACKED` of them.
+
+    An archive's own word for its size is not believed, and nothing is unpacked to the disk.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, unpacked: Any):
+        super().__init__()
+        self.path = path
+        self.lines = 0  # line breaks so far
+        self.has_quotes = False
+        self._file, self._unpacked = file, unpacked
+        self._size = 0
+        large = path.stat().st_size >= SHOW_PROGRESS
+        self._bar = progress(path, path.stat().st_size, "B", shown=large)
+        self._waiting = b""
+        self.head = self.read(CHUNK)  # the first bytes; they are read again
+        self._waiting, self.lines, self.has_quotes = self.head, 0, False
+
+    def readable(self) -> bool:
+        """As of any file that is read."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes: as many as asked for except at the end; -1 asks for a chunk."""
+        size = CHUNK if size < 0 else size
+        data, self._waiting = self._waiting[:size], self._waiting[size:]
+        if len(data) < size:
+            more = self._unpacked.read(min(size - len(data), MAX_UNPACKED + 1 - self._size))
+            self._size += len(more)
+            if self._size > MAX_UNPACKED:
+                raise too_large(self.path)
+            self._bar.update(self._file.tell() - self._bar.n)
+            data += more
+        self.lines += max(data.count(b"\n"), data.count(b"\r"))
+        self.has_quotes = self.has_quotes or b'"' in data
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with the next bytes, as far as there are some."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read_all(self) -> bytearray:
+        """All bytes that are left."""
+        content = bytearray()
+        while chunk := self.read(CHUNK):
+            content += chunk
+        return content
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        self._bar.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def open_file(path: Path, member: str | None = None) -> Iterator[Stream]:
+    """Open a file to read its bytes, unpacked; its content says how it is compressed.
+
+    Args:
+        path: the file: plain, or packed by gzip, bzip2, xz, zstd, lz4 or zip.
+        member: the file to read in a zip, in any folder of it; None if the zip holds one.
+
+    Raises:
+        UserError: naming the file, if it cannot be read or is of a kind that is no table.
+    """
+    with (
+        reading(path),
+        path.open("rb") as file,
+        _unpack(file, path, member) as unpacked,
+        contextlib.closing(Stream(path, file, unpacked)) as stream,
+    ):
+        for magic, what in _NOT_TABLES.items():
+            if stream.head.startswith(magic):
+                raise UserError(f"{path} is {what}")
+        if stream.head[257:262] == b"ustar":
+            raise UserError(f"{path} is a tar archive: unpack it")
+        yield stream
+
+
+def _unpack(file: BinaryIO, path: Path, member: str | None) -> Any:
+    head = file.read(6)
+    file.seek(0)
+    if head.startswith(_ZIP):
+        archive = zipfile.ZipFile(file)
+        files = [info for info in archive.infolist() if not _is_litter(info)]
+        members = [info for info in files if member in (None, PurePosixPath(info.filename).name)]
+        if len(members) != 1:
+            names = short(", ".join(info.filename for info in files)) or "nothing"
+            raise UserError(
+                f"{path}: expected one {member or 'file'} in it, found {len(members)} (it holds "
+                f"{names}); unpack it and name the file"
+            )
+        return archive.open(members[0])
+    for magic, opener in _OPENERS.items():
+        if head.startswith(magic):
+            return opener(file)
+    return contextlib.nullcontext(file)
+
+
+def _is_litter(info: zipfile.ZipInfo) -> bool:
+    """Whether a member is a folder or what macOS adds."""
+    name = PurePosixPath(info.filename)
+    return info.is_dir() or "__MACOSX" in name.parts or name.name == ".DS_Store"
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into a `UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or short(str(error)) or type(error).__name__
+        raise UserError(f"{path} cannot be read: {reason}") from error
+
+
+def progress(path: Path, total: int, unit: str, *, shown: bool) -> tqdm:
+    """A progress bar of reading a file; only on a terminal."""
+    return tqdm(
+        total=total,
+        desc=f"reading {path.name}",
+        unit=unit,
+        unit_scale=True,
+        leave=False,
+        disable=None if shown else True,
+    )
+
+
+def too_large(path: Path) -> UserError:
+    """The error of a file that would need too much memory."""
+    return UserError(
+        f"{path} holds more than {MAX_UNPACKED:,} bytes once unpacked, a quarter of this machine's "
+        "memory: give a smaller log"
+    )
+
+
+def short(text: str) -> str:
+    """A text of any kind as part of a message of one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:300] + "..."

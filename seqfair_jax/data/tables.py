@@ -1,0 +1,334 @@
+"""Tables: from a CSV, JSON Lines or Parquet file to named columns.
+
+Only the wanted columns are read, those of a text file as text, so that no other column can fail
+and nothing is guessed before it is checked.
+"""
+
+import contextlib
+import csv
+import difflib
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from seqfair_jax.data import files
+from seqfair_jax.data.files import Stream, open_file, reading, short
+from seqfair_jax.errors import UserError
+
+# From a file's column names and its name for messages, which column is which: {"user_id": "uid"}.
+Choose = Callable[[Sequence[str], str], Mapping[str, str]]
+
+_BLOCK = 2**22  # bytes that a thread parses at once
+_LONGEST_ROW = 2**26
+_SAMPLE = 1000  # lines of JSON whose keys and types are looked at before the others are read
+_TYPED_NAME = re.compile(r"(.*):(token|float)(_seq)?")  # a column of a RecBole file
+_TEXT = pa.large_string()
+_CODED = pa.dictionary(pa.int32(), _TEXT)
+_JSON_TYPES = {
+    frozenset({int}): pa.int64(),
+    frozenset({float}): pa.float64(),
+    frozenset({int, float}): pa.float64(),
+}
+
+
+class Table(NamedTuple):
+    """Some columns of a file."""
+
+    columns: pa.Table
+    names: Mapping[str, str]  # what the file calls each column
+    format: str  # CSV, JSON Lines or Parquet
+    delimiter: str = ""  # of CSV
+
+
+def read_table(
+    path: Path,
+    choose: Choose,
+    *,
+    member: str | None = None,
+    delimiter: str = "",
+    coded: Collection[str] = (),
+    header: Sequence[str] = (),
+) -> Table:
+    """Read some columns of a CSV, JSON Lines or Parquet file.
+
+    The content says what a file is, not its name: Parquet, a JSON object in each line, or CSV,
+    each of them plain or compressed (`files.open_file`).
+
+    Args:
+        path: the file.
+        choose: picks the columns by their names, without the types that a RecBole file's header
+            has (`user_id:token`). Raises a `UserError` if one is missing.
+        member: the file to read in a zip; None if the zip holds one.
+        delimiter: of a CSV file; '' finds out which of `,`, `;`, `|` and tab it is.
+        coded: the columns to read as dictionaries if they are text.
+        header: the column names of a CSV file without a header line.
+
+    Returns:
+        A text file's columns as text, in which '' is a missing value; JSON numbers may be numbers.
+        A Parquet file's columns as they are, with text, categories and decimal numbers as text.
+
+    Raises:
+        UserError: naming the file and what is wrong.
+    """
+    with reading(path), path.open("rb") as file:
+        is_parquet = file.read(4) in files.PARQUET
+    if is_parquet:
+        return _read_parquet(path, path, choose, coded)
+    with open_file(path, member) as stream:
+        if stream.head.startswith(files.PARQUET):
+            return _read_parquet(pa.BufferReader(stream.read_all()), path, choose, coded)
+        if not header and re.match(rb"(\xef\xbb\xbf)?\s*(\{|\[\s*\{)", stream.head):
+            return _read_json(stream, member, choose)
+        return _read_csv(stream, member, choose, delimiter, coded, header)
+
+
+def pick(names: Sequence[str], wanted: str, where: str, advice: str) -> str:
+    """The column of that name; in any case and without spaces around it, if none has it as it is.
+
+    Args:
+        names: of the columns.
+        wanted: the column's name.
+        where: the file, for the message.
+        advice: what to do if there is no such column, for the message.
+
+    Raises:
+        UserError: if there is no such column, or several.
+    """
+    found = [name for name in names if name == wanted]
+    found = found or [name for name in names if fold(name) == fold(wanted)]
+    if len(found) > 1:
+        raise UserError(f"{where}: column {wanted} appears more than once; rename one")
+    if not found:
+        close = difflib.get_close_matches(wanted, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(
+            f"{where}: no column {wanted!r}, it has {short(', '.join(names))}{hint}; {advice}"
+        )
+    return found[0]
+
+
+def fold(name: str) -> str:
+    """A column's name for comparisons: 'User-ID ' is 'user_id'."""
+    return re.sub(r"[\s-]+", "_", name.strip()).casefold()
+
+
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column with text, categories and decimal numbers as text."""
+    types = pa.types
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if types.is_string(kind) or types.is_string_view(kind) or types.is_decimal(kind):
+        column = column.cast(_TEXT)
+    return column
+
+
+# Parquet.
+
+
+def _read_parquet(source: Any, path: Path, choose: Choose, coded: Collection[str]) -> Table:
+    with reading(path):
+        schema = pq.ParquetFile(source).schema_arrow
+        names = choose(schema.names, str(path))
+        as_codes = [names[key] for key in coded if key in names and _is_text(schema, names[key])]
+        file = pq.ParquetFile(source, read_dictionary=as_codes)
+        # A repeated value takes no space in the file.
+        if file.metadata.num_rows * len(names) * 8 > files.MAX_UNPACKED:
+            raise files.too_large(path)
+        parts = []
+        large = path.stat().st_size >= files.SHOW_PROGRESS
+        with files.progress(path, file.num_row_groups, "parts", shown=large) as bar:
+            for group in range(file.num_row_groups):
+                parts.append(file.read_row_group(group, columns=list(names.values())))
+                parts[-1].validate(full=True)  # damaged text
+                bar.update()
+        table = pa.concat_tables(parts) if parts else file.read(columns=list(names.values()))
+    found = {
+        key: table[name] if name in as_codes else plain(table[name]) for key, name in names.items()
+    }
+    return Table(pa.table(found), names, "Parquet")
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+# CSV.
+
+
+def _read_csv(
+    stream: Stream,
+    member: str | None,
+    choose: Choose,
+    delimiter: str,
+    coded: Collection[str],
+    header: Sequence[str],
+) -> Table:
+    path, raw = stream.path, list(header)
+    if not header:
+        raw, delimiter = _header(stream, choose, delimiter)
+    names = _untyped(raw)
+    chosen = choose(names, str(path))
+    # The file's own names, with their types.
+    wanted = {key: raw[names.index(name)] for key, name in chosen.items()}
+    types = {name: _CODED if key in coded else _TEXT for key, name in wanted.items()}
+
+    def parse(source: Stream, threads: bool) -> pa.Table:
+        return pa.csv.read_csv(
+            source,
+            pa.csv.ReadOptions(
+                use_threads=threads,
+                block_size=_BLOCK if threads else _LONGEST_ROW,
+                column_names=header or None,
+            ),
+            pa.csv.ParseOptions(delimiter=delimiter),
+            pa.csv.ConvertOptions(
+                include_columns=list(wanted.values()), column_types=types, strings_can_be_null=False
+            ),
+        )
+
+    try:
+        table = parse(stream, threads=True)
+    except pa.ArrowInvalid:
+        with open_file(path, member) as stream:
+            try:  # one thread: it names the row, and takes longer ones
+                table = parse(stream, threads=False)
+            except pa.ArrowInvalid as error:
+                _check_line_breaks(path, member, delimiter)
+                reason = str(error).replace(
+                    "invalid UTF8 data", "the text is not UTF-8; save it as UTF-8"
+                )
+                raise UserError(f"{path} cannot be read: {short(reason)}") from error
+    # A row less than there are lines: an empty line, or a field with a line break.
+    if stream.has_quotes and len(table) < stream.lines - (not header):
+        _check_line_breaks(path, member, delimiter)
+    columns = pa.table([table[name] for name in wanted.values()], names=list(wanted))
+    return Table(columns, chosen, "CSV", delimiter)
+
+
+def _header(stream: Stream, choose: Choose, delimiter: str) -> tuple[list[str], str]:
+    """The column names of a CSV file and its delimiter."""
+    line = re.search(rb"[^\r\n]+", stream.head)
+    if line is None:
+        raise UserError(f"{stream.path} is empty: expected a header line and rows")
+    if b"\0" in line[0]:
+        raise UserError(f"{stream.path} is not UTF-8 text, perhaps UTF-16 or another kind of file")
+    text = line[0].decode("utf-8-sig", errors="replace")
+    splits = {sign: _split(text, sign) for sign in ([delimiter] if delimiter else ",;\t|")}
+
+    def score(sign: str) -> tuple[int, int]:
+        with contextlib.suppress(UserError):
+            return len(choose(_untyped(splits[sign]), str(stream.path))), len(splits[sign])
+        return 0, len(splits[sign])
+
+    best = max(splits, key=score)
+    return splits[best], best
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter))
+    except csv.Error:  # a field of over 100 kB: no header
+        return [line]
+
+
+def _untyped(names: list[str]) -> list[str]:
+    """The column names without RecBole's types, if every name has one."""
+    typed = [_TYPED_NAME.fullmatch(name.strip()) for name in names]
+    return [match[1] for match in typed if match] if all(typed) else names
+
+
+def _check_line_breaks(path: Path, member: str | None, delimiter: str) -> None:
+    """Refuse a quoted field with a line break.
+
+    A quotation mark without its partner makes a field of the rows up to the next mark, and such
+    rows cannot be told from text of several lines.
+    """
+    with open_file(path, member) as stream:
+        text = io.TextIOWrapper(
+            io.BufferedReader(stream), encoding="utf-8", errors="replace", newline=""
+        )
+        rows = csv.reader(text, delimiter=delimiter)
+        line = 0
+        with contextlib.suppress(csv.Error, StopIteration):  # an error: the field is too long
+            while rows.line_num <= line + 1:
+                line = rows.line_num
+                next(rows)
+        if rows.line_num > line + 1:
+            raise UserError(
+                f"{path}: the row of line {line + 1} has a quotation mark that closes on another "
+                "line; each row must be one line: close the quotation, or remove the line breaks "
+                "in it"
+            )
+
+
+# JSON Lines.
+
+
+def _read_json(stream: Stream, member: str | None, choose: Choose) -> Table:
+    path = stream.path
+    sample = stream.head.decode("utf-8-sig", errors="replace").splitlines()
+    if len(stream.head) == files.CHUNK and len(sample) > 1:
+        sample.pop()  # its end may be missing
+    records = [record for _, record in _records(sample[:_SAMPLE], path)]
+    names = choose(list(dict.fromkeys(key for record in records for key in record)), str(path))
+    kinds = {name: {type(r.get(name)) for r in records} - {type(None)} for name in names.values()}
+    schema = {name: _JSON_TYPES.get(frozenset(kinds[name]), _TEXT) for name in kinds}
+    try:
+        table = pa.json.read_json(
+            stream,
+            pa.json.ReadOptions(block_size=_BLOCK),
+            pa.json.ParseOptions(
+                explicit_schema=pa.schema(schema.items()), unexpected_field_behavior="ignore"
+            ),
+        )
+        table.validate(full=True)  # damaged text
+    except pa.ArrowInvalid:  # also numbers beside text in a column, which are fine
+        table = _parse_json(path, member, list(schema))
+    columns = pa.table([table[name] for name in names.values()], names=list(names))
+    return Table(columns, names, "JSON Lines")
+
+
+def _parse_json(path: Path, member: str | None, names: list[str]) -> pa.Table:
+    """The columns as text, line by line; numbers as they are written."""
+    values: dict[str, list[str]] = {name: [] for name in names}
+    with open_file(path, member) as stream:
+        lines = io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
+        for number, record in _records(lines, path, parse_int=str, parse_float=str):
+            for name, texts in values.items():
+                value = record.get(name)
+                if isinstance(value, dict | list):
+                    raise UserError(
+                        f"{path}, line {number}: {name} is a {type(value).__name__}; expected text "
+                        "or a number"
+                    )
+                texts.append("" if value is None else str(value))
+    return pa.table({name: pa.array(texts, _TEXT) for name, texts in values.items()})
+
+
+def _records(lines: Iterable[str], path: Path, **options: Any) -> Iterator[tuple[int, dict]]:
+    """The number and the object of each line that is not empty."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line, **options)
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number} is not JSON ({error}); each line must be one JSON object"
+            ) from None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}, line {number} is a JSON {type(record).__name__}; each line must be one "
+                "JSON object"
+            )
+        yield number, record

@@ -1,0 +1,168 @@
+"""Times of a log: numbers as they are, dates as `datetime64` in UTC."""
+
+import contextlib
+import datetime
+import re
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from seqfair_jax.errors import UserError
+
+_DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[/.]\d{1,2}[/.]\d{2,4}\b.*")
+# Seconds, milliseconds, microseconds and nanoseconds since 1970, each from 1973 to 5138.
+_UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
+
+
+def parse_times(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
+    """A column of times, without missing ones.
+
+    Text is read as integers if every value is one, else as floats, else as ISO dates. Dates
+    without a zone are in UTC.
+
+    Args:
+        column, rows, where, name: see `ids.require_values`.
+
+    Returns:
+        i64[N], f64[N] or `datetime64`[N] of the resolution that the column needs.
+
+    Raises:
+        UserError: naming the first row that is not a time like the others, or the column's type.
+    """
+    kind = column.type
+    if pa.types.is_large_string(kind):
+        times = _from_text(column, rows, where, name)
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        times = column.to_numpy()
+    elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        times = column.cast(pa.timestamp(getattr(kind, "unit", "s"))).to_numpy()
+    elif not len(column):
+        return np.empty(0, np.int64)
+    else:
+        raise UserError(
+            f"{where}: column {name} is of type {kind}; expected numbers or dates in every row"
+        )
+    if times.dtype.kind == "f" and not np.isfinite(times).all():
+        raise _bad_time(column, ~np.isfinite(times), rows, where, name)
+    return times
+
+
+def _from_text(text: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
+    kinds = [pa.int64(), pa.float64()]  # integers above 2**53, such as nanoseconds, are no floats
+    kinds += [pa.timestamp(unit, zone) for zone in (None, "UTC") for unit in ("us", "ns")]
+    column = text
+    if len(text) and text[0].as_py().endswith(("UTC", "GMT")):
+        column = pc.replace_substring_regex(text, r"\s?(UTC|GMT)$", "Z")
+    for kind in kinds:  # a wrong kind fails at the first value
+        with contextlib.suppress(pa.ArrowInvalid):
+            return column.cast(kind).to_numpy()
+    # Slower, for what is left: blanks around numbers, dates with and without zones, errors.
+    series = text.to_pandas(types_mapper={text.type: pd.StringDtype("pyarrow")}.get)
+    numbers = pd.to_numeric(series, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    bad = ~np.isfinite(numbers)
+    if not bad.all():
+        times = numbers
+    else:
+        series = series.str.replace(r"\s?(UTC|GMT)$", "", regex=True)
+        dates = pd.to_datetime(series, errors="coerce", utc=True, format="ISO8601")
+        times = dates.dt.tz_localize(None).to_numpy()
+        bad = np.isnat(times)
+    if bad.any():
+        raise _bad_time(text, bad, rows, where, name)
+    return times
+
+
+def _bad_time(
+    column: pa.ChunkedArray, bad: np.ndarray, rows: np.ndarray, where: str, name: str
+) -> UserError:
+    first = bad.argmax()
+    value = column[first].as_py()
+    expected = "expected a finite number in every row, or an ISO date in every row"
+    if isinstance(value, str) and _DAY_OR_MONTH_FIRST.fullmatch(value):
+        expected = "its day and month cannot be told apart; write dates as 2024-12-31"
+    return UserError(f"{where}: the {name} of data row {rows[first] + 1} is {value!r}; {expected}")
+
+
+def join_times(parts: list[np.ndarray], files: list[str]) -> np.ndarray:
+    """The times of several files as those of one.
+
+    Raises:
+        UserError: if one has numbers and another has dates, or if their dates need a resolution
+            that cannot hold all of them.
+    """
+    kinds = ["dates" if times.dtype.kind == "M" else "numbers" for times in parts]
+    if len(set(kinds)) > 1:
+        other = kinds.index("dates" if kinds[0] == "numbers" else "numbers")
+        raise UserError(
+            f"the times of {files[0]} are {kinds[0]}, but those of {files[other]} are "
+            f"{kinds[other]}; write all files alike"
+        )
+    joined = np.concatenate(parts)
+    if kinds[0] == "dates":
+        starts = np.cumsum([0, *map(len, parts)])
+        for times, start, file in zip(parts, starts, files, strict=False):
+            if (joined[start : start + len(times)].astype(times.dtype) != times).any():
+                raise UserError(
+                    f"{file}: its dates go beyond the years 1678 to 2262, and another file has "
+                    "nanoseconds; write all files with one resolution"
+                )
+    return joined
+
+
+def mixed_units(times: np.ndarray) -> str:
+    """What numbers since 1970 seem to be of, if they are of several: 'seconds and milliseconds'."""
+    if times.dtype.kind == "M":
+        return ""
+    edges = [*_UNITS.values(), 1e20]
+    found = [
+        unit
+        for unit, low, high in zip(_UNITS, edges, edges[1:], strict=False)
+        if ((times >= low) & (times < high)).any()
+    ]
+    return " and ".join(found) if len(found) > 1 else ""
+
+
+def parse_bound(value: str | float, setting: str) -> int | float | np.datetime64:
+    """A number, or an ISO date as `datetime64` in UTC.
+
+    Raises:
+        UserError: naming the setting, if it is neither.
+    """
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            found = number(str(value))
+            if np.isfinite(found):
+                return found
+    try:
+        date = datetime.datetime.fromisoformat(str(value).strip())
+    except ValueError:
+        raise UserError(
+            f"{setting} is {value!r}: expected an ISO date such as 2024-12-31, or a number"
+        ) from None
+    if date.tzinfo is not None:
+        date = date.astimezone(datetime.UTC).replace(tzinfo=None)
+    return np.datetime64(date)
+
+
+def within(times: np.ndarray, since: str | None, until: str | None, where: str) -> np.ndarray:
+    """Which times are in [since, until): bool[N]; None is no bound.
+
+    Raises:
+        UserError: if a bound is a date and the times are numbers, or the other way round.
+    """
+    keep = np.ones(len(times), bool)
+    for setting, value, sign in (("since", since, 1), ("until", until, -1)):
+        if value is None:
+            continue
+        bound = parse_bound(value, f"data.{setting}")
+        is_date = times.dtype.kind == "M"
+        if is_date != isinstance(bound, np.datetime64):
+            kinds = ("dates", "a number") if is_date else ("numbers", "a date")
+            raise UserError(
+                f"data.{setting} is {value}, {kinds[1]}, but the times of {where} are {kinds[0]}; "
+                "give data.since and data.until as the log's times are"
+            )
+        keep &= times >= bound if sign > 0 else times < bound
+    return keep
