@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from seqfair_jax import objectives
+from seqfair_jax.data.groups import MISSING_GROUP
 from seqfair_jax.data.synthetic import default_settings
+from seqfair_jax.data.times import parse_bound
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.metrics import parse_metric
 from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
@@ -53,12 +56,22 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "name": "synthetic",
-            "path": config_dict.placeholder(str),  # a file or a folder
-            "columns": {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"},
+            # A file, a folder of parts, or a pattern such as 'logs/2024-*.csv.gz'.
+            "path": config_dict.placeholder(str),
+            # What the log calls its columns; '': found by the usual names (`readers.ALIASES`).
+            "columns": {"user_id": "", "item_id": "", "timestamp": "", "event": "", "rating": ""},
+            "delimiter": "",  # of CSV: one character, or tab; '': found out
+            "events": (),  # read these alone, such as ('view', 'cart'); (): all
+            "min_rating": config_dict.placeholder(float),  # read this rating and higher ones
+            "since": config_dict.placeholder(str),  # an ISO date or a number: no row before it
+            "until": config_dict.placeholder(str),  # and no row at it or after it
+            "missing": "error",  # or drop: rows without user, item or time
             "min_interactions": 5,  # k of the k-core filter; 1 turns it off
             "valid_users": 0,  # 0: every user
             "split_seed": 42,
-            "group_file": config_dict.placeholder(str),  # columns user_id, family, group
+            # A row for each user and a column for each family, or columns user_id, family, group.
+            "group_file": config_dict.placeholder(str),
+            "missing_group": "unknown",  # or leave_out: users without a value in the group file
             "cache_dir": config_dict.placeholder(str),  # None: the user's; '': none
             "synthetic": default_settings(),
         }
@@ -182,6 +195,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
     choices = {
         "data.name": DATA_NAMES,
+        "data.missing": ("error", "drop"),
+        "data.missing_group": MISSING_GROUP,
         "objective.name": objectives.NAMES,
         "objective.count_by": objectives.COUNT_BY,
         "objective.absent_groups": objectives.ABSENT_GROUPS,
@@ -237,6 +252,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.model.dim,
         f"a multiple of model.num_heads, {config.model.num_heads}",
     )
+    _resolve_data(config.data)
     cutoffs = tuple(config.evaluate.cutoffs)
     good = all(isinstance(k, int) and k >= 1 for k in cutoffs)
     _require(good and len(cutoffs) > 0, "evaluate.cutoffs", cutoffs, "integers >= 1")
@@ -245,6 +261,31 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.evaluate.cutoffs = (*cutoffs, selects_at)
     plan_runs(config)  # checks the objective's values
     return config
+
+
+def _resolve_data(data: ConfigDict) -> None:
+    """Check which rows of the log are read, and how."""
+    data.events = tuple(part for name in data.events for part in str(name).split(","))
+    data.delimiter = {"tab": "\t", "\\t": "\t"}.get(data.delimiter, data.delimiter)
+    _require(
+        len(data.delimiter.encode()) <= 1 and data.delimiter not in tuple('"\r\n'),
+        "data.delimiter",
+        repr(data.delimiter),
+        "one character, such as ';', or tab",
+    )
+    if data.min_rating is not None:
+        found = data.min_rating
+        _require(math.isfinite(found), "data.min_rating", found, "a finite number")
+    bounds = {key: parse_bound(data[key], f"data.{key}") for key in ("since", "until") if data[key]}
+    if len(bounds) == 2:
+        since, until = bounds["since"], bounds["until"]
+        _require(
+            isinstance(since, np.datetime64) == isinstance(until, np.datetime64)
+            and bool(since < until),
+            "data.since",
+            data.since,
+            f"a time before data.until, {data.until}, and of the same kind",
+        )
 
 
 def plan_runs(config: ConfigDict) -> list[RunSpec]:
