@@ -8,6 +8,7 @@ import reference
 from seqfair_jax.config import default_config
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import build_family
+from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import leave_one_out
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation import metrics, ranking, slices
@@ -22,7 +23,7 @@ def make_dataset():
     rows = [(u, i, t) for u in range(30) for t, i in enumerate(rng.integers(25, size=3 + u))]
     frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
     frame.loc[frame.index[-1], "item_id"] = 999  # a target outside the vocabulary
-    return leave_one_out(frame, name="csv", num_valid_users=11, split_seed=0)
+    return leave_one_out(log_from_table(frame), name="csv", num_valid_users=11, split_seed=0)
 
 
 def make_model(dataset):
@@ -98,7 +99,7 @@ def baseline_dataset():
     frame = pd.DataFrame(
         [(u, i, t) for t, (u, i) in enumerate(rows)], columns=["user_id", "item_id", "timestamp"]
     )
-    return leave_one_out(frame, name="csv", num_valid_users=0, split_seed=0)
+    return leave_one_out(log_from_table(frame), name="csv", num_valid_users=0, split_seed=0)
 
 
 def test_baselines_by_hand():

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from seqfair_jax.data.ids import ids_from_column
-from seqfair_jax.data.readers import COLUMNS, read_log, read_table, require_file
+from seqfair_jax.data.files import require_file
+from seqfair_jax.data.readers import read_ids, read_log
 from seqfair_jax.errors import UserError
 from seqfair_jax.serving.catalogue import Histories, csr_offsets
 from seqfair_jax.workdir import user_path
@@ -92,16 +92,12 @@ def read_histories(
     """
     path = _path(argument, "histories")
     try:
-        frame = read_log("csv", path, {name: name for name in COLUMNS})
+        frame = read_log("csv", [path], {}).frame()
     except UserError as error:
         if "no column 'timestamp'" not in str(error):
             raise
         _LOG.info("%s has no column timestamp; its rows are taken in the order of the file", path)
-        names = ("user_id", "item_id")
-        table = read_table(path, {name: name for name in names})
-        rows = np.arange(len(table))
-        frame = pd.DataFrame({n: ids_from_column(table[n], rows, path, n) for n in names})
-        frame["timestamp"] = 0
+        frame = read_ids(path, ["user_id", "item_id"]).assign(timestamp=0)
     if frame.empty:
         raise UserError(f"--histories={argument} has no rows; expected user_id and item_id")
     users, ids = pd.factorize(frame["user_id"])
@@ -126,10 +122,10 @@ def _path(argument: str, flag: str) -> Path:
 
 def _read_ids(argument: str, flag: str, column: str) -> pd.Series:
     path = _path(argument, flag)
-    ids = read_table(path, {column: column})[column]
-    if not len(ids):
+    ids = read_ids(path, [column])[column]
+    if ids.empty:
         raise UserError(f"--{flag}={argument} has no rows; expected a {column} in each")
-    return ids_from_column(ids, np.arange(len(ids)), path, column)
+    return ids
 
 
 def _like(ids: pd.Series, known: np.ndarray) -> np.ndarray:

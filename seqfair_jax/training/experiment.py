@@ -84,7 +84,12 @@ def build_experiment(config: ConfigDict) -> Experiment:
     dataset = load_dataset(config.data)
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
     group_table = read_group_table(config.data.group_file)
-    family = functools.partial(build_family, dataset, group_table=group_table)
+    family = functools.partial(
+        build_family,
+        dataset,
+        group_table=group_table,
+        missing_group=config.data.missing_group,
+    )
     families = [family(name) for name in config.groups]
     loss_family = family(config.objective.group_family)
     name = config.objective.name
