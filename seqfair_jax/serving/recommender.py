@@ -53,7 +53,7 @@ def recommend(
 
     Args:
         trained: the model.
-        histories: the users, by default `trained.histories` has those of the log.
+        histories: of the n users; `trained.histories` are those of the log.
         k: length of a list.
         mask_seen: recommend no item of the whole history; None for what the run was evaluated by.
         candidates: i32[C] ascending positions of the items to recommend; None for all.
