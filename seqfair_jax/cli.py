@@ -273,7 +273,8 @@ def _expected_type(error: Exception, config: ConfigDict | None) -> str | None:
     *parts, last = match[1].split(".")
     for part in parts:
         setting = setting[part]
-    return f"{given}: expected {_TYPES[setting.get_type(last)]}"
+    kind = setting.get_type(last)
+    return f"{given}: expected {_TYPES.get(kind, kind.__name__)}"
 
 
 @contextlib.contextmanager
