@@ -159,7 +159,7 @@ def test_histories_of_new_users(call, trained, tmp_path, capsys):
     rows = {
         "user_id": [70, 70, 71, 70, 72, 70],
         "item_id": [item[1], "unheard", "unheard", item[2], item[0], item[0]],
-        "timestamp": [20, 30, 10, 40, 10, 10],
+        "Time": [20, 30, 10, 40, 10, 10],
     }
     found = items_of(call(f"--histories={write(tmp_path / 'new.csv', **rows)}"))
     histories = serving.Histories(np.array([3, 8, 1, 3], np.int32), np.array([0, 3, 3, 4]))
@@ -221,17 +221,27 @@ def test_a_bad_flag_is_one_line(flags, message, refused):
 @pytest.mark.parametrize(
     ("flag", "columns", "message"),
     [
-        ("users", {"customer": ["u9"]}, "no column 'user_id'"),
+        ("users", {"size": ["u9"]}, "no column 'user_id'"),
         ("users", {"user_id": [1, 2]}, "none of its 2 users is a user of the run's log"),
         ("users", {"user_id": []}, "has no rows"),
         ("only", {"item_id": ["x"]}, "none of its 1 items is an item of the run"),
         ("exclude", {"item_id": ["i1", ""]}, "1 rows have no item_id"),
-        ("histories", {"user_id": ["a"]}, "no column 'item_id'"),
+        ("histories", {"user_id": ["a"]}, "no column 'item_id', it has user_id; rename a column"),
         ("histories", {"user_id": [], "item_id": []}, "has no rows"),
         (
             "histories",
             {"user_id": ["a"], "item_id": ["i1"], "timestamp": ["soon"]},
             "the timestamp of data row 1 is 'soon'",
+        ),
+        (
+            "histories",
+            {"user_id": ["a", "a"], "item_id": ["i1", "i2"], "timestamp": [1, None]},
+            "1 rows have no timestamp, the first of them data row 2; fill or remove them",
+        ),
+        (
+            "histories",
+            {"user_id": ["a"], "item_id": ["i1"], "time": [1], "date": [2]},
+            "time and date may each be the timestamp; rename a column",
         ),
     ],
 )
