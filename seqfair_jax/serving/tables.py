@@ -1,13 +1,16 @@
 """Read the tables that `seqfair recommend` takes: users, histories of users, and items."""
 
 import logging
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from seqfair_jax.data.files import require_file
-from seqfair_jax.data.readers import read_ids, read_log
+from seqfair_jax.data.ids import compact, encode_ids, missing, require_values
+from seqfair_jax.data.readers import ALIASES, find_column
+from seqfair_jax.data.tables import fold, read_table
+from seqfair_jax.data.times import parse_times
 from seqfair_jax.errors import UserError
 from seqfair_jax.serving.catalogue import Histories, csr_offsets
 from seqfair_jax.workdir import user_path
@@ -38,7 +41,7 @@ def read_users(argument: str, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
     Raises:
         UserError: if the file cannot be read, or has no known user.
     """
-    ids = _read_ids(argument, "users", "user_id").drop_duplicates()
+    ids = _read(argument, "users", ["user_id"])["user_id"].drop_duplicates()
     places = find(ids, known)
     unknown = places < 0
     if unknown.all():
@@ -62,7 +65,7 @@ def read_items(argument: str, flag: str, known: np.ndarray) -> np.ndarray:
     Raises:
         UserError: if the file cannot be read, or has no known item.
     """
-    ids = _read_ids(argument, flag, "item_id").drop_duplicates()
+    ids = _read(argument, flag, ["item_id"])["item_id"].drop_duplicates()
     places = find(ids, known)
     unknown = places < 0
     if unknown.all():
@@ -90,16 +93,7 @@ def read_histories(
     Raises:
         UserError: if the file cannot be read, or is empty.
     """
-    path = _path(argument, "histories")
-    try:
-        frame = read_log("csv", [path], {}).frame()
-    except UserError as error:
-        if "no column 'timestamp'" not in str(error):
-            raise
-        _LOG.info("%s has no column timestamp; its rows are taken in the order of the file", path)
-        frame = read_ids(path, ["user_id", "item_id"]).assign(timestamp=0)
-    if frame.empty:
-        raise UserError(f"--histories={argument} has no rows; expected user_id and item_id")
+    frame = _read(argument, "histories", ["user_id", "item_id"], times=True)
     users, ids = pd.factorize(frame["user_id"])
     items = find(frame["item_id"], known_items)
     order = np.lexsort((frame["timestamp"].to_numpy(), users))  # stable
@@ -114,18 +108,34 @@ def read_histories(
     return _like(pd.Series(ids), known_users), histories
 
 
-def _path(argument: str, flag: str) -> Path:
+def _read(argument: str, flag: str, columns: list[str], *, times: bool = False) -> pd.DataFrame:
+    """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none."""
     path = user_path(argument)
     require_file(path, f"--{flag}={argument}")
-    return path
 
+    def choose(names: Sequence[str], where: str) -> dict[str, str]:
+        has_times = any(fold(name) in ALIASES["timestamp"].split() for name in names)
+        wanted = [*columns, "timestamp"] if times and has_times else columns
+        return {name: find_column(names, name, where, "rename a column") for name in wanted}
 
-def _read_ids(argument: str, flag: str, column: str) -> pd.Series:
-    path = _path(argument, flag)
-    ids = read_ids(path, [column])[column]
-    if ids.empty:
-        raise UserError(f"--{flag}={argument} has no rows; expected a {column} in each")
-    return ids
+    table, names, *_ = read_table(path, choose, coded=columns)
+    if not len(table):
+        raise UserError(f"--{flag}={argument} has no rows; expected {' and '.join(columns)}")
+    where, rows = str(path), np.arange(len(table))
+    frame = pd.DataFrame(index=rows)
+    for column in columns:
+        places, ids = encode_ids(table[column], rows, where, names[column])
+        require_values(places < 0, rows, where, names[column], "fill or remove them")
+        places, distinct = compact(places, ids)
+        frame[column] = distinct[places]
+    if "timestamp" in names:
+        column = table["timestamp"]
+        require_values(missing(column), rows, where, names["timestamp"], "fill or remove them")
+        frame["timestamp"] = parse_times(column, rows, where, names["timestamp"])
+    elif times:
+        _LOG.info("%s has no column timestamp; its rows are taken in the order of the file", path)
+        frame["timestamp"] = 0
+    return frame
 
 
 def _like(ids: pd.Series, known: np.ndarray) -> np.ndarray:
