@@ -247,7 +247,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(home, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home / "work")
     assert (home / "run" / "finished.json").is_file()
-    assert len(list((home / "cache").iterdir())) == 1
+    assert any((home / "cache").iterdir())
     report.main(["~/run", "--out=~/report.html"])
     assert f"report: {home / 'report.html'}" in capsys.readouterr().out
     assert (home / "report.html").stat().st_size > 1000
