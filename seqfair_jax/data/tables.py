@@ -277,8 +277,10 @@ def _check_line_breaks(path: Path, member: str | None, delimiter: str) -> None:
 def _read_json(stream: Stream, member: str | None, choose: Choose) -> Table:
     path = stream.path
     sample = stream.head.decode("utf-8-sig", errors="replace").splitlines()
-    if len(stream.head) == files.CHUNK and len(sample) > 1:
+    if len(stream.head) == files.CHUNK:
         sample.pop()  # its end may be missing
+    if not sample:
+        raise UserError(f"{path}: line 1 is longer than {files.CHUNK:,} bytes; shorten it")
     records = [record for _, record in _records(sample[:_SAMPLE], path)]
     names = choose(list(dict.fromkeys(key for record in records for key in record)), str(path))
     kinds = {name: {type(r.get(name)) for r in records} - {type(None)} for name in names.values()}
@@ -324,11 +326,8 @@ def _records(lines: Iterable[str], path: Path, **options: Any) -> Iterator[tuple
             record = json.loads(line, **options)
         except ValueError as error:
             raise UserError(
-                f"{path}, line {number} is not JSON ({error}); each line must be one JSON object"
+                f"{path}, line {number} is not JSON ({error}); each line must be a JSON object"
             ) from None
         if not isinstance(record, dict):
-            raise UserError(
-                f"{path}, line {number} is a JSON {type(record).__name__}; each line must be one "
-                "JSON object"
-            )
+            raise UserError(f"{path}, line {number} is not a JSON object; each line must be one")
         yield number, record

@@ -1,0 +1,197 @@
+"""Which rows of a log are read, and what is counted."""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from seqfair_jax.data.readers import Rows, log_from_table, read_log
+from seqfair_jax.errors import UserError
+
+TEXT = """user_id,item_id,timestamp,event,rating
+1,10,2024-01-01,view,5
+1,11,2024-01-02,cart,3
+2,10,2024-01-03,view,
+2,12,2024-01-04,buy,4.5
+3,10,2024-01-05,view,1
+"""
+
+
+def read(path, text=TEXT, columns=None, **rows):
+    path.write_text(text)
+    return read_log("csv", [path], columns or {}, Rows(**rows))
+
+
+def left_out(log):
+    reasons = ("other_events", "missing_values", "below_min_rating", "outside_period")
+    assert log.counts["rows_read"] == len(log) + sum(log.counts[key] for key in reasons)
+    assert log.counts["raw_rows"] == len(log)
+    return {key: log.counts[key] for key in reasons if log.counts[key]}
+
+
+def items(log):
+    return log.frame()["item_id"].tolist()
+
+
+# --- Events and ratings ---
+
+
+def test_events(tmp_path):
+    log = read(tmp_path / "log.csv", events=("view", "cart"))
+    assert items(log) == [10, 11, 10, 10]
+    assert left_out(log) == {"other_events": 1}
+    assert log.counts["raw_items"] == 2  # item 12 was bought alone
+    renamed = TEXT.replace("event", "kind")
+    log = read(tmp_path / "log.csv", renamed, {"event": "kind"}, events=("buy",))
+    assert items(log) == [12]
+    with pytest.raises(UserError, match=r"no interactions of event 'look' or 'see'; its events are "
+                       "buy, cart, view: set data.events"):  # fmt: skip
+        read(tmp_path / "log.csv", events=("look", "see"))
+    with pytest.raises(UserError, match="no column 'event'.*name the column in data.columns.event"):
+        read(tmp_path / "log.csv", renamed, events=("view",))
+    assert items(read(tmp_path / "log.csv", renamed)) == [10, 11, 10, 12, 10]
+
+
+def test_events_may_be_numbers_and_missing():
+    table = pa.table({"user_id": [1, 1, 1], "item_id": [5, 6, 7], "timestamp": [1, 2, 3],
+                      "event": [1, 2, None]})  # fmt: skip
+    log = log_from_table(table, rows=Rows(events=("2",)))
+    assert items(log) == [6]
+    assert left_out(log) == {"other_events": 2}
+
+
+def test_other_events_of_retailrocket(tmp_path):
+    text = "timestamp,visitorid,event,itemid,transactionid\n1,7,view,3,\n2,7,addtocart,4,\n"
+    path = tmp_path / "events.csv"
+    path.write_text(text)
+    assert items(read_log("retailrocket", [path], {})) == [3]
+    assert items(read_log("retailrocket", [path], {}, Rows(events=("addtocart",)))) == [4]
+
+
+def test_ratings(tmp_path):
+    log = read(tmp_path / "log.csv", TEXT.replace("view,\n", "view,2\n"), min_rating=3.0)
+    assert items(log) == [10, 11, 12]
+    assert left_out(log) == {"below_min_rating": 2}
+    with pytest.raises(UserError, match="1 rows have no rating, the first of them data row 3"):
+        read(tmp_path / "log.csv", min_rating=3.0)
+    text = TEXT.replace("view,1", "view,good")
+    with pytest.raises(UserError, match="the rating of data row 5 is 'good'; expected a finite"):
+        read(tmp_path / "log.csv", text, min_rating=3.0, missing="drop")
+    path = tmp_path / "ratings.dat"
+    path.write_text("1::7::5::100\n2::8::3::200\n")
+    assert items(read_log("ml1m", [path], {}, Rows(min_rating=4))) == [7]
+
+
+# --- Times ---
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "kept"),
+    [
+        ("2024-01-02", None, [11, 10, 12, 10]),
+        (None, "2024-01-02", [10]),
+        ("2024-01-02", "2024-01-04", [11, 10]),
+        ("2024-01-01T12:00", "2024-01-04T00:00:01+00:00", [11, 10, 12]),
+        ("2024-01-02T02:00+02:00", "2024-01-03", [11]),
+    ],
+)
+def test_the_period_is_half_open(tmp_path, since, until, kept):
+    log = read(tmp_path / "log.csv", since=since, until=until)
+    assert items(log) == kept
+    assert left_out(log).get("outside_period", 0) == 5 - len(kept)
+
+
+def test_the_period_in_numbers():
+    frame = pd.DataFrame({"user_id": [1] * 4, "item_id": [1, 2, 3, 4], "timestamp": [1, 2, 3, 4]})
+    assert items(log_from_table(frame, rows=Rows(since="2", until="4"))) == [2, 3]
+    assert items(log_from_table(frame, rows=Rows(since="2.5", until="4e0"))) == [3]
+    large = frame.assign(timestamp=2**60 + frame["timestamp"])  # no floats
+    assert items(log_from_table(large, rows=Rows(since=str(2**60 + 3)))) == [3, 4]
+
+
+def test_periods_that_do_not_fit(tmp_path):
+    with pytest.raises(UserError, match="since is 17, a number, but the times of .* are dates"):
+        read(tmp_path / "log.csv", since="17")
+    frame = pd.DataFrame({"user_id": [1], "item_id": [1], "timestamp": [1]})
+    with pytest.raises(UserError, match="until is 2024-01-01, a date.*the table are numbers"):
+        log_from_table(frame, rows=Rows(until="2024-01-01"))
+    with pytest.raises(UserError, match="data.since is '1/2/2024': expected an ISO date"):
+        read(tmp_path / "log.csv", since="1/2/2024")
+    with pytest.raises(UserError, match="no row is left of 5: 3 have other events, 2 are outside"):
+        read(tmp_path / "log.csv", since="2025-01-01", events=("cart", "buy"))
+
+
+@pytest.mark.parametrize(
+    ("times", "units"),
+    [
+        ([1_700_000_000, 1_700_000_001_000], "seconds and milliseconds"),
+        ([1.7e9, 1.7e18, 1.7e9], "seconds and nanoseconds"),
+        ([1_700_000_000, 946_684_800, 4_000_000_000], ""),
+        ([1, 1_700_000_000_000], ""),  # no date
+        (["2024-01-01", "1973-01-01"], ""),
+    ],
+)
+def test_times_of_two_units_are_reported(caplog, times, units):
+    frame = pd.DataFrame({"user_id": 1, "item_id": 1, "timestamp": times})
+    log_from_table(frame)
+    assert bool(caplog.records) == bool(units)
+    if units:
+        assert f"the table: some times look like {units} since 1970" in caplog.text
+
+
+# --- Missing values ---
+
+
+BLANKS = "user_id,item_id,timestamp\n1,10,1\n,11,2\n1,,3\n2,12,\n,,\nNA,None,4\nnull,nan,5\n"
+
+
+def test_missing_values_are_an_error_or_dropped(tmp_path):
+    with pytest.raises(UserError, match=r"log.csv: 2 rows have no user_id, the first of them data "
+                       "row 2; fill or remove them, or set data.missing=drop"):  # fmt: skip
+        read(tmp_path / "log.csv", BLANKS)
+    log = read(tmp_path / "log.csv", BLANKS, missing="drop")
+    assert log.frame().to_numpy().tolist() == [
+        ["1", "10", 1],
+        ["NA", "None", 4],
+        ["null", "nan", 5],
+    ]
+    assert left_out(log) == {"missing_values": 4}
+    empty = "user_id,item_id,timestamp\n,1,2\n"
+    with pytest.raises(UserError, match="no row is left of 1: 1 have no user, item, time or"):
+        read(tmp_path / "log.csv", empty, missing="drop")
+
+
+def test_missing_values_of_a_table():
+    frame = pd.DataFrame(
+        {
+            "user_id": [1, 2, None, 4],
+            "item_id": ["a", None, "b", "c"],
+            "timestamp": pd.to_datetime(["2024-01-01", "2024-01-01", "2024-01-01", None]),
+        }
+    )
+    log = log_from_table(frame, rows=Rows(missing="drop"))
+    assert log.frame()["user_id"].tolist() == [1]
+    assert left_out(log) == {"missing_values": 3}
+    with pytest.raises(UserError, match="the table: 1 rows have no user_id, the first.*data row 3"):
+        log_from_table(frame)
+    floats = frame.assign(timestamp=[1.0, 2.0, 3.0, np.nan])
+    assert left_out(log_from_table(floats, rows=Rows(missing="drop"))) == {"missing_values": 3}
+
+
+def test_rows_are_counted_once_and_errors_name_the_row_of_the_file(tmp_path):
+    text = TEXT.replace("2,12,", ",12,").replace("3,10,2024-01-05,view,1", "3,10,2023-01-05,view,1")
+    log = read(tmp_path / "log.csv", text, missing="drop", events=("view", "buy"),
+               min_rating=2.0, since="2024-01-01")  # fmt: skip
+    assert items(log) == [10]
+    assert left_out(log) == {"other_events": 1, "missing_values": 2, "below_min_rating": 1}
+    wrong = TEXT.replace("2024-01-05", "soon")
+    with pytest.raises(UserError, match="the timestamp of data row 5 is 'soon'"):
+        read(tmp_path / "log.csv", wrong, events=("view",), min_rating=0.0, missing="drop")
+
+
+def test_repeats_are_counted_and_kept():
+    frame = pd.DataFrame({"user_id": [1, 1, 1, 2], "item_id": [5, 5, 5, 5],
+                          "timestamp": [1, 1, 2, 1]})  # fmt: skip
+    log = log_from_table(frame)
+    assert len(log) == 4
+    assert log.counts["repeated_rows"] == 1
