@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from seqfair_jax import workdir
 from seqfair_jax.config import check_resumable, resolve
 from seqfair_jax.data.cache import source_hashes
-from seqfair_jax.data.split import Dataset
+from seqfair_jax.data.split import Dataset, describe_counts
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.evaluation.metrics import rank_metrics, recommendation_stats
@@ -314,8 +314,7 @@ def _describe(experiment: Experiment) -> None:
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
         f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on), "
         f"{found['validation_users']:,} validation users\n"
-        f"left out: {found['dropped_users']:,} users ({found['short_users']:,} of them too short "
-        f"to split after the filter) and {found['dropped_items']:,} items\n"
+        f"{describe_counts(experiment.dataset.counts)}\n"
         f"test targets that no training row has: {found['unknown_targets']:,}"
     )
     if found["tied_rows"]:

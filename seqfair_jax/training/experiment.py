@@ -90,8 +90,9 @@ def build_experiment(config: ConfigDict) -> Experiment:
         group_table=group_table,
         missing_group=config.data.missing_group,
     )
-    families = [family(name) for name in config.groups]
-    loss_family = family(config.objective.group_family)
+    loss_name = config.objective.group_family
+    by_name = {name: family(name) for name in dict.fromkeys((*config.groups, loss_name))}
+    families, loss_family = [by_name[name] for name in config.groups], by_name[loss_name]
     name = config.objective.name
     if objectives.METHODS[name].needs_groups:
         require_partition(loss_family, name, dataset.user_ids)
