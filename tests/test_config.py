@@ -26,6 +26,16 @@ from seqfair_jax.errors import UserError
         ({"model.dropout": -0.1}, "model.dropout is -0.1"),
         ({"data.valid_users": -1}, "data.valid_users is -1: expected a number, 0 or more"),
         ({"objective.alpha": (math.nan,)}, "objective.alpha is nan"),
+        ({"data.missing": "dorp"}, "data.missing is 'dorp' .did you mean 'drop'"),
+        ({"data.missing_group": "none"}, "missing_group is 'none'.*known: unknown, leave_out"),
+        ({"data.delimiter": "::"}, "data.delimiter is '::': expected one character"),
+        ({"data.delimiter": "é"}, "data.delimiter is 'é': expected one character"),
+        ({"data.delimiter": "\n"}, r"data.delimiter is '.n': expected one character"),
+        ({"data.min_rating": math.nan}, "data.min_rating is nan: expected a finite number"),
+        ({"data.since": "1/2/2024"}, "data.since is '1/2/2024': expected an ISO date such as"),
+        ({"data.until": "inf"}, "data.until is 'inf': expected an ISO date"),
+        ({"data.since": "5", "data.until": "5"}, "data.since is 5: expected a time before"),
+        ({"data.since": "5", "data.until": "2024-01-01"}, "data.since is 5: .* of the same kind"),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):
@@ -33,6 +43,18 @@ def test_settings_out_of_range_are_named(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         resolve(config)
+
+
+def test_how_the_log_is_read():
+    config = default_config()
+    assert resolve(config).data.events == ()
+    config.data.events = ("view,cart", "buy")  # as --config.data.events=view,cart gives it
+    config.data.since, config.data.until = "2024-01-01", "2024-06-30T12:00+02:00"
+    for given in ("tab", "\\t", "\t"):
+        config.data.delimiter = given
+        assert resolve(config).data.delimiter == "\t"
+    assert resolve(config).data.events == ("view", "cart", "buy")
+    assert resolve(resolve(config)).data.to_dict() == resolve(config).data.to_dict()
 
 
 def test_the_recipe_lets_the_rate_fall_over_whatever_budget_is_asked_for():
