@@ -111,7 +111,7 @@ class Command:
         if self._takes_config:
             path, argv = _take_config(argv)
             config = load_config(path)
-            _check_overrides(config, argv)
+            argv = _check_overrides(config, argv)
         try:
             if self._takes_config:
                 config_flags.DEFINE_config_dict(
@@ -230,11 +230,16 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
     return found[0], rest
 
 
-def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+def _check_overrides(config: ConfigDict, argv: list[str]) -> list[str]:
     """Refuse `--config.KEY` where KEY is unknown, and a list that ends in a comma.
 
     A list with spaces, `--config.seeds=0, 1`, reaches the program as two words.
+
+    Returns:
+        The arguments, with lists of text in quotation marks: ml_collections would read
+        `--config.groups=age:4,pop33` as Python.
     """
+    quoted = list(argv)
     for i, word in enumerate(argv):
         match = re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
         if match is None:
@@ -253,6 +258,10 @@ def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
             value = argv[i + 1] if i + 1 < len(argv) else ""
         if isinstance(setting, tuple) and value.rstrip().endswith(","):
             raise UserError(f"--config.{key}={value}: the list ends in a comma; {_LISTS}")
+        is_text = isinstance(setting, tuple) and all(isinstance(part, str) for part in setting)
+        if is_text and value and "=" in word and value[0] not in "([\"'":
+            quoted[i] = f"--config.{key}={value!r}"
+    return quoted
 
 
 def _closest_key(key: str, config: ConfigDict) -> str:

@@ -14,6 +14,7 @@ import pytest
 from seqfair_jax import __main__
 from seqfair_jax.cli import Command, load_config, use_compilation_cache
 from seqfair_jax.commands import report, reproduce, search, table1, train
+from seqfair_jax.config import resolve
 from seqfair_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,17 @@ def refused(capsys, function, *args):
     assert end.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     return line
+
+
+@pytest.mark.parametrize(
+    "given", ["age:4,R%26D&pop33", "'age:4,R%26D&pop33'", "('age:4', 'R%26D&pop33')"]
+)
+def test_lists_of_text_are_taken_as_written(call, config_file, given):
+    flags = (f"--config.groups={given}", "--config.data.events=1,add to cart")
+    config, *_ = call("train", *flags, config=str(config_file))
+    resolved = resolve(config)
+    assert resolved.groups == ("age:4", "R%26D&pop33")
+    assert resolved.data.events == ("1", "add to cart")
 
 
 # Flags.
