@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
+from benchmarks.common import Steps, matmul_timer, peak_memory_gb, print_table, run, spread
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.serving import TrainedModel
 from seqfair_jax.serving.catalogue import Histories, csr_offsets, whole_histories
@@ -45,10 +45,11 @@ def benchmark(config, *, repeats, k, users, items):
         histories=histories,
         mask_seen=config.evaluate.mask_seen,
     )
-    before, times = peak_memory_gb(), []
+    peak = matmul_timer(model.dtype)
+    before, times, cpu, rates = peak_memory_gb(), [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):  # the first compiles
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             write_lists(
                 Path(folder, "lists.parquet"),
                 recommend(trained, histories, k=k),
@@ -57,6 +58,8 @@ def benchmark(config, *, repeats, k, users, items):
                 k=k,
             )
             times.append(time.perf_counter() - began)
+            cpu.append(time.process_time() - cpu_began)
+            rates.append(peak())
     print_table(
         [
             {
@@ -67,6 +70,8 @@ def benchmark(config, *, repeats, k, users, items):
                 "with compilation, s": f"{times[0]:.1f}",
                 "seconds": spread(times[1:] or times, "{:.2f}"),
                 "users/s": spread([len(user_ids) / t for t in times[1:] or times]),
+                "CPU seconds": spread(cpu[1:] or cpu, "{:.1f}"),
+                "matmul peak, GFLOP/s": spread([rate / 1e9 for rate in rates]),
                 "peak memory before, GB": f"{before:.2f}",
                 "peak memory, GB": f"{peak_memory_gb():.2f}",
             }
