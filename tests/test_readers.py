@@ -360,6 +360,40 @@ def test_a_missing_time_is_refused(tmp_path, times):
         read(tmp_path / "log.parquet", parquet(timestamp=pa.array([[1], [2]])))
 
 
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        # Several zones; without one it is UTC.
+        (["2024-01-01T00:00:00Z", "2024-01-01T01:00:00+02:00"], [0, -3600]),
+        (["2024-01-01 00:00:00", "2024-01-01T00:00:01-0100", "2024-01-01"], [0, 3601, 0]),
+        (["2024-01-01 00:00:02 UTC", "2024-01-01 00:00:01"], [2, 1]),
+        (["2024-01-01 00:00:00.25 UTC", "2024-01-01 00:00:01 GMT"], [0.25, 1]),
+        # Fractions in some of the rows, and parts of a date.
+        (["2024-01-01T00:00:00.5", "2024-01-01T00:00:00", "2024-01-01T00:00:01.123456789"],
+         [0.5, 0, 1.123456789]),
+        (["2024-01-01T00:01", "2024-01"], [60, 0]),
+    ],
+)  # fmt: skip
+def test_dates_of_several_forms(tmp_path, texts, expected):
+    times = times_of(tmp_path / "log.csv", *texts)
+    found = (times - pd.Timestamp("2024-01-01")) / pd.Timedelta(seconds=1)
+    assert found.tolist() == pytest.approx(expected, abs=0)
+
+
+@pytest.mark.parametrize("text", ["03/04/2024", "3/14/24 10:00 PM", "31.12.2024", "1/2/2024 UTC"])
+def test_dates_whose_month_is_unclear_are_refused(tmp_path, text):
+    advice = "its day and month cannot be told apart; write dates as 2024-12-31"
+    for texts in ([text], ["2024-01-01", text]):
+        with pytest.raises(UserError, match=f"data row {len(texts)} is '{text}'; {advice}"):
+            times_of(tmp_path / "log.csv", *texts)
+
+
+def test_numbers_with_blanks_are_numbers(tmp_path):
+    assert times_of(tmp_path / "log.csv", " 5", "6.5 ").tolist() == [5, 6.5]
+    with pytest.raises(UserError, match="data row 1 is '2024-01-01'; expected a finite number"):
+        times_of(tmp_path / "log.csv", "2024-01-01", "5")
+
+
 # --- Where the file is ---
 
 
