@@ -7,7 +7,7 @@ Train `method=erm` and `method=cvar` (which needs no groups), and compare both w
 in the same table. `python -m seqfair_jax report DIR DIR` prints both in one table.
 
 Useful keys: data.columns.* (what the file calls its columns), data.min_interactions (5),
-data.group_file (your own groups: user_id, family, group), groups, seeds, evaluate.mask_seen (True
+data.group_file (your own groups), groups, seeds, evaluate.mask_seen (True
 if no user takes an item twice, as with films), train.epochs (of 256 steps each; 6 are enough for
 about ten thousand users, and a larger log needs more).
 """
