@@ -1,8 +1,8 @@
 """The settings: their defaults and their checks. Config files start from `default_config`."""
 
-import difflib
 import itertools
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from seqfair_jax import objectives
 from seqfair_jax.data.groups import MISSING_GROUP
 from seqfair_jax.data.synthetic import default_settings
 from seqfair_jax.data.times import parse_bound
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation.metrics import parse_metric
 from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
@@ -147,7 +147,7 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
         key, equals, value = part.partition("=")
         if key not in defaults:
             raise UserError(
-                f"config argument {part!r}: unknown key {key!r}{_closest(key, defaults)}; "
+                f"config argument {part!r}: unknown key {key!r}{did_you_mean(key, defaults)}; "
                 f"known: {', '.join(defaults)}"
             )
         kind = type(defaults[key])
@@ -180,8 +180,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if not config.objective.group_family:
         config.objective.group_family = config.groups[0]
 
-    for key in ("step_size", "stream_rate", "alpha", "radius"):
-        values = tuple(float(value) for value in config.objective[key])
+    for key in objectives.HParams._fields:
+        values = tuple(config.objective[key])
+        good = all(isinstance(value, numbers.Real) for value in values)
+        _require(good, f"objective.{key}", values, "numbers")
+        values = tuple(map(float, values))
         config.objective[key] = values
         _require(len(set(values)) == len(values) > 0, f"objective.{key}", values, "unequal values")
     seeds = tuple(config.seeds)
@@ -207,7 +210,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         value = _get(config, key)
         if value not in known:
             raise UserError(
-                f"{key} is {value!r}{_closest(value, known)}; known: {', '.join(known)}"
+                f"{key} is {value!r}{did_you_mean(value, known)}; known: {', '.join(known)}"
             )
     ranges = {
         "model.dim": 1,
@@ -228,6 +231,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         "train.checkpoint_minutes": 0,
         "data.min_interactions": 0,
         "data.valid_users": 0,
+        "data.split_seed": 0,
         "select.min_users": 1,
         "model.init_scale": 0,
     }
@@ -237,13 +241,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
     train = config.train
     rate = train.learning_rate
     _require(0 < rate < math.inf, "train.learning_rate", rate, "a number above 0")
-    _require(
-        train.steps_per_epoch * train.batch_size <= _MAX_BATCHED_USERS,
-        "train.steps_per_epoch",
-        train.steps_per_epoch,
-        f"at most {_MAX_BATCHED_USERS // train.batch_size:,} at train.batch_size "
-        f"{train.batch_size}, since an epoch's batches are drawn at once; use more epochs",
-    )
+    if train.steps_per_epoch * train.batch_size > _MAX_BATCHED_USERS:
+        raise UserError(
+            f"train.steps_per_epoch * train.batch_size is {train.steps_per_epoch:,} * "
+            f"{train.batch_size:,}: expected at most {_MAX_BATCHED_USERS:,}, since the batches of "
+            "an epoch are drawn at once; use more epochs"
+        )
     dropout = config.model.dropout
     _require(0 <= dropout <= MAX_DROPOUT, "model.dropout", dropout, f"0 to {MAX_DROPOUT}")
     _require(
@@ -334,12 +337,16 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
         if old.get(key) != new.get(key) and key not in RESUMABLE
     ]
     if changed:
-        follows = any(line.startswith("train.decay_steps ") for line in changed)
+        hints = {
+            "train.decay_steps": ". (The learning rate falls to 0 over train.decay_steps, which "
+            "follows train.epochs in this config. To train longer, start a new run)",
+            "objective.group_family": ". (objective.group_family is the first of groups unless it "
+            "is set; set it to the family before)",
+        }
         raise UserError(
             f"{where} was made by another config; these differ: {'; '.join(changed)}. "
             "Use another --workdir, or the same settings as before"
-            + ". (The learning rate falls to 0 over train.decay_steps, which follows train.epochs "
-            "in this config. To train longer, start a new run)" * follows
+            + "".join(hints.get(line.partition(" ")[0], "") for line in changed)
         )
 
 
@@ -361,7 +368,7 @@ def format_value(value: float) -> str:
 def _check_keys(config: Mapping, default: Mapping, prefix: str) -> None:
     for key, value in config.items():
         if key not in default:
-            raise UserError(f"unknown config key {prefix}{key}{_closest(key, default)}")
+            raise UserError(f"unknown config key {prefix}{key}{did_you_mean(key, default)}")
         if isinstance(default[key], Mapping):
             _check_keys(value, default[key], f"{prefix}{key}.")
     for key in default:
@@ -378,8 +385,3 @@ def _get(config: ConfigDict, key: str):
 def _require(good: bool, key: str, found: object, expected: str) -> None:
     if not good:
         raise UserError(f"{key} is {found}: expected {expected}")
-
-
-def _closest(name: object, known) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

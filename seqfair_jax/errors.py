@@ -1,5 +1,8 @@
 """The errors that a user can correct; commands print them as one line, without a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input: a setting, a file, a folder or a flag.
@@ -11,3 +14,9 @@ class UserError(ValueError):
 
 class DivergedError(UserError, FloatingPointError):
     """Training produced a loss, a parameter or a score that is not finite."""
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """` (did you mean 'X'?)` with the closest known name; "" if none is close."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,10 +1,6 @@
-"""From a config to the files of its runs: load, train, test, write, print.
-
-Shape letters: U users.
-"""
+"""From a config to the files of its runs: load, train, test, write, print."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +10,17 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.config import check_resumable, resolve
+from seqfair_jax.config import RunSpec, check_resumable, resolve
 from seqfair_jax.data.cache import source_hashes
-from seqfair_jax.data.split import Dataset, describe_counts
-from seqfair_jax.errors import DivergedError, UserError
-from seqfair_jax.evaluation.baselines import baseline_ranks
-from seqfair_jax.evaluation.metrics import rank_metrics, recommendation_stats
-from seqfair_jax.evaluation.slices import OVERALL, slice_means
-from seqfair_jax.objectives import METHODS
+from seqfair_jax.data.split import describe_counts
+from seqfair_jax.errors import UserError
 from seqfair_jax.report import text
+from seqfair_jax.results import dataset_summary, test
 from seqfair_jax.serving import catalogue
-from seqfair_jax.training import checkpoint, selection
+from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment, build_experiment
-from seqfair_jax.training.loop import fit, make_validation
-from seqfair_jax.training.progress import Snapshot
-from seqfair_jax.training.resume import check_input
+from seqfair_jax.training.loop import fit
+from seqfair_jax.training.resume import restore
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +47,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
             return _run(config, folder)
         except KeyboardInterrupt:  # outside of the training steps, or at the second signal
             raise SystemExit(_interrupted(folder)) from None
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"out of memory ({str(error).splitlines()[0]}); lower train.batch_size, "
+                "train.max_logits or evaluate.batch_size, or train fewer runs at once"
+            ) from error
 
 
 def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
@@ -62,10 +61,9 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     saved = workdir.read_json(folder / workdir.CONFIG)
     if saved is not None:
         check_resumable(saved, settings, str(folder / workdir.CONFIG))
-        stored = workdir.finished_inputs(folder)
-        if stored is not None and saved == settings:
+        if saved == settings and workdir.is_finished(folder):
             _log.info("%s has finished; this is its table", folder)
-            _warn_of_changed_inputs(config, stored)
+            _warn_of_changed_inputs(config, workdir.finished_inputs(folder))
             print(text.tables([folder], config.select.metric))
             return workdir.read_summary(folder)
     elif not workdir.is_empty(folder):
@@ -75,7 +73,7 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     inputs = source_hashes(config.data)
     experiment = build_experiment(config)
     _describe(experiment)
-    check_input(experiment, folder)
+    snapshot = restore(experiment, folder)
     folders = workdir.run_folders(folder, experiment.names)
     # Results of fewer epochs or other cut-offs must not stay beside the new config.
     for part in dict.fromkeys([folder, *folders]):
@@ -83,177 +81,21 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
         workdir.remove_unfinished(part)
     # The config comes first, so that the other files of a killed process can be traced to it.
     workdir.write_json(folder / workdir.CONFIG, settings)
-    for part in folders:
+    for part, spec in zip(folders, experiment.runs, strict=True):
         _write_data_files(part, experiment)
-        workdir.write_json(part / workdir.CONFIG, settings)
-    snapshot = fit(experiment, folder)
+        if part != folder:
+            workdir.write_json(part / workdir.CONFIG, _settings_of(spec, settings))
+    snapshot = fit(experiment, folder, snapshot)
     summary = test(experiment, folder, snapshot, inputs)
     print(text.tables([folder], config.select.metric))
     print(f"\nfiles: {folder.resolve()}")
     return summary
 
 
-def test(
-    experiment: Experiment, folder: Path, snapshot: Snapshot, inputs: Mapping[str, str]
-) -> dict[str, Any]:
-    """Test the best epochs of every run and write the results.
-
-    Args:
-        experiment, folder: as for `loop.fit`.
-        snapshot: as `loop.fit` returned it.
-        inputs: SHA-256 of the log and of the group file (`data.cache.source_hashes`).
-
-    Returns:
-        The content of `folder/summary.json`.
-
-    Raises:
-        DivergedError: if the scores of every run are not finite.
-    """
-    config = experiment.config
-    method = METHODS[config.objective.name]
-    shared = {
-        "schema_version": workdir.SCHEMA_VERSION,
-        "dataset": _dataset_summary(experiment.dataset),
-        "method": config.objective.name,
-        "group_family": experiment.loss_family.name,
-        "needs_groups": method.needs_groups,
-        "baselines": _test_baselines(experiment),
-    }
-    tester = _Tester(experiment)
-    states, progress = snapshot.states, snapshot.progress
-    summaries = []
-    for r, part in enumerate(workdir.run_folders(folder, experiment.names)):
-        spec, failed_step = experiment.runs[r], int(states.failed_step[r])
-        seconds = progress.seconds
-        summary = shared | {
-            "run": spec.name,
-            "hparams": {key: spec.hparams[key] for key in method.hparams},
-            "seed": spec.seed,
-            "status": "finished" if failed_step < 0 else f"failed at step {failed_step}",
-            "train": {  # the time is that of all runs together, without compilation
-                "steps": int(states.step[r]),
-                "targets": progress.targets[r],
-                "seconds": seconds,
-                "targets_per_second": progress.timed_targets / seconds if seconds else None,
-                "stopped_epoch": progress.stopped[r],
-            },
-        }
-        try:
-            summary |= tester.test_run(snapshot, r, part)
-        except DivergedError as error:
-            _log.warning("%s", error)
-            summary["status"] = "failed in the test"
-        workdir.write_json(part / workdir.SUMMARY, summary)
-        summaries.append(summary)
-    if not any(map(selection.is_result, summaries)):
-        raise DivergedError("every run diverged; try a smaller train.learning_rate")
-    for part in workdir.run_folders(folder, experiment.names):
-        workdir.finish(part, inputs)
-    if len(summaries) == 1:
-        return summaries[0]
-    whole = shared | {
-        "runs": [
-            {key: summary.get(key) for key in ("run", "hparams", "seed", "status", "best", "val")}
-            for summary in summaries
-        ],
-        "selected": _select_hparams(config, summaries),
-    }
-    workdir.write_json(folder / workdir.SUMMARY, whole)
-    workdir.finish(folder, inputs)
-    return whole
-
-
-class _Tester:
-    """Tests the best epochs of runs; an epoch that both rules chose is tested once."""
-
-    def __init__(self, experiment: Experiment):
-        self._experiment = experiment
-        cutoffs = experiment.config.evaluate.cutoffs
-        top_k = min(max(cutoffs), len(experiment.dataset.item_ids))
-        self._rank = experiment.make_ranker("test", top_k=top_k)
-        self._validate = make_validation(experiment)
-
-    def test_run(self, snapshot: Snapshot, r: int, folder: Path) -> dict[str, Any]:
-        """Run r's part of `summary.json`; writes its per-user tables and best parameters."""
-        experiment = self._experiment
-        name = experiment.names[r]
-        found: dict[str, Any] = {}
-        tested: dict[float, tuple] = {}  # by epoch
-        for rule in selection.RULES.values():
-            chosen = snapshot.progress.best[r][rule.name]
-            if chosen is None:  # the run failed before its first validation
-                continue
-            params = jax.tree.map(lambda leaf: leaf[r], snapshot.best[rule.name])
-            if chosen["epoch"] not in tested:
-                ranking = self._rank(params, f"test of {name}")
-                tested[chosen["epoch"]] = (
-                    self._validate(params, name),
-                    *score_ranking(experiment, ranking.ranks),
-                    recommendation_stats(ranking.top_items, experiment.dataset.item_counts),
-                )
-            val, table, means, recommended = tested[chosen["epoch"]]
-            found["best" + rule.suffix] = {
-                "step": chosen["epoch"] * experiment.config.train.steps_per_epoch,
-                **chosen,  # epoch, and the validation scores that epochs are chosen by
-            }
-            found["val" + rule.suffix] = val
-            found["test" + rule.suffix] = means
-            found["recommended" + rule.suffix] = recommended
-            workdir.write_parquet(workdir.per_user(folder, rule.suffix), table)
-            checkpoint.save(workdir.best_checkpoint(folder, rule.name), params, chosen)
-        return found
-
-
-def score_ranking(experiment: Experiment, ranks: np.ndarray) -> tuple[pd.DataFrame, dict]:
-    """The figures of the test: a row for each user, and the means by group.
-
-    Args:
-        experiment: whose users they are.
-        ranks: i32[U], 1-based; 0 for a miss.
-    """
-    dataset, families = experiment.dataset, experiment.families
-    values = rank_metrics(ranks, experiment.config.evaluate.cutoffs)
-    known = dataset.test_targets >= 0
-    table = pd.DataFrame(
-        {
-            "user_id": dataset.user_ids,
-            "target_item_id": dataset.test_target_ids,
-            "repeat": dataset.test_repeat,
-            # A target outside the vocabulary has no rank and counts as a miss.
-            "rank": pd.Series(ranks, dtype="Int32").where(known),
-            **values,
-            **{family.name: family.labels() for family in families},
-        }
-    )
-    return table, slice_means(values, families, dataset.test_repeat)
-
-
-def _test_baselines(experiment: Experiment) -> dict[str, dict]:
-    settings = experiment.config.evaluate
-    ranks = baseline_ranks(
-        experiment.dataset,
-        split="test",
-        mask_seen=settings.mask_seen,
-        k=min(max(settings.cutoffs), len(experiment.dataset.item_ids)),
-    )
-    return {name: score_ranking(experiment, rank)[1] for name, rank in ranks.items()}
-
-
-def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any] | None:
-    """The values with the best validation score averaged over seeds; None if all runs failed."""
-    metric = config.select.metric
-    scores: dict[tuple, list[float]] = {}
-    for summary in filter(selection.is_result, summaries):
-        values = tuple(summary["hparams"].items())
-        scores.setdefault(values, []).append(summary["val"][metric][OVERALL])
-    best = selection.best_values(scores)
-    if best is None:
-        return None
-    return {
-        "hparams": dict(best),
-        f"val/{metric}/{OVERALL}": float(np.mean(scores[best])),
-        "seeds": len(scores[best]),
-    }
+def _settings_of(spec: RunSpec, settings: dict[str, Any]) -> dict[str, Any]:
+    """The config of one run of a grid: its own seed and values."""
+    values = {key: [value] for key, value in spec.hparams.items()}
+    return settings | {"seeds": [spec.seed], "objective": settings["objective"] | values}
 
 
 def _interrupted(folder: Path) -> str:
@@ -283,33 +125,8 @@ def _warn_of_changed_inputs(config: ConfigDict, inputs: dict[str, str]) -> None:
             )
 
 
-def _dataset_summary(dataset: Dataset) -> dict[str, Any]:
-    counts = dataset.counts
-    keys = (
-        "users",
-        "items",
-        "interactions",
-        "train_interactions",
-        "validation_users",
-        "dropped_users",
-        "short_users",
-        "dropped_items",
-        "tied_rows",
-        "tied_held_out",
-        "repeated_rows",
-    )
-    return {
-        "name": dataset.name,
-        "log_hash": dataset.log_hash,
-        **{key: counts[key] for key in keys},
-        "vocabulary": len(dataset.item_ids),
-        "unknown_targets": counts["unknown_test_targets"],
-        "unknown_validation_targets": counts["unknown_valid_targets"],
-    }
-
-
 def _describe(experiment: Experiment) -> None:
-    found = _dataset_summary(experiment.dataset)
+    found = dataset_summary(experiment.dataset)
     print(
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
         f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on), "

@@ -39,7 +39,6 @@ LATEST_CHECKPOINT = Path("checkpoints", "latest")
 _FINISHED = "finished.json"  # written last: the hashes of the files above
 _LOCK = ".lock"
 _UNFINISHED = ".unfinished"
-_RESULTS = (_FINISHED, SUMMARY, "per_user.parquet", "per_user_worst_group.parquet")
 _LONGEST_NAME = 150  # bytes; file systems allow 255, and suffixes and temporary names need some
 
 
@@ -116,17 +115,18 @@ def create(path: str | Path) -> Path:
         UserError: if a part of the path is a file, or the folder cannot be made.
     """
     directory = user_path(path)
-    for part in (directory, *directory.parents):
-        if part.exists() and not part.is_dir():
-            raise UserError(f"{path}: {part} is a file; name a folder")
     with named_errors(directory, "make the folder"):
+        for part in (directory, *directory.parents):
+            if part.exists() and not part.is_dir():
+                raise UserError(f"{path}: {part} is a file; name a folder")
         directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
 def is_empty(folder: Path) -> bool:
     """Whether a folder is empty but for locks and the temporary files of killed processes."""
-    return all(path.name.startswith(_LOCK) or is_unfinished(path) for path in folder.iterdir())
+    with named_errors(folder, "read the folder"):
+        return all(p.name.startswith(_LOCK) or is_unfinished(p) for p in folder.iterdir())
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -140,8 +140,9 @@ def remove_unfinished(folder: Path) -> None:
 
 def remove_results(folder: Path) -> None:
     """Remove the results of a run."""
-    for name in _RESULTS:
-        (folder / name).unlink(missing_ok=True)
+    with named_errors(folder, "remove the earlier results in"):
+        for path in (folder / _FINISHED, folder / SUMMARY, *folder.glob("per_user*.parquet")):
+            path.unlink(missing_ok=True)
 
 
 def finish(folder: Path, inputs: Mapping[str, str]) -> None:
@@ -151,15 +152,22 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
         folder: of the run.
         inputs: SHA-256 of the log and of the group file.
     """
-    names = (*_RESULTS[1:], CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES)
+    names = [SUMMARY, CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES]
+    names += [path.name for path in sorted(folder.glob("per_user*.parquet"))]
     files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     write_json(folder / _FINISHED, {"files": files, "inputs": dict(inputs)})
 
 
-def finished_inputs(folder: Path) -> dict[str, str] | None:
-    """The hashes of a finished run's inputs; None if the run has not finished."""
-    stored = read_json(folder / _FINISHED)
-    return None if stored is None else stored["inputs"]
+def is_finished(folder: Path) -> bool:
+    """Whether the runs of a work directory have finished: all of a grid's."""
+    parts = [folder, *(folder / "runs").glob("*/")]
+    with named_errors(folder, "read the folder"):
+        return all((part / _FINISHED).is_file() for part in parts)
+
+
+def finished_inputs(folder: Path) -> dict[str, str]:
+    """The hashes of a finished run's inputs, as `finish` stored them."""
+    return (read_json(folder / _FINISHED) or {"inputs": {}})["inputs"]
 
 
 def check_finished(folder: Path) -> None:
@@ -179,7 +187,7 @@ def check_finished(folder: Path) -> None:
     if damaged:
         raise UserError(
             f"{folder}: {', '.join(damaged)} since the run finished. Restore the files, or remove "
-            f"{_FINISHED} and run the training command again: it repeats the test"
+            f"{folder / _FINISHED} and run the training command again, which repeats the test"
         )
 
 
@@ -189,14 +197,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if there is none, another version wrote it, or it is damaged.
     """
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {found}; name the --workdir of a run that has finished")
-    if (folder / "calls").is_dir():
-        raise UserError(
-            f"{folder}: version 0.1.0 made this sweep, and this version cannot read it; use "
-            "another --workdir, or the version that made it"
-        )
+    with named_errors(folder, "read the folder"):
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise UserError(f"{folder} {found}; name the --workdir of a run that has finished")
+    refuse_old_sweep(folder)
     summary = read_json(folder / SUMMARY)
     if summary is None:
         raise UserError(f"{folder}: no {SUMMARY}; name the --workdir of a run that has finished")
@@ -207,6 +212,19 @@ def read_summary(folder: Path) -> dict[str, Any]:
             f"{SCHEMA_VERSION}; train in a new --workdir, or use the version that made it"
         )
     return summary
+
+
+def refuse_old_sweep(folder: Path) -> None:
+    """Refuse the folder of a sweep or search of version 0.1.0.
+
+    Raises:
+        UserError: if it is one.
+    """
+    if (folder / "calls").is_dir():
+        raise UserError(
+            f"{folder}: version 0.1.0 made this sweep, and this version cannot read it; use "
+            "another --workdir, or the version that made it"
+        )
 
 
 def finished_folders(folder: Path) -> list[Path]:
@@ -242,7 +260,8 @@ def read_metrics(folder: Path) -> pd.DataFrame:
 def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Lock a file against other processes; yields whether the lock was free.
 
-    The operating system releases the lock when its process ends, however it ends.
+    The operating system releases the lock when its process ends, however it ends. On a file system
+    without locks a file is used instead, which a killed process leaves behind.
 
     Args:
         path: the lock file.
@@ -251,8 +270,13 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     file_lock = FileLock(path)
     with named_errors(path, "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(Timeout):
-            file_lock.acquire(timeout=-1 if wait else 0)
+        try:
+            with contextlib.suppress(Timeout):
+                file_lock.acquire(timeout=-1 if wait else 0)
+        except NotImplementedError as error:
+            raise UserError(
+                f"cannot lock {path}: the file system has no locks; use a folder on a local disk"
+            ) from error
     if not file_lock.is_locked:
         yield False
         return
@@ -262,7 +286,8 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield True
     finally:
-        owner.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            owner.unlink(missing_ok=True)
         file_lock.release()
 
 
@@ -361,13 +386,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: naming the file, if it cannot be read or is not a JSON object.
     """
-    if not path.exists():
-        return None
+    with named_errors(path, "read"):
+        if not path.exists():
+            return None
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not JSON ({error}); remove it or restore it") from None
     if not isinstance(value, dict):
         raise UserError(
@@ -383,7 +408,7 @@ def jsonable(tree: Any) -> Any:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with named_errors(path, "read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

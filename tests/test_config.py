@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from seqfair_jax.config import default_config, format_value, plan_runs, resolve
+from seqfair_jax.config import check_resumable, default_config, format_value, plan_runs, resolve
+from seqfair_jax.data.synthetic import generate
 from seqfair_jax.errors import UserError
 
 
@@ -20,12 +21,15 @@ from seqfair_jax.errors import UserError
         ({"model.init_scale": math.inf}, "model.init_scale is inf"),
         (
             {"train.steps_per_epoch": 2**31},
-            "steps_per_epoch is 2147483648: expected at most 524,28",
+            r"steps_per_epoch . train.batch_size is 2,147,483,648 . 128: expected",
         ),
         ({"model.dropout": 0.999999}, "model.dropout is 0.999999: expected 0 to 0.999"),
         ({"model.dropout": -0.1}, "model.dropout is -0.1"),
         ({"data.valid_users": -1}, "data.valid_users is -1: expected a number, 0 or more"),
         ({"objective.alpha": (math.nan,)}, "objective.alpha is nan"),
+        ({"objective.alpha": ("abc",)}, "objective.alpha is .*'abc'.*: expected numbers"),
+        ({"data.split_seed": -1}, "data.split_seed is -1"),
+        ({"train.batch_size": 2**40}, r"train.batch_size is 256 . 1,099,511,627,776: expected at"),
         ({"data.missing": "dorp"}, "data.missing is 'dorp' .did you mean 'drop'"),
         ({"data.missing_group": "none"}, "missing_group is 'none'.*known: unknown, leave_out"),
         ({"data.delimiter": "::"}, "data.delimiter is '::': expected one character"),
@@ -82,3 +86,29 @@ def test_runs_of_close_values_have_names_of_their_own():
     config.objective.alpha = (0.1234567, 0.1234568)
     names = [run.name for run in plan_runs(resolve(config))]
     assert names == ["alpha=0.1234567,seed=0", "alpha=0.1234568,seed=0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_users": 0}, "num_users is 0: expected 1 or more"),
+        ({"kinds": (0.5, 0.1, 0.1)}, "kinds is .*: expected shares that add up to 1"),
+        ({"kinds": (0.5, 0.5)}, "kinds is .* as many as tail_shares"),
+        ({"follow": 0.95}, r"follow is 0.95: expected follow \+ repeat at most 1"),
+        ({"tail_shares": (2.0, 0.0, 0.0)}, "expected shares between 0 and 1"),
+    ],
+)
+def test_bad_settings_of_the_synthetic_log_are_named(changes, message):
+    config = default_config().data.synthetic
+    config.update(changes)
+    with pytest.raises(
+        UserError, match=f"data.synthetic.{message}" if "is" in message else message
+    ):
+        generate(config)
+
+
+def test_a_changed_first_family_is_explained():
+    old, new = default_config(), default_config()
+    new.groups = ("seq33", "pop33")
+    with pytest.raises(UserError, match=r"'pop33' there, 'seq33' now.*is the first of groups"):
+        check_resumable(resolve(old).to_dict(), resolve(new).to_dict(), "config.json")

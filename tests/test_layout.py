@@ -20,6 +20,7 @@ ROOMS = (
     "training",
     "serving",
     "report",
+    "results",
     "run",
     "sweeps",
     "paper",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from test_run import rows_of, small
 
-from seqfair_jax import workdir
+from seqfair_jax import results, workdir
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.run import run
 from seqfair_jax.training import loop, resume
@@ -63,6 +64,110 @@ def test_a_single_run_whose_scores_are_not_finite_is_an_error(tmp_path, monkeypa
 
     monkeypatch.setattr(loop, "make_validation", diverged)
     with pytest.raises(DivergedError, match=r"every run diverged.*score.*seed=0 at step 5"):
+        run(small(), tmp_path)
+
+
+def test_a_run_that_diverges_late_keeps_its_best_epoch_and_is_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    """It is not trained again by the same command, which would diverge again."""
+    make_validation = loop.make_validation
+
+    def diverges(experiment):
+        validate, epochs = make_validation(experiment), iter(range(1, 9))
+
+        def second_epoch(params, name):
+            if next(epochs) == 2:
+                raise DivergedError("a score is not finite")
+            return validate(params, name)
+
+        return second_epoch
+
+    monkeypatch.setattr(loop, "make_validation", diverges)
+    summary = run(small(**{"train.epochs": 4}), tmp_path)
+    assert summary["status"] == "failed at step 10"
+    assert summary["best"]["epoch"] == 1
+    assert summary["test"]["NDCG@20"]["overall"] > 0
+    capsys.readouterr()
+    assert run(small(**{"train.epochs": 4}), tmp_path)["status"] == "failed at step 10"
+    printed = capsys.readouterr().out
+    assert "erm, seed 0: failed at step 10, not in the table" in printed
+    assert not any(line.startswith("erm ") and "0." in line for line in printed.splitlines())
+
+
+def test_scores_that_are_not_finite_in_the_test_fail_the_run_alone(tmp_path, monkeypatch):
+    make_ranker = results.Experiment.make_ranker
+
+    def poisoned(self, split, *, top_k):
+        rank = make_ranker(self, split, top_k=top_k)
+
+        def overflow(params, what):
+            if what == "test of seed=1":
+                params = jax.tree.map(lambda leaf: leaf * 1e30, params)
+            return rank(params, what)
+
+        return overflow
+
+    monkeypatch.setattr(results.Experiment, "make_ranker", poisoned)
+    summary = run(small(seeds=(0, 1)), tmp_path)
+    assert [r["status"] for r in summary["runs"]] == ["finished", "failed in the test"]
+    assert not (tmp_path / "runs" / "seed=1" / "per_user.parquet").exists()
+    assert "test" not in workdir.read_summary(tmp_path / "runs" / "seed=1")
+
+
+def test_the_advice_on_a_damaged_result_works_for_one_run_of_a_grid(tmp_path):
+    config = small(seeds=(0, 1), **{"train.epochs": 1})
+    run(config, tmp_path)
+    part = tmp_path / "runs" / "seed=1"
+    before = workdir.read_summary(part)
+    (part / "per_user.parquet").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"per_user\.parquet changed.*seed=1/finished\.json"):
+        run(config, tmp_path)
+    (part / "finished.json").unlink()
+    run(config, tmp_path)
+    assert workdir.read_summary(part)["test"] == before["test"]
+    workdir.finished_folders(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["removed", "damaged"])
+def test_results_stay_where_no_checkpoint_can_be_restored(tmp_path, damage):
+    run(small(**{"train.epochs": 1}), tmp_path)
+    latest = tmp_path / "checkpoints" / "latest"
+    if damage == "removed":
+        shutil.rmtree(latest)
+    else:
+        for file in latest.glob("*/manifest.json"):
+            file.write_text("{}")
+    message = "checkpoints were removed" if damage == "removed" else "none of the checkpoints"
+    with pytest.raises(UserError, match=message):
+        run(small(**{"train.epochs": 2}), tmp_path)
+    workdir.check_finished(tmp_path)  # the results are as they were
+
+
+def test_a_run_of_a_grid_has_the_config_of_its_own(tmp_path):
+    config = small("cvar", seeds=(0, 1), **{"objective.alpha": (0.3, 0.6), "train.epochs": 1})
+    run(config, tmp_path)
+    part = tmp_path / "runs" / "alpha=0.6,seed=1"
+    stored = workdir.read_json(part / "config.json")
+    assert (stored["seeds"], stored["objective"]["alpha"]) == ([1], [0.6])
+    with pytest.raises(UserError, match=r"seeds \(\[1\] there, \[0, 1\] now\)"):
+        run(config, part)
+
+
+def test_out_of_memory_names_the_settings_and_other_errors_of_the_device_stay(
+    tmp_path, monkeypatch
+):
+    def fails(text):
+        def fit(*_):
+            raise jax.errors.JaxRuntimeError(text)
+
+        return fit
+
+    monkeypatch.setattr("seqfair_jax.run.fit", fails("RESOURCE_EXHAUSTED: out of memory"))
+    with pytest.raises(UserError, match=r"out of memory.*train.batch_size, train.max_logits"):
+        run(small(), tmp_path)
+    monkeypatch.setattr("seqfair_jax.run.fit", fails("INTERNAL: a bug"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         run(small(), tmp_path)
 
 

@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from seqfair_jax.errors import UserError
+
 
 def default_settings() -> dict[str, int | float | tuple[float, ...]]:
-    """The knobs of `generate`; a config's `data.synthetic`."""
+    """The settings of `generate`; a config's `data.synthetic`."""
     return {
         "seed": 0,
         "num_users": 12_000,
@@ -31,21 +33,25 @@ def generate(config: ConfigDict) -> pd.DataFrame:
 
     Items are a head and a tail, the tail cut into clusters (tastes). A user is of one kind, which
     says how often it turns to the tail, and has one cluster of its own. Its sequence is a Markov
-    chain. Each step turns to the tail or to the head; with chance `follow` the next item is one
+    chain. Each step turns to the tail or to the head. With chance `follow` the next item is one
     of the last item's successors for that turn, with chance `repeat` an earlier item of the user,
-    else a fresh draw from the user's cluster or from the head. Popularity is Zipf's everywhere,
+    else a new draw from the user's cluster or from the head. Popularity follows Zipf's law,
     lengths are log-normal.
 
-    So the same item leads niche users and mainstream users to different next items. A model that
-    cannot hold both ranks the majority's first, and whose successors come first is a matter of
-    the objective. Item numbers are in order of popularity, 0 the head of the head.
+    So the same item leads niche users and mainstream users to different next items. A small model
+    learns one set of successors, and the objective decides whose. Item numbers are in order of
+    popularity, the most popular first.
 
     Args:
         config: see `default_settings`.
 
     Returns:
         columns user_id, item_id, timestamp.
+
+    Raises:
+        UserError: naming a setting out of range.
     """
+    _check(config)
     rng = np.random.default_rng(config.seed)
     num_head = round(config.head_share * config.num_items)
     num_users, clusters = config.num_users, config.num_clusters
@@ -96,3 +102,29 @@ def generate(config: ConfigDict) -> pd.DataFrame:
     real = np.arange(sequences.shape[1])[None, :] < lengths[:, None]
     user_id, timestamp = np.nonzero(real)
     return pd.DataFrame({"user_id": user_id, "item_id": sequences[real], "timestamp": timestamp})
+
+
+def _check(config: ConfigDict) -> None:
+    shares = [config.head_share, config.follow, config.repeat, *config.tail_shares]
+    kinds = np.asarray(config.kinds, float)
+    checks = {
+        "num_users": (config.num_users >= 1, "1 or more"),
+        "num_items": (config.num_items >= 2, "2 or more"),
+        "num_clusters": (config.num_clusters >= 1, "1 or more"),
+        "num_successors": (config.num_successors >= 1, "1 or more"),
+        "seed": (config.seed >= 0, "0 or more"),
+        "max_length": (config.max_length >= 5, "5 or more"),
+        "mean_length": (config.mean_length > 0, "above 0"),
+        "length_spread": (config.length_spread >= 0, "0 or more"),
+        "head_share": (all(0 <= share <= 1 for share in shares), "shares between 0 and 1"),
+        "follow": (config.follow + config.repeat <= 1, "follow + repeat at most 1"),
+        "kinds": (
+            len(kinds) == len(config.tail_shares)
+            and (kinds >= 0).all()
+            and abs(kinds.sum() - 1) < 1e-6,
+            "shares that add up to 1, as many as tail_shares",
+        ),
+    }
+    for key, (good, expected) in checks.items():
+        if not good:
+            raise UserError(f"data.synthetic.{key} is {config[key]}: expected {expected}")

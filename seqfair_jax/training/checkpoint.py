@@ -125,7 +125,7 @@ def save_step(directory: Path, step: int, tree: Any, progress: dict[str, Any], *
     """`save` to `directory/step` and remove all but the newest `keep` steps."""
     save(directory / str(step), tree, progress)
     for old in _steps(directory)[keep:]:
-        shutil.rmtree(directory / str(old))
+        shutil.rmtree(directory / str(old), ignore_errors=True)
 
 
 def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | None:

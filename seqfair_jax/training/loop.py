@@ -19,13 +19,12 @@ from seqfair_jax import workdir
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.metrics import rank_metrics
 from seqfair_jax.evaluation.slices import Slices, slice_means, worst_group
-from seqfair_jax.objectives import METHODS
 from seqfair_jax.training import environment
 from seqfair_jax.training.batches import Batches
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.metrics_log import MetricsLog
 from seqfair_jax.training.progress import ProgressBar, Snapshot
-from seqfair_jax.training.resume import Saver, restore
+from seqfair_jax.training.resume import Saver
 from seqfair_jax.training.segments import Segments
 from seqfair_jax.training.selection import RULES, close_epoch
 from seqfair_jax.training.signals import catch_signals
@@ -35,19 +34,22 @@ Scores = dict[str, Slices]  # metric -> slices
 _log = logging.getLogger(__name__)
 
 
-def fit(experiment: Experiment, folder: Path) -> Snapshot:
-    """Train all runs to the last epoch, from the newest checkpoint in `folder` if there is one.
+def fit(experiment: Experiment, folder: Path, snapshot: Snapshot) -> Snapshot:
+    """Train all runs to the last epoch.
 
-    Writes checkpoints, metrics and `env.json` there. After the first SIGINT or SIGTERM the
-    current segment is finished and a checkpoint is saved.
+    Writes checkpoints, metrics and `env.json` to the folder. After the first SIGINT or SIGTERM
+    the current segment is finished and a checkpoint is saved.
+
+    Args:
+        experiment: the runs.
+        folder: the work directory.
+        snapshot: where to start, from `resume.restore`.
 
     Raises:
-        DivergedError: if every run diverged.
+        DivergedError: if every run diverged before its first validation.
         SystemExit: after a signal.
-        UserError: if the checkpoint is of another log or of another shape.
     """
     config = experiment.config
-    snapshot = restore(experiment, folder)
     _record_environment(experiment, folder, resumed=snapshot.progress.step > 0)
     batches = Batches(
         [run.seed for run in experiment.runs],
@@ -83,6 +85,8 @@ def fit(experiment: Experiment, folder: Path) -> Snapshot:
 
         while snapshot.progress.epoch < config.train.epochs and _any_training(snapshot.states):
             snapshot = _train_epoch(experiment, snapshot, batches, segments, between_segments)
+            if not _any_training(snapshot.states):
+                break  # the last run failed in the middle of the epoch
             snapshot, scores = _validate(experiment, snapshot, validate)
             for r, score in enumerate(scores):
                 if score is not None:
@@ -144,7 +148,7 @@ def _train_epoch(
             seconds=progress.seconds + seconds,
         )
         snapshot = Snapshot(states, snapshot.best, progress)
-        _report_failures(experiment, states, known)
+        _report_failures(experiment, snapshot, known)
         if not _any_training(states):
             break
         between_segments(snapshot)
@@ -170,9 +174,9 @@ def _validate(
                 failed_step[r] = states.step[r]
     if (failed_step == known).all():
         return snapshot, scores
-    states = states._replace(failed_step=jnp.asarray(failed_step))
-    _report_failures(experiment, states, known)
-    return snapshot._replace(states=states), scores
+    snapshot = snapshot._replace(states=states._replace(failed_step=jnp.asarray(failed_step)))
+    _report_failures(experiment, snapshot, known)
+    return snapshot, scores
 
 
 def _close_epoch(
@@ -234,18 +238,19 @@ def _any_training(states: TrainState) -> bool:
     return bool(is_training(states).any())
 
 
-def _report_failures(experiment: Experiment, states: TrainState, known: np.ndarray) -> None:
+def _report_failures(experiment: Experiment, snapshot: Snapshot, known: np.ndarray) -> None:
     """Warn of each run that failed since `known`, the failed steps before.
 
     Raises:
-        DivergedError: if every run has failed.
+        DivergedError: if every run has failed, and none has a best epoch to test.
     """
-    failed = np.asarray(states.failed_step)
+    failed = np.asarray(snapshot.states.failed_step)
     names = experiment.names
     for name, step, before in zip(names, failed, known, strict=True):
         if step >= 0 and before < 0:
             _log.warning("%s diverged at step %d and stops there", name, step)
-    if (failed >= 0).all():
+    untested = all(best["overall"] is None for best in snapshot.progress.best)
+    if (failed >= 0).all() and untested:
         steps = ", ".join(
             f"{name} at step {step}" for name, step in zip(names, failed, strict=True)
         )
@@ -267,7 +272,7 @@ def _epoch_row(experiment: Experiment, states: TrainState, r: int, score: Scores
     for g, group in enumerate(experiment.loss_family.groups):
         users = float(totals.group_users[g])
         row[f"train/group_loss/{group}"] = float(totals.group_loss[g]) / users if users else None
-        for log in METHODS[experiment.config.objective.name].logs:
+        for log in experiment.task.objective.method.logs:
             value = (
                 latest[log.key][g] if log.epoch == "last" else totals.objective[log.key][g] / steps
             )

@@ -40,7 +40,8 @@ class MetricsLog:
             if epoch <= last_epoch:
                 kept.append(line)
         workdir.write_text(self._path, "".join(kept))
-        self._writer = SummaryWriter(str(folder), purge_step=last_epoch + 1)
+        with workdir.named_errors(folder, "write TensorBoard events to"):
+            self._writer = SummaryWriter(str(folder), purge_step=last_epoch + 1)
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
         """Append a row; its `epoch` is the events' step. Values that are not finite are null."""

@@ -24,8 +24,17 @@ def restore(experiment: Experiment, folder: Path) -> Snapshot:
     """The newest checkpoint in the run's folder, or the state before the first step.
 
     Raises:
-        UserError: if the checkpoint has another shape or input, or none is whole.
+        UserError: if the checkpoint has another shape, log or groups, or more epochs than the
+            config asks for; if none is whole; or if a finished run has none.
     """
+    stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
+    if stored is not None:
+        _check(stored, experiment, folder)  # before the arrays' shapes, whose error is less clear
+    elif workdir.is_finished(folder):
+        raise UserError(
+            f"{folder} has finished, but its checkpoints were removed, so it can be neither "
+            "resumed nor tested again; use another --workdir"
+        )
     states = initial_states(
         experiment.task,
         seeds=[run.seed for run in experiment.runs],
@@ -45,21 +54,10 @@ def restore(experiment: Experiment, folder: Path) -> Snapshot:
         )
         return Snapshot(states, best, progress)
     tree, stored = found
-    _check(stored, experiment, folder)
+    _check(stored, experiment, folder)  # again, as an older checkpoint may have been restored
     progress = Progress(**stored)
     _log.info("resumed from step %d", progress.step)
     return Snapshot(tree["states"], tree["best"], progress)
-
-
-def check_input(experiment: Experiment, folder: Path) -> None:
-    """Compare the newest checkpoint's inputs and epochs with this call's, before it is restored.
-
-    Raises:
-        UserError: on another log, other groups, or fewer epochs than are done.
-    """
-    stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
-    if stored is not None:
-        _check(stored, experiment, folder)
 
 
 class Saver:
@@ -102,11 +100,11 @@ def _inputs(experiment: Experiment) -> dict[str, Any]:
 
 
 def _check(stored: dict[str, Any], experiment: Experiment, folder: Path) -> None:
+    names = {"log_hash": "another log", "groups_hash": "other groups", "key_impl": "other keys"}
     for key, now in _inputs(experiment).items():
-        before = stored.get(key)
-        if before != now:
+        if stored.get(key) != now:
             raise UserError(
-                f"{folder}: its checkpoint was written with {key} {before}, but now it is {now}; "
+                f"{folder} was trained on {names[key]} ({key} {stored.get(key)} then, {now} now); "
                 "use the same input as before, or another --workdir"
             )
     epochs = experiment.config.train.epochs

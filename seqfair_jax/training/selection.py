@@ -12,6 +12,7 @@ from seqfair_jax.evaluation.slices import OVERALL, Slices
 
 Best = dict[str, dict[str, float] | None]  # rule -> epoch, overall, worst_group; None before any
 Key = TypeVar("Key", bound=Hashable)
+_FINISHED = "finished"
 
 
 class Rule(NamedTuple):
@@ -67,9 +68,14 @@ def close_epoch(
     return Choice(record, improved, 0 < patience <= epoch - newest["epoch"])
 
 
+def status(failed_step: int) -> str:
+    """The status of a run in `summary.json`, from its first step that was not finite, or -1."""
+    return _FINISHED if failed_step < 0 else f"failed at step {failed_step}"
+
+
 def is_result(summary: Mapping[str, Any], rule: str = "overall") -> bool:
     """Whether a run counts: in means, in ranks, and as a candidate. A failed run does not."""
-    return summary["status"] == "finished" and "test" + RULES[rule].suffix in summary
+    return summary["status"] == _FINISHED and "test" + RULES[rule].suffix in summary
 
 
 def score(summary: Mapping[str, Any], rule: str) -> float:
