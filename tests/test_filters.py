@@ -60,6 +60,14 @@ def test_events_may_be_numbers_and_missing():
     assert left_out(log) == {"other_events": 2}
 
 
+@pytest.mark.parametrize("column", ["event", "rating"])
+def test_columns_of_lists_are_refused(column):
+    table = pa.table({"user_id": [1], "item_id": [5], "timestamp": [1], column: [[1]]})
+    wanted = {"event": Rows(events=("1",)), "rating": Rows(min_rating=1.0)}
+    with pytest.raises(UserError, match=f"the table: column {column} is of type list<.*expected"):
+        log_from_table(table, rows=wanted[column])
+
+
 def test_other_events_of_retailrocket(tmp_path):
     text = "timestamp,visitorid,event,itemid,transactionid\n1,7,view,3,\n2,7,addtocart,4,\n"
     path = tmp_path / "events.csv"

@@ -248,10 +248,7 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
     counts = {"rows_read": len(rows)}
     others: list[str] = []
     if settings.events:
-        column = columns["event"]
-        if pa.types.is_integer(column.type):
-            column = column.cast(pa.large_string())
-        places, texts = encode(column)
+        places, texts = encode(_as_text(columns["event"], where, names["event"]))
         kinds = texts.to_pylist()
         good = np.array([kind in settings.events for kind in kinds] + [False])
         others = [kind for kind in kinds if kind not in settings.events]
@@ -293,11 +290,19 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
     )
 
 
+def _as_text(column: pa.ChunkedArray, where: str, name: str) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type) or pa.types.is_large_string(column.type):
+        return column
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{where}: column {name} is of type {column.type}; expected text or numbers"
+        ) from error
+
+
 def _ratings(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
-    if pa.types.is_large_string(column.type):
-        series = column.to_pandas()
-    else:
-        series = pd.Series(column.to_numpy())
+    series = _as_text(column, where, name).to_pandas()
     values = pd.to_numeric(series, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     bad = ~np.isfinite(values)
     if bad.any():
