@@ -268,7 +268,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 def _resolve_data(data: ConfigDict) -> None:
     """Check which rows of the log are read, and how."""
-    data.events = tuple(part for name in data.events for part in str(name).split(","))
+    data.events = tuple(part for name in data.events for part in str(name).split(",") if part)
     data.delimiter = {"tab": "\t", "\\t": "\t"}.get(data.delimiter, data.delimiter)
     _require(
         len(data.delimiter.encode()) <= 1 and data.delimiter not in tuple('"\r\n'),

@@ -52,6 +52,8 @@ def test_settings_out_of_range_are_named(changes, message):
 def test_how_the_log_is_read():
     config = default_config()
     assert resolve(config).data.events == ()
+    config.data.events = ("",)  # as --config.data.events= gives it
+    assert resolve(config).data.events == ()
     config.data.events = ("view,cart", "buy")  # as --config.data.events=view,cart gives it
     config.data.since, config.data.until = "2024-01-01", "2024-06-30T12:00+02:00"
     for given in ("tab", "\\t", "\t"):
