@@ -74,9 +74,7 @@ def test_an_unfinished_job_of_another_config_stops_the_work_before_it_begins(
     assert trained == []
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("bad"), DivergedError("bad"), jax.errors.JaxRuntimeError("bad")]
-)
+@pytest.mark.parametrize("error", [UserError("bad"), DivergedError("bad")])
 def test_a_failing_job_does_not_stop_the_others(error, plan, tmp_path, monkeypatch, caplog):
     def run(config, folder):
         if config.objective.name == "gdro":
@@ -90,10 +88,22 @@ def test_a_failing_job_does_not_stop_the_others(error, plan, tmp_path, monkeypat
     assert "gdro-seq33 failed: bad" in caplog.text
 
 
-def test_a_bug_stops_the_work(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "run", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("bug", [ZeroDivisionError, jax.errors.JaxRuntimeError])
+def test_a_bug_stops_the_work(bug, plan, tmp_path, monkeypatch):
+    def run(config, folder):
+        raise bug("INTERNAL")
+
+    monkeypatch.setattr(jobs, "run", run)
+    with pytest.raises(bug):
         jobs.work(plan, tmp_path)
+
+
+def test_an_interrupted_job_is_run_again(plan, trained, tmp_path):
+    folder = workdir.job_folder(tmp_path, plan[0].name)
+    workdir.write_json(folder / "config.json", workdir.jsonable(plan[0].config.to_dict()))
+    assert jobs.done(plan, tmp_path) == []
+    jobs.work(plan[:1], tmp_path)
+    assert trained == ["erm"]
 
 
 def test_a_job_that_failed_here_and_finished_elsewhere_is_no_failure(plan, tmp_path):

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote
 
-import jax
 import pandas as pd
 import pytest
 from sweeps import tiny
@@ -104,9 +103,18 @@ def test_the_runs_of_a_job_are_measured_once(tmp_path, monkeypatch):
         assert workdir.read_json(tmp_path / "plan.json") == {"runs_per_job": expected}
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_sweep_of_version_0_1_0_is_refused(dry_run, tmp_path):
+    (tmp_path / "calls").mkdir()
+    workdir.write_json(tmp_path / "plan.json", {"runs_per_call": 1})
+    with pytest.raises(UserError, match=r"version 0\.1\.0 made this sweep"):
+        reproduce(tiny(), tmp_path, dry_run=dry_run)
+    assert {path.name for path in tmp_path.iterdir()} == {"calls", "plan.json"}
+
+
 def test_without_erm_the_failures_are_shown_instead_of_tables(tmp_path, monkeypatch):
     def run(config, folder):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        raise UserError("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(jobs, "run", run)
     with pytest.raises(SystemExit, match=r"no tables.*\n4 of 4 jobs failed:\n  erm: RESOURCE"):

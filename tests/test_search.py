@@ -126,6 +126,13 @@ def test_a_failing_point_is_reported_when_the_others_are_done(searched, tmp_path
     assert pd.read_csv(tmp_path / "search.csv")["model.dim"].tolist() == [8]
 
 
+def test_a_search_of_version_0_1_0_is_refused(tmp_path):
+    (tmp_path / "calls").mkdir()
+    with pytest.raises(UserError, match=r"version 0\.1\.0 made this sweep"):
+        search(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["calls"]
+
+
 def test_the_reasons_are_shown_where_every_point_fails(tmp_path, monkeypatch):
     def run(config, folder):
         raise DivergedError("diverged")

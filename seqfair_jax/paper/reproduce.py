@@ -38,6 +38,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         UserError: on a bad setting, or results made by another config.
         SystemExit: if jobs failed, naming them; after SIGINT or SIGTERM.
     """
+    workdir.refuse_old_sweep(workdir.user_path(directory))
     base, settings = grid.split_config(config)
     experiment = build_experiment(resolve(base))
     if dry_run:

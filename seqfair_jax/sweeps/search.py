@@ -60,6 +60,7 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         UserError: on a bad setting, or results made by another config.
         SystemExit: if points failed, naming them; after SIGINT or SIGTERM.
     """
+    workdir.refuse_old_sweep(workdir.user_path(directory))
     base, grid, order = split_config(config)
     if dry_run:
         _print_plan(base, grid, order)
