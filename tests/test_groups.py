@@ -10,6 +10,7 @@ import pytest
 import reference
 from test_split import log, split
 
+from seqfair_jax.data import groups
 from seqfair_jax.data.groups import (
     RESERVED_NAMES,
     GroupFamily,
@@ -190,7 +191,8 @@ def test_labels_of_parquet_become_text(tmp_path, values, labels):
         (HEADER + "1,age,old\n,age,old\n", "1 rows have no user_id, the first of them data row 2"),
         (HEADER, "has no rows"),
         ("", "is empty"),
-        ("user_id,families,group\n1,a,b\n", "no column 'family'.*did you mean 'families'"),
+        ("family,group\na,b\n", "no column 'user_id', it has family, group; rename a column"),
+        ("user_id,family,Group, group\n1,a,b,c\n", "column group appears more than once"),
         (HEADER + "1,seq1080,old\n", "'seq1080' has the name of a built-in family; rename it"),
     ],
 )
@@ -251,6 +253,13 @@ def test_wide_files(tmp_path):
     assert (
         build_family(split(), "age", group_table=own).labels().tolist() == family.labels().tolist()
     )
+
+
+def test_a_wide_file_may_have_a_family_called_group(tmp_path):
+    own = read(tmp_path / "groups.csv", "customer,group,age\n1,A,30\n2,B,31\n3,A,32\n")
+    assert build_family(split(), "group", group_table=own).labels().tolist() == ["A", "B", "A"]
+    long = read(tmp_path / "groups.csv", "customer,Family,Group\n1,x,A\n")
+    assert long.to_numpy().tolist() == [["1", "x", "A"]]
 
 
 @pytest.mark.parametrize(
@@ -428,6 +437,16 @@ def test_movielens_users_of_recbole(real_data):
 
 
 # --- Names ---
+
+
+def test_what_a_name_says():
+    assert groups.family_parts("age:4*pop33&x%2Ay") == ["age:4", "pop33", "x%2Ay"]
+    assert groups.family_parts("pop33") == ["pop33"]
+    names = ("pop33", "x%2Ay", "a*b", "a&b", "a*b&c")
+    assert [name for name in names if groups.is_product(name)] == ["a*b"]
+    assert [name for name in names if groups.is_union(name)] == ["a&b", "a*b&c"]
+    kinds = [groups.family_kind(name) for name in ("pop2060", "seq33", "population", "pop33*x")]
+    assert kinds == ["pop", "seq", "", ""]
 
 
 def test_names_are_encoded_without_loss():

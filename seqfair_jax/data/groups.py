@@ -14,7 +14,6 @@ Shape letters: U users, G groups, V vocabulary.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import logging
@@ -33,7 +32,7 @@ from seqfair_jax.data.ids import encode_ids, missing, require_values
 from seqfair_jax.data.readers import find_column
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.data.tables import fold, pick, read_table
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.workdir import user_path
 
 POPULAR_QUANTILE = 0.8
@@ -43,7 +42,9 @@ _SPLITS = {
     "1080": (Fraction(1, 10), Fraction(9, 10)),
 }
 _KINDS = {"pop": ("niche", "diverse", "popular"), "seq": ("short", "medium", "long")}
-FAMILIES = tuple(kind + split for kind in _KINDS for split in _SPLITS)
+_BUILT_IN = {kind + split: (kind, split) for kind in _KINDS for split in _SPLITS}
+FAMILIES = tuple(_BUILT_IN)
+PRODUCT, UNION = "*", "&"  # the signs of an expression; the union binds less
 
 # Columns of tables and keys of results, which no family may be called.
 RESERVED_NAMES = (
@@ -70,6 +71,26 @@ def encode_name(text: str) -> str:
 def decode_name(text: str) -> str:
     """The text that `encode_name` encoded."""
     return urllib.parse.unquote(text)
+
+
+def is_union(name: str) -> bool:
+    """Whether a canonical name is that of a union, which may have products among its parts."""
+    return UNION in name
+
+
+def is_product(name: str) -> bool:
+    """Whether a canonical name is that of a product, whose groups are intersections."""
+    return PRODUCT in name and not is_union(name)
+
+
+def family_parts(name: str) -> list[str]:
+    """The families that an expression combines, in their order; of a simple name itself."""
+    return [atom for part in name.split(UNION) for atom in part.split(PRODUCT)]
+
+
+def family_kind(name: str) -> str:
+    """The kind of a built-in family, "pop" or "seq"; "" for any other."""
+    return _BUILT_IN.get(name, ("", ""))[0]
 
 
 def _escape(text: str, pattern: str) -> str:
@@ -125,9 +146,9 @@ class GroupFamily:
 def read_group_table(path: str | None) -> pd.DataFrame | None:
     """The users' own groups: columns user_id, family, group, a row for each membership; all text.
 
-    The file has such rows, or it is wide: a row for each user, and a column for each family.
-    Without columns `family` and `group` it is wide; its user column has one of the names that a
-    log's may have (`readers.ALIASES`). An empty group is None.
+    The file has these columns, or it is wide: a row for each user, and a column for each family.
+    It is wide unless it has both a column `family` and a column `group`. The user column has one
+    of the names that a log's may have (`readers.ALIASES`). An empty group is None.
 
     Labels are text as written: '01' and '1' are two groups. Of a Parquet file's numbers, 18 and
     18.0 become '18'.
@@ -173,9 +194,9 @@ def read_group_table(path: str | None) -> pd.DataFrame | None:
 def _choose(names: Sequence[str], where: str) -> dict[str, str]:
     """The columns of a group file: user_id, family, group; or of a wide one user_id, 0, 1, ..."""
     advice = "rename a column"
-    if any(fold(name) in _LONG[1:] for name in names):
-        return {key: pick(names, key, where, advice) for key in _LONG}
     user = find_column(names, "user_id", where, advice)
+    if set(_LONG[1:]) <= set(map(fold, names)):
+        return {"user_id": user} | {key: pick(names, key, where, advice) for key in _LONG[1:]}
     families = [name for name in names if name != user]
     if not families:
         raise UserError(f"{where} has no column beside {user}; add one for each family of groups")
@@ -245,7 +266,7 @@ def build_family(
 def _expression(
     dataset: Dataset, text: str, table: pd.DataFrame | None, missing_group: str
 ) -> GroupFamily:
-    for sign, combine in (("&", _union), ("*", _product)):
+    for sign, combine in ((UNION, _union), (PRODUCT, _product)):
         if sign in text:
             parts = text.split(sign)
             return combine([_expression(dataset, part, table, missing_group) for part in parts])
@@ -263,13 +284,12 @@ def _expression(
     if colon and atom in FAMILIES:
         raise UserError(f"group family {text!r}: {atom} has groups; only a file's numbers are cut")
     known = [*FAMILIES, *map(encode_name, own)]
-    close = difflib.get_close_matches(atom, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = did_you_mean(atom, known)
     raise UserError(f"unknown group family {text!r}{hint}; known: {', '.join(known)}")
 
 
 def _built_in(dataset: Dataset, name: str) -> GroupFamily:
-    kind, split = name[:3], name[3:]
+    kind, split = _BUILT_IN[name]
     numerator = popular_rows(dataset) if kind == "pop" else dataset.train_lengths
     denominator = dataset.train_lengths if kind == "pop" else np.ones_like(dataset.train_lengths)
     # Shares are compared as floats; equal fractions of small integers give equal floats.
@@ -339,14 +359,15 @@ def require_partition(family: GroupFamily, method: str, user_ids: np.ndarray) ->
 def _product(families: list[GroupFamily]) -> GroupFamily:
     groups, membership = _encoded(families[0]), families[0].membership
     for family in families[1:]:
-        groups = tuple(f"{a}*{b}" for a in groups for b in _encoded(family))
+        groups = tuple(f"{a}{PRODUCT}{b}" for a in groups for b in _encoded(family))
         both = membership[:, :, None] & family.membership[:, None, :]
         membership = both.reshape(len(membership), -1)
-    return GroupFamily("*".join(family.name for family in families), groups, membership)
+    name = PRODUCT.join(family.name for family in families)
+    return GroupFamily(name, groups, membership)
 
 
 def _union(families: list[GroupFamily]) -> GroupFamily:
-    name = "&".join(family.name for family in families)
+    name = UNION.join(family.name for family in families)
     if len({family.name for family in families}) < len(families):
         raise UserError(f"group family {name!r} names one family twice")
     groups = tuple(f"{family.name}:{group}" for family in families for group in _encoded(family))
@@ -356,7 +377,7 @@ def _union(families: list[GroupFamily]) -> GroupFamily:
 
 def _encoded(family: GroupFamily) -> tuple[str, ...]:
     """The groups as parts of other groups' names; those of a product are encoded already."""
-    if "*" in family.name:
+    if is_product(family.name):
         return family.groups
     return tuple(_escape(group, "[%*:]") for group in family.groups)
 

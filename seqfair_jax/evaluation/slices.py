@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqfair_jax.data.groups import GroupFamily, decode_name
+from seqfair_jax.data.groups import PRODUCT, GroupFamily, decode_name, is_product, is_union
 from seqfair_jax.errors import UserError
 
 Slices = dict[str, float | None]  # {"overall": x, "pop33=niche": x, "pop33/min": x, ...}
@@ -74,8 +74,8 @@ def label(name: str) -> str:
     found = parse(name)
     if found.statistic:
         return "worst" if found.statistic == "min" else found.statistic
-    if is_combined(found.family):  # the groups' own names are encoded; `*` joins them
-        return printable(decode_name(found.group.replace("*", "×")))
+    if is_product(found.family) or is_union(found.family):  # the groups' own names are encoded
+        return family_label(found.group, times="×")
     return printable(found.group) or OVERALL
 
 
@@ -96,19 +96,9 @@ def labels(names: Sequence[str]) -> list[str]:
     ]
 
 
-def family_label(family: str) -> str:
-    """A family's name as its user wrote it."""
-    return printable(decode_name(family))
-
-
-def is_combined(family: str) -> bool:
-    """Whether a family is a product or union; no other canonical name contains `*` or `&`."""
-    return is_product(family) or "&" in family
-
-
-def is_product(family: str) -> bool:
-    """Whether the groups of a family are intersections."""
-    return "*" in family
+def family_label(family: str, *, times: str = PRODUCT) -> str:
+    """A family's name as its user wrote it; `times` joins the parts of a product."""
+    return printable(decode_name(family.replace(PRODUCT, times)))
 
 
 def printable(text: str) -> str:

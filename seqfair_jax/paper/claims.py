@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from seqfair_jax.data.groups import is_product
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.paper.tables import Entry, entry_name
@@ -59,9 +60,7 @@ def _pairs(entries: Sequence[Entry]) -> tuple[list[tuple[list[Entry], Entry]], .
 def markdown(table: pd.DataFrame) -> str:
     """The comparisons as Markdown: a section a claim, a row a pair, differences by slice."""
     shown = [
-        name
-        for name in dict.fromkeys(table["slice"])
-        if not slices.is_product(slices.parse(name).family)
+        name for name in dict.fromkeys(table["slice"]) if not is_product(slices.parse(name).family)
     ]
     parts = [
         "Differences (first less second), with the percentile bootstrap 95 % interval over users; "

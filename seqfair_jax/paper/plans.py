@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from seqfair_jax.data.groups import PRODUCT, UNION
 from seqfair_jax.paper.settings import at_paper_size
 from seqfair_jax.sweeps.grid import default_sweep
 from seqfair_jax.sweeps.search import default_search
@@ -38,7 +39,7 @@ def sweep(data_set: DataSet, arg: str | None) -> ConfigDict:
     config.sweep.one_seed_methods = ("cb", "cb_log", "ipw", "ipw_log", "chi2")
     config.sweep.choice_seeds = 1
     if len(config.groups) > 1:
-        config.sweep.intersections = tuple(sign.join(config.groups) for sign in "*&")
+        config.sweep.intersections = tuple(sign.join(config.groups) for sign in (PRODUCT, UNION))
     return config
 
 

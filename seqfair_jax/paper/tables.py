@@ -17,7 +17,13 @@ from matplotlib.figure import Figure
 
 from seqfair_jax import workdir
 from seqfair_jax.config import format_value
-from seqfair_jax.data.groups import FAMILIES
+from seqfair_jax.data.groups import (
+    FAMILIES,
+    family_kind,
+    family_parts,
+    is_product,
+    is_union,
+)
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.objectives import METHODS
@@ -209,7 +215,7 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
         columns = [
             column
             for family in families
-            if (family[:3] if family in FAMILIES else "") == kind
+            if family_kind(family) == kind
             for column in (*_columns(long, family), Column(family, "Overall", slices.OVERALL))
         ]
         if columns:
@@ -220,7 +226,7 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
     for family in products:
         columns = [column._replace(family="") for column in _columns(long, family)]
         title = f"groups of {_shown(family)}"
-        slug = f"groups of {family.replace('*', 'x')}"
+        slug = f"groups of {'x'.join(family_parts(family))}"
         found.append(Layout(title, intersecting.rows, columns, None, slug))
     targets = [column._replace(family="") for column in _columns(long, slices.TARGET)]
     targets.append(Column("", "Overall", slices.OVERALL))
@@ -231,7 +237,7 @@ def layouts(long: pd.DataFrame, dataset: str) -> list[Layout]:
 def _families(long: pd.DataFrame) -> tuple[list[str], list[str]]:
     """The single families that methods are judged by, and the products."""
     families = slices.families_in(long["slice"])
-    products = [family for family in families if slices.is_product(family)]
+    products = [family for family in families if is_product(family)]
     return [family for family in families if family not in products], products
 
 
@@ -252,7 +258,7 @@ def _side_by_side(long: pd.DataFrame, dataset: str) -> Layout:
     families, _ = _families(long)
     shown = [f for f in ("pop33", "seq33") if f in families] or families[:2]
     pairs = list(dict.fromkeys(zip(long["method"], long["group_family"], strict=True)))
-    wanted = {"", *shown, *(f for _, f in pairs if slices.is_combined(f))}
+    wanted = {"", *shown, *(f for _, f in pairs if is_product(f) or is_union(f))}
     rows = [(f"{_label(m)}_{_shown(f)}" if f else _label(m), m, f) for m, f in pairs if f in wanted]
     columns = [column for family in shown for column in _columns(long, family)]
     columns.append(Column("", "Overall", slices.OVERALL))
@@ -262,7 +268,7 @@ def _side_by_side(long: pd.DataFrame, dataset: str) -> Layout:
 
 def _shown(family: str) -> str:
     """A family as its user wrote it, with a multiplication sign in a product."""
-    return slices.family_label(family.replace("*", "×"))
+    return slices.family_label(family, times="×")
 
 
 def _label(method: str) -> str:

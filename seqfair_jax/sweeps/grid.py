@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.config import default_config, format_value, resolve
-from seqfair_jax.data.groups import FAMILIES
+from seqfair_jax.data.groups import FAMILIES, family_parts, is_union
 from seqfair_jax.errors import UserError
 from seqfair_jax.objectives import METHODS, HParams
 from seqfair_jax.sweeps.jobs import Job
@@ -84,7 +84,7 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
         if not METHODS[method].needs_groups:
             raise UserError(f"sweep.intersection_methods: {method} does not use groups")
     for family in sweep.intersections:
-        unknown = set(family.replace("&", "*").split("*")) - set(sweep.families)
+        unknown = set(family_parts(family)) - set(sweep.families)
         if unknown or family in sweep.families:
             raise UserError(
                 f"sweep.intersections: {family!r} does not combine two or more of sweep.families, "
@@ -108,8 +108,8 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
             f"sweep.choice_seeds is {sweep.choice_seeds}: expected 0 to {len(base.seeds)}, the "
             "number of seeds"
         )
-    # The groups of `a&b` are those of a and of b, which are in the list already.
-    products = [family for family in sweep.intersections if "&" not in family]
+    # The groups of a union are those of its parts, which are in the list already.
+    products = [family for family in sweep.intersections if not is_union(family)]
     base.groups = tuple(dict.fromkeys([*sweep.families, *products]))
     return base, sweep
 
