@@ -22,7 +22,7 @@ def tiny(**changes):
 
 
 def planned(config, runs_per_job=1000):
-    return grid.plan(*grid.split_config(config), runs_per_job=runs_per_job)
+    return grid.plan(*grid.split_sweep(config), runs_per_job=runs_per_job)
 
 
 def write_results(folder, config, summaries=None):

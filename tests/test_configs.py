@@ -45,9 +45,9 @@ def test_every_config_loads_from_another_folder(name, tmp_path, monkeypatch):
 def resolve_runs(config):
     """The resolved settings of a config's runs."""
     if "sweep" in config:
-        config = grid.split_config(config)[0]
+        config = grid.split_sweep(config)[0]
     elif "search" in config:
-        config = search.split_config(config)[0]
+        config = search.split_search(config)[0]
     return resolve(config)
 
 
@@ -74,7 +74,7 @@ print([name for name in sys.modules if name.startswith(avoided)])
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_is_valid_and_names_its_command(name):
-    base, settings = grid.split_config(load(name, "scale=small,groups=pop33+seq33"))
+    base, settings = grid.split_sweep(load(name, "scale=small,groups=pop33+seq33"))
     resolve(base)
     assert settings.families == ("pop33", "seq33")
     assert f"python -m seqfair_jax reproduce --config=configs/{name}.py" in docstring(name)
@@ -83,7 +83,7 @@ def test_every_sweep_is_valid_and_names_its_command(name):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_is_valid_and_names_its_command(name):
     assert f"python -m seqfair_jax search --config=configs/{name}.py" in docstring(name)
-    base, grid, order = search.split_config(load(name))
+    base, grid, order = search.split_search(load(name))
     resolve(base)
     # Appendix B: every combination, stopped after 200 epochs without a better validation.
     assert math.prod(map(len, grid.values())) == 216
@@ -93,7 +93,7 @@ def test_every_search_is_valid_and_names_its_command(name):
         "model.dim", "model.ff_dim", "model.num_blocks", "model.num_heads", "model.dropout",
         "train.batch_size",
     }  # fmt: skip
-    base, grid, order = search.split_config(load(name, "scale=small"))
+    base, grid, order = search.split_search(load(name, "scale=small"))
     base.update_from_flattened_dict({key: values[0] for key, values in grid.items()})
     assert resolve(base).train.decay_steps == base.train.epochs * base.train.steps_per_epoch
     assert set(order) == set(grid)

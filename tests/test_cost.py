@@ -96,7 +96,7 @@ def test_flop_agrees_with_the_compiled_program():
 
 @pytest.fixture(scope="module")
 def experiment():
-    base, _ = grid.split_config(tiny())
+    base, _ = grid.split_sweep(tiny())
     return build_experiment(resolve(base))
 
 
@@ -149,7 +149,7 @@ def test_the_bytes_of_a_program_grow_with_its_runs(experiment, monkeypatch):
 
 def test_the_cost_of_a_plan(experiment, monkeypatch):
     monkeypatch.setattr(cost, "TIMED_STEPS", 1)
-    jobs = grid.plan(*grid.split_config(tiny()), runs_per_job=2)
+    jobs = grid.plan(*grid.split_sweep(tiny()), runs_per_job=2)
     found = cost.estimate(jobs, experiment, 2)
     runs = sum(len(plan_runs(job.config)) for job in jobs)
     config = experiment.config

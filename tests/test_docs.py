@@ -118,9 +118,9 @@ def check_call(arguments):
 def check_config(config):
     """Check a config's values, with its sweep or search."""
     if "sweep" in config:
-        resolve(grid.split_config(config)[0])
+        resolve(grid.split_sweep(config)[0])
     elif "search" in config:
-        resolve(search.split_config(config)[0])
+        resolve(search.split_search(config)[0])
     else:
         resolve(config)
 

@@ -48,7 +48,7 @@ def test_first_seeds_try_every_value_and_the_others_train_the_chosen_ones():
     config = tiny(**{
         "seeds": (0, 1, 2), "sweep.choice_seeds": 1, "sweep.one_seed_methods": ("gdro",),
     })  # fmt: skip
-    base, sweep = grid.split_config(config)
+    base, sweep = grid.split_sweep(config)
     first = grid.plan(base, sweep, runs_per_job=8)
     assert seeds_of(first) == {
         "erm": (0,), "gdro-pop33": (0,), "gdro-seq33": (0,), "cvar": (0, 0)
@@ -67,7 +67,7 @@ def test_first_seeds_try_every_value_and_the_others_train_the_chosen_ones():
     assert more[1].config.objective.alpha == (0.6,)
     assert grid.choice_seeds(base, sweep) == (0,)
     # By default every seed tries every value, and there are no further jobs.
-    base, sweep = grid.split_config(tiny(seeds=(0, 1, 2)))
+    base, sweep = grid.split_sweep(tiny(seeds=(0, 1, 2)))
     assert seeds_of(grid.plan(base, sweep, runs_per_job=8))["cvar"] == (0, 1, 2, 0, 1, 2)
     assert grid.plan_chosen(base, sweep, chosen, runs_per_job=8) == []
 
@@ -84,7 +84,7 @@ def intersections(**changes):
 
 
 def test_intersections_train_the_named_methods_at_the_first_familys_values():
-    base, sweep = grid.split_config(intersections())
+    base, sweep = grid.split_sweep(intersections())
     jobs = grid.plan(base, sweep, runs_per_job=8)
     assert list(seeds_of(jobs)) == ["erm", "ipw-pop33", "ipw-seq33", "gdro-pop33", "gdro-seq33"]
     chosen = [
@@ -106,7 +106,7 @@ def test_intersections_train_the_named_methods_at_the_first_familys_values():
 
 def test_an_intersection_keeps_the_first_familys_values_by_each_rule(tmp_path):
     """The two rules disagree about pop33, and each about its own choice on the intersection."""
-    base, sweep = grid.split_config(intersections(seeds=(3,)))
+    base, sweep = grid.split_sweep(intersections(seeds=(3,)))
     overall_of = {  # (family, step size): validation score by the rules overall and worst_group
         ("pop33", 0.01): (0.5, 0.1),
         ("pop33", 0.1): (0.4, 0.3),
@@ -150,7 +150,7 @@ def test_values_that_differ_in_the_last_digit_have_their_own_names():
         "sweep.methods": ("erm", "cvar", "sdro"), "sweep.alpha": close,
         "sweep.stream_rate": close, "sweep.step_size": (0.1, 0.2, 0.3),
     })  # fmt: skip
-    base, sweep = grid.split_config(config)
+    base, sweep = grid.split_sweep(config)
     jobs = grid.plan(base, sweep, runs_per_job=8)
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
@@ -160,7 +160,7 @@ def test_values_that_differ_in_the_last_digit_have_their_own_names():
     runs = [run.name for run in plan_runs(cvar.config)]
     assert runs == ["alpha=0.1234567,seed=0", "alpha=0.1234568,seed=0"]
     config.seeds, config.sweep.choice_seeds = (0, 1), 1
-    base, sweep = grid.split_config(config)
+    base, sweep = grid.split_sweep(config)
     chosen = [("cvar", None, {"alpha": value}) for value in close]
     more = grid.plan_chosen(base, sweep, chosen, runs_per_job=8)
     assert [job.name for job in more] == [
@@ -170,7 +170,7 @@ def test_values_that_differ_in_the_last_digit_have_their_own_names():
 
 def test_families_of_any_name_stay_in_the_sweeps_folder(tmp_path):
     config = tiny(**{"sweep.families": tuple(STRANGE), "sweep.choice_seeds": 1, "seeds": (0, 1)})
-    base, sweep = grid.split_config(config)
+    base, sweep = grid.split_sweep(config)
     chosen = [("gdro", family, {"step_size": 0.01}) for family in STRANGE]
     jobs = [
         *grid.plan(base, sweep, runs_per_job=1),
@@ -200,7 +200,7 @@ def test_runs_of_any_name_stay_in_their_folder(name, tmp_path):
 
 def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_is():
     def of(**changes):
-        return grid.config_hash(*grid.split_config(tiny(**changes)))
+        return grid.config_hash(*grid.split_sweep(tiny(**changes)))
 
     assert len(of()) == 12
     assert of() == of(**{"data.path": "elsewhere"})
@@ -229,11 +229,11 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_is():
 )
 def test_bad_sweeps_are_named(changes, message):
     with pytest.raises(UserError, match=message):
-        grid.split_config(tiny(**changes))
+        grid.split_sweep(tiny(**changes))
     with pytest.raises(UserError, match="no `sweep`"):
-        grid.split_config(small())
+        grid.split_sweep(small())
 
 
 def test_names_given_on_the_command_line_are_split():
-    _, sweep = grid.split_config(tiny(**{"sweep.methods": ("erm,cvar",)}))
+    _, sweep = grid.split_sweep(tiny(**{"sweep.methods": ("erm,cvar",)}))
     assert sweep.methods == ("erm", "cvar")

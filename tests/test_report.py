@@ -500,7 +500,7 @@ def test_legends_show_every_name():
 
 def test_markdown_shows_names_as_they_are():
     names = ["VIP|a", "*x*", "_x_ a_b", "<u>", "`c`", "a\nb", "[a](b)", "&lt; R&D", "$a$", "~~x~~"]
-    table = text.markdown(["", *names], [["x", *([text.Markdown("**1**")] * len(names))]])
+    table = text.markdown_table(["", *names], [["x", *([text.Markdown("**1**")] * len(names))]])
     header, _, row = table.splitlines()
     assert header == (
         r"|  | VIP\|a | \*x\* | \_x\_ a_b | \<u> | \`c\` | a\\nb | [a\](b) | \&lt; R&D | \$a\$ "

@@ -92,7 +92,7 @@ def test_one_setting_after_another(tmp_path, monkeypatch):
     )
 
 
-def test_failed_runs_are_not_ranked(tmp_path, monkeypatch):
+def test_failed_runs_are_not_ranked(tmp_path, monkeypatch, capsys):
     """A failed run has the scores of its last epochs, which may be the highest."""
     failed = {"status": "failed at step 2"}
     runs = {
@@ -112,6 +112,14 @@ def test_failed_runs_are_not_ranked(tmp_path, monkeypatch):
     assert ranking["model.dim"].tolist() == [2, 16]
     assert ranking["val NDCG@20"].tolist() == pytest.approx([0.35, 0.25])
     assert ranking["seeds"].tolist() == [2, 2]
+    lines = (tmp_path / "search.md").read_text().splitlines()
+    left_out = [
+        "not ranked: model.dim=8 has 1 of 2 seeds", "not ranked: model.dim=4 has 0 of 2 seeds"
+    ]  # fmt: skip
+    assert [line for line in lines if line.startswith("not ranked")] == left_out
+    assert lines[-1].startswith("Best:")
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in left_out)
 
 
 def test_a_failing_point_is_reported_when_the_others_are_done(searched, tmp_path, monkeypatch):
@@ -147,7 +155,7 @@ def test_a_reference_follows_the_settings_of_each_point():
     config.train.decay_steps = config.train.get_ref("epochs") * 3
     config.search = default_search()
     config.search.grid.train = {"epochs": (2, 4)}
-    base, grid, _ = search_module.split_config(config)
+    base, grid, _ = search_module.split_search(config)
     points = search_module._combinations(grid)
     assert [search_module._job(base, p).config.train.decay_steps for p in points] == [6, 12]
     assert base.train.decay_steps == 6  # as it was
@@ -200,6 +208,16 @@ def test_only_the_plan(tmp_path, capsys):
 def test_bad_searches_are_named(config, message, tmp_path):
     with pytest.raises(UserError, match=message):
         search(config, tmp_path)
+
+
+def test_a_search_may_leave_settings_out():
+    config = tiny()
+    del config.search["one_by_one"]
+    _, _, order = search_module.split_search(config)
+    assert order == ()
+    del config.search["grid"]
+    with pytest.raises(UserError, match=r"search\.grid is empty"):
+        search_module.split_search(config)
 
 
 def test_unknown_settings_and_empty_grids_are_named(tmp_path):

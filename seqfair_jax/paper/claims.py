@@ -75,7 +75,7 @@ def markdown(table: pd.DataFrame) -> str:
             label = slices.family_label(f"{name} - {against}")
             body.append([label, *(_cell(row) for _, row in at.iterrows())])
         parts += [f"## {claim}\n", f"Claim: {CLAIMS[str(claim)]}.\n"]
-        parts += [text.markdown(header, body), ""]
+        parts += [text.markdown_table(header, body), ""]
     return "\n".join(parts)
 
 

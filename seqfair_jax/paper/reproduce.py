@@ -39,7 +39,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         SystemExit: if jobs failed, naming them; after SIGINT or SIGTERM.
     """
     workdir.refuse_old_sweep(workdir.user_path(directory))
-    base, settings = grid.split_config(config)
+    base, settings = grid.split_sweep(config)
     experiment = build_experiment(resolve(base))
     if dry_run:
         folder = workdir.user_path(directory)
@@ -50,7 +50,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
             for method, family in dict.fromkeys((job.method, job.family) for job in first)
         ]
         more = grid.plan_chosen(base, settings, any_values, runs_per_job=runs_per_job)
-        _print_plan(first, more, cost.estimate([*first, *more], experiment, runs_per_job))
+        _print_jobs(first, more, cost.estimate([*first, *more], experiment, runs_per_job))
         return
     folder = workdir.create(directory)
     with workdir.lock(workdir.job_lock(folder, "plan"), wait=True):
@@ -119,7 +119,7 @@ def _write_table_1(dataset: Dataset, directory: Path, source: str) -> list[Path]
     files = []
     for part, table in (("1a", table_1a(dataset)), ("1b", table_1b(dataset))):
         rows = table.astype(str).to_numpy().tolist()
-        parts += [text.markdown(list(map(str, table)), rows), ""]
+        parts += [text.markdown_table(list(map(str, table)), rows), ""]
         files.append(directory / f"table_{part}.csv")
         workdir.write_text(files[-1], table.to_csv(index=False))
     workdir.write_text(directory / "table_1.md", "\n".join(parts))
@@ -142,7 +142,7 @@ def _runs_per_job(asked: int, experiment: Experiment, folder: Path) -> int:
     return int(plan["runs_per_job"])
 
 
-def _print_plan(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimate) -> None:
+def _print_jobs(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimate) -> None:
     # If the two rules choose different values, there are more jobs than this.
     for job in first:
         values = [

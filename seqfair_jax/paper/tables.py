@@ -361,7 +361,7 @@ def _markdown(values: pd.DataFrame, body: Sequence[Sequence[str]]) -> str:
     """A table of these cells, with the heads and labels of `values`."""
     heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
     rows = [[str(label), *row] for label, row in zip(values.index, body, strict=True)]
-    return text.markdown(["Method", *heads], rows)
+    return text.markdown_table(["Method", *heads], rows)
 
 
 def escape_latex(name: str) -> str:

@@ -119,7 +119,7 @@ def is_baseline(name: str) -> bool:
     return name.startswith("[")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table; cells are plain text, except `Markdown` ones."""
     lines = ["| " + " | ".join(map(escape_markdown, cells)) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])

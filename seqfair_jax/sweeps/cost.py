@@ -15,6 +15,7 @@ from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.sweeps.jobs import Job
 from seqfair_jax.training.batches import choose_sizes, draw_batches, token_sizes
 from seqfair_jax.training.experiment import Experiment
+from seqfair_jax.training.selection import RULES
 from seqfair_jax.training.step import initial_states, make_segment
 
 _MEMORY_SHARE = 0.6  # of the device's memory for one job
@@ -62,14 +63,14 @@ def _program_bytes(experiment: Experiment, num_runs: int) -> int:
             f"{jax.default_backend()} does not report the memory of a program: set "
             "sweep.runs_per_job"
         )
-    # Training also keeps the best parameters by each of the two rules.
+    # Training also keeps the best parameters by each rule.
     params = sum(leaf.nbytes for leaf in jax.tree.leaves(states.params))
     return (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes
         + analysis.output_size_in_bytes
         - analysis.alias_size_in_bytes
-        + 2 * params
+        + len(RULES) * params
     )
 
 

@@ -44,7 +44,7 @@ def default_sweep() -> ConfigDict:
     )
 
 
-def split_config(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
+def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     """A sweep's config as the runs' own config and its `sweep` part, checked.
 
     Raises:
@@ -129,7 +129,7 @@ def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_job: int) -> list[Job]
     seeds and the intersections.
 
     Args:
-        base, sweep: from `split_config`.
+        base, sweep: from `split_sweep`.
         runs_per_job: the most runs that train together, 1 or more.
     """
     jobs: list[Job] = []

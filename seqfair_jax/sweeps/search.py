@@ -44,7 +44,8 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
     """Train every point and write `search.csv` and `search.md`, best validation first.
 
     Finished points are skipped, interrupted ones are resumed, and failed ones are listed at the
-    end. Test figures are neither used nor shown.
+    end. Points that lack a seed are listed below the table. Test figures are neither used nor
+    shown.
 
     Args:
         config: with a `search` (`default_search`).
@@ -61,47 +62,50 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
         SystemExit: if points failed, naming them; after SIGINT or SIGTERM.
     """
     workdir.refuse_old_sweep(workdir.user_path(directory))
-    base, grid, order = split_config(config)
+    base, grid, order = split_search(config)
     if dry_run:
-        _print_plan(base, grid, order)
+        _print_points(base, grid, order)
         return pd.DataFrame()
     folder = workdir.create(directory)
     metric = base.select.metric
-    planned: dict[str, tuple[Point, jobs.Job]] = {}  # by the job's name
+    # By the job's name.
+    points: dict[str, Point] = {}
+    planned: dict[str, jobs.Job] = {}
+    results: dict[str, list[dict[str, Any]]] = {}  # each job is read once: that checks its files
     errors: dict[str, str] = {}
 
-    def all_jobs() -> list[jobs.Job]:
-        return [job for _, job in planned.values()]
+    def train(new: Sequence[Point]) -> tuple[list[tuple[Point, dict[str, Any]]], list[str]]:
+        of_points = [_job(base, point) for point in new]
+        points.update({job.name: point for job, point in zip(of_points, new, strict=True)})
+        planned.update({job.name: job for job in of_points})
+        errors.update(jobs.work(of_points, folder))
+        for job in jobs.done(list(planned.values()), folder):
+            if job.name not in results:
+                summaries = read_summaries(workdir.job_folder(folder, job.name))
+                results[job.name] = list(filter(selection.is_result, summaries))
+        return _rank(points, results, metric)
 
-    def train(points: Sequence[Point]) -> list[tuple[Point, dict[str, Any]]]:
-        new = [(point, _job(base, point)) for point in points]
-        planned.update({job.name: (point, job) for point, job in new})
-        errors.update(jobs.work([job for _, job in new], folder))
-        finished = jobs.done(all_jobs(), folder)
-        return _rank([planned[job.name] for job in finished], folder, metric)
-
-    ranked = []
     if order:
         best = {key: values[0] for key, values in grid.items()}
         for key in order:
-            ranked = train([best | {key: value} for value in grid[key]])
+            ranked, left_out = train([best | {key: value} for value in grid[key]])
             best = ranked[0][0] if ranked else best
     else:
-        ranked = train(_combinations(grid))
-    failed = jobs.failures(errors, all_jobs(), folder)
+        ranked, left_out = train(_combinations(grid))
+    failed = jobs.failures(errors, list(planned.values()), folder)
     if not ranked:
         raise SystemExit(f"no point of the search has a validation score\n{failed}")
-    ranking = pd.DataFrame([point | figures for point, figures in ranked])
+    table = pd.DataFrame([point | figures for point, figures in ranked])
     with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
         workdir.remove_unfinished(folder)
-        _write(ranking, ranked[0][0], base, folder)
-    print("\n" + (folder / "search.md").read_text(encoding="utf-8"))
+        _write(table, ranked[0][0], left_out, base, folder)
+    print("\n" + workdir.read_text(folder / "search.md"))
     if failed:
         raise SystemExit(failed)
-    return ranking
+    return table
 
 
-def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tuple[str, ...]]:
+def split_search(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tuple[str, ...]]:
     """A search's config as the runs' own config, the grid by dotted names, and the order.
 
     Raises:
@@ -120,6 +124,9 @@ def split_config(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
         raise UserError(
             f"search.{unknown[0]} is not a setting; known: {', '.join(default_search())}"
         )
+    for key, value in default_search().items():
+        if key not in settings:
+            settings[key] = value
     known = dict(flatten(base.to_dict()))
     grid = dict(flatten(settings.grid.to_dict()))
     for key, values in grid.items():
@@ -165,34 +172,41 @@ def _job(base: ConfigDict, point: Point) -> jobs.Job:
 
 
 def _rank(
-    finished: Sequence[tuple[Point, jobs.Job]], directory: Path, metric: str
-) -> list[tuple[Point, dict[str, Any]]]:
-    """The points and their figures, best first.
+    points: Mapping[str, Point], results: Mapping[str, list[dict[str, Any]]], metric: str
+) -> tuple[list[tuple[Point, dict[str, Any]]], list[str]]:
+    """The points and their figures, best first; and a line for each point that lacks a seed.
 
-    Failed runs are ignored. A point with fewer seeds than another is dropped, since a mean over
-    other seeds does not compare.
+    Args:
+        points: by the job's name.
+        results: the summaries of each finished job's runs that did not fail.
+        metric: such as NDCG@20.
     """
-    ranked = []
-    for point, job in finished:
-        summaries = read_summaries(workdir.job_folder(directory, job.name))
-        runs = [summary for summary in summaries if selection.is_result(summary)]
-        if not runs:
-            continue
-        slices = [run["val"][metric] for run in runs]
-        figures = {
-            f"val {metric}": _mean(part[OVERALL] for part in slices),
-            "worst group": _mean(run["best"]["worst_group"] for run in runs),
-            "repeat": _mean(part[REPEAT] for part in slices),
-            "new": _mean(part[NEW] for part in slices),
-            "epoch": _mean(run["best"]["epoch"] for run in runs),
-            "step": _mean(run["best"]["step"] for run in runs),
-            "seconds": _mean(run["train"]["seconds"] for run in runs),
-            "seeds": len(runs),
-        }
-        ranked.append((point, figures))
-    most = max((figures["seeds"] for _, figures in ranked), default=0)
-    whole = [(point, figures) for point, figures in ranked if figures["seeds"] == most]
-    return sorted(whole, key=lambda pair: -pair[1][f"val {metric}"])
+    whole = selection.candidates(results)
+    ranked = [(points[name], _figures(results[name], metric)) for name in whole]
+    ranked.sort(key=lambda pair: -pair[1][f"val {metric}"])
+    most = max(map(len, results.values()), default=0)
+    left_out = [
+        f"not ranked: {name} has {len(found)} of {most} seeds"
+        for name, found in results.items()
+        if name not in whole and most
+    ]
+    return ranked, left_out
+
+
+def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """What the ranking shows of a point."""
+    slices = [run["val"][metric] for run in runs]
+    worst = [selection.score(run, "worst_group", epoch_of="overall") for run in runs]
+    return {
+        f"val {metric}": _mean(part[OVERALL] for part in slices),
+        "worst group": _mean(worst),
+        "repeat": _mean(part[REPEAT] for part in slices),
+        "new": _mean(part[NEW] for part in slices),
+        "epoch": _mean(run["best"]["epoch"] for run in runs),
+        "step": _mean(run["best"]["step"] for run in runs),
+        "seconds": _mean(run["train"]["seconds"] for run in runs),
+        "seeds": len(runs),
+    }
 
 
 def _mean(values: Iterable[float | None]) -> float:
@@ -200,7 +214,9 @@ def _mean(values: Iterable[float | None]) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def _write(ranking: pd.DataFrame, best: Point, base: ConfigDict, folder: Path) -> None:
+def _write(
+    ranking: pd.DataFrame, best: Point, left_out: Sequence[str], base: ConfigDict, folder: Path
+) -> None:
     rows = [
         [_cell(str(column), value, is_setting=column in best) for column, value in row.items()]
         for row in ranking.to_dict("records")
@@ -208,8 +224,9 @@ def _write(ranking: pd.DataFrame, best: Point, base: ConfigDict, folder: Path) -
     flags_text = " ".join(f"--config.{key}={value}" for key, value in best.items())
     page = (
         f"# {base.data.name}: {base.objective.name} by validation, best first\n\n"
-        f"{text.markdown(list(map(str, ranking)), rows)}\n\n"
-        f"Best: `{flags_text}`\n"
+        f"{text.markdown_table(list(map(str, ranking)), rows)}\n\n"
+        + "".join(f"{text.escape_markdown(line)}\n\n" for line in left_out)
+        + f"Best: `{flags_text}`\n"
     )
     workdir.write_text(folder / "search.csv", ranking.to_csv(index=False))
     workdir.write_text(folder / "search.md", page)
@@ -221,7 +238,7 @@ def _cell(column: str, value: Any, *, is_setting: bool) -> str:
     return "-" if np.isnan(value) else _FORMATS.get(column, "{:.4f}").format(value)
 
 
-def _print_plan(base: ConfigDict, grid: Mapping[str, tuple], order: Sequence[str]) -> None:
+def _print_points(base: ConfigDict, grid: Mapping[str, tuple], order: Sequence[str]) -> None:
     if order:
         start = {key: values[0] for key, values in grid.items()}
         print("start: " + ", ".join(f"{key}={value}" for key, value in start.items()))

@@ -62,11 +62,11 @@ class ProgressBar:
 
     def show_best(self, snapshot: Snapshot) -> None:
         """Show the best validation figures so far, of the best run."""
-        for name in RULES:
+        for name, rule in RULES.items():
             records = [best[name] for best in snapshot.progress.best]
             scores = [record[name] for record in records if record is not None]
             if scores:
-                key = f"val {self._metric} {name.removesuffix('_group')}"
+                key = f"val {self._metric} {rule.short}"
                 self._notes[key] = f"{max(scores):.4f}"
         self._bar.set_postfix(self._notes)
 

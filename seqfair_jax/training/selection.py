@@ -3,7 +3,7 @@
 Shape letters: R runs.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,15 +21,24 @@ class Rule(NamedTuple):
     name: str
     suffix: str  # of the keys of summary.json and of file names: test_worst_group
     label: str  # behind the name of a row
+    short: str  # in the progress bar
     keys: tuple[str, ...]  # scores that are compared in this order
+    note: str = ""  # under the printed tables
 
 
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("overall", "", "", ("overall",)),
-        # Ties of the worst group go to the better mean.
-        Rule("worst_group", "_worst_group", ", best worst group", ("worst_group", "overall")),
+        Rule("overall", "", "", "overall", ("overall",)),
+        Rule(
+            "worst_group",
+            "_worst_group",
+            ", best worst group",
+            "worst",
+            ("worst_group", "overall"),  # ties of the worst group go to the better mean
+            "Epochs and values are chosen by the worst group of the loss's family; for methods "
+            "without groups, of the sweep's first family.",
+        ),
     )
 }
 
@@ -78,16 +87,28 @@ def is_result(summary: Mapping[str, Any], rule: str = "overall") -> bool:
     return summary["status"] == _FINISHED and "test" + RULES[rule].suffix in summary
 
 
-def score(summary: Mapping[str, Any], rule: str) -> float:
-    """The validation score by which a rule ranks a run, at the epoch that the rule chose."""
-    return summary["best" + RULES[rule].suffix][rule]
+def score(summary: Mapping[str, Any], rule: str, *, epoch_of: str | None = None) -> float:
+    """The validation score by which a rule ranks a run.
+
+    Args:
+        summary: of the run.
+        rule: a key of `RULES`.
+        epoch_of: the rule whose best epoch is scored; by default `rule` itself.
+    """
+    return summary["best" + RULES[epoch_of or rule].suffix][rule]
+
+
+def candidates(found: Mapping[Key, Sized]) -> list[Key]:
+    """The keys that may be chosen, by what was found for each seed of each key.
+
+    A key that lacks a seed, since its run failed, is no candidate if another has more: means over
+    other seeds do not compare.
+    """
+    most = max(map(len, found.values()), default=0)
+    return [key for key, seeds in found.items() if len(seeds) == most > 0]
 
 
 def best_values(scores: Mapping[Key, Sequence[float]]) -> Key | None:
-    """The key whose scores have the best mean over seeds; None where nothing was scored.
-
-    A key that lacks a seed, since its run failed, is no candidate if another has more.
-    """
-    most = max(map(len, scores.values()), default=0)
-    means = {key: np.mean(found) for key, found in scores.items() if len(found) == most > 0}
+    """The candidate whose scores have the best mean over seeds; None where nothing was scored."""
+    means = {key: np.mean(scores[key]) for key in candidates(scores)}
     return max(means, key=means.__getitem__, default=None)
