@@ -1,9 +1,10 @@
 """`seqfair COMMAND`, the same as `python -m seqfair_jax COMMAND`."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+
+from seqfair_jax.errors import did_you_mean
 
 COMMANDS = {
     "train": "train the runs of a config, test them and print the table by group",
@@ -29,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(name, COMMANDS)
         sys.exit(f"error: no command {name!r}{hint}; there are {', '.join(COMMANDS)}")
     try:
         command = importlib.import_module(f"seqfair_jax.commands.{name}")

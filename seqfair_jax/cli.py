@@ -1,7 +1,6 @@
 """What the commands share: flags, the config, one line for a user's error, logging, signals."""
 
 import contextlib
-import difflib
 import inspect
 import logging
 import os
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from seqfair_jax import workdir
 from seqfair_jax.config import flatten
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.training.environment import processor
 
 _LISTS = "lists have no spaces, as in --config.seeds=0,1,2"
@@ -168,10 +167,7 @@ def load_config(argument: str) -> ConfigDict:
     name, colon, arguments = argument.partition(":")
     path = workdir.user_path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.py")], n=1, cutoff=0.5
-        )
-        hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
+        hint = did_you_mean(path.name, [near.name for near in path.parent.glob("*.py")])
         raise UserError(f"--config={name}: no such file{hint}")
     if path.suffix != ".py":
         raise UserError(f"--config={name}: expected a Python file with a get_config function")
@@ -268,8 +264,7 @@ def _closest_key(key: str, config: ConfigDict) -> str:
     known = [name for name, _ in flatten(config.to_dict())]
     # The same setting of another part is the best guess: `epochs` for `train.epochs`.
     same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = difflib.get_close_matches(key, same or known, n=1, cutoff=0 if same else 0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return did_you_mean(key, same, closeness=0) or did_you_mean(key, known)
 
 
 def _expected_type(error: Exception, config: ConfigDict | None) -> str | None:

@@ -16,7 +16,14 @@ class DivergedError(UserError, FloatingPointError):
     """Training produced a loss, a parameter or a score that is not finite."""
 
 
-def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """` (did you mean 'X'?)` with the closest known name; "" if none is close."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def did_you_mean(name: object, known: Iterable[object], *, closeness: float = 0.6) -> str:
+    """` (did you mean 'X'?)` with the closest known name; "" if none is close.
+
+    Args:
+        name: as the user wrote it; upper and lower case are the same.
+        known: the names to choose from.
+        closeness: from 0, which every name has, to 1, which only the name itself has.
+    """
+    names = {str(k).casefold(): str(k) for k in known}
+    close = difflib.get_close_matches(str(name).casefold(), names, n=1, cutoff=closeness)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""

@@ -6,7 +6,6 @@ in the gradient. The objectives differ in q; CB and CBlog also weigh the targets
 Shape letters: U users, B users in a batch, G groups, V catalogue.
 """
 
-import difflib
 import functools
 import math
 import numbers
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 
 State = Any  # a pytree, () for an objective without state
 
@@ -47,7 +46,7 @@ class Method(NamedTuple):
     """What is known of an objective before any data is read."""
 
     label: str  # in printed tables
-    needs_groups: bool  # every user must then be in at most one group
+    needs_groups: bool  # every user must then be in exactly one (`groups.require_partition`)
     hparams: tuple[str, ...]  # the fields of `HParams` that it reads
     is_robust: bool = False  # distributionally: of the paper's figures and claims
     logs: tuple[Log, ...] = ()
@@ -157,8 +156,8 @@ def make_objective(
 
     Args:
         name: one of `NAMES`.
-        membership: bool[U, G]; G may be 0 if the objective needs no groups. If it needs groups, a
-            user is in one at most, and a user in none has weight 0.
+        membership: bool[U, G]; G may be 0 if the objective needs no groups. If it needs groups,
+            every user is in exactly one.
         train_lengths: i32[U], training rows of each user.
         count_by: what measures a group's size for IPW: its training `rows`, from which the
             paper's tables come, or its `users`, as the paper's text says.
@@ -342,12 +341,13 @@ def _chi2(batch: _Batch, state: State, hparams: HParams):
 
     The constraint reads sum_u q_u^2 <= (1 + 2 rho) / B, and the optimum is q_u ∝ max(l_u - eta, 0)
     for some eta. As eta rises to the largest loss, sum q^2 rises from 1 / B to 1 / (number of
-    users who share that loss), so user j has weight just if eta = l_j breaks the constraint. Over
-    the k users who have weight, with mean m and variance v, the constraint then gives
+    users who share that loss), so user j has weight if and only if eta = l_j breaks the constraint.
+    For the k users who have weight, with mean m and variance v, the constraint then gives
 
         q_u = (1 + s (l_u - m)) / k,    s^2 = (k (1 + 2 rho) / B - 1) / v.
 
-    Where no eta below the largest loss breaks it, v is 0 and those at that loss share alike.
+    If no eta below the largest loss breaks it, v is 0, and the users with that loss share the
+    weight equally.
     """
     size, radius = batch.losses.size, hparams.radius
     # Relative to the largest loss, which keeps the digits of a small spread, and scaled, so that
@@ -380,8 +380,6 @@ def _tail_share(batch: _Batch, weights: jax.Array) -> dict[str, jax.Array]:
 
 def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        close = difflib.get_close_matches(str(value), known, n=1, cutoff=0)
         raise UserError(
-            f"{key} is {value!r}, which is not one of {', '.join(known)}: "
-            f"did you mean {close[0]!r}?"
+            f"{key} is {value!r}{did_you_mean(value, known)}: expected one of {', '.join(known)}"
         )

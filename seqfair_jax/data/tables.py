@@ -6,7 +6,6 @@ and nothing is guessed before it is checked.
 
 import contextlib
 import csv
-import difflib
 import io
 import json
 import re
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from seqfair_jax.data import files
 from seqfair_jax.data.files import Stream, open_file, reading, short
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 
 # From a file's column names and its name for messages, which column is which: {"user_id": "uid"}.
 Choose = Callable[[Sequence[str], str], Mapping[str, str]]
@@ -107,8 +106,7 @@ def pick(names: Sequence[str], wanted: str, where: str, advice: str) -> str:
     if len(found) > 1:
         raise UserError(f"{where}: column {wanted} appears more than once; rename one")
     if not found:
-        close = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(wanted, names)
         raise UserError(
             f"{where}: no column {wanted!r}, it has {short(', '.join(names))}{hint}; {advice}"
         )

@@ -4,12 +4,11 @@ Each user has one relevant item, the held-out target. Shape letters: U users, V 
 cut-off.
 """
 
-import difflib
 from collections.abc import Sequence
 
 import numpy as np
 
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 
 KINDS = ("NDCG", "Recall", "MRR")
 
@@ -22,8 +21,7 @@ def parse_metric(name: str) -> tuple[str, int]:
     """
     kind, _, cutoff = name.partition("@")
     if kind not in KINDS or not cutoff.isdecimal() or int(cutoff) < 1:
-        close = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.3)
-        hint = f" (did you mean {close[0]}@20?)" if close else ""
+        hint = did_you_mean(name, [f"{kind}@20" for kind in KINDS])
         raise UserError(
             f"unknown metric {name!r}{hint}: expected one of {', '.join(KINDS)}, then @ and the "
             "cut-off, as in NDCG@20"

@@ -31,9 +31,8 @@ def compare(
     star. The effect is the mean difference, with its percentile bootstrap 95 % interval over
     users. `q` is p after Benjamini and Hochberg (1995) over all rows: the expected share of false
     discoveries among the rows with a q as small. With several seeds, a user's metric is its mean
-    over them, so the test measures the variation of the users, not of the seeds. Only the seeds
-    that a method and the baseline share are compared, so one seed never meets an average; if they
-    share none, all seeds of both are used. Every interval is drawn from the same seed, so it does
+    over them, so the test measures the variation of the users, not of the seeds. Shared seeds are
+    compared. If there are none, each side's mean over its own seeds is. Every interval is drawn from the same seed, so it does
     not depend on the other methods and slices.
 
     Args:
@@ -105,7 +104,11 @@ def _aligned(
     """A run's metric by user in the reference's order, f64[U]."""
     order = reference["user_id"]
     if metric not in table:
-        raise UserError(f"{name}: its per-user table has no column {metric!r}")
+        known = [column for column in map(str, table) if "@" in column]
+        raise UserError(
+            f"{name}: its per-user table has no column {metric!r}; choose one of "
+            f"{', '.join(known)}, or train with its cut-off in evaluate.cutoffs"
+        )
     aligned = table.set_index("user_id").reindex(order)
     missing = ~order.isin(table["user_id"])
     extra = ~table["user_id"].isin(order)
@@ -119,7 +122,10 @@ def _aligned(
             continue
         label = column if column in _KEYS else slices.family_label(column)
         if column not in table:
-            raise UserError(f"{name}: it was not evaluated by {label}, the baseline was")
+            raise UserError(
+                f"{name}: it was not evaluated by {label}, the baseline was; compare runs with the "
+                "same groups"
+            )
         differs = _differ(aligned[column].reset_index(drop=True), reference[column])
         if differs.any():
             user = order[differs.argmax()]
