@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from seqfair_jax.paper import claims
-from seqfair_jax.paper.tables import Entry
+from seqfair_jax.paper.choice import Entry
 
 USERS = 60
 
@@ -37,7 +37,7 @@ ENTRIES = [
 
 
 def test_who_is_compared_with_whom_and_by_how_much():
-    table = claims.compare(ENTRIES, "NDCG@20")
+    table = claims.compare_methods(ENTRIES, "NDCG@20")
     pairs = table.drop_duplicates(["claim", "name", "against"])
     assert list(zip(pairs["claim"], pairs["name"], pairs["against"], strict=True)) == [
         ("DRO against ERM", "gdro(pop33)", "erm"),
@@ -60,7 +60,7 @@ def test_who_is_compared_with_whom_and_by_how_much():
 
 
 def test_claims_as_markdown():
-    text = claims.markdown(claims.compare(ENTRIES, "NDCG@20"))
+    text = claims.page(claims.compare_methods(ENTRIES, "NDCG@20"))
     assert text.count("## ") == 3
     assert "pop33*seq33" not in text
     line = next(line for line in text.splitlines() if line.startswith("| gdro(seq33) - gdro"))
@@ -86,7 +86,7 @@ def test_names_from_data_and_missing_slices_in_markdown():
             "star": [False, True, False],
         }
     )
-    lines = claims.markdown(table).splitlines()
+    lines = claims.page(table).splitlines()
     start = lines.index(r"|  | overall | R&D\*=a\*b\|c |")
     assert lines[start + 2 : start + 4] == [
         r"| gdro(R&D\*) - erm | +0.1000 (+0.0000 to +0.4000) | +0.2000* (+0.0000 to +0.4000) |",
@@ -95,6 +95,6 @@ def test_names_from_data_and_missing_slices_in_markdown():
 
 
 def test_without_dro_methods_there_is_nothing_to_compare():
-    table = claims.compare(ENTRIES[:2], "NDCG@20")
+    table = claims.compare_methods(ENTRIES[:2], "NDCG@20")
     assert table.empty
-    assert "##" not in claims.markdown(table)
+    assert "##" not in claims.page(table)

@@ -5,7 +5,7 @@ from test_run import small
 from seqfair_jax import workdir
 from seqfair_jax.config import plan_runs
 from seqfair_jax.errors import UserError
-from seqfair_jax.paper import plans, settings, tables
+from seqfair_jax.paper import choice, plans, settings
 from seqfair_jax.sweeps import grid
 
 # Families of a group file may have any of these names.
@@ -127,7 +127,10 @@ def test_an_intersection_keeps_the_first_familys_values_by_each_rule(tmp_path):
         write_results(workdir.job_folder(tmp_path, job.name), job.config, summaries)
 
     def choose(rule, jobs):
-        entries = tables.choose(jobs, tmp_path, rule, seeds=(3,), families=sweep.families)
+        results = [result for job in jobs for result in choice.read_job(job, tmp_path)]
+        entries = choice.choose(results, rule, seeds=(3,), families=sweep.families)
+        values = choice.choose_values(results, rule, seeds=(3,), families=sweep.families)
+        assert values["gdro", "pop33"] == entries[0].hparams
         return {entry.family: entry.hparams["step_size"] for entry in entries}
 
     first = [job for job in grid.plan(base, sweep, runs_per_job=8) if job.name == "gdro-pop33"]

@@ -12,9 +12,10 @@ from seqfair_jax.data.groups import GroupFamily, build_family, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.slices import printable
-from seqfair_jax.paper import tables
+from seqfair_jax.paper import layouts, render, tables
+from seqfair_jax.paper.choice import Entry
+from seqfair_jax.paper.layouts import Column, Layout
 from seqfair_jax.paper.table1 import table_1a, table_1b
-from seqfair_jax.paper.tables import Column, Entry, Layout
 
 NDCG = "NDCG@20"
 USERS = 60
@@ -49,9 +50,9 @@ def long_by_hand():
 
 def test_markdown_and_latex_by_hand_to_the_last_star():
     long = long_by_hand()
-    layout = tables.layouts(long, "retailrocket")[0]
-    table = tables.cells(long, layout)
-    assert tables.markdown(table).splitlines() == [
+    layout = layouts.layouts(long, "retailrocket")[0]
+    table = layouts.cells(long, layout)
+    assert render.markdown(table).splitlines() == [
         "| Method | pop33 Niche | pop33 Popular | pop33 Overall |",
         "|---|---|---|---|",
         "| ERM | 0.3000 | <u>0.2000</u> | 0.2500 |",
@@ -59,7 +60,7 @@ def test_markdown_and_latex_by_hand_to_the_last_star():
         "| CVaR | <u>0.3100</u> | **0.2500*** | **0.2800*** ± 0.0125 |",
         "| [markov] | 0.5000 | 0.5000 | 0.5000 |",
     ]
-    assert tables.latex(table, "a_b & c").splitlines() == [
+    assert render.latex(table, "a_b & c").splitlines() == [
         r"\begin{table}",
         r"\centering",
         r"\caption{a\_b \& c}",
@@ -89,23 +90,23 @@ def test_intersections_have_rows_and_a_table_of_their_own():
         for s in slices
     ]
     long = pd.DataFrame(rows)
-    layouts = {layout.title: layout for layout in tables.layouts(long, "retailrocket")}
-    intersecting = tables.cells(long, layouts["intersecting groups"]).figures
+    by_title = {layout.title: layout for layout in layouts.layouts(long, "retailrocket")}
+    intersecting = layouts.cells(long, by_title["intersecting groups"]).figures
     assert list(intersecting.index) == ["ERM", "GDRO_pop33×seq33", "GDRO_pop33&seq33"]
     assert (intersecting == 0.1).all(axis=None)
-    table = tables.cells(long, layouts["groups of pop33×seq33"])
+    table = layouts.cells(long, by_title["groups of pop33×seq33"])
     # Asterisks would be emphasis, and the sign is none of LaTeX's.
-    assert tables.markdown(table).splitlines()[0] == "| Method | niche×short |"
-    assert r"GDRO\_pop33$\times$seq33 & " in tables.latex(table, "")
+    assert render.markdown(table).splitlines()[0] == "| Method | niche×short |"
+    assert r"GDRO\_pop33$\times$seq33 & " in render.latex(table, "")
 
 
 def test_families_of_ones_own_have_a_table():
     long = long_by_hand()
     long["slice"] = long["slice"].str.replace("pop33=", "tenure=")
     long["group_family"] = long["group_family"].replace("pop33", "tenure")
-    layout = tables.layouts(long, "csv")[0]
+    layout = layouts.layouts(long, "csv")[0]
     assert layout.title == "groups from a file"
-    lines = tables.markdown(tables.cells(long, layout)).splitlines()
+    lines = render.markdown(layouts.cells(long, layout)).splitlines()
     assert lines[0] == "| Method | tenure niche | tenure popular | tenure Overall |"
     assert lines[3] == "| GDRO | **0.3200** | <u>0.2000</u> | <u>0.2600</u> |"
     # A single family has no table of intersections, but its figure.
@@ -120,14 +121,14 @@ def test_the_published_figures():
     rows = [("ERM", "erm", ""), ("GDRO", "gdro", "*"), ("CVaR", "cvar", "")]
     layout = Layout("popularity groups", rows, columns, 2, "")
     expected = [[0.214, 0.225], [0.215, 0.230], [0.225, 0.239]]
-    np.testing.assert_array_equal(tables.published(layout), expected)
+    np.testing.assert_array_equal(layouts.published(layout), expected)
     rows = [("SDRO_seq33", "sdro", "seq33"), ("chi2", "chi2", "")]
     columns = [Column("seq33", "Long", "seq33=long"), Column("", "Overall", "overall")]
     layout = Layout("intersecting groups", rows, columns, 7, "")
-    table = tables.published(layout)
+    table = layouts.published(layout)
     assert table.loc["chi2"].isna().all()
     assert table.notna().loc["SDRO_seq33"].all()
-    assert tables.published(layout._replace(number=None)) is None
+    assert layouts.published(layout._replace(number=None)) is None
 
 
 def entry(method, families, *, loss_family="", shift=0.0, seeds=(0,), drop=()):
@@ -199,8 +200,8 @@ def test_runs_with_other_groups_of_a_family():
     erm.summaries[1]["test"][NDCG]["tier=new"] = 0.7
     cvar = entry("cvar", first, shift=0.06, drop=("tier=b",))
     long = tables.long_table([erm, cvar], NDCG, "overall")
-    [layout, _] = tables.layouts(long, "csv")
-    lines = tables.markdown(tables.cells(long, layout)).splitlines()
+    [layout, _] = layouts.layouts(long, "csv")
+    lines = render.markdown(layouts.cells(long, layout)).splitlines()
     assert lines[0] == "| Method | tier a | tier b | tier new | tier Overall |"
     assert lines[2].split(" | ")[1:] == [
         "<u>0.1000</u>", "**0.1500** ± 0.0707", "**0.7000**", "<u>0.1500</u> ± 0.0707 |",
@@ -208,7 +209,7 @@ def test_runs_with_other_groups_of_a_family():
     cells = lines[3].split(" | ")
     assert (cells[2], cells[3]) == ("-", "-")
     tables.figure(long, "csv")
-    tables.latex(tables.cells(long, layout), "")
+    render.latex(layouts.cells(long, layout), "")
 
 
 def awkward_long():
@@ -228,8 +229,8 @@ def awkward_long():
 
 def test_names_from_data_in_every_file(tmp_path):
     long = awkward_long()
-    for layout in tables.layouts(long, "csv"):
-        table = tables.cells(long, layout)
+    for layout in layouts.layouts(long, "csv"):
+        table = layouts.cells(long, layout)
         shown = [label for _, label in table.figures.columns]
         if layout.title == "groups from a file":
             own = [printable(name) for name in AWKWARD]
@@ -256,19 +257,19 @@ def test_names_from_data_in_every_file(tmp_path):
 
 
 def test_latex_shows_names_as_they_are():
-    assert tables.escape_latex("[most_popular]") == r"{[}most\_popular]"
-    assert tables.escape_latex("10% of A&B, #1 {x} $5") == r"10\% of A\&B, \#1 \{x\} \$5"
-    assert tables.escape_latex("a~b^c|d\\") == (
+    assert render.escape_latex("[most_popular]") == r"{[}most\_popular]"
+    assert render.escape_latex("10% of A&B, #1 {x} $5") == r"10\% of A\&B, \#1 \{x\} \$5"
+    assert render.escape_latex("a~b^c|d\\") == (
         r"a\textasciitilde{}b\textasciicircum{}c\textbar{}d\textbackslash{}"
     )
-    assert tables.escape_latex("*<`--->") == (
+    assert render.escape_latex("*<`--->") == (
         r"{*}\textless{}\textasciigrave{}-{}-{}-\textgreater{}"
     )
-    assert tables.escape_latex("naïve Þ 日×\n") == (r"naïve U+00DE U+65E5$\times$\textbackslash{}n")
+    assert render.escape_latex("naïve Þ 日×\n") == (r"naïve U+00DE U+65E5$\times$\textbackslash{}n")
     long = awkward_long()
     text = "\n".join(
-        tables.latex(tables.cells(long, layout), layout.title)
-        for layout in tables.layouts(long, "csv")
+        render.latex(layouts.cells(long, layout), layout.title)
+        for layout in layouts.layouts(long, "csv")
     )
     assert not re.search(r"(?<!\\)[%#]", text)
     assert not re.search(r"\\\\\n(\\midrule\n)?[\[*]", text)

@@ -18,7 +18,7 @@ from seqfair_jax.data.groups import GroupFamily, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.report import figures, runs, text
+from seqfair_jax.report import figures, names, runs, text
 from seqfair_jax.report import html as html_report
 from seqfair_jax.run import run
 
@@ -144,7 +144,7 @@ class Page(HTMLParser):
 
 def write_page(folders, path, *, baseline=None, **options):
     rows = None if baseline is None else runs.compare_folders(folders, baseline, NDCG)
-    html_report.write(folders, path, NDCG, rows=rows, **options)
+    html_report.write(runs.read_runs(folders), path, NDCG, rows=rows, **options)
     return Page(path)
 
 
@@ -551,3 +551,40 @@ def test_no_sideways_scrolling(folders, tmp_path):
     found = re.search(r"widths ([\d ]+) end</p>", dom)
     assert found is not None
     assert found[1] == "0 0 0 0"
+
+
+def test_the_command_reads_every_run_once(tmp_path, monkeypatch, capsys):
+    folders = [write_run(tmp_path / "erm"), write_run(tmp_path / "cvar", "cvar", shift=0.1)]
+    checked = []
+    monkeypatch.setattr(workdir, "check_finished", lambda folder: checked.append(folder.name))
+    command.main([str(folders[1]), f"--baseline={folders[0]}", f"--out={tmp_path / 'r.html'}"])
+    assert checked == ["cvar", "erm"]
+    assert "NDCG@20 against" in capsys.readouterr().out
+
+
+def test_the_three_forms_of_a_method_s_name():
+    family, values = encode_name("R&D") + "*pop33", {"step_size": 0.01, "stream_rate": 0.1}
+    assert names.method_name("sdro", family, values) == (
+        "sdro (R&D*pop33) step_size=0.01, stream_rate=0.1"
+    )
+    key = names.method_name("sdro", family, values, form="key")
+    assert key == "sdro(R%26D*pop33)"
+    assert names.decode_key(key) == "sdro(R&D*pop33)"
+    assert names.method_name("sdro", family, form="paper") == "SDRO_R&D×pop33"
+    assert [names.method_name("erm", form=form) for form in ("report", "key", "paper")] == [
+        "erm", "erm", "ERM",
+    ]  # fmt: skip
+    assert names.method_name("[markov]", form="paper") == names.baseline_name("markov")
+    assert names.is_baseline("[markov]")
+    assert not names.is_baseline("erm")
+
+
+def test_a_change_against_nothing_has_no_bar():
+    figure, axes = figures.panel("title")
+    rows = pd.DataFrame({"baseline": [0.5, 0.0], "difference": 0.1, "low": 0.05, "high": 0.2})
+    _, ends = figures.change_bars(axes, np.arange(2), rows, 0)
+    assert ends == pytest.approx([20, 10, 40])
+    [first, second] = axes.patches
+    assert first.get_height() == pytest.approx(20)
+    assert np.isnan(second.get_height())
+    figure.draw_without_rendering()

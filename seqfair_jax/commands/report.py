@@ -32,14 +32,15 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     baseline = None if values.baseline is None else workdir.user_path(values.baseline)
     if baseline is not None:  # the table has its row too
         folders.append(baseline)
-    print(text.tables(folders, values.metric, family=values.family))
+    found = runs.read_runs(folders)
+    print(text.run_tables(found, values.metric, family=values.family))
     rows = None
     if baseline is not None:
-        rows = runs.compare_folders(folders, baseline, values.metric)
+        rows = runs.compare_runs(found, baseline, values.metric)
         print("\n" + text.comparison(rows, baseline, values.metric, values.family))
     if values.out is not None:
         from seqfair_jax.report import html  # matplotlib is slow to import
 
         path = workdir.user_path(values.out)
-        html.write(folders, path, values.metric, family=values.family, rows=rows)
+        html.write(found, path, values.metric, family=values.family, rows=rows)
         print(f"\nreport: {path.resolve()}")

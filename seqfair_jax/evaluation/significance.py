@@ -32,8 +32,8 @@ def compare(
     users. `q` is p after Benjamini and Hochberg (1995) over all rows: the expected share of false
     discoveries among the rows with a q as small. With several seeds, a user's metric is its mean
     over them, so the test measures the variation of the users, not of the seeds. Shared seeds are
-    compared. If there are none, each side's mean over its own seeds is. Every interval is drawn from the same seed, so it does
-    not depend on the other methods and slices.
+    compared. If there are none, each side's mean over its own seeds is. Every interval is drawn
+    from the same seed, so it does not depend on the other methods and slices.
 
     Args:
         tables: for each method, by seed, the per-user table (`per_user.parquet`).

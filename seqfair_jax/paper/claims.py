@@ -7,8 +7,8 @@ import pandas as pd
 from seqfair_jax.data.groups import is_product
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.paper.tables import Entry, entry_name
-from seqfair_jax.report import text
+from seqfair_jax.paper.choice import Entry
+from seqfair_jax.report import names, text
 
 CLAIMS = {
     "DRO against ERM": "DRO methods beat ERM in groups and over all",
@@ -17,14 +17,14 @@ CLAIMS = {
 }
 
 
-def compare(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
+def compare_methods(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
     """Test the methods that each claim compares.
 
     The DRO methods against ERM; CVaR against every group DRO run; and a group DRO method with
     any other loss family against the same method with its first family.
 
     Args:
-        entries: from `tables.choose`, ERM among them.
+        entries: from `choice.choose`, ERM among them.
         metric: such as NDCG@20.
 
     Returns:
@@ -36,9 +36,9 @@ def compare(entries: Sequence[Entry], metric: str) -> pd.DataFrame:
         for favourites, against in pairs:
             if not favourites:
                 continue
-            per_user = {entry_name(entry): entry.per_user for entry in favourites}
+            per_user = {entry.name: entry.per_user for entry in favourites}
             rows = significance.compare(per_user, against.per_user, metric)
-            found.append(rows.assign(claim=claim, against=entry_name(against)))
+            found.append(rows.assign(claim=claim, against=against.name))
     table = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["slice", "p"])
     table["q"] = significance.false_discovery_rates(table["p"])
     first = ["claim", "name", "against"]
@@ -57,13 +57,13 @@ def _pairs(entries: Sequence[Entry]) -> tuple[list[tuple[list[Entry], Entry]], .
     return erm, [(cvar, entry) for entry in grouped], [(f[1:], f[0]) for f in families.values()]
 
 
-def markdown(table: pd.DataFrame) -> str:
+def page(table: pd.DataFrame) -> str:
     """The comparisons as Markdown: a section a claim, a row a pair, differences by slice."""
     shown = [
         name for name in dict.fromkeys(table["slice"]) if not is_product(slices.parse(name).family)
     ]
     parts = [
-        "Differences (first less second), with the percentile bootstrap 95 % interval over users; "
+        "Differences (first minus second), with the percentile bootstrap 95 % interval over users; "
         "\\* two-sided paired t-test over users, p < 0.05. A user's value is its mean over the "
         "seeds that both have, so the interval covers other users, not other seeds.\n"
     ]
@@ -72,7 +72,7 @@ def markdown(table: pd.DataFrame) -> str:
         body = []
         for (name, against), pair in rows.groupby(["name", "against"], sort=False):
             at = pair.set_index("slice").reindex(shown)
-            label = slices.family_label(f"{name} - {against}")
+            label = " - ".join(names.decode_key(str(side)) for side in (name, against))
             body.append([label, *(_cell(row) for _, row in at.iterrows())])
         parts += [f"## {claim}\n", f"Claim: {CLAIMS[str(claim)]}.\n"]
         parts += [text.markdown_table(header, body), ""]

@@ -3,7 +3,6 @@
 Start the command several times, once for each core or device, to share the work.
 """
 
-import functools
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -13,7 +12,7 @@ from seqfair_jax.config import format_value, resolve
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.errors import UserError
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.paper import claims, tables
+from seqfair_jax.paper import choice, claims, tables
 from seqfair_jax.paper.table1 import table_1a, table_1b
 from seqfair_jax.report import text
 from seqfair_jax.sweeps import cost, grid, jobs
@@ -57,29 +56,31 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         workdir.remove_unfinished(folder)
         runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder)
         workdir.write_json(folder / _PLAN, {"runs_per_job": runs_per_job})
-    choose = functools.partial(
-        tables.choose,
-        directory=folder,
-        seeds=grid.choice_seeds(base, settings),
-        families=settings.families,
-    )
+    read: dict[str, list[choice.Result]] = {}  # by the job's name; each is read once
+
+    def results(of_jobs: list[jobs.Job]) -> list[choice.Result]:
+        done = jobs.done(of_jobs, folder)
+        read.update({j.name: choice.read_job(j, folder) for j in done if j.name not in read})
+        return [result for job in done for result in read[job.name]]
+
+    common = {"seeds": grid.choice_seeds(base, settings), "families": settings.families}
     first = grid.plan(base, settings, runs_per_job=runs_per_job)
     errors = jobs.work(first, folder)
-    done = jobs.done(first, folder)
+    found = results(first)
     chosen = []
     for rule in RULES:
-        for entry in choose(done, rule=rule):
-            value = (entry.method, entry.family or None, entry.hparams)
+        for (method, family), hparams in choice.choose_values(found, rule, **common).items():
+            value = (method, family or None, hparams)
             chosen += [value] if value not in chosen else []
     more = grid.plan_chosen(base, settings, chosen, runs_per_job=runs_per_job)
     errors |= jobs.work(more, folder)
     failed = jobs.failures(errors, [*first, *more], folder)
     with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
         # All jobs that are finished now, also those that other processes trained.
-        done = jobs.done([*first, *more], folder)
-        if failed and not any(job.method == "erm" for job in done):
+        found = results([*first, *more])
+        if failed and not any(result.method == "erm" for result in found):
             raise SystemExit(f"no tables without a finished ERM run\n{failed}")
-        entries = {rule: choose(done, rule=rule) for rule in RULES}
+        entries = {rule: choice.choose(found, rule, **common) for rule in RULES}
         source = (
             f"seqfair_jax {__version__}, settings {grid.config_hash(base, settings)}, log "
             f"{experiment.dataset.log_hash[:12]}."
@@ -95,7 +96,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
 
 
 def _write_tables(
-    entries: dict[str, list[tables.Entry]],
+    entries: dict[str, list[choice.Entry]],
     dataset: str,
     metric: str,
     directory: Path,
@@ -104,9 +105,9 @@ def _write_tables(
     longs = [tables.long_table(found, metric, rule) for rule, found in entries.items()]
     files = tables.write(longs, dataset, metric, directory, source=source)
     for rule, found in entries.items():
-        table = claims.compare(found, metric)
+        table = claims.compare_methods(found, metric)
         title = f"# {dataset}: the claims, test {metric}, chosen by {rule} on validation"
-        page = "\n\n".join([title, source, claims.markdown(table)])
+        page = "\n\n".join([title, source, claims.page(table)])
         for ending, content in (("md", page), ("csv", table.to_csv(index=False))):
             path = directory / f"{rule}-claims.{ending}"
             workdir.write_text(path, content)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -71,6 +74,29 @@ def group_axis(axes: Axes, labels: Sequence[str], *, width: float) -> None:
         range(len(labels)), [_shorten(label, 24) for label in labels],
         parse_math=False, rotation=50, ha="right", rotation_mode="anchor",
     )  # fmt: skip
+
+
+def change_bars(
+    axes: Axes, places: np.ndarray, rows: pd.DataFrame, number: int, *, width: float = 0.8
+) -> tuple[Artist, list[float]]:
+    """Bars of the percentage change against a baseline, with its interval (paper, figures 1 and 2).
+
+    Args:
+        axes: the plot.
+        places: where the bars are on the axis.
+        rows: columns baseline, difference, low and high, a row for each bar. A bar against a
+            baseline of 0 is left out.
+        number: of the colour.
+        width: of a bar.
+
+    Returns:
+        the bars, for a legend, and all ends of bars and intervals.
+    """
+    scale = 100 / rows["baseline"].where(rows["baseline"] > 0)
+    change, low, high = (rows[name] * scale for name in ("difference", "low", "high"))
+    bars: Any = axes.bar(places, change, width, color=colour(number), alpha=0.85)
+    axes.vlines(places, low, high, color="black", linewidth=1)
+    return bars, pd.concat([change, low, high]).dropna().tolist()
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ from seqfair_jax import __version__, workdir
 from seqfair_jax.config import format_value
 from seqfair_jax.evaluation import slices
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.report import figures, text
-from seqfair_jax.report.runs import FinishedRun, failed_runs, read_consistent
+from seqfair_jax.report import figures, names, text
+from seqfair_jax.report.runs import FinishedRun, failed_runs, shared_families
 from seqfair_jax.training.selection import is_result
 
 
@@ -64,7 +64,7 @@ class Section(NamedTuple):
 
 
 def write(
-    folders: Sequence[Path],
+    runs: Sequence[FinishedRun],
     path: Path,
     metric: str,
     *,
@@ -80,16 +80,16 @@ def write(
     Runs that failed are listed, and are in no mean, rank, figure or curve.
 
     Args:
-        folders: work directories of finished runs on one log.
+        runs: finished runs on one log, from `runs.read_runs`.
         path: the file to write; replaced if it exists.
         metric: such as NDCG@20.
         family: the one to show, as its user wrote it; None shows all that the runs share.
-        rows: the tests against a baseline, from `runs.compare_folders`; None shows none.
+        rows: the tests against a baseline, from `runs.compare_runs`; None shows none.
 
     Raises:
-        UserError: as `runs.read_consistent`.
+        UserError: as `runs.shared_families`.
     """
-    runs, families = read_consistent(folders, metric, family)
+    families = shared_families(runs, metric, family)
     results = [run for run in runs if is_result(run.summary)]
     dataset = runs[0].summary["dataset"]
     sections = [_results(runs, metric, name, rows) for name in families]
@@ -110,7 +110,7 @@ def write(
         dataset=dataset,
         failed=failed_runs(runs),
         sections=sections,
-        settings=_settings(folders),
+        settings=_settings(runs),
         version=__version__,
     )
     workdir.write_text(path, page)
@@ -135,17 +135,14 @@ def _results(
 
 def _result_table(numbers: pd.DataFrame, rows: pd.DataFrame | None) -> Table:
     columns = text.shown_slices(numbers)
-    is_method = ~numbers["name"].map(text.is_baseline)
+    is_method = ~numbers["name"].map(names.is_baseline)
     starred = set()
     if rows is not None:
         with_star = rows[rows["star"]]
         starred = set(zip(with_star["name"], with_star["slice"], strict=True))
-    marks = {}  # the two best values of each column, as printed, among the methods
-    for column in columns:
-        top = text.top_two(numbers.loc[is_method, column])
-        marks[column] = dict(zip(top, ("best", "second"), strict=False))
+    places = {column: text.best_places(numbers[column], is_method) for column in columns}
     body = []
-    for method, record in zip(is_method, numbers.to_dict("records"), strict=True):
+    for row, (method, record) in enumerate(zip(is_method, numbers.to_dict("records"), strict=True)):
         name = str(record["name"])
         cells = [Cell(text.row_label(name, record["seeds"]))]
         for column in columns:
@@ -156,7 +153,7 @@ def _result_table(numbers: pd.DataFrame, rows: pd.DataFrame | None) -> Table:
             cells.append(
                 Cell(
                     f"{value:.4f}",
-                    mark=marks[column].get(round(value, 4), "") if method else "",
+                    mark=("", "best", "second")[places[column][row]],
                     star=(name, column) in starred,
                     half="" if np.isnan(half) else f"±{half:.4f}",
                 )
@@ -173,16 +170,12 @@ def _change_images(rows: pd.DataFrame, family: str, columns: Sequence[str]) -> l
     lowest, highest = 0.0, 0.0
     for number, (name, part) in enumerate(rows.groupby("name", sort=False)):
         part = part.set_index("slice").reindex(shown)
-        scale = 100 / part["baseline"].where(part["baseline"] > 0)
-        change, low, high = (part[column] * scale for column in ("difference", "low", "high"))
         figure, axes = figures.panel(str(name), num_groups=len(shown))
-        axes.bar(places, change, color=figures.colour(number), alpha=0.85)
-        axes.vlines(places, low, high, color="black", linewidth=1)
+        _, ends = figures.change_bars(axes, places, part, number)
         axes.axhline(0, color="black", linewidth=0.8)
         figures.group_axis(axes, slices.labels(shown), width=figure.get_figwidth() - 0.8)
         axes.set_ylabel("change, %", fontsize=8)
-        ends = [0.0, *pd.concat([change, low, high]).dropna()]
-        lowest, highest = min(lowest, *ends), max(highest, *ends)
+        lowest, highest = min([lowest, *ends]), max([highest, *ends])
         alt = f"{name}, {slices.family_label(family)}: percentage change against the baseline"
         drawn.append((figure, axes, alt))
     margin = 0.05 * (highest - lowest) or 1.0
@@ -340,8 +333,9 @@ def _times(runs: Sequence[FinishedRun]) -> Section:
     return Section("Time", note, Table(header, body))
 
 
-def _settings(folders: Sequence[Path]) -> list[tuple[str, str]]:
-    """Each folder once, with its `config.json` and `env.json` as text."""
+def _settings(runs: Sequence[FinishedRun]) -> list[tuple[str, str]]:
+    """Each work directory once, with its `config.json` and `env.json` as text."""
+    folders = [folder for run in runs for folder in run.named]
     unique = {folder.resolve(): folder for folder in folders}.values()
     parts = {"config": workdir.CONFIG, "env": workdir.ENVIRONMENT}
     return [

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from seqfair_jax import workdir
-from seqfair_jax.config import RESUMABLE, flatten, format_value
+from seqfair_jax.config import RESUMABLE, flatten
 from seqfair_jax.data.groups import encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import parse_metric
 from seqfair_jax.objectives import HParams
+from seqfair_jax.report.names import method_name
 from seqfair_jax.training.selection import RULES, is_result
 
 # Settings that runs of one row may differ in; `method_name` shows the objective's values.
@@ -26,6 +27,7 @@ class FinishedRun(NamedTuple):
     folder: Path
     name: str  # of its row: runs of one name differ only in the seed
     summary: dict[str, Any]
+    named: tuple[Path, ...] = ()  # the folders that the user named it by: its own, or its grid's
 
 
 def read_summaries(folder: Path) -> list[dict[str, Any]]:
@@ -36,16 +38,23 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
 def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """The runs of work directories; runs with different settings get different names.
 
+    This checks all files of the runs, so the result is passed on.
+
     Raises:
         UserError: if a folder is not finished or is damaged, or two runs differ in nothing.
     """
+    named: dict[Path, list[Path]] = {}  # a grid and one of its runs may both be
+    for folder in folders:
+        for part in workdir.finished_folders(folder.resolve()):
+            named.setdefault(part, []).append(folder)
     found = []
-    parts = [part for folder in folders for part in workdir.finished_folders(folder.resolve())]
-    for part in dict.fromkeys(parts):  # a grid and one of its runs may both be named
+    for part in named:
         summary = workdir.read_summary(part)
         settings = dict(flatten(workdir.read_json(part / workdir.CONFIG) or {}))
         kept = {key: str(settings[key]) for key in settings if key not in _FREE}
-        found.append((part, method_name(summary), kept, summary))
+        family = summary["group_family"] if summary["needs_groups"] else ""
+        name = method_name(summary["method"], family, summary["hparams"])
+        found.append((part, name, kept, summary))
     variants: dict[str, list[dict[str, str]]] = {}
     for _, name, kept, _ in found:
         variants.setdefault(name, []).append(kept)
@@ -56,7 +65,8 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             for key in kept
             if any(other.get(key) != kept[key] for other in variants[name])
         ]
-        run = FinishedRun(part, slices.printable(" ".join([name, *differing])), summary)
+        shown = slices.printable(" ".join([name, *differing]))
+        run = FinishedRun(part, shown, summary, tuple(named[part]))
         first = runs.setdefault((run.name, summary["seed"]), run)
         if first is not run:
             raise UserError(
@@ -66,25 +76,18 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     return list(runs.values())
 
 
-def read_consistent(
-    folders: Sequence[Path], metric: str, family: str | None
-) -> tuple[list[FinishedRun], list[str]]:
-    """All folders' runs, checked to belong into one table, and the families to show.
+def shared_families(runs: Sequence[FinishedRun], metric: str, family: str | None) -> list[str]:
+    """The canonical names of the families to show of runs that belong into one table.
 
     Args:
-        folders: work directories of finished runs.
+        runs: from `read_runs`.
         metric: such as NDCG@20.
         family: as its user wrote it, or its canonical name; None for all that the runs share.
 
-    Returns:
-        the runs, and the canonical names of the families.
-
     Raises:
-        UserError: if a folder is not finished, two runs are the same, the logs differ, or the
-            metric or family is not in some run's results.
+        UserError: if the logs differ, or the metric or family is not in some run's results.
     """
     parse_metric(metric)
-    runs = read_runs(folders)
     first = runs[0]
     families: list[str] | None = None
     for run in runs:
@@ -93,7 +96,7 @@ def read_consistent(
         if metric not in _baseline(summary):
             raise UserError(
                 f"{run.folder}: {metric} was not evaluated; there are "
-                f"{', '.join(_baseline(summary))}"
+                f"{', '.join(_baseline(summary))}; choose one of these, or leave this run out"
             )
         found = slices.families_in(_baseline(summary)[metric])
         if family is not None:
@@ -101,13 +104,17 @@ def read_consistent(
             if not known:
                 raise UserError(
                     f"{run.folder}: family {family!r} was not evaluated; there are "
-                    f"{', '.join(map(slices.family_label, found))}"
+                    f"{', '.join(map(slices.family_label, found))}; choose one of these, or leave "
+                    "this run out"
                 )
             found = known[:1]
         families = [name for name in found if families is None or name in families]
     if not families:
-        raise UserError("the runs share no group family: each was evaluated by other families")
-    return runs, families
+        raise UserError(
+            "the runs share no group family: each was evaluated by other families; report them one "
+            "by one, or train with the same `groups`"
+        )
+    return families
 
 
 def _check_dataset(run: FinishedRun, first: FinishedRun) -> None:
@@ -120,7 +127,8 @@ def _check_dataset(run: FinishedRun, first: FinishedRun) -> None:
     if differing:
         raise UserError(
             f"{run.folder} and {first.folder} were trained on different logs or splits "
-            f"({', '.join(differing)}): they cannot be compared in one table"
+            f"({', '.join(differing)}): they cannot be compared in one table; report them one by "
+            "one"
         )
 
 
@@ -139,12 +147,17 @@ def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.DataFrame:
+    """The tests of work directories against one of them (`compare_runs`)."""
+    return compare_runs(read_runs([baseline, *folders]), baseline, metric)
+
+
+def compare_runs(runs: Sequence[FinishedRun], baseline: Path, metric: str) -> pd.DataFrame:
     """Paired tests of every method against the runs of one folder (`significance.compare`).
 
     Args:
-        folders: work directories of finished runs; `baseline` may be among them, and other seeds
-            of its method count as the baseline too.
-        baseline: the work directory to compare with, of a single method.
+        runs: from `read_runs`, those of `baseline` among them.
+        baseline: the work directory to compare with, of a single method. Other seeds of its method
+            count as the baseline too.
         metric: such as NDCG@20.
 
     Raises:
@@ -153,14 +166,20 @@ def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.
     """
     from seqfair_jax.evaluation import significance  # scipy.stats imports in half a second
 
-    runs = read_runs([baseline, *folders])
-    own = set(workdir.finished_folders(baseline.resolve()))
-    names = list(dict.fromkeys(run.name for run in runs if run.folder in own))
+    path = baseline.resolve()
+    own = [run for run in runs if path in (folder.resolve() for folder in run.named)]
+    names = list(dict.fromkeys(run.name for run in own))
     if len(names) != 1:
-        raise UserError(f"--baseline={baseline} has several methods: {', '.join(names)}")
-    before = _per_user([run for run in runs if run.name in names], "overall").get(names[0])
+        raise UserError(
+            f"--baseline={baseline} has several methods: {', '.join(names)}; name the folder of "
+            "one run"
+        )
+    seeds = [*own, *(run for run in runs if run.name in names and run not in own)]
+    before = _per_user(seeds, "overall").get(names[0])
     if before is None:
-        raise UserError(f"--baseline={baseline} has no run that succeeded")
+        raise UserError(
+            f"--baseline={baseline} has no run that succeeded; name the folder of another run"
+        )
     others = [run for run in runs if run.name not in names]
     methods: dict[str, dict[int, pd.DataFrame]] = {}
     for rule in RULES:
@@ -182,12 +201,3 @@ def _per_user(runs: Sequence[FinishedRun], rule: str) -> dict[str, dict[int, pd.
             row = run.name + RULES[rule].label
             found.setdefault(row, {})[run.summary["seed"]] = table
     return found
-
-
-def method_name(summary: dict[str, Any]) -> str:
-    """A run's method, its loss family if it has one, and the objective's values."""
-    values = ", ".join(f"{key}={format_value(v)}" for key, v in summary["hparams"].items())
-    family = ""
-    if summary["needs_groups"]:
-        family = f" ({slices.family_label(summary['group_family'])})"
-    return f"{summary['method']}{family}{' ' + values if values else ''}"

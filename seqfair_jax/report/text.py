@@ -11,7 +11,8 @@ from scipy.special import stdtrit
 
 from seqfair_jax.data.groups import encode_name
 from seqfair_jax.evaluation import slices
-from seqfair_jax.report.runs import FinishedRun, failed_runs, read_consistent
+from seqfair_jax.report.names import baseline_name, is_baseline
+from seqfair_jax.report.runs import FinishedRun, failed_runs, read_runs, shared_families
 from seqfair_jax.training.selection import RULES, is_result
 
 # What Markdown would read as markup: an underscore between letters is none, a bracket only before
@@ -24,6 +25,11 @@ class Markdown(str):
 
 
 def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -> str:
+    """The text tables of work directories (`run_tables`)."""
+    return run_tables(read_runs(folders), metric, family=family)
+
+
+def run_tables(runs: Sequence[FinishedRun], metric: str, *, family: str | None = None) -> str:
     """One text table for each group family: a row for each method, then the baselines' rows.
 
     Runs that differ only in the seed share a row: their mean and, from two seeds on, the
@@ -31,14 +37,14 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
     settings, the rows' names show which. Runs that failed are listed below, and are in no mean.
 
     Args:
-        folders: work directories of finished runs on one log.
+        runs: finished runs on one log, from `runs.read_runs`.
         metric: such as NDCG@20.
         family: the one to show, as its user wrote it; None shows all that the runs share.
 
     Raises:
-        UserError: as `runs.read_consistent`.
+        UserError: as `runs.shared_families`.
     """
-    runs, families = read_consistent(folders, metric, family)
+    families = shared_families(runs, metric, family)
     title = f"{runs[0].summary['dataset']['name']}, {metric} on the test targets"
     parts = [
         f"{title}, {slices.family_label(name)}\n{_text(table(runs, metric, name))}"
@@ -51,7 +57,7 @@ def comparison(rows: pd.DataFrame, baseline: Path, metric: str, family: str | No
     """The tests against a baseline as text.
 
     Args:
-        rows: from `runs.compare_folders`.
+        rows: from `runs.compare_runs`.
         baseline: the folder that was compared with.
         metric: such as NDCG@20.
         family: as for `tables`.
@@ -82,7 +88,7 @@ def table(runs: Sequence[FinishedRun], metric: str, family: str) -> pd.DataFrame
                 found = run.summary["test" + rule.suffix][metric]
                 rows.setdefault(run.name + rule.label, []).append(found)
     for name, metrics in runs[0].summary["baselines"].items():
-        rows[f"[{name}]"] = [metrics[metric]]
+        rows[baseline_name(name)] = [metrics[metric]]
     # Runs may differ in the groups of a family; a slice that a run lacks is NaN.
     known = dict.fromkeys(name for found in rows.values() for seed in found for name in seed)
     shown = [
@@ -114,11 +120,6 @@ def row_label(name: str, seeds: int) -> str:
     return f"{name} ({seeds} seeds)" if seeds > 1 else name
 
 
-def is_baseline(name: str) -> bool:
-    """Whether a row's name is that of a baseline without training, such as [markov]."""
-    return name.startswith("[")
-
-
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table; cells are plain text, except `Markdown` ones."""
     lines = ["| " + " | ".join(map(escape_markdown, cells)) + " |" for cells in (header, *rows)]
@@ -132,9 +133,18 @@ def escape_markdown(text: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", slices.printable(text))
 
 
-def top_two(values: Iterable[float]) -> list[float]:
-    """The best and the second best figure of a column as printed, to four digits; no NaN."""
-    return sorted({round(value, 4) for value in values if not np.isnan(value)}, reverse=True)[:2]
+def best_places(values: Iterable[float], is_method: Iterable[bool]) -> list[int]:
+    """For each figure of a column 1 if it is the best, 2 if it is the second best, otherwise 0.
+
+    Figures are compared as printed, to four digits, and equal ones share a place. Baselines have
+    none.
+    """
+    printed = [
+        round(value, 4) if method else np.nan
+        for value, method in zip(values, is_method, strict=True)
+    ]
+    top = sorted({value for value in printed if not np.isnan(value)}, reverse=True)[:2]
+    return [top.index(value) + 1 if value in top else 0 for value in printed]
 
 
 def _half_width(values: np.ndarray) -> float:

@@ -1,0 +1,112 @@
+"""Printed tables as Markdown and LaTeX."""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from seqfair_jax.evaluation import slices
+from seqfair_jax.paper.layouts import Cells
+from seqfair_jax.report import names, text
+
+# What LaTeX reads as a command. A bracket or star could be an option of the row before.
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
+    "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}", "`": r"\textasciigrave{}",
+    "[": "{[}", "*": "{*}", "×": r"$\times$", "±": r"$\pm$",
+}  # fmt: skip
+_ACCENTED = re.compile("[À-ÿ]")  # letters that every pdflatex has...
+_UNAVAILABLE = "Ð×Þð÷þ"  # ...except these
+
+
+def _decorated(
+    table: Cells, best: Callable[[str], str], second: Callable[[str], str]
+) -> list[list[str]]:
+    """Cells as text: four digits, star, standard deviation over seeds; the best two marked."""
+    is_method = [not names.is_baseline(label) for label in table.figures.index]
+    values = table.figures.to_numpy(float)
+    starred = table.stars.to_numpy(bool)
+    deviations = table.deviations.to_numpy(float)
+    places = np.array([text.best_places(column, is_method) for column in values.T]).T
+    rows = []
+    for i in range(len(values)):
+        row = []
+        for j, (value, deviation) in enumerate(zip(values[i], deviations[i], strict=True)):
+            if np.isnan(value):
+                row.append("-")
+                continue
+            cell = (str, best, second)[places[i, j]](f"{value:.4f}" + "*" * bool(starred[i, j]))
+            row.append(cell + ("" if np.isnan(deviation) else f" ± {deviation:.4f}"))
+        rows.append(row)
+    return rows
+
+
+def markdown(table: Cells) -> str:
+    """A GitHub table; the columns' heads are a family and a group."""
+    cells = _decorated(table, "**{}**".format, "<u>{}</u>".format)
+    return _with_heads(table.figures, [list(map(text.Markdown, row)) for row in cells])
+
+
+def _with_heads(values: pd.DataFrame, body: Sequence[Sequence[str]]) -> str:
+    """A table of these cells, with the heads and labels of `values`."""
+    heads = [" ".join(filter(None, map(str, column))) for column in values.columns]
+    rows = [[str(label), *row] for label, row in zip(values.index, body, strict=True)]
+    return text.markdown_table(["Method", *heads], rows)
+
+
+def escape_latex(name: str) -> str:
+    """A name as LaTeX that prints it; a letter that pdflatex lacks is printed as its code."""
+    escaped = "".join(map(_latex_character, slices.printable(name)))
+    return re.sub("-(?=-)", "-{}", escaped)  # no dash of two hyphens
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX:
+        return _LATEX[character]
+    if character.isascii() or (_ACCENTED.match(character) and character not in _UNAVAILABLE):
+        return character
+    return f"U+{ord(character):04X}"
+
+
+def latex(table: Cells, caption: str) -> str:
+    """A booktabs table; needs \\usepackage{booktabs}."""
+    values = table.figures
+    body = _decorated(table, r"\textbf{{{}}}".format, r"\underline{{{}}}".format)
+    body = [[cell.replace("±", r"$\pm$") for cell in row] for row in body]
+    spans = [
+        (head, len(list(run))) for head, run in itertools.groupby(values.columns, lambda c: c[0])
+    ]
+    ends = list(itertools.accumulate((width for _, width in spans), initial=1))
+    heads = [rf"\multicolumn{{{width}}}{{c}}{{{escape_latex(head)}}}" for head, width in spans]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape_latex(caption)}}}",
+        r"\begin{tabular}{l" + "r" * values.shape[1] + "}",
+        r"\toprule",
+        " & ".join(["", *heads]) + r" \\",
+        "".join(
+            rf"\cmidrule(lr){{{start + 1}-{start + width}}}"
+            for start, (_, width) in zip(ends, spans, strict=False)
+        ),
+        " & ".join(["Method", *(escape_latex(column[1]) for column in values.columns)]) + r" \\",
+        r"\midrule",
+    ]
+    previous_is_method = True
+    for label, row in zip(values.index, body, strict=True):
+        is_method = not names.is_baseline(label)
+        if previous_is_method and not is_method:
+            lines.append(r"\midrule")
+        previous_is_method = is_method
+        lines.append(" & ".join([escape_latex(label), *row]) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def signed_markdown(values: pd.DataFrame) -> str:
+    """A GitHub table of differences."""
+    body = values.map(lambda x: "-" if np.isnan(x) else f"{x:+.4f}")
+    return _with_heads(values, body.to_numpy().tolist())

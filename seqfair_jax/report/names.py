@@ -1,0 +1,53 @@
+"""What the rows of all tables are called: methods and baselines."""
+
+from collections.abc import Mapping
+
+from seqfair_jax.config import format_value
+from seqfair_jax.data.groups import decode_name
+from seqfair_jax.evaluation import slices
+from seqfair_jax.objectives import METHODS
+
+
+def method_name(
+    method: str,
+    family: str = "",
+    hparams: Mapping[str, float] | None = None,
+    *,
+    form: str = "report",
+) -> str:
+    """A method, the family of its loss, and in a report its values.
+
+    Args:
+        method: a key of `METHODS`, or a baseline's name.
+        family: of the loss, canonical; "" for a method without groups.
+        hparams: the values of the method's hyperparameters.
+        form: "report": `gdro (pop33) step_size=0.01`. "key": `gdro(pop33)`, with the canonical
+            name of the family. "paper": `GDRO_pop33`.
+    """
+    if form == "key":
+        return f"{method}({family})" if family else method
+    if form == "paper":
+        label = METHODS[method].label if method in METHODS else method
+        return f"{label}_{slices.family_label(family, times='×')}" if family else label
+    shown = f"{method} ({slices.family_label(family)})" if family else method
+    return " ".join(filter(None, [shown, values_text(hparams or {})]))
+
+
+def values_text(hparams: Mapping[str, float]) -> str:
+    """The values of hyperparameters: `step_size=0.01, stream_rate=0.1`."""
+    return ", ".join(f"{key}={format_value(value)}" for key, value in hparams.items())
+
+
+def decode_key(name: str) -> str:
+    """A `method_name` of the form "key" with the family as its user wrote it."""
+    return slices.printable(decode_name(name))
+
+
+def baseline_name(name: str) -> str:
+    """The row of a baseline without training: `[markov]`."""
+    return f"[{name}]"
+
+
+def is_baseline(name: str) -> bool:
+    """Whether a row's name is a `baseline_name`."""
+    return name.startswith("[")
