@@ -214,6 +214,7 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_is():
     ("changes", "message"),
     [
         ({"sweep.methods": ("erm", "xyz")}, "sweep.methods: 'xyz' is unknown"),
+        ({"sweep.methods": ("erm", "cvra")}, "'cvra' is unknown .did you mean 'cvar'"),
         ({"sweep.alpha": ()}, "sweep.alpha is empty"),
         ({"sweep.alpha": (0.3, 0.3)}, r"sweep.alpha is \(0.3, 0.3\): expected unequal numbers"),
         ({"sweep.alpha": ("x",)}, r"sweep.alpha is \('x',\): expected unequal numbers"),

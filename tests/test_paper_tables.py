@@ -16,6 +16,7 @@ from seqfair_jax.paper import layouts, render, tables
 from seqfair_jax.paper.choice import Entry
 from seqfair_jax.paper.layouts import Column, Layout
 from seqfair_jax.paper.table1 import table_1a, table_1b
+from seqfair_jax.training.selection import RULES
 
 NDCG = "NDCG@20"
 USERS = 60
@@ -245,6 +246,12 @@ def test_names_from_data_in_every_file(tmp_path):
     assert {path.parent for path in files} == {tmp_path}
     assert len(files) == len({path.name for path in files}) == len(list(tmp_path.iterdir()))
     page = (tmp_path / "overall.md").read_text()
+    assert "chosen by the worst group" not in page
+    tables.write([long.assign(rule="worst_group")], "csv", NDCG, tmp_path / "worst", source="here")
+    assert (
+        f"baselines without training. {RULES['worst_group'].note}\n"
+        in (tmp_path / "worst" / "worst_group.md").read_text()
+    )
     assert page.splitlines()[0] == rf"# csv \| a_b %: test {NDCG}, chosen by overall on validation"
     assert r"## Groups of pop33×R&D 10% [x]\*y\*" in page
     header = next(line for line in page.splitlines() if "10% [x]\\*y\\* VIP" in line)

@@ -82,7 +82,13 @@ def test_tables_and_figures_of_a_sweep(finished, capsys):
 def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch, capsys):
     before = (finished / "tables" / "overall.md").read_text()
     monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("trained again"))
+    read = []
+    folders_of = workdir.finished_folders
+    monkeypatch.setattr(
+        workdir, "finished_folders", lambda folder: read.append(folder.name) or folders_of(folder)
+    )
     reproduce(tiny(), finished)
+    assert read == ["erm", "gdro-pop33", "gdro-seq33", "cvar"]  # each once: it hashes all files
     assert (finished / "tables" / "overall.md").read_text() == before
     with pytest.raises(UserError, match="was started with"):
         reproduce(tiny(**{"sweep.runs_per_job": 1}), finished)

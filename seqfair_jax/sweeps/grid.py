@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from seqfair_jax import workdir
 from seqfair_jax.config import default_config, format_value, resolve
 from seqfair_jax.data.groups import FAMILIES, family_parts, is_union
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.objectives import METHODS, HParams
 from seqfair_jax.sweeps.jobs import Job
 
@@ -61,7 +61,8 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     known = default_sweep()
     for key in sweep:
         if key not in known:
-            raise UserError(f"sweep.{key} is not a setting; known: {', '.join(known)}")
+            hint = did_you_mean(key, known)
+            raise UserError(f"sweep.{key} is not a setting{hint}; known: {', '.join(known)}")
     for key in known:
         if key not in sweep:
             sweep[key] = known[key]
@@ -79,7 +80,10 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     for key in ("methods", "intersection_methods", "one_seed_methods"):
         for method in sweep[key]:
             if method not in METHODS:
-                raise UserError(f"sweep.{key}: {method!r} is unknown; known: {', '.join(METHODS)}")
+                raise UserError(
+                    f"sweep.{key}: {method!r} is unknown{did_you_mean(method, METHODS)}; known: "
+                    f"{', '.join(METHODS)}"
+                )
     for method in sweep.intersection_methods:
         if not METHODS[method].needs_groups:
             raise UserError(f"sweep.intersection_methods: {method} does not use groups")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.config import flatten, resolve
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation.slices import NEW, OVERALL, REPEAT
 from seqfair_jax.report import text
 from seqfair_jax.report.runs import read_summaries
@@ -122,7 +122,8 @@ def split_search(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
     unknown = sorted(set(settings) - set(default_search()))
     if unknown:
         raise UserError(
-            f"search.{unknown[0]} is not a setting; known: {', '.join(default_search())}"
+            f"search.{unknown[0]} is not a setting{did_you_mean(unknown[0], default_search())}; "
+            f"known: {', '.join(default_search())}"
         )
     for key, value in default_search().items():
         if key not in settings:
@@ -145,7 +146,10 @@ def split_search(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
 
 def _check_values(key: str, values: Any, known: Mapping[str, Any]) -> None:
     if key not in known:
-        raise UserError(f"search.grid.{key} is not a setting of a run")
+        raise UserError(
+            f"search.grid.{key} is not a setting of a run{did_you_mean(key, known)}: name it as in "
+            "config.py, such as model.dim"
+        )
     setting = known[key]
     if not isinstance(setting, int | float | str):
         raise UserError(f"search.grid.{key}: the setting is {setting!r}, expected a single value")
