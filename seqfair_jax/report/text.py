@@ -25,7 +25,7 @@ class Markdown(str):
 
 
 def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -> str:
-    """The text tables of work directories (`run_tables`)."""
+    """The text tables of the finished runs in work directories (`run_tables`)."""
     return run_tables(read_runs(folders), metric, family=family)
 
 

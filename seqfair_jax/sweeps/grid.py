@@ -67,7 +67,7 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
         if key not in sweep:
             sweep[key] = known[key]
         if isinstance(known[key], tuple) and known[key] and not tuple(sweep[key]):
-            raise UserError(f"sweep.{key} is empty")
+            raise UserError(f"sweep.{key} is empty: give at least one")
     names = ("methods", "families", "intersections", "intersection_methods", "one_seed_methods")
     for key in names:  # `--config.sweep.methods=erm,cvar` is one string
         sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(",") if part)
@@ -86,7 +86,7 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
                 )
     for method in sweep.intersection_methods:
         if not METHODS[method].needs_groups:
-            raise UserError(f"sweep.intersection_methods: {method} does not use groups")
+            raise UserError(f"sweep.intersection_methods: {method} does not use groups; remove it")
     for family in sweep.intersections:
         unknown = set(family_parts(family)) - set(sweep.families)
         if unknown or family in sweep.families:
