@@ -83,7 +83,8 @@ def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) 
             if job.name not in results:
                 summaries = read_summaries(workdir.job_folder(folder, job.name))
                 results[job.name] = list(filter(selection.is_result, summaries))
-        return _rank(points, results, metric)
+        in_order = {name: results[name] for name in planned if name in results}
+        return _rank(points, in_order, metric)
 
     if order:
         best = {key: values[0] for key, values in grid.items()}
