@@ -1,17 +1,18 @@
 import os
 from pathlib import Path
 
-import jax
-import pytest
-
 # Compiled programs are shared by the tests of a session, its worker processes and the commands
-# that tests start.
-_CACHE = os.environ.setdefault(
+# that tests start. JAX reads these when it is imported. By default it does not store programs
+# that compile in less than a second.
+os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
 )
-jax.config.update("jax_compilation_cache_dir", _CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+import jax
+import pytest
+from runs import finish, small
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,18 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("SEQFAIR_DATA is unset: no real log to test on")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Finished runs: call it with the arguments of `small`. Copy a folder before you change it."""
+    made = {}
+
+    def get(method="erm", **changes):
+        config = small(method, **changes)
+        key = config.to_json()
+        if key not in made:
+            made[key] = finish(config, tmp_path_factory.mktemp("finished") / "run")
+        return made[key]
+
+    return get

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqfair_jax.errors import UserError
 from seqfair_jax.training import checkpoint
 
 
@@ -23,14 +24,14 @@ def flip_a_byte(path, place=None):
     path.write_bytes(bytes(content))
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_saved_tree_is_loaded(tmp_path):
     tree = make_tree()
     checkpoint.save(tmp_path / "a", tree, {"epoch": 3})
     found, progress = checkpoint.load(tmp_path / "a", make_tree(0.0))
     assert jax.tree.structure(found) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, found, tree)
     assert progress == {"epoch": 3}
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]  # nothing unfinished is left
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]  # no temporary files
 
 
 def test_saving_again_replaces(tmp_path):
@@ -101,7 +102,7 @@ def test_a_missing_or_added_file_is_found(tmp_path):
 )
 def test_another_dtype_shape_or_name_is_refused(tmp_path, template, message):
     checkpoint.save(tmp_path / "a", make_tree(), {})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         checkpoint.load(tmp_path / "a", template)
 
 
@@ -123,7 +124,7 @@ def test_only_the_newest_steps_are_kept(tmp_path):
 def test_a_broken_latest_falls_back_to_the_one_before(tmp_path, caplog):
     for step in (1, 2):
         checkpoint.save_step(tmp_path, step, make_tree(float(step)), {"step": step})
-    (tmp_path / "3").mkdir()  # a folder that holds nothing
+    (tmp_path / "3").mkdir()  # an empty folder
     flip_a_byte(tmp_path / "2" / "progress.json")
     _, progress = checkpoint.load_latest(tmp_path, make_tree())
     assert progress == {"step": 1}

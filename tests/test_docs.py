@@ -15,7 +15,8 @@ import pytest
 
 from seqfair_jax import __main__ as seqfair
 from seqfair_jax import cli
-from seqfair_jax.config import default_config, flatten, resolve
+from seqfair_jax.config import RESUMABLE, default_config, flatten, resolve
+from seqfair_jax.errors import UserError
 from seqfair_jax.sweeps import grid, search
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ PAGES = sorted(
     path
     for pattern in ("*.md", "docs/*.md", "docs/results/README.md", "third_party_data/*.md")
     for path in ROOT.glob(pattern)
-    if path.name != "CHANGELOG.md"  # it names what is gone
+    if path.name != "CHANGELOG.md"  # it names what was removed
 )
 PROGRAMS = ("python", "python3", "seqfair", "pip", "make", "pre-commit")
 _CALL = re.compile(r"\bseqfair [a-z]|python3? -m (?:seqfair_jax|benchmarks)")
@@ -100,7 +101,7 @@ def check_call(arguments):
         patch.setattr(cli.Command, "run", parse)
         try:
             seqfair.main(arguments)
-        except (ValueError, SystemExit) as error:
+        except (UserError, SystemExit) as error:
             if error.args != (0,):  # --help
                 raise DocsError(f"{arguments}: {error}") from None
         for command, flags, rest in parsed:
@@ -111,7 +112,7 @@ def check_call(arguments):
                     check_config(rest)
                 elif arguments[0] == "report" and not rest:
                     raise DocsError("names no folder")
-            except ValueError as error:
+            except UserError as error:
                 raise DocsError(f"{arguments}: {error}") from None
 
 
@@ -248,6 +249,15 @@ def test_every_setting_is_explained():
     for key in known_keys():
         name = "data.synthetic" if key.startswith("data.synthetic.") else key
         assert f"\n| `{name}` |" in text, key
+
+
+def test_the_settings_that_may_change_when_a_run_is_resumed():
+    (listed,) = re.findall(
+        r"^Some settings may change when you resume: (.*?)\. Any",
+        _read("docs/own_log.md"),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert re.findall(r"`([\w.]+)`", listed) == list(RESUMABLE)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Imports inside the package point down only; the order of the rooms is the way of the data."""
+"""Imports inside the package point down only, in the order of docs/layout.md."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import seqfair_jax
 
 PACKAGE = Path(seqfair_jax.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "layout.md"
 ROOMS = (
     "__init__",  # the version
     "errors",
@@ -49,7 +51,7 @@ def room(module: str, rooms: tuple[str, ...]) -> int:
     first = module.partition(".")[0]
     if first.startswith("__version__"):
         first = "__init__"
-    assert first in rooms, f"{first} has no place in the order of the rooms"
+    assert first in rooms, f"{first} is not in ROOMS"
     return rooms.index(first)
 
 
@@ -73,15 +75,25 @@ def test_imports_point_down_only():
     assert upward_imports(sources()) == []
 
 
+def test_the_page_names_every_module_in_the_order_of_the_rooms():
+    paths = re.findall(r"`([\w/]+\.py)`", PAGE.read_text(encoding="utf-8"))
+    modules = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    packages = {name for name in modules if name.endswith("/__init__.py")}
+    assert set(paths) == modules - packages
+    rooms = [path.partition("/")[0].removesuffix(".py") for path in paths]
+    first_named = tuple(dict.fromkeys(rooms))
+    assert first_named == ROOMS
+
+
 def test_an_upward_import_is_found():
     files = {"data.split": "def f():\n    from seqfair_jax.training import loop\n"}
     assert upward_imports(files) == ["data.split imports training.loop"]
-    with pytest.raises(AssertionError, match="attic has no place"):
+    with pytest.raises(AssertionError, match="attic is not in ROOMS"):
         upward_imports({"attic.old": "from seqfair_jax import run"})
 
 
-def test_no_room_has_a_cycle_inside():
-    """Within a room too: a module imports its neighbours, and none imports it back."""
+def test_no_modules_import_each_other():
+    """Inside a room too."""
     graph = {}
     for module, source in sources().items():
         targets = imported_modules(source)

@@ -1,33 +1,26 @@
-"""Training from the host's side: failures, early stopping, resuming, locks and signals."""
+"""Training from the host's side: failures, early stopping, resuming and locks."""
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-from test_run import rows_of, small
+from runs import rows_of, small
 
 from seqfair_jax import results, workdir
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.run import run
 from seqfair_jax.training import loop, resume
-from seqfair_jax.training.metrics_log import MetricsLog
-from seqfair_jax.training.signals import catch_signals
 
 
-def test_fewer_epochs_than_are_done_are_refused(tmp_path):
-    run(small(), tmp_path)
-    before = (tmp_path / "summary.json").read_bytes()
+def test_fewer_epochs_than_are_done_are_refused(finished):
+    folder = finished().folder
     with pytest.raises(UserError, match=r"train.epochs is 1, but .* has trained 2 epochs"):
-        run(small(**{"train.epochs": 1}), tmp_path)
-    assert (tmp_path / "summary.json").read_bytes() == before
+        run(small(**{"train.epochs": 1}), folder)
+    workdir.check_finished(folder)  # nothing changed
 
 
 @pytest.mark.parametrize("axis", ["vmap", "map"])
@@ -67,7 +60,7 @@ def test_a_single_run_whose_scores_are_not_finite_is_an_error(tmp_path, monkeypa
         run(small(), tmp_path)
 
 
-def test_a_run_that_diverges_late_keeps_its_best_epoch_and_is_left_out(
+def test_a_run_that_diverges_late_keeps_its_best_epoch_and_is_not_in_the_table(
     tmp_path, monkeypatch, capsys
 ):
     """It is not trained again by the same command, which would diverge again."""
@@ -130,8 +123,8 @@ def test_the_advice_on_a_damaged_result_works_for_one_run_of_a_grid(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["removed", "damaged"])
-def test_results_stay_where_no_checkpoint_can_be_restored(tmp_path, damage):
-    run(small(**{"train.epochs": 1}), tmp_path)
+def test_results_stay_where_no_checkpoint_can_be_restored(tmp_path, finished, damage):
+    shutil.copytree(finished(**{"train.epochs": 1}).folder, tmp_path, dirs_exist_ok=True)
     latest = tmp_path / "checkpoints" / "latest"
     if damage == "removed":
         shutil.rmtree(latest)
@@ -154,9 +147,7 @@ def test_a_run_of_a_grid_has_the_config_of_its_own(tmp_path):
         run(config, part)
 
 
-def test_out_of_memory_names_the_settings_and_other_errors_of_the_device_stay(
-    tmp_path, monkeypatch
-):
+def test_out_of_memory_names_the_settings_and_other_device_errors_are_raised(tmp_path, monkeypatch):
     def fails(text):
         def fit(*_):
             raise jax.errors.JaxRuntimeError(text)
@@ -228,7 +219,7 @@ def test_the_last_validation_is_saved_even_if_the_step_was(tmp_path, monkeypatch
     left = tmp_path / "checkpoints" / "latest" / ".unfinished-9"
     left.mkdir()
     run(once, tmp_path)
-    stored = json.loads((tmp_path / "checkpoints" / "latest" / "5" / "progress.json").read_text())
+    stored = workdir.read_json(tmp_path / "checkpoints" / "latest" / "5" / "progress.json")
     assert stored["epoch"] == 1
     assert not left.exists()
 
@@ -271,55 +262,6 @@ def test_a_log_that_changed_after_the_run_is_reported(tmp_path, caplog, capsys):
     assert "cannot be checked" in caplog.text
 
 
-def test_damaged_metrics_are_named_and_a_cut_last_line_is_dropped(tmp_path):
-    log = MetricsLog(tmp_path, last_epoch=0)
-    for epoch in (1, 2, 3):
-        log.write({"epoch": epoch, "train/loss": 1.0})
-    log.close()
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text()[:-10])
-    MetricsLog(tmp_path, last_epoch=3).close()
-    assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2]
-    path.write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is damaged"):
-        MetricsLog(tmp_path, last_epoch=3)
-
-
-def test_every_name_has_a_tensorboard_tag_of_its_own(tmp_path):
-    names = ["a b", "a_b", "a%b", "ü"]
-    log = MetricsLog(tmp_path, last_epoch=0)
-    log.write({"epoch": 1, **{f"train/group_loss/{name}": 1.0 for name in names}})
-    log.close()
-    (events,) = tmp_path.glob("events*")
-    data, tags = events.read_bytes(), []
-    while data:  # records of length u64, checksum u32, content, checksum u32
-        size = int.from_bytes(data[:8], "little")
-        tags += [value.tag for value in Event.FromString(data[12 : 12 + size]).summary.value]
-        data = data[16 + size :]
-    assert tags == [f"train/group_loss/{name}" for name in names]
-
-
-def test_the_first_signal_is_noted_and_the_second_ends_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with catch_signals() as requested:
-        assert not requested()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert requested()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-    seen = []
-
-    def elsewhere():  # only the main thread may set handlers
-        with catch_signals() as requested:
-            seen.append(requested())
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert seen == [False]
-
-
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -336,17 +278,3 @@ def test_an_interrupt_outside_of_training_says_what_is_saved(tmp_path, monkeypat
         run(small(), tmp_path)
     monkeypatch.undo()
     assert run(small(), tmp_path)["train"]["steps"] == 10
-
-
-def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(self, *_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "summary.json"
-    workdir.write_json(path, {"old": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(type(path), "write_text", full)
-        with pytest.raises(UserError, match=r"summary\.json: No space left.*free some space"):
-            workdir.write_json(path, {"new": 1})
-    assert workdir.read_json(path) == {"old": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]

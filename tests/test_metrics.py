@@ -5,6 +5,7 @@ import reference
 from numpy.testing import assert_allclose
 
 from seqfair_jax.data.groups import GroupFamily
+from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.metrics import (
     parse_metric,
     rank_metrics,
@@ -65,11 +66,11 @@ def test_slices_by_hand_with_an_empty_group():
         assert slices[name] == pytest.approx(value)
 
 
-def test_worst_group_leaves_small_groups_aside():
+def test_the_worst_group_ignores_small_groups():
     slices = {"f=a": 0.5, "f=b": 0.1, "f=empty": None}
     assert worst_group(slices, FAMILY, min_users=1) == 0.1
     assert worst_group(slices, FAMILY, min_users=2) == 0.5
-    with pytest.raises(ValueError, match=r"min_users is 3.*f have 2, 1, 0"):
+    with pytest.raises(UserError, match=r"min_users is 3.*f have 2, 1, 0"):
         worst_group(slices, FAMILY, min_users=3)
 
 
@@ -80,6 +81,6 @@ def test_recommendation_stats_by_hand():
 
 @pytest.mark.parametrize("name", ["NDGC@20", "NDCG", "NDCG@0", "NDCG@x", "accuracy@5"])
 def test_unknown_metrics_are_refused(name):
-    with pytest.raises(ValueError, match="unknown metric"):
+    with pytest.raises(UserError, match="unknown metric"):
         parse_metric(name)
     assert parse_metric("MRR@5") == ("MRR", 5)

@@ -1,84 +1,39 @@
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
+import time
 
 import jax
 import numpy as np
 import pandas as pd
 import pytest
+from runs import DROPOUT, FILES, files_of, finish, rows_of, small, train_command, write_config
 
 from seqfair_jax import workdir
-from seqfair_jax.config import decay_over_training, default_config
+from seqfair_jax.config import decay_over_training
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.metrics import KINDS
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.report import text
 from seqfair_jax.run import run
 from seqfair_jax.training import environment, loop, resume
-from seqfair_jax.training.metrics_log import MetricsLog
-
-FILES = {
-    "config.json",
-    "env.json",
-    "metrics.jsonl",
-    "summary.json",
-    "finished.json",
-    "per_user.parquet",
-    "per_user_worst_group.parquet",
-    "groups.parquet",
-    "split.parquet",
-    "items.parquet",
-    "histories.parquet",
-    "checkpoints",
-}
-
-
-def small(method="erm", **changes):
-    config = default_config()
-    config.data.synthetic.num_users = 300
-    config.data.synthetic.num_items = 80
-    config.data.cache_dir = ""
-    config.model.dim = config.model.ff_dim = 8
-    config.model.num_blocks = 1
-    config.model.max_len = 14
-    config.objective.name = method
-    config.train.batch_size = 8  # at most 104 tokens: a single packed size to compile
-    config.train.epochs = 2
-    config.train.steps_per_epoch = 5
-    config.train.learning_rate = 1e-3
-    config.train.decay_steps = 0
-    config.select.min_users = 1
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def files_of(folder):
-    """What a user sees: no locks, and no TensorBoard events, whose names hold the time."""
-    names = {path.name for path in folder.iterdir()}
-    return {name for name in names if not name.startswith(".") and "tfevents" not in name}
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_objective_from_log_to_table(method, tmp_path, capsys):
-    summary = run(small(method), tmp_path / "run")
-    assert files_of(tmp_path / "run") == FILES
-    assert method in capsys.readouterr().out
-    table = pd.read_parquet(tmp_path / "run" / "per_user.parquet")
+def test_every_objective_from_log_to_table(method, finished):
+    folder, summary, printed = finished(method)
+    assert files_of(folder) == FILES
+    assert any(line.startswith(f"{method} ") for line in printed.splitlines())
+    table = pd.read_parquet(folder / "per_user.parquet")
     assert list(table.columns[:4]) == ["user_id", "target_item_id", "repeat", "rank"]
     means = summary["test"]["NDCG@20"]
     assert means["overall"] == pytest.approx(table["NDCG@20"].mean())
     niche = table.loc[table["pop33"] == "niche", "NDCG@20"].mean()
     assert means["pop33=niche"] == pytest.approx(niche)
     assert means["target=new"] == pytest.approx(table.loc[~table["repeat"], "NDCG@20"].mean())
-    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == [1, 2]
-    last = rows_of(tmp_path / "run")[-1]
+    assert [row["epoch"] for row in rows_of(folder)] == [1, 2]
+    last = rows_of(folder)[-1]
     assert last["step"] == 10
     assert "train/group_loss/niche" in last
     if method in ("gdro", "sdro"):
@@ -92,17 +47,20 @@ def test_too_few_users_to_judge_a_group_is_refused_before_training(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_finished_run_prints_its_table_again(tmp_path, capsys):
-    first = run(small(), tmp_path)
+def test_a_finished_run_prints_its_table_again(finished, capsys):
+    folder, summary, printed = finished()
+    again = run(small(), folder)
+    assert again == workdir.jsonable(summary)
     table = capsys.readouterr().out
-    again = run(small(), tmp_path)
-    assert again == json.loads(json.dumps(first))
-    assert capsys.readouterr().out.strip() in table
+    assert table.startswith("synthetic, NDCG@20 on the test targets, pop33\n")
+    lines = [line for line in table.splitlines() if line.startswith("erm")]
+    assert len(lines) == 4  # two families, two rules
+    assert printed.endswith(f"\n{table}\nfiles: {folder}\n")
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch, after the next segment's checkpoint."""
-    config = small("sdro", **{"train.segment_seconds": 0.0})
+    config = small("sdro", **DROPOUT, **{"train.segment_seconds": 0.0})
     whole = run(config, tmp_path / "whole")
 
     save = resume.Saver.save
@@ -113,7 +71,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(resume.Saver, "save", save_and_stop)
-    often = small("sdro", **{"train.segment_seconds": 0.0, "train.checkpoint_minutes": 0.0})
+    often = config.copy_and_resolve_references()
+    often.train.checkpoint_minutes = 0.0
     with pytest.raises(SystemExit, match=r"the state of step 7 is saved in .*cut"):
         run(often, tmp_path / "cut")
     monkeypatch.undo()
@@ -126,17 +85,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
         pd.testing.assert_frame_equal(cut, full, check_exact=True)
 
 
-def test_more_epochs_go_on_from_the_last(tmp_path):
-    run(small(), tmp_path)
-    longer = run(small(**{"train.epochs": 3}), tmp_path)
+def test_more_epochs_resume_after_the_last(tmp_path):
+    run(small(**DROPOUT), tmp_path)
+    longer = run(small(**DROPOUT, **{"train.epochs": 3}), tmp_path)
     assert longer["train"]["steps"] == 15
     assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2, 3]
-    straight = run(small(**{"train.epochs": 3}), tmp_path / "straight" / "deep")
+    straight = run(small(**DROPOUT, **{"train.epochs": 3}), tmp_path / "straight" / "deep")
     assert longer["test"] == straight["test"]
 
 
 def test_a_grid_of_runs(tmp_path, capsys):
-    config = small("gdro", seeds=(0, 1), **{"objective.step_size": (0.01, 0.1)})
+    config = small("gdro", seeds=(0, 1), **DROPOUT, **{"objective.step_size": (0.01, 0.1)})
     summary = run(config, tmp_path / "grid")
     names = [f"step_size={eta},seed={seed}" for eta in ("0.01", "0.1") for seed in (0, 1)]
     assert [r["run"] for r in summary["runs"]] == names
@@ -150,15 +109,18 @@ def test_a_grid_of_runs(tmp_path, capsys):
     best = max(by_value, key=lambda value: np.mean(by_value[value]))
     assert summary["selected"]["hparams"] == {"step_size": best}
     assert "(2 seeds)" in capsys.readouterr().out
-    alone = run(small("gdro", **{"objective.step_size": (0.1,)}), tmp_path / "alone")
-    inside = json.loads((folder / names[2] / "summary.json").read_text())
-    assert inside["test"] == alone["test"]  # in turn on a CPU, so to the last bit
+    alone = run(small("gdro", **DROPOUT, **{"objective.step_size": (0.1,)}), tmp_path / "alone")
+    inside = workdir.read_summary(folder / names[2])
+    assert inside["test"] == alone["test"]  # one after another on a CPU, so to the last bit
 
 
 def test_early_stopping_ends_the_run(tmp_path):
+    """The rate is too low to change a rank, so the second epoch is no better than the first."""
     changes = {"train.epochs": 30, "train.early_stop_epochs": 1, "train.learning_rate": 1e-12}
-    run(small(**changes), tmp_path)
-    assert len(rows_of(tmp_path)) < 30
+    summary = run(small(**changes), tmp_path)
+    assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2]
+    assert (summary["best"]["epoch"], summary["train"]["stopped_epoch"]) == (1, 2)
+    assert (summary["train"]["steps"], summary["status"]) == (10, "finished")
 
 
 def test_a_diverged_run_is_an_error(tmp_path):
@@ -167,7 +129,7 @@ def test_a_diverged_run_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("axis", ["vmap", "map"])
-def test_one_diverged_run_leaves_the_others(axis, tmp_path, monkeypatch, caplog):
+def test_one_diverged_run_does_not_affect_the_others(axis, tmp_path, monkeypatch, caplog):
     """Its parameters are finite, but no loss and no score that they give is."""
     initial = resume.initial_states
 
@@ -210,13 +172,12 @@ def test_a_signal_during_the_last_validation_stops_before_the_test(tmp_path, mon
     assert run(small(), tmp_path)["train"]["steps"] == 10
 
 
-def test_a_workdir_of_another_config_is_refused_by_name(tmp_path):
-    run(small(), tmp_path)
+def test_a_workdir_of_another_config_is_refused_by_name(finished):
     with pytest.raises(UserError, match=r"model\.dim \(8 there, 16 now\)"):
-        run(small(**{"model.dim": 16}), tmp_path)
+        run(small(**{"model.dim": 16}), finished().folder)
 
 
-def test_more_epochs_of_a_falling_rate_are_another_training(tmp_path):
+def test_more_epochs_of_a_falling_rate_are_refused(tmp_path):
     def falling(epochs):
         config = small(**{"train.epochs": epochs})
         decay_over_training(config)
@@ -227,7 +188,7 @@ def test_more_epochs_of_a_falling_rate_are_another_training(tmp_path):
         run(falling(3), tmp_path)
 
 
-def test_a_batch_larger_than_the_log_leaves_the_workdir_free(tmp_path):
+def test_a_batch_larger_than_the_log_does_not_block_the_workdir(tmp_path):
     with pytest.raises(UserError, match="train.batch_size is 3000, but there are"):
         run(small(**{"train.batch_size": 3000}), tmp_path)
     run(small(), tmp_path)
@@ -255,13 +216,13 @@ def test_changed_groups_are_refused_and_a_moved_file_is_not(tmp_path):
     run(config(one, 1), tmp_path / "run")
     with pytest.raises(UserError, match="was trained on other groups"):
         run(config(two, 2), tmp_path / "run")
-    assert (tmp_path / "run" / "summary.json").exists()  # refused, and nothing touched
+    assert (tmp_path / "run" / "summary.json").exists()  # refused, and nothing was removed
     two.write_bytes(one.read_bytes())
     assert run(config(two, 2), tmp_path / "run")["train"]["steps"] == 10
 
 
-def test_machines_are_remembered_in_order(tmp_path, monkeypatch, caplog):
-    run(small(), tmp_path)
+def test_machines_are_remembered_in_order(tmp_path, finished, monkeypatch, caplog):
+    shutil.copytree(finished().folder, tmp_path, dirs_exist_ok=True)
     first = environment.environment(lanes=1)
     monkeypatch.setattr(environment, "environment", lambda *, lanes: first | {"cores": 77})
     for epochs in (3, 4):
@@ -272,7 +233,7 @@ def test_machines_are_remembered_in_order(tmp_path, monkeypatch, caplog):
     assert found == first | {"resumed_on": [first | {"cores": 77}]}
 
 
-def test_a_workdir_that_is_a_file_or_holds_other_things_is_refused(tmp_path):
+def test_a_workdir_that_is_a_file_or_has_other_files_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         run(small(), tmp_path / "file")
@@ -280,7 +241,7 @@ def test_a_workdir_that_is_a_file_or_holds_other_things_is_refused(tmp_path):
         run(small(), tmp_path)
 
 
-def test_what_a_killed_process_left_unfinished_is_no_obstacle(tmp_path):
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".config.json.unfinished").write_text("{")
     run(small(), tmp_path)
     assert not (tmp_path / ".config.json.unfinished").exists()
@@ -308,49 +269,70 @@ def test_a_loss_over_two_families_at_once(method, tmp_path):
             assert sum(omegas) == pytest.approx(1, abs=1e-5)
 
 
-def test_report_refuses_folders_that_do_not_belong_together(tmp_path):
-    run(small(), tmp_path / "a")
-    run(small(**{"data.synthetic.seed": 5}), tmp_path / "b")
+def test_report_refuses_folders_that_do_not_match(tmp_path, finished):
+    one, other = finished().folder, finished(**{"data.synthetic.seed": 5}).folder
     with pytest.raises(UserError, match="different logs or splits"):
-        text.tables([tmp_path / "a", tmp_path / "b"], "NDCG@20")
+        text.tables([one, other], "NDCG@20")
     with pytest.raises(UserError, match=r"no summary\.json"):
         text.tables([tmp_path], "NDCG@20")
     with pytest.raises(UserError, match="'pop99' was not evaluated"):
-        text.tables([tmp_path / "a"], "NDCG@20", family="pop99")
+        text.tables([one], "NDCG@20", family="pop99")
 
 
-def test_metrics_log_drops_the_rows_of_a_lost_epoch(tmp_path):
-    log = MetricsLog(tmp_path, last_epoch=0)
-    for epoch in (1, 2):
-        log.write({"epoch": epoch, "train/loss": float("nan") if epoch == 2 else 1.0})
-    log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 3, "tra')
-    MetricsLog(tmp_path, last_epoch=1).close()
-    assert rows_of(tmp_path) == [{"epoch": 1, "train/loss": 1.0}]
+def read_until(process, text):
+    """Read a process's standard error until it has printed some text."""
+    found = b""
+    while text not in found:
+        part = process.stderr.read(4096)
+        assert part, f"the process ended: {found.decode()}"
+        found += part
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "seqfair_jax.main", *arguments]
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    folder = tmp_path / "run"
-    arguments = command(
-        "--config=configs/demo.py",
-        f"--workdir={folder}",
-        "--config.train.epochs=200",
-        "--config.train.segment_seconds=0.1",
-    )
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        for line in iter(lambda: process.stderr.read(200), ""):
-            if "val NDCG" in line:
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stderr.read()
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
+    config = small(**DROPOUT, **{"train.epochs": 40, "train.segment_seconds": 0.0})
+    command = train_command(write_config(tmp_path / "config.py", config), tmp_path / "run")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as process:
+        read_until(process, b"val NDCG")
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read().decode()
     assert process.returncode == 1
     assert "the same command resumes" in rest
-    (step,) = (folder / "checkpoints" / "latest").iterdir()
-    assert int(step.name) > 0
-    assert not (folder / "summary.json").exists()
-    shutil.rmtree(folder)
+    (step,) = (tmp_path / "run" / "checkpoints" / "latest").iterdir()
+    assert 5 <= int(step.name) < 200
+    assert not (tmp_path / "run" / "summary.json").exists()
+    subprocess.run(command, capture_output=True, check=True)
+    whole = run(config, tmp_path / "whole")
+    assert workdir.read_summary(tmp_path / "run")["test"] == workdir.jsonable(whole["test"])
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+
+
+def test_killed_runs_resume_bit_for_bit(tmp_path):
+    """Killed three times at random moments: during a step, a validation or a checkpoint."""
+    rng = np.random.default_rng(0)
+    config = small("sdro", **DROPOUT, **{"train.epochs": 4})
+    config.train.segment_seconds = config.train.checkpoint_minutes = 0.0
+    command = train_command(write_config(tmp_path / "config.py", config), tmp_path / "cut")
+    latest = tmp_path / "cut" / "checkpoints" / "latest"
+
+    def last_step():
+        return max((int(p.name) for p in latest.glob("[0-9]*")), default=0)
+
+    for step in np.sort(rng.choice(np.arange(1, 18), size=3, replace=False)):
+        with subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        ) as run_:
+            while last_step() < step:
+                assert run_.poll() is None
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            run_.kill()
+        assert run_.returncode == -signal.SIGKILL
+        assert not (tmp_path / "cut" / "summary.json").exists()
+    subprocess.run(command, capture_output=True, check=True)
+    whole = finish(config, tmp_path / "whole").folder
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
+        whole / "metrics.jsonl"
+    ).read_bytes()
+    for name in ("per_user.parquet", "per_user_worst_group.parquet"):
+        cut, full = (pd.read_parquet(folder / name) for folder in (tmp_path / "cut", whole))
+        pd.testing.assert_frame_equal(cut, full, check_exact=True)

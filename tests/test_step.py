@@ -16,6 +16,7 @@ from seqfair_jax.training.step import (
     Task,
     TrainData,
     create_train_state,
+    initial_states,
     make_optimizer,
     make_segment,
     train_step,
@@ -23,8 +24,10 @@ from seqfair_jax.training.step import (
 )
 
 NUM_USERS, NUM_ITEMS, MAX_LEN, BATCH = 40, 25, 20, 8
-SIZES = (BLOCK, 3 * BLOCK)
+LARGEST = 2 * BLOCK  # it fits any batch
+SIZES = (BLOCK, LARGEST)
 STEPS = 6
+MOST_STEPS = 50  # that are drawn, so that every test's arrays have one shape
 
 
 @functools.cache
@@ -76,10 +79,13 @@ def make_hparams(**values):
     return HParams(**{k: jnp.float32(v) for k, v in (defaults | values).items()})
 
 
-def make_batches(seed=0, steps=STEPS):
-    user_ids = epoch_batches(seed, 0, num_users=NUM_USERS, batch_size=BATCH, steps=steps)
-    tokens = np.asarray(make_data().sequences.lengths)[user_ids].sum(axis=1)
-    return jnp.asarray(user_ids), jnp.asarray(np.searchsorted(SIZES, tokens), jnp.int32)
+def make_batches(seeds, sizes, *, vmap):
+    """What `make_segment` takes: user ids, and the index of each step's size."""
+    draw = {"num_users": NUM_USERS, "batch_size": BATCH, "steps": MOST_STEPS}
+    user_ids = np.stack([epoch_batches(seed, 0, **draw) for seed in seeds])
+    tokens = np.asarray(make_data().sequences.lengths)[user_ids].sum(axis=-1)
+    size_index = np.searchsorted(sizes, tokens.max(axis=0) if vmap else tokens)
+    return jnp.asarray(user_ids), jnp.asarray(size_index, jnp.int32)
 
 
 def stack(trees):
@@ -87,36 +93,42 @@ def stack(trees):
 
 
 @functools.cache
-def segment_fn(task, vmap):
-    return make_segment(task, SIZES, vmap=vmap)
+def segment_fn(task, sizes, vmap):
+    return make_segment(task, sizes, vmap=vmap)
 
 
-def continue_segment(task, states, seeds, hparams, *, vmap, start):
-    user_ids, size_index = (
-        jnp.stack(part) for part in zip(*(make_batches(seed) for seed in seeds), strict=True)
-    )
-    return segment_fn(task, vmap)(
-        states, stack(hparams), make_data(), user_ids,
-        size_index.max(axis=0) if vmap else size_index, jnp.int32(start), jnp.int32(STEPS),
-    )  # fmt: skip
+@functools.cache
+def start_states(task, seeds):
+    """The states before the first step, on the host, since a segment donates its own."""
+    return jax.device_get(initial_states(task, seeds=seeds, num_groups=3))
 
 
-def run_segment(task, seeds, hparams, *, vmap, cuts=((0, STEPS),), data=None):
-    states = stack([create_train_state(task, seed=seed, num_groups=3) for seed in seeds])
-    batches = [make_batches(seed, max(STEPS, *(stop for _, stop in cuts))) for seed in seeds]
-    user_ids, size_index = (jnp.stack(part) for part in zip(*batches, strict=True))
-    segment = segment_fn(task, vmap)
+def run_segment(task, seeds, hparams, *, vmap, sizes=(LARGEST,), cuts=((0, STEPS),), **given):
+    """Run the steps between the cuts, from the start or from given `states`, on given `data`."""
+    states = jax.tree.map(jnp.array, given.get("states", start_states(task, tuple(seeds))))
+    user_ids, size_index = make_batches(seeds, sizes, vmap=vmap)
+    data = given.get("data", make_data())
     for start, stop in cuts:
-        states = segment(
-            states,
-            stack(hparams),
-            make_data() if data is None else data,
-            user_ids,
-            size_index.max(axis=0) if vmap else size_index,
-            jnp.int32(start),
-            jnp.int32(stop),
+        states = segment_fn(task, sizes, vmap)(
+            states, stack(hparams), data, user_ids, size_index, jnp.int32(start), jnp.int32(stop)
         )
     return states
+
+
+def one_step(task):
+    """A step of one run, compiled."""
+    state = create_train_state(task, seed=0, num_groups=3)
+    user_ids, size_index = make_batches([0], SIZES, vmap=False)
+    step = jax.jit(functools.partial(train_step, task, SIZES))
+    batch = (user_ids[0, 0], size_index[0, 0])
+    return state, *step(state, batch, make_data(), make_hparams())
+
+
+def losses_fn(task, num_tokens):
+    """`user_losses` without dropout, compiled."""
+    return jax.jit(
+        lambda params, data, user_ids: user_losses(task, params, data, user_ids, num_tokens, None)
+    )
 
 
 def test_user_losses_match_the_reference_one_user_at_a_time():
@@ -124,7 +136,7 @@ def test_user_losses_match_the_reference_one_user_at_a_time():
     params = create_train_state(task, seed=0, num_groups=3).params
     tree = jax.tree.map(np.float64, params["params"])
     users = [3, 17, 30, 5]
-    losses = user_losses(task, params, make_data(weights), jnp.array(users), 2 * BLOCK, None)
+    losses = losses_fn(task, LARGEST)(params, make_data(weights), jnp.array(users))
     for user, loss in zip(users, losses, strict=True):
         inputs, targets = reference.window(make_log()[user], MAX_LEN)
         hidden = reference.sasrec(tree, inputs, num_blocks=1, num_heads=1)
@@ -140,16 +152,18 @@ def test_user_losses_match_the_reference_one_user_at_a_time():
 def test_the_packed_size_changes_nothing():
     task = make_task()
     params = create_train_state(task, seed=0, num_groups=3).params
-    loss = functools.partial(user_losses, task, params, make_data(), jnp.arange(6), key=None)
-    assert_allclose(loss(num_tokens=2 * BLOCK), loss(num_tokens=4 * BLOCK), rtol=1e-6)
+    small, large = (
+        losses_fn(task, size)(params, make_data(), jnp.arange(6)) for size in (2 * BLOCK, 4 * BLOCK)
+    )
+    assert_allclose(small, large, rtol=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["erm", "gdro", "sdro", "cvar", "chi2"])
 def test_a_vmapped_runs_first_step_equals_the_runs_alone(objective):
     task = make_task(objective)
-    hparams = [make_hparams(step_size=s, alpha=a) for s, a in [(0.1, 0.3), (0.01, 0.9)]]
-    together = run_segment(task, [0, 1], hparams, vmap=True, cuts=[(0, 1)])
-    for r in range(2):
+    hparams = [make_hparams(step_size=s, alpha=a) for s, a in [(0.1, 0.3), (0.01, 0.9), (1, 0.5)]]
+    together = run_segment(task, [0, 1, 2], hparams, vmap=True, cuts=[(0, 1)])
+    for r in range(3):
         alone = run_segment(task, [r], [hparams[r]], vmap=True, cuts=[(0, 1)])
         for name in ("totals", "objective_state", "latest"):
             jax.tree.map(
@@ -184,44 +198,55 @@ def test_a_vmapped_grid_equals_its_runs_alone_after_fifty_steps(objective, key, 
     assert len(set(np.asarray(together.totals.loss).tolist())) == len(grid)
 
 
-def test_runs_in_turn_and_side_by_side_agree():
-    task = make_task("gdro", dropout=0.3)
+def test_runs_one_after_another_and_side_by_side_agree():
+    task = make_task("sdro", dropout=0.3)
     hparams = [make_hparams(step_size=s) for s in (0.1, 0.01)]
-    in_turn, side_by_side = (
-        run_segment(task, [0, 1], hparams, vmap=vmap, cuts=[(0, 2)]) for vmap in (False, True)
+    one_after_another, side_by_side = (
+        run_segment(task, [0, 1], hparams, vmap=vmap, sizes=SIZES, cuts=[(0, 2)])
+        for vmap in (False, True)
     )
-    assert_allclose(in_turn.totals.loss, side_by_side.totals.loss, rtol=1e-4)
+    assert_allclose(one_after_another.totals.loss, side_by_side.totals.loss, rtol=1e-4)
     assert_allclose(
-        in_turn.objective_state.log_weights, side_by_side.objective_state.log_weights, rtol=1e-3
+        one_after_another.objective_state.log_weights,
+        side_by_side.objective_state.log_weights,
+        rtol=1e-3,
     )
+
+
+def test_the_batches_take_both_sizes():
+    for vmap in (True, False):
+        _, size_index = make_batches([0, 1], SIZES, vmap=vmap)
+        assert set(np.unique(size_index[..., :STEPS])) == {0, 1}
 
 
 @pytest.mark.parametrize("vmap", [True, False])
 def test_a_segment_cut_in_two_is_the_same_bit_for_bit(vmap):
-    task = make_task("sdro", dropout=0.3)
-    whole = run_segment(task, [0], [make_hparams()], vmap=vmap)
-    cut = run_segment(task, [0], [make_hparams()], vmap=vmap, cuts=[(0, 1), (1, 4), (4, STEPS)])
+    task, hparams = make_task("sdro", dropout=0.3), [make_hparams()] * 2
+    settings = {"vmap": vmap, "sizes": SIZES}
+    whole = run_segment(task, [0, 1], hparams, **settings)
+    cut = run_segment(task, [0, 1], hparams, cuts=[(0, 1), (1, 4), (4, STEPS)], **settings)
     jax.tree.map(assert_array_equal, whole, cut)
     assert whole.step[0] == whole.totals.steps[0] == STEPS
 
 
 def test_training_lowers_the_loss():
     task = make_task()
-    states = run_segment(task, [0], [make_hparams()], vmap=False, cuts=[(0, STEPS)] * 20)
-    first = run_segment(task, [0], [make_hparams()], vmap=False, cuts=[(0, 1)])
-    params = [jax.tree.map(lambda x: x[0], s.params) for s in (first, states)]
+    states = run_segment(task, [0], [make_hparams()], vmap=True, cuts=[(0, STEPS)] * 20)
+    first = run_segment(task, [0], [make_hparams()], vmap=True, cuts=[(0, 1)])
+    losses = losses_fn(task, 8 * BLOCK)
     before, after = (
-        user_losses(task, p, make_data(), jnp.arange(NUM_USERS), 1024, None).mean() for p in params
+        losses(jax.tree.map(lambda x: x[0], s.params), make_data(), jnp.arange(NUM_USERS)).mean()
+        for s in (first, states)
     )
     assert after < 0.7 * before
 
 
 @pytest.mark.parametrize("vmap", [True, False])
-def test_a_poisoned_run_is_marked_and_leaves_the_others_bits_alone(vmap):
-    task = make_task("gdro")
+def test_a_poisoned_run_is_marked_and_does_not_change_the_others_bits(vmap):
+    task = make_task("sdro", dropout=0.3)
     good, bad = make_hparams(), make_hparams(step_size=np.nan)
-    clean = run_segment(task, [0, 1], [good, good], vmap=vmap)
-    mixed = run_segment(task, [0, 1], [good, bad], vmap=vmap)
+    clean = run_segment(task, [0, 1], [good, good], vmap=vmap, sizes=SIZES)
+    mixed = run_segment(task, [0, 1], [good, bad], vmap=vmap, sizes=SIZES)
     assert_array_equal(mixed.failed_step, [-1, 0])
     assert_array_equal(mixed.step, [STEPS, 0])  # a failed run does no steps
     jax.tree.map(lambda x, y: assert_array_equal(x[0], y[0]), clean, mixed)
@@ -232,60 +257,47 @@ def test_a_poisoned_run_is_marked_and_leaves_the_others_bits_alone(vmap):
         )
 
 
-def test_a_run_that_fails_later_keeps_its_last_good_step():
-    task = make_task("cvar")
-    states = run_segment(task, [0], [make_hparams()], vmap=False, cuts=[(0, 2)])
-    saved = jax.tree.map(np.asarray, states)
+@pytest.mark.parametrize("vmap", [True, False])
+def test_a_run_that_fails_later_keeps_its_last_good_step(vmap):
+    task, settings = make_task("sdro", dropout=0.3), {"vmap": vmap, "sizes": SIZES}
+    hparams = [make_hparams()] * 2
+    states = run_segment(task, [0, 1], hparams, cuts=[(0, 2)], **settings)
     broken = make_data(np.full(NUM_ITEMS, np.inf))
-    user_ids, size_index = make_batches()
-    after = segment_fn(task, False)(
-        states,
-        stack([make_hparams()]),
-        broken,
-        user_ids[None],
-        size_index[None],
-        jnp.int32(2),
-        jnp.int32(STEPS),
+    after = run_segment(
+        task, [0, 1], hparams, cuts=[(2, STEPS)], states=states, data=broken, **settings
     )
-    assert after.failed_step[0] == 2
-    jax.tree.map(assert_array_equal, after.params, saved.params)
+    assert_array_equal(after.failed_step, [2, 2])
+    jax.tree.map(assert_array_equal, after.params, states.params)
 
 
 def test_a_parameter_that_overflows_fails_the_run_at_that_step():
     """The loss and the gradient are finite, and the update alone is too large."""
     task = make_task("erm")
-    huge = task._replace(optimizer=optax.chain(task.optimizer, optax.scale(1e38 / 1e-2 * 5)))
-    state = create_train_state(huge, seed=0, num_groups=3)
-    user_ids, size_index = make_batches()
-    batch = (user_ids[0], size_index[0])
-    after, metrics = train_step(huge, SIZES, state, batch, make_data(), make_hparams())
+    scales = optax.scale(1e38), optax.scale(500.0)  # together beyond float32
+    huge = task._replace(optimizer=optax.chain(task.optimizer, *scales))
+    before, after, metrics = one_step(huge)
     assert jnp.isfinite(metrics["loss"])
     assert jnp.isfinite(metrics["grad_norm"])
     assert after.failed_step == 0
     assert after.step == 0
-    jax.tree.map(assert_array_equal, after.params, state.params)
+    jax.tree.map(assert_array_equal, after.params, before.params)
 
 
 @pytest.mark.parametrize("vmap", [True, False])
-def test_a_stopped_run_is_frozen_and_leaves_the_others_bits_alone(vmap):
-    task, hparams = make_task("gdro", dropout=0.3), [make_hparams(), make_hparams()]
-    states = run_segment(task, [0, 1], hparams, vmap=vmap, cuts=[(0, 2)])
+def test_a_stopped_run_is_frozen_and_does_not_change_the_others_bits(vmap):
+    task, hparams = make_task("sdro", dropout=0.3), [make_hparams(), make_hparams()]
+    settings = {"vmap": vmap, "sizes": SIZES}
+    states = run_segment(task, [0, 1], hparams, cuts=[(0, 2)], **settings)
     stopped = states._replace(stopped=jnp.array([False, True]))
-    saved = jax.tree.map(np.array, stopped)
-    after = continue_segment(task, stopped, [0, 1], hparams, vmap=vmap, start=2)
-    jax.tree.map(lambda x, y: assert_array_equal(x[1], y[1]), after, saved)
+    after = run_segment(task, [0, 1], hparams, cuts=[(2, STEPS)], states=stopped, **settings)
+    jax.tree.map(lambda x, y: assert_array_equal(x[1], y[1]), after, stopped)
     assert_array_equal(after.step, [STEPS, 2])
-    whole = run_segment(task, [0, 1], hparams, vmap=vmap, cuts=[(0, 2), (2, STEPS)])
+    whole = run_segment(task, [0, 1], hparams, cuts=[(0, 2), (2, STEPS)], **settings)
     jax.tree.map(lambda x, y: assert_array_equal(x[0], y[0]), after, whole)
 
 
 def test_train_step_returns_its_metrics():
-    task = make_task("gdro")
-    state = create_train_state(task, seed=0, num_groups=3)
-    user_ids, size_index = make_batches()
-    state, metrics = train_step(
-        task, SIZES, state, (user_ids[0], size_index[0]), make_data(), make_hparams()
-    )
+    _, state, metrics = one_step(make_task("gdro"))
     assert_allclose(metrics["loss"], metrics["group_weight"] @ metrics["group_loss"], rtol=1e-6)
     assert metrics["group_count"].sum() == BATCH
     assert state.step == 1

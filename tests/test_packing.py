@@ -1,0 +1,35 @@
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+from seqfair_jax.model.packing import Sequences, pack
+
+
+def test_pack_matches_the_windows_of_the_reference():
+    rng = np.random.default_rng(0)
+    num_items, max_len = 30, 6
+    sequences = [rng.integers(num_items, size=n) for n in (1, 9, 5, 3, 6, 2)]
+    stops = np.cumsum([len(items) for items in sequences])
+    lengths = np.minimum([len(items) for items in sequences], max_len - 1)
+    packed = pack(
+        Sequences(jnp.asarray(np.concatenate(sequences)), jnp.asarray(stops), jnp.asarray(lengths)),
+        jnp.array([4, 1, 0, 99, 5]),  # 99 is no user: an empty slot
+        num_tokens=20,
+        num_items=num_items,
+    )
+    at = 0
+    for slot, user in enumerate([4, 1, 0, None, 5]):
+        if user is None:
+            assert packed.lengths[slot] == 0
+            continue
+        inputs, targets = reference.window(sequences[user], max_len)
+        here = slice(at, at + len(targets))
+        assert packed.lengths[slot] == len(targets)
+        np.testing.assert_array_equal(packed.slots[here], slot)
+        np.testing.assert_array_equal(packed.targets[here], targets)
+        np.testing.assert_array_equal(packed.positions[here], range(len(targets))[::-1])
+        begin_as_number = [num_items if item is None else item for item in inputs]
+        np.testing.assert_array_equal(packed.items[here], begin_as_number)
+        at += len(targets)
+    np.testing.assert_array_equal(packed.slots[at:], 5)  # padding belongs to no slot
+    assert at < 20
