@@ -167,32 +167,6 @@ def log_from_table(
     return _join([_select(selected, names, where, rows)], [where], rows)
 
 
-def read_ids(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Columns of ids of a file, `user_id` or `item_id`, as integers or text.
-
-    Args:
-        path: see `tables.read_table`.
-        columns: each is found by the names in `ALIASES`.
-
-    Raises:
-        UserError: naming the file, the row and what is wrong.
-    """
-
-    def choose(names: Sequence[str], where: str) -> dict[str, str]:
-        advice = "rename a column"
-        return {column: find_column(names, column, where, advice) for column in columns}
-
-    table, names, *_ = read_table(path, choose, coded=columns)
-    rows = np.arange(len(table))
-    found = {}
-    for column, name in names.items():
-        places, ids = encode_ids(table[column], rows, str(path), name)
-        require_values(places < 0, rows, str(path), name, "fill or remove them")
-        places, distinct = compact(places, ids)
-        found[column] = distinct[places]
-    return pd.DataFrame(found)
-
-
 # Columns.
 
 
