@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo lint test test-all clean
 demo: .venv/.installed
 	$(BIN)/seqfair train --config=configs/demo.py:method=erm --workdir=runs/demo/erm
 	$(BIN)/seqfair train --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
@@ -9,11 +9,19 @@ demo: .venv/.installed
 	$(BIN)/seqfair report runs/demo/erm runs/demo/gdro runs/demo/cvar \
 	  --family=pop2060 --baseline=runs/demo/erm --out=runs/demo/report.html
 
-test: .venv/.installed
+lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2
+
+# worksteal gives a worker neighbouring tests, which share the runs that fixtures train.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test: lint
+	$(PYTEST) -m 'not slow'
+
+test-all: lint
+	$(PYTEST)
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

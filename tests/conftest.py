@@ -15,6 +15,10 @@ import pytest
 from runs import finish, small
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes many seconds; only `make test-all` runs it")
+
+
 @pytest.fixture(autouse=True)
 def _no_implicit_rank_promotion():
     with jax.numpy_rank_promotion("raise"):

@@ -306,6 +306,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_bit_for_bit(tmp_path):
     """Killed three times at random moments: during a step, a validation or a checkpoint."""
     rng = np.random.default_rng(0)

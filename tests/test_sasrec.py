@@ -98,7 +98,7 @@ def test_initial_parameters_are_drawn_as_the_paper_does():
 
 def test_visible_keys_by_hand():
     slots = jnp.array([0, 0, 1, 1, 1, 2, 3, 3])  # 3 is padding
-    seen = visible_keys(slots, block=2, window=3)  # one block of 2 behind holds a window of 3
+    seen = visible_keys(slots, block=2, window=3)  # one block of 2 behind covers a window of 3
     assert seen.shape == (4, 2, 4)
     pairs = {
         (2 * n + q, 2 * n - 2 + k) for n, q, k in zip(*np.nonzero(np.asarray(seen)), strict=True)
