@@ -86,16 +86,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_more_epochs_resume_after_the_last(tmp_path):
-    run(small(**DROPOUT), tmp_path)
-    longer = run(small(**DROPOUT, **{"train.epochs": 3}), tmp_path)
+    run(small("sdro", **DROPOUT), tmp_path)
+    longer = run(small("sdro", **DROPOUT, **{"train.epochs": 3}), tmp_path)
     assert longer["train"]["steps"] == 15
     assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2, 3]
-    straight = run(small(**DROPOUT, **{"train.epochs": 3}), tmp_path / "straight" / "deep")
+    straight = run(small("sdro", **DROPOUT, **{"train.epochs": 3}), tmp_path / "straight" / "deep")
     assert longer["test"] == straight["test"]
 
 
 def test_a_grid_of_runs(tmp_path, capsys):
-    config = small("gdro", seeds=(0, 1), **DROPOUT, **{"objective.step_size": (0.01, 0.1)})
+    config = small("sdro", seeds=(0, 1), **DROPOUT, **{"objective.step_size": (0.01, 0.1)})
     summary = run(config, tmp_path / "grid")
     names = [f"step_size={eta},seed={seed}" for eta in ("0.01", "0.1") for seed in (0, 1)]
     assert [r["run"] for r in summary["runs"]] == names
@@ -107,9 +107,9 @@ def test_a_grid_of_runs(tmp_path, capsys):
         score = r["val"]["NDCG@20"]["overall"]
         by_value.setdefault(r["hparams"]["step_size"], []).append(score)
     best = max(by_value, key=lambda value: np.mean(by_value[value]))
-    assert summary["selected"]["hparams"] == {"step_size": best}
+    assert summary["selected"]["hparams"] == {"step_size": best, "stream_rate": 0.1}
     assert "(2 seeds)" in capsys.readouterr().out
-    alone = run(small("gdro", **DROPOUT, **{"objective.step_size": (0.1,)}), tmp_path / "alone")
+    alone = run(small("sdro", **DROPOUT, **{"objective.step_size": (0.1,)}), tmp_path / "alone")
     inside = workdir.read_summary(folder / names[2])
     assert inside["test"] == alone["test"]  # one after another on a CPU, so to the last bit
 
@@ -289,7 +289,7 @@ def read_until(process, text):
 
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
-    config = small(**DROPOUT, **{"train.epochs": 40, "train.segment_seconds": 0.0})
+    config = small("sdro", **DROPOUT, **{"train.epochs": 40, "train.segment_seconds": 0.0})
     command = train_command(write_config(tmp_path / "config.py", config), tmp_path / "run")
     with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as process:
         read_until(process, b"val NDCG")
