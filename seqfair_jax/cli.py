@@ -122,6 +122,9 @@ class Command:
             message = _expected_type(error, config) or " ".join(str(error).split()) + hint
             raise UserError(message) from None
         self._check_repeated(argv)
+        for name in self.flags:
+            if self.flags[name].present and self.flags[name].value == "":
+                raise UserError(f"--{name} is empty: give a value, or leave the flag out")
         if rest and not self._arguments:
             raise UserError(
                 f"unexpected argument {rest[0]!r}: flags are --NAME=VALUE, and {_LISTS}"

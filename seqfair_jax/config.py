@@ -188,7 +188,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.objective[key] = values
         _require(len(set(values)) == len(values) > 0, f"objective.{key}", values, "unequal values")
     seeds = tuple(config.seeds)
-    good = all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds)
+    good = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
     _require(
         good and len(set(seeds)) == len(seeds) > 0,
         "seeds",
@@ -196,6 +196,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
         "unequal integers from 0 to 2**32 - 1",
     )
 
+    for key in ("path", "group_file"):
+        if config.data[key] == "":
+            raise UserError(f"data.{key} is empty: give a path, or leave it out")
+    if config.data.name in ("retailrocket", "ml1m"):
+        fixed = [f"columns.{key}" for key in config.data.columns if config.data.columns[key]]
+        fixed += ["delimiter"] * bool(config.data.delimiter)
+        if fixed:
+            raise UserError(
+                f"data.{fixed[0]} is set, but the columns of data.name={config.data.name} are "
+                "fixed; read a file of another layout with data.name=csv"
+            )
     choices = {
         "data.name": DATA_NAMES,
         "data.missing": ("error", "drop"),

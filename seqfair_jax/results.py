@@ -114,9 +114,7 @@ class _Tester:
         name = experiment.names[r]
         # A run that failed before its first validation has no best epoch.
         best = {rule: record for rule, record in snapshot.progress.best[r].items() if record}
-        params = {
-            rule: jax.tree.map(lambda leaf: leaf[r], snapshot.best[rule]) for rule in best
-        }
+        params = {rule: jax.tree.map(lambda leaf: leaf[r], snapshot.best[rule]) for rule in best}
         tested: dict[float, tuple] = {}  # by epoch
         for rule, chosen in best.items():  # all, before any is written: a score may not be finite
             if chosen["epoch"] not in tested:

@@ -1,6 +1,7 @@
 """From a config to the files of its runs: load, train, test, write, print."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
         except KeyboardInterrupt:  # outside of the training steps, or at the second signal
             raise SystemExit(_interrupted(folder)) from None
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            # A GPU reports RESOURCE_EXHAUSTED, a CPU an INTERNAL error with these words.
+            if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE):
                 raise
             raise UserError(
                 f"out of memory ({str(error).splitlines()[0]}); lower train.batch_size, "

@@ -39,7 +39,8 @@ LATEST_CHECKPOINT = Path("checkpoints", "latest")
 _FINISHED = "finished.json"  # written last: the hashes of the files above
 _LOCK = ".lock"
 _UNFINISHED = ".unfinished"
-_LONGEST_NAME = 150  # bytes; file systems allow 255, and suffixes and temporary names need some
+_LONGEST_PART = 255  # bytes of a name, on most file systems
+_LONGEST_NAME = 150  # of ours: suffixes and temporary names need some
 
 
 # Names of files and folders.
@@ -49,8 +50,14 @@ def user_path(path: str | Path) -> Path:
     """A path that a user gave, with `~` expanded.
 
     Raises:
-        UserError: if `~` has no meaning here, since there is no home folder.
+        UserError: if the path is empty, a part of it is longer than file systems allow, or `~`
+            has no meaning here, since there is no home folder.
     """
+    if not str(path):
+        raise UserError("a path is empty; give one, or leave its flag or setting out")
+    for part in Path(path).parts:
+        if len(part.encode()) > _LONGEST_PART:
+            raise UserError(f"{part[:40]}...: the name is longer than {_LONGEST_PART} bytes")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -160,14 +167,14 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether the runs of a work directory have finished: all of a grid's."""
-    parts = [folder, *(folder / "runs").glob("*/")]
     with named_errors(folder, "read the folder"):
-        return all((part / _FINISHED).is_file() for part in parts)
+        parts = [folder, *(folder / "runs").glob("*/")]
+        return all((part / name).is_file() for part in parts for name in (_FINISHED, SUMMARY))
 
 
 def finished_inputs(folder: Path) -> dict[str, str]:
     """The hashes of a finished run's inputs, as `finish` stored them."""
-    return (read_json(folder / _FINISHED) or {"inputs": {}})["inputs"]
+    return _read_finished(folder)["inputs"]
 
 
 def check_finished(folder: Path) -> None:
@@ -176,9 +183,7 @@ def check_finished(folder: Path) -> None:
     Raises:
         UserError: if the run has not finished, or a file changed or is missing.
     """
-    stored = read_json(folder / _FINISHED)
-    if stored is None:
-        raise UserError(f"{folder}: no {_FINISHED}; name the --workdir of a run that has finished")
+    stored = _read_finished(folder)
     damaged = [
         f"{name} {'changed' if (folder / name).is_file() else 'is missing'}"
         for name, digest in stored["files"].items()
@@ -189,6 +194,19 @@ def check_finished(folder: Path) -> None:
             f"{folder}: {', '.join(damaged)} since the run finished. Restore the files, or remove "
             f"{folder / _FINISHED} and run the training command again, which repeats the test"
         )
+
+
+def _read_finished(folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / _FINISHED
+    stored = read_json(path)
+    if stored is None:
+        raise UserError(f"{folder}: no {_FINISHED}; name the --workdir of a run that has finished")
+    if not all(isinstance(stored.get(key), dict) for key in ("files", "inputs")):
+        raise UserError(
+            f"{path} is damaged. Restore it, or remove it and run the training command again, "
+            "which repeats the test"
+        )
+    return stored
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -337,9 +355,15 @@ def write_parquet(path: Path, table: pd.DataFrame) -> None:
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary path, then rename it to `path`; makes the folder.
 
+    A symbolic link stays, and the file that it points to is replaced.
+
     Raises:
-        UserError: naming the file, if it cannot be written.
+        UserError: naming the file, if it cannot be written, or is a folder or a device.
     """
+    with named_errors(path, "write"):
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is not a regular file; name another")
     # With the process's number, since caches and reports may be written by several at once.
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     with named_errors(path, "write"):

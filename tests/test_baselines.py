@@ -77,3 +77,13 @@ def test_real_baselines(real_data):
     dataset = load_dataset(config)
     test = figures("test", mask_seen=True)
     assert [test[name]["overall"] for name in ("most_popular", "markov")] == [0.026, 0.142]
+
+
+def test_a_log_in_which_nothing_follows_anything():
+    """One training row each: there is no pair to count."""
+    rows = [(user, item, time) for user in range(4) for time, item in enumerate((1, 2, 1))]
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    dataset = leave_one_out(log_from_table(frame), name="csv", num_valid_users=0, split_seed=0)
+    ranks = baseline_ranks(dataset, "test", mask_seen=False)
+    assert ranks["markov"].tolist() == [0] * 4
+    assert ranks["last_viewed"].tolist() == [1] * 4

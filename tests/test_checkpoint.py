@@ -132,3 +132,35 @@ def test_a_broken_latest_falls_back_to_the_one_before(tmp_path, caplog):
     flip_a_byte(tmp_path / "1" / "progress.json")
     with pytest.raises(checkpoint.CorruptCheckpointError, match="none of the checkpoints"):
         checkpoint.load_latest(tmp_path, make_tree())
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    """tensorstore raises a ValueError with the number of the system's error in its text."""
+
+    def full(self, *_):
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: Failed to write [source locations] os_error_code='28'"
+        )
+
+    checkpoint.save_step(tmp_path, 1, make_tree(), {"step": 1})
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(UserError, match=r"checkpoint .*/2: No space left on device; free some"):
+        checkpoint.save_step(tmp_path, 2, make_tree(), {"step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    monkeypatch.undo()
+
+    def bug(self, *_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", bug)
+    with pytest.raises(ValueError, match="a bug") as caught:
+        checkpoint.save_step(tmp_path, 2, make_tree(), {"step": 2})
+    assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_progress_that_is_no_object_is_not_believed(tmp_path, content):
+    checkpoint.save_step(tmp_path, 1, make_tree(), {"step": 1})
+    assert checkpoint.latest_progress(tmp_path) == {"step": 1}
+    (tmp_path / "1" / "progress.json").write_text(content)
+    assert checkpoint.latest_progress(tmp_path) is None

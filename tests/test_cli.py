@@ -155,7 +155,7 @@ def test_missing_flags_are_named(name, config_file, capsys):
     assert "--config is missing" in refused(capsys, main, ["--config"])
     argv = [f"--config={config_file}:all"]
     assert "--workdir is missing: " in refused(capsys, main, argv)
-    assert "--workdir is missing: " in refused(capsys, main, [*argv, "--workdir="])
+    assert "--workdir is empty: give a value" in refused(capsys, main, [*argv, "--workdir="])
 
 
 def test_report_takes_folders_and_refuses_the_rest(capsys, tmp_path):

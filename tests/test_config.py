@@ -114,3 +114,23 @@ def test_a_changed_first_family_is_explained():
     new.groups = ("seq33", "pop33")
     with pytest.raises(UserError, match=r"'pop33' there, 'seq33' now.*is the first of groups"):
         check_resumable(resolve(old).to_dict(), resolve(new).to_dict(), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.path": ""}, "data.path is empty"),
+        ({"data.group_file": ""}, "data.group_file is empty"),
+        (
+            {"data.name": "retailrocket", "data.columns.user_id": "visitorid"},
+            "data.columns.user_id is set, but the columns of data.name=retailrocket are fixed",
+        ),
+        ({"data.name": "ml1m", "data.delimiter": ";"}, "data.delimiter is set, but"),
+        ({"seeds": (True,)}, "seeds is .*expected unequal integers"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(changes, message):
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        resolve(config)

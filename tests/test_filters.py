@@ -203,3 +203,12 @@ def test_repeats_are_counted_and_kept():
     log = log_from_table(frame)
     assert len(log) == 4
     assert log.counts["repeated_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    "bound", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59-05:00", "soon"]
+)
+def test_a_bound_that_is_no_date_is_named(bound):
+    frame = pd.DataFrame({"user_id": [1], "item_id": [1], "timestamp": pd.to_datetime(["2024"])})
+    with pytest.raises(UserError, match="data.since is .*expected an ISO date"):
+        log_from_table(frame, rows=Rows(since=bound))

@@ -229,6 +229,7 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_is():
         ({"sweep.intersection_methods": ("cvar",)}, "cvar does not use groups"),
         ({"sweep.methods": ("cvar",)}, "expected erm among them"),
         ({"objective.alpha": (0.3,)}, "objective.alpha is .*a sweep ignores it; set sweep.alpha"),
+        ({"objective.name": "cvar"}, "objective.name is cvar: a sweep ignores it; set sweep.meth"),
     ],
 )
 def test_bad_sweeps_are_named(changes, message):

@@ -44,3 +44,11 @@ def test_every_name_has_a_tensorboard_tag_of_its_own(tmp_path):
         tags += [value.tag for value in Event.FromString(data[12 : 12 + size]).summary.value]
         data = data[16 + size :]
     assert tags == [f"train/group_loss/{name}" for name in names]
+
+
+def test_lost_figures_are_reported(tmp_path, caplog):
+    MetricsLog(tmp_path, last_epoch=0).close()
+    assert "lost" not in caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    MetricsLog(tmp_path, last_epoch=3).close()
+    assert "metrics.jsonl was removed: the figures of epochs 1 to 3 are lost" in caplog.text

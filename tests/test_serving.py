@@ -346,3 +346,7 @@ def test_a_score_that_is_not_finite_is_an_error(trained):
     broken = with_params(trained, lambda params: jax.tree.map(lambda x: x * np.nan, params))
     with pytest.raises(DivergedError, match="run seed=0: a score is not finite"):
         lists_of(broken, k=3)
+
+
+def test_a_batch_is_no_larger_than_the_users(trained):
+    assert_same_lists(lists_of(trained, k=5, batch_size=10**12), lists_of(trained, k=5))

@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -157,7 +158,8 @@ def test_a_finished_folder(tmp_path):
     assert not workdir.is_finished(tmp_path)
     with pytest.raises(UserError, match=r"no finished\.json"):
         workdir.check_finished(tmp_path)
-    assert workdir.finished_inputs(tmp_path) == {}
+    with pytest.raises(UserError, match=r"no finished\.json"):
+        workdir.finished_inputs(tmp_path)
     make_finished(tmp_path)
     assert workdir.is_finished(tmp_path)
     workdir.check_finished(tmp_path)
@@ -245,3 +247,50 @@ def test_a_full_disk_names_the_file_and_leaves_nothing_half_written(tmp_path, mo
             workdir.write_json(path, {"new": 1})
     assert workdir.read_json(path) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("kind", ["device", "link to a device", "folder"])
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    """As root, a rename over /dev/null would replace the device for every process."""
+    path = tmp_path / "out"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        os.mkfifo(path)
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a regular file; name another"):
+        workdir.write_text(path, "text")
+    assert path.is_fifo() or path.is_dir()
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    workdir.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_paths_that_cannot_be_are_named():
+    with pytest.raises(UserError, match="a path is empty"):
+        workdir.user_path("")
+    with pytest.raises(UserError, match=r"xxxx\.\.\.: the name is longer than 255 bytes"):
+        workdir.user_path("a/" + "x" * 300)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"files": {}}', '{"files": [], "inputs": {}}'])
+def test_a_damaged_mark_of_a_finished_run_is_named(tmp_path, content):
+    make_finished(tmp_path)
+    (tmp_path / "finished.json").write_text(content)
+    for check in (workdir.check_finished, workdir.finished_inputs):
+        with pytest.raises(UserError, match=r"finished\.json is damaged.*repeats the test"):
+            check(tmp_path)
+
+
+def test_a_run_without_its_summary_has_not_finished(tmp_path):
+    make_finished(tmp_path)
+    assert workdir.is_finished(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    assert not workdir.is_finished(tmp_path)  # so the training command repeats the test

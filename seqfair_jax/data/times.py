@@ -137,12 +137,12 @@ def parse_bound(value: str | float, setting: str) -> int | float | np.datetime64
                 return found
     try:
         date = datetime.datetime.fromisoformat(str(value).strip())
-    except ValueError:
+        if date.tzinfo is not None:
+            date = date.astimezone(datetime.UTC).replace(tzinfo=None)
+    except (ValueError, OverflowError):
         raise UserError(
             f"{setting} is {value!r}: expected an ISO date such as 2024-12-31, or a number"
         ) from None
-    if date.tzinfo is not None:
-        date = date.astimezone(datetime.UTC).replace(tzinfo=None)
     return np.datetime64(date)
 
 

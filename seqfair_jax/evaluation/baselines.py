@@ -77,6 +77,8 @@ class Successors(NamedTuple):
 
     def rank(self, items: np.ndarray, followers: np.ndarray) -> np.ndarray:
         """The rank of each follower among its item's successors, 0 if it never followed."""
+        if not len(self.pairs):  # each user has a single training row
+            return np.zeros(len(items), np.int64)
         wanted = items * np.int64(self.num_items) + followers
         at = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
         return np.where((self.pairs[at] == wanted) & (followers >= 0), self.ranks[at], 0)

@@ -216,8 +216,9 @@ def _differences(rows: pd.DataFrame, families: Sequence[str]) -> Section:
 
 def _history(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """Every run's `metrics.jsonl`: a row for each method and epoch, averaged over seeds."""
+    none = pd.DataFrame(columns=["name", "epoch"], dtype=float)  # a run may have no rows
     tables = [workdir.read_metrics(run.folder).astype(float).assign(name=run.name) for run in runs]
-    return pd.concat(tables).groupby(["name", "epoch"], sort=False).mean().reset_index()
+    return pd.concat([none, *tables]).groupby(["name", "epoch"], sort=False).mean().reset_index()
 
 
 def _columns(history: pd.DataFrame, prefix: str) -> dict[str, str]:

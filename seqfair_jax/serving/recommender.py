@@ -67,7 +67,8 @@ def recommend(
     """
     model, params = trained.model, trained.params
     mask_seen = trained.mask_seen if mask_seen is None else mask_seen
-    batch_size = batch_size or trained.config.evaluate.batch_size
+    num_users = len(histories.offsets) - 1
+    batch_size = min(batch_size or trained.config.evaluate.batch_size, max(num_users, 1))
     table = model.apply(params, train=False, method="output_table")
     if candidates is None:
         candidates = np.arange(model.num_items, dtype=np.int32)
@@ -79,7 +80,6 @@ def recommend(
     places[candidates] = np.arange(len(candidates))
     table = jnp.asarray(table)
 
-    num_users = len(histories.offsets) - 1
     num_batches = max(1, min(_BLOCK_USERS, _BLOCK_ROWS // k) // batch_size)
     block = num_batches * batch_size
     for first in range(0, num_users, block):

@@ -49,8 +49,8 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
     if rule not in selection.RULES:
         raise UserError(f"rule is {rule!r}: expected {' or '.join(selection.RULES)}")
     folder = _run_folder(workdir.user_path(directory), run)
-    summary = workdir.read_summary(folder)
     workdir.check_finished(folder)
+    summary = workdir.read_summary(folder)
     if not selection.is_result(summary, rule):
         raise UserError(
             f"{folder}: run {summary['run']} {summary['status']}, so it has no parameters to load; "
@@ -98,6 +98,7 @@ def _run_folder(folder: Path, run: str | None) -> Path:
             f"(there are {jobs}, ...)"
         )
     summary = workdir.read_summary(folder)
+    workdir.check_finished(folder)
     runs = summary.get("runs", [summary])
     names = [found["run"] for found in runs]
     if run is None and "runs" in summary:
@@ -107,5 +108,4 @@ def _run_folder(folder: Path, run: str | None) -> Path:
         raise UserError(f"{folder} has no run {run!r}; there are {', '.join(names)}")
     if "runs" not in summary:
         return folder
-    workdir.check_finished(folder)
     return workdir.run_folders(folder, names)[names.index(run)]

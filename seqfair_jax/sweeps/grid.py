@@ -100,6 +100,10 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
             "are tested against it"
         )
     default = default_config()
+    if base.objective.name != default.objective.name:
+        raise UserError(
+            f"objective.name is {base.objective.name}: a sweep ignores it; set sweep.methods"
+        )
     for key in HParams._fields:
         if tuple(base.objective[key]) != tuple(default.objective[key]):
             raise UserError(

@@ -10,6 +10,8 @@ synced to the disk: this covers the death of the process, not a loss of power.)
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -55,7 +57,7 @@ def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
             if path.exists():
                 path.rename(replaced)
             temporary.rename(path)
-    except UserError:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
@@ -68,9 +70,10 @@ def _save_arrays(path: Path, tree: Any) -> None:
             checkpointer.wait_until_finished()  # a failed write only shows here
         except ValueError as error:
             # tensorstore raises ValueError for a full disk, with the system's error in its text.
-            if "os error" in str(error).lower():
-                raise OSError(str(error)) from error
-            raise
+            found = re.search(r"os.error\D*(\d+)", str(error), re.IGNORECASE)
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
@@ -143,7 +146,8 @@ def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | 
             logging.getLogger(__name__).warning("skipped: %s", error)
     if steps:
         raise CorruptCheckpointError(
-            f"none of the checkpoints in {directory} is whole; remove the folder to start again"
+            f"none of the checkpoints in {directory} is whole; restore one, or start again in "
+            "another --workdir"
         )
     return None
 
@@ -152,9 +156,10 @@ def latest_progress(directory: Path) -> dict[str, Any] | None:
     """The JSON object of the newest step, not checked; None where it cannot be read."""
     steps = _steps(directory)
     try:
-        return json.loads((directory / str(steps[0]) / _PROGRESS).read_text()) if steps else None
-    except (OSError, ValueError):  # `load_latest` reports what is wrong
+        found = workdir.read_json(directory / str(steps[0]) / _PROGRESS) if steps else None
+    except UserError:  # `load_latest` reports what is wrong
         return None
+    return found
 
 
 def _steps(directory: Path) -> list[int]:

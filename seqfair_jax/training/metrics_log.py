@@ -1,6 +1,7 @@
 """The figures of every epoch: `metrics.jsonl` and TensorBoard events."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from seqfair_jax import workdir
 from seqfair_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -26,6 +29,10 @@ class MetricsLog:
         lines = []
         if self._path.exists():
             lines = workdir.read_text(self._path).splitlines(keepends=True)
+        elif last_epoch:
+            _log.warning(
+                "%s was removed: the figures of epochs 1 to %d are lost", self._path, last_epoch
+            )
         kept = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -61,4 +68,5 @@ class MetricsLog:
 
     def close(self) -> None:
         """Write what is still buffered."""
-        self._writer.close()
+        with workdir.named_errors(self._path.parent, "write TensorBoard events to"):
+            self._writer.close()
