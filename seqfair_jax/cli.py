@@ -123,7 +123,8 @@ class Command:
             raise UserError(message) from None
         self._check_repeated(argv)
         for name in self.flags:
-            if self.flags[name].present and self.flags[name].value == "":
+            is_setting = name.startswith("config.")  # of which some may be empty
+            if not is_setting and self.flags[name].present and self.flags[name].value == "":
                 raise UserError(f"--{name} is empty: give a value, or leave the flag out")
         if rest and not self._arguments:
             raise UserError(

@@ -7,6 +7,7 @@ renamed, so a process that is killed while it writes does not harm the previous 
 synced to the disk: this covers the death of the process, not a loss of power.)
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,12 +15,14 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from seqfair_jax import workdir
 from seqfair_jax.errors import UserError
@@ -64,7 +67,7 @@ def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
 
 
 def _save_arrays(path: Path, tree: Any) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
         try:
             checkpointer.save(path.absolute(), tree)
             checkpointer.wait_until_finished()  # a failed write only shows here
@@ -74,6 +77,17 @@ def _save_arrays(path: Path, tree: Any) -> None:
             if found is None:
                 raise
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+@contextlib.contextmanager
+def _silent_orbax() -> Iterator[None]:
+    """Hide the tracebacks that orbax's threads log; what they raise is raised here again."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
 
 
 def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
