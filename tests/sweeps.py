@@ -1,7 +1,7 @@
 """What the tests of grids, jobs, searches and reproduce share: tiny sweeps, results by hand."""
 
 import pandas as pd
-from test_run import small
+from runs import small
 
 from seqfair_jax import workdir
 from seqfair_jax.config import plan_runs

@@ -1,6 +1,6 @@
 import pytest
 from sweeps import planned, tiny, write_results
-from test_run import small
+from runs import small
 
 from seqfair_jax import workdir
 from seqfair_jax.config import plan_runs

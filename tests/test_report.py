@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from test_run import small
+from runs import small
 
 from seqfair_jax import workdir
 from seqfair_jax.commands import report as command

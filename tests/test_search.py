@@ -3,7 +3,7 @@ import shutil
 import pandas as pd
 import pytest
 from sweeps import write_results
-from test_run import small
+from runs import small
 
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.sweeps import jobs

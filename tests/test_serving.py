@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import reference
-from test_run import small
+from runs import small
 
 from seqfair_jax import serving, workdir
 from seqfair_jax.data.cache import load_dataset
