@@ -1,6 +1,6 @@
 import pytest
-from sweeps import planned, tiny, write_results
 from runs import small
+from sweeps import planned, tiny, write_results
 
 from seqfair_jax import workdir
 from seqfair_jax.config import plan_runs

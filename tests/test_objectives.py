@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize
 
 from seqfair_jax import objectives
+from seqfair_jax.errors import UserError
 from seqfair_jax.objectives import HParams, make_objective
 
 # Five users in three groups, with 1, 2, 3, 4 and 10 training rows: 3, 3 and 14 rows a group.
@@ -478,31 +479,31 @@ def test_a_loss_that_is_not_finite_shows(name):
 @pytest.mark.parametrize("name", ["ipw", "ipw_log", "gdro", "sdro"])
 def test_group_objective_without_groups_is_an_error(name):
     assert objectives.METHODS[name].needs_groups
-    with pytest.raises(ValueError, match=r"needs groups.*objective\.group_family"):
+    with pytest.raises(UserError, match=r"needs groups.*objective\.group_family"):
         make_objective(name, membership=np.ones((5, 0), bool), train_lengths=LENGTHS)
 
 
 def test_ipw_log_with_users_in_one_group_is_an_error():
     for membership in (np.ones((5, 1), bool), MEMBERSHIP[[2] * 5]):
-        with pytest.raises(ValueError, match="weight log 1 = 0"):
+        with pytest.raises(UserError, match="weight log 1 = 0"):
             make_objective("ipw_log", membership=membership, train_lengths=LENGTHS)
 
 
 def test_item_without_training_rows_is_an_error():
-    with pytest.raises(ValueError, match="item 1 has 0 training rows"):
+    with pytest.raises(UserError, match="item 1 has 0 training rows"):
         make("cb").target_weights(np.array([3, 0, 2]))
 
 
 def test_unknown_names_are_errors_that_name_the_closest():
-    with pytest.raises(ValueError, match=r"objective\.name is 'gdr0'.*did you mean 'gdro'"):
+    with pytest.raises(UserError, match=r"objective\.name is 'gdr0'.*did you mean 'gdro'"):
         make("gdr0")
-    with pytest.raises(ValueError, match=r"objective\.name is 'CVaR' .did you mean 'cvar'"):
+    with pytest.raises(UserError, match=r"objective\.name is 'CVaR' .did you mean 'cvar'"):
         objectives.check_hparams("CVaR", {})
-    with pytest.raises(ValueError, match=r"objective\.count_by is 'row'.*did you mean 'rows'"):
+    with pytest.raises(UserError, match=r"objective\.count_by is 'row'.*did you mean 'rows'"):
         make("ipw", count_by="row")
-    with pytest.raises(ValueError, match=r"objective\.absent_groups is 'keep': expected one of"):
+    with pytest.raises(UserError, match=r"objective\.absent_groups is 'keep': expected one of"):
         make("sdro", absent_groups="keep")
-    with pytest.raises(ValueError, match=r"is 'alfa'.*did you mean 'alpha'"):
+    with pytest.raises(UserError, match=r"is 'alfa'.*did you mean 'alpha'"):
         objectives.check_hparams("cvar", {"alpha": 0.5, "alfa": 0.5})
 
 
@@ -524,7 +525,7 @@ def test_unknown_names_are_errors_that_name_the_closest():
 )
 def test_hyperparameter_outside_its_range_is_an_error(key, value):
     values = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 1.0}
-    with pytest.raises(ValueError, match=rf"objective\.{key} is .*give a number"):
+    with pytest.raises(UserError, match=rf"objective\.{key} is .*give a number"):
         objectives.check_hparams("erm", values | {key: value})
 
 
@@ -533,5 +534,5 @@ def test_hyperparameters_in_range_pass_and_a_missing_one_is_an_error():
     objectives.check_hparams("cvar", {"alpha": (0.1, 1.0, 1)})
     objectives.check_hparams("chi2", {"radius": 0})
     objectives.check_hparams("sdro", {"step_size": np.float64(0.1), "stream_rate": 1.0})
-    with pytest.raises(ValueError, match=r"objective\.stream_rate has no value.*'sdro' reads it"):
+    with pytest.raises(UserError, match=r"objective\.stream_rate has no value.*'sdro' reads it"):
         objectives.check_hparams("sdro", {"step_size": 0.1, "stream_rate": ()})

@@ -142,8 +142,12 @@ class Page(HTMLParser):
         return [html.unescape(found) for found in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
 
 
+def compare_folders(folders, baseline, metric):
+    return runs.compare_runs(runs.read_runs([baseline, *folders]), baseline, metric)
+
+
 def write_page(folders, path, *, baseline=None, **options):
-    rows = None if baseline is None else runs.compare_folders(folders, baseline, NDCG)
+    rows = None if baseline is None else compare_folders(folders, baseline, NDCG)
     html_report.write(runs.read_runs(folders), path, NDCG, rows=rows, **options)
     return Page(path)
 
@@ -205,7 +209,7 @@ def test_the_command_prints_the_tables_and_the_tests(folders, tmp_path, capsys):
 def test_a_comparison_with_a_baseline(tmp_path):
     erm = write_run(tmp_path / "erm")
     cvar = write_run(tmp_path / "cvar", "cvar", shift=0.05)
-    rows = runs.compare_folders([cvar], erm, NDCG).set_index(["name", "slice"])
+    rows = compare_folders([cvar], erm, NDCG).set_index(["name", "slice"])
     row = rows.loc["cvar alpha=0.5", "pop33=niche"]
     assert row[["users", "star"]].tolist() == [USERS / 2, True]
     assert row[["difference", "low", "high"]].tolist() == pytest.approx([0.05] * 3)
@@ -225,11 +229,11 @@ def test_a_comparison_with_a_baseline(tmp_path):
     )
     workdir.finish(grid, {})
     with pytest.raises(UserError, match=r"has several methods: cvar alpha=0.2, cvar alpha=0.4"):
-        runs.compare_folders([erm], grid, NDCG)
+        compare_folders([erm], grid, NDCG)
     with pytest.raises(UserError, match="no other method that succeeded"):
-        runs.compare_folders([erm], erm, NDCG)
+        compare_folders([erm], erm, NDCG)
     # A grid and a run of it: the run is the baseline, the others are compared with it.
-    rows = runs.compare_folders([grid], grid / "runs" / "b", NDCG)
+    rows = compare_folders([grid], grid / "runs" / "b", NDCG)
     assert set(rows["name"]) == {"cvar alpha=0.2", "cvar alpha=0.2, best worst group"}
 
 
@@ -284,7 +288,7 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(tmp_path):
         text.tables([tmp_path / "0", write_run(tmp_path / "again")], NDCG)
     # Another seed of the baseline's method belongs to the baseline.
     with pytest.raises(UserError, match="no other method that succeeded"):
-        runs.compare_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "0", NDCG)
+        compare_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "0", NDCG)
 
 
 def test_every_run_must_have_what_is_shown(tmp_path):
@@ -299,7 +303,7 @@ def test_every_run_must_have_what_is_shown(tmp_path):
     with pytest.raises(UserError, match="share no group family"):
         text.tables([erm, other], NDCG)
     with pytest.raises(UserError, match="cvar alpha=0.5: it was not evaluated by pop33"):
-        runs.compare_folders([cvar], erm, NDCG)
+        compare_folders([cvar], erm, NDCG)
     summary = workdir.read_summary(cvar)
     summary["dataset"]["log_hash"] = "def"
     workdir.write_json(cvar / workdir.SUMMARY, summary)
@@ -328,7 +332,7 @@ def test_groups_that_a_run_lacks_are_a_dash(tmp_path):
     )
     assert line.split()[2] == "-"
     with pytest.raises(UserError, match="tier of user 0 is not the baseline's"):
-        runs.compare_folders(grid[:2], grid[0], NDCG)
+        compare_folders(grid[:2], grid[0], NDCG)
 
 
 def test_failed_runs_are_listed_and_count_nowhere(tmp_path):
@@ -361,7 +365,7 @@ def test_failed_runs_are_listed_and_count_nowhere(tmp_path):
     printed = text.tables([*good, *bad], NDCG)
     assert "cvar alpha=0.6, seed 0: failed at step 7" in printed
     with pytest.raises(UserError, match="no run that succeeded"):
-        runs.compare_folders(good, bad[0], NDCG)
+        compare_folders(good, bad[0], NDCG)
     write_page(bad[:1], tmp_path / "only.html")  # a page of nothing but a failed run
 
 
@@ -389,7 +393,7 @@ def test_missing_and_changed_files_are_named(name, damage, message, tmp_path, ca
     erm, cvar = write_run(tmp_path / "erm"), write_run(tmp_path / "cvar", "cvar")
     damage(cvar / name)
     with pytest.raises(UserError, match=f"cvar: {message}"):
-        runs.compare_folders([cvar], erm, NDCG)
+        compare_folders([cvar], erm, NDCG)
     with pytest.raises(UserError, match=f"cvar: {message}"):
         text.tables([erm, cvar], NDCG)
     with pytest.raises(SystemExit, match="1"):
@@ -433,7 +437,7 @@ def test_names_from_data_are_shown_as_they_are_and_never_are_markup(tmp_path):
     for name in ("R&D <i>*", family):
         assert "targets, R&D <i>*\n" in text.tables([erm], NDCG, family=name)
     assert "targets, target\n" in text.tables([erm], NDCG, family="target")
-    rows = runs.compare_folders([gdro], erm, NDCG)
+    rows = compare_folders([gdro], erm, NDCG)
     printed = text.comparison(rows, erm, NDCG, "target")
     assert "target=old" in printed
     assert "VIP" not in printed

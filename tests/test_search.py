@@ -2,8 +2,8 @@ import shutil
 
 import pandas as pd
 import pytest
-from sweeps import write_results
 from runs import small
+from sweeps import write_results
 
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.sweeps import jobs

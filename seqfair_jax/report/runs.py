@@ -146,11 +146,6 @@ def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
     ]
 
 
-def compare_folders(folders: Sequence[Path], baseline: Path, metric: str) -> pd.DataFrame:
-    """The tests of work directories against one of them (`compare_runs`)."""
-    return compare_runs(read_runs([baseline, *folders]), baseline, metric)
-
-
 def compare_runs(runs: Sequence[FinishedRun], baseline: Path, metric: str) -> pd.DataFrame:
     """Paired tests of every method against the runs of one folder (`significance.compare`).
 
