@@ -19,6 +19,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes many seconds; only `make test-all` runs it")
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    # Archives hold the time they were made, and xdist's workers must agree on the tests' names.
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def _no_implicit_rank_promotion():
     with jax.numpy_rank_promotion("raise"):
