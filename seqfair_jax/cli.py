@@ -150,7 +150,7 @@ class Command:
                 "  --config: a config file, such as configs/own_log.py; its arguments follow a "
                 "colon (required)",
                 "  --config.KEY: the value of one setting, such as --config.seeds=0,1,2; "
-                "seqfair_jax/config.py lists them",
+                "docs/own_log.md lists them",
             ]
         for name in self.flags:
             flag = self.flags[name]
@@ -172,7 +172,7 @@ def load_config(argument: str) -> ConfigDict:
     path = workdir.user_path(name)
     if not path.is_file():
         hint = did_you_mean(path.name, [near.name for near in path.parent.glob("*.py")])
-        raise UserError(f"--config={name}: no such file{hint}")
+        raise UserError(f"--config={name}: no such file{hint}; it would be {path.absolute()}")
     if path.suffix != ".py":
         raise UserError(f"--config={name}: expected a Python file with a get_config function")
     module = types.ModuleType("seqfair_config")

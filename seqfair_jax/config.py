@@ -352,7 +352,7 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
             "train.decay_steps": ". (The learning rate falls to 0 over train.decay_steps, which "
             "follows train.epochs in this config. To train longer, start a new run)",
             "objective.group_family": ". (objective.group_family is the first of groups unless it "
-            "is set; set it to the family before)",
+            "is set. Keep the first group, or set objective.group_family to the earlier one)",
         }
         raise UserError(
             f"{where} was made by another config; these differ: {'; '.join(changed)}. "

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,22 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: {error}; give the path without ~") from None
+
+
+def refuse_overwrite(out: Path, inputs: Iterable[str | None]) -> None:
+    """Refuse to write an output over one of a command's inputs.
+
+    Args:
+        out: the value of `--out`.
+        inputs: paths as a user gave them; None and '' are skipped.
+
+    Raises:
+        UserError: naming the input.
+    """
+    for name in filter(None, inputs):
+        path = user_path(name)
+        if path.exists() and out.exists() and path.samefile(out):
+            raise UserError(f"--out={out} is the input {name}; name another file")
 
 
 def cache_folder() -> Path | None:

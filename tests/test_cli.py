@@ -274,9 +274,12 @@ def test_paths_that_cannot_be_used_are_one_line(home, capsys, tmp_path, config_f
     assert line == f"error: {log} is a file; name the --workdir of a run that has finished"
     line = refused(capsys, report.main, [run, f"--out={log}/report.html"])
     assert line.startswith(f"error: cannot write {log}/report.html: ")
-    assert f"error: cannot write {tmp_path}: " in refused(
-        capsys, report.main, [run, f"--out={tmp_path}"]
-    )
+    folder = tmp_path / "folder.html"
+    folder.mkdir()
+    line = refused(capsys, report.main, [run, f"--out={folder}"])
+    assert line.startswith(f"error: cannot write {folder}: ")
+    line = refused(capsys, report.main, [run, f"--out={log}"])
+    assert line == f"error: --out={log}: expected a name that ends in .html"
     line = refused(capsys, train.main, [f"--config={config_file}", f"--workdir={log}/run"])
     assert line.startswith(f"error: {log}/run: {log} is a file; name a folder")
 
@@ -426,7 +429,8 @@ def test_the_names_of_the_program_are_the_same_commands(tmp_path):
         for words in (["seqfair_jax", "train"], ["seqfair_jax.main"])
     ]  # fmt: skip
     for process in started:
-        assert process.communicate() == ("", "error: --config=none.py: no such file\n")
+        missing = f"error: --config=none.py: no such file; it would be {tmp_path / 'none.py'}\n"
+        assert process.communicate() == ("", missing)
         assert process.returncode == 1
 
 

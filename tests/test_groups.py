@@ -272,6 +272,7 @@ def test_a_wide_file_may_have_a_family_called_group(tmp_path):
         ("user_id,seq33\n1,2\n", "'seq33' has the name of a built-in family; rename it"),
         ("user_id,age\n1,2\n,3\n", "1 rows have no user_id, the first of them data row 2"),
         ("user_id,age\n", "has no rows: expected rows of user_id, age"),
+        ("user_id,age\n1,2\n2,3\n1,4\n", "user '1' has several rows, the second .* data row 3"),
     ],
 )
 def test_bad_wide_files(tmp_path, content, message):

@@ -135,7 +135,7 @@ def test_users_of_a_file(call, trained, tmp_path, capsys):
     assert all(found[user] == everyone[user] for user in ("u9", ODD_USERS[0], "07"))
     [empty] = named(trained, lists_of(trained, trained.histories.select(np.array([-1])), k=5))
     assert found["stranger"] == empty
-    assert "users.csv: 1 users are not in the log" in capsys.readouterr().err
+    assert "users.csv: 1 users are not in the run" in capsys.readouterr().err
 
 
 def test_the_log_as_histories_gives_what_the_run_stored(call, run_and_log, tmp_path, capsys):
@@ -314,3 +314,40 @@ write_lists(Path(sys.argv[1]), found(), user_ids=np.arange(2), item_ids=np.arang
     )
     assert result.returncode == -signal.SIGKILL
     assert not (tmp_path / "recs.csv").exists()
+
+
+def test_an_input_is_never_replaced(call, run_and_log, tmp_path, capsys):
+    """Neither a file of the command nor the log or the groups of the run."""
+    histories = tmp_path / "new.csv"
+    histories.write_text("user_id,item_id\n1,1\n")
+    log = run_and_log[0].parent / "log.csv"  # of the run; it was removed
+    run_and_log[1].to_csv(log, index=False)
+    before = log.read_bytes()
+    for flags, out in (([f"--histories={histories}"], histories), ([], log)):
+        link = tmp_path / f"link-{out.stem}.csv"
+        link.symlink_to(out)
+        for path in (out, link):
+            with pytest.raises(SystemExit):
+                recommend.main([f"--workdir={run_and_log[0]}", f"--out={path}", *flags])
+            assert f"--out={path} is the input {out}" in capsys.readouterr().err
+    assert histories.read_text() == "user_id,item_id\n1,1\n"
+    assert log.read_bytes() == before
+    log.unlink()
+
+
+def test_tables_may_have_the_column_names_of_the_log(trained, tmp_path):
+    """Rows are sorted by the log's own column of times, whatever its name."""
+    named = {"user_id": "buyer", "item_id": "article", "timestamp": "bought at"}
+    items = trained.item_ids[:3]
+    rows = [("new", items[0], 3), ("new", items[1], 1), ("new", items[2], 2)]
+    path = tmp_path / "new.csv"
+    pd.DataFrame(rows, columns=[*named.values()]).to_csv(path, index=False)
+    arguments = (str(path), trained.user_ids, trained.item_ids)
+    ids, histories = tables.read_histories(*arguments, named)
+    assert ids.tolist() == ["new"]
+    assert histories.items.tolist() == [1, 2, 0]
+    assert tables.read_items(str(path), "only", trained.item_ids, named).tolist() == [0, 1, 2]
+    plain = tmp_path / "plain.csv"
+    pd.DataFrame(rows, columns=["user_id", "item_id", "time"]).to_csv(plain, index=False)
+    again = tables.read_histories(str(plain), *arguments[1:], named)
+    assert again[1].items.tolist() == [1, 2, 0]

@@ -241,7 +241,8 @@ def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
     assert hparams == f"alpha={max(val, key=val.get):g}"
     # The general report takes a sweep's folders too, and both seeds of ERM for the baseline.
     planned = sorted((tmp_path / "sweep" / "jobs").iterdir())
-    rows = report_runs.compare_folders(planned, tmp_path / "sweep" / "jobs" / "erm", "NDCG@20")
+    found = report_runs.read_runs(planned)
+    rows = report_runs.compare_runs(found, tmp_path / "sweep" / "jobs" / "erm", "NDCG@20")
     assert not rows["name"].str.startswith("erm").any()
     one = rows[(rows["slice"] == "overall") & (rows["name"] == f"cvar {hparams}")]
     [sweeps] = methods.loc[methods["method"] == "cvar", "difference"]

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     command = Command(
         "recommend",
         "Write the k best items of each user by a finished run. Needs the run's folder, not its\n"
-        "log. Tables are CSV or Parquet.",
+        "log. Tables may have any format of a log (docs/own_log.md).",
     )
     command.string("workdir", "the folder of a finished run, or of a grid of runs (required)")
     command.string("out", "the file to write: .parquet, .csv or .jsonl (required)")
@@ -53,6 +53,9 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         raise UserError("--users and --histories are both given; give one of them")
     try:
         trained = load(directory, run=values.run, rule=values.rule)
+        data = trained.config.data
+        inputs = (values.users, values.histories, values.exclude, values.only)
+        workdir.refuse_overwrite(out, (*inputs, data.path, data.group_file))
         user_ids, histories = _users(trained, values)
         candidates = _candidates(trained, values)
         _LOG.info(
@@ -88,22 +91,25 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
 def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray, Histories]:
     """Who gets a list: the ids and the histories."""
     if values.histories:
-        return tables.read_histories(values.histories, trained.user_ids, trained.item_ids)
+        return tables.read_histories(
+            values.histories, trained.user_ids, trained.item_ids, trained.config.data.columns
+        )
     if values.users:
-        ids, places = tables.read_users(values.users, trained.user_ids)
+        columns = trained.config.data.columns
+        ids, places = tables.read_users(values.users, trained.user_ids, columns)
         return ids, trained.histories.select(places)
     return trained.user_ids, trained.histories
 
 
 def _candidates(trained: TrainedModel, values: flags.FlagValues) -> np.ndarray:
     """The places of the items to recommend, ascending."""
-    places = np.arange(len(trained.item_ids))
+    known, columns = trained.item_ids, trained.config.data.columns
+    places = np.arange(len(known))
     if values.only:
-        places = tables.read_items(values.only, "only", trained.item_ids)
+        places = tables.read_items(values.only, "only", known, columns)
     if values.exclude:
-        places = np.setdiff1d(
-            places, tables.read_items(values.exclude, "exclude", trained.item_ids)
-        )
+        excluded = tables.read_items(values.exclude, "exclude", known, columns)
+        places = np.setdiff1d(places, excluded)
     if not len(places):
         raise UserError(f"--exclude={values.exclude}: no item is left to recommend; exclude fewer")
     return places.astype(np.int32)

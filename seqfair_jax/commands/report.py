@@ -32,15 +32,17 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     baseline = None if values.baseline is None else workdir.user_path(values.baseline)
     if baseline is not None:  # the table has its row too
         folders.append(baseline)
+    out = None if values.out is None else workdir.user_path(values.out)
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out={out}: expected a name that ends in .html")
     found = runs.read_runs(folders)
     print(text.run_tables(found, values.metric, family=values.family))
     rows = None
     if baseline is not None:
         rows = runs.compare_runs(found, baseline, values.metric)
         print("\n" + text.comparison(rows, baseline, values.metric, values.family))
-    if values.out is not None:
+    if out is not None:
         from seqfair_jax.report import html  # matplotlib is slow to import
 
-        path = workdir.user_path(values.out)
-        html.write(found, path, values.metric, family=values.family, rows=rows)
-        print(f"\nreport: {path.resolve()}")
+        html.write(found, out, values.metric, family=values.family, rows=rows)
+        print(f"\nreport: {out.resolve()}")

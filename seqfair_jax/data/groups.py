@@ -177,6 +177,13 @@ def read_group_table(path: str | None) -> pd.DataFrame | None:
         columns = {"user_id": users, "family": family}
         columns["group"] = _labels(table["group"], str(file), "group")
     else:
+        doubled = pd.Series(users).duplicated().to_numpy()
+        if doubled.any():
+            raise UserError(
+                f"{file}: user {users[doubled.argmax()]!r} has several rows, the second of them "
+                f"data row {doubled.argmax() + 1}; give a row for each user, or the columns "
+                "user_id, family, group, in which a user may be in several groups"
+            )
         families = {name: _labels(table[key], str(file), name)
                     for key, name in names.items() if key != "user_id"}  # fmt: skip
         columns = {
@@ -285,7 +292,8 @@ def _expression(
         raise UserError(f"group family {text!r}: {atom} has groups; only a file's numbers are cut")
     known = [*FAMILIES, *map(encode_name, own)]
     hint = did_you_mean(atom, known)
-    raise UserError(f"unknown group family {text!r}{hint}; known: {', '.join(known)}")
+    own_groups = "" if own else "; for your own groups set data.group_file"
+    raise UserError(f"unknown group family {text!r}{hint}; known: {', '.join(known)}{own_groups}")
 
 
 def _built_in(dataset: Dataset, name: str) -> GroupFamily:

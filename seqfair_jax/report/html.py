@@ -264,7 +264,10 @@ def _line_image(title: str, lines: dict[str, pd.DataFrame], alt: str = "") -> Im
         points = points.dropna()
         if len(points):
             epochs, values = points.to_numpy().T
-            handles += axes.plot(epochs, values, color=figures.colour(number), lw=1.5)
+            marker = "o" if len(epochs) == 1 else None  # a single point is no line
+            handles += axes.plot(
+                epochs, values, marker=marker, color=figures.colour(number), lw=1.5
+            )
             labels.append(label)
     axes.set_xlabel("epoch", fontsize=8)
     figures.legend_below(figure, handles, labels)

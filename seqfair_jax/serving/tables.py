@@ -1,7 +1,7 @@
 """Read the tables that `seqfair recommend` takes: users, histories of users, and items."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ import pandas as pd
 from seqfair_jax.data.files import require_file
 from seqfair_jax.data.ids import compact, encode_ids, missing, require_values
 from seqfair_jax.data.readers import ALIASES, find_column
-from seqfair_jax.data.tables import fold, read_table
+from seqfair_jax.data.tables import fold, pick, read_table
 from seqfair_jax.data.times import parse_times
 from seqfair_jax.errors import UserError
 from seqfair_jax.serving.catalogue import Histories, csr_offsets
@@ -28,12 +28,15 @@ def find(ids: pd.Series, known: np.ndarray) -> np.ndarray:
     return pd.Index(known).get_indexer(pd.Index(_like(ids, known)))
 
 
-def read_users(argument: str, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def read_users(
+    argument: str, known: np.ndarray, named: Mapping[str, str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The distinct users of a file, in its order, and the place of each among the known users.
 
     Args:
         argument: the value of `--users`: a table with a column `user_id`.
         known: the ids of the log's users.
+        named: what the run's log calls its columns (`data.columns`).
 
     Returns:
         ids [n], of the type of the known ids if all fit, and places i64[n], -1 for unknown.
@@ -41,7 +44,7 @@ def read_users(argument: str, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
     Raises:
         UserError: if the file cannot be read, or has no known user.
     """
-    ids = _read(argument, "users", ["user_id"])["user_id"].drop_duplicates()
+    ids = _read(argument, "users", ["user_id"], named)["user_id"].drop_duplicates()
     places = find(ids, known)
     unknown = places < 0
     if unknown.all():
@@ -49,23 +52,27 @@ def read_users(argument: str, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
             f"--users={argument}: none of its {len(ids):,} users is a user of the run's log, whose "
             f"first is {known[0]!r}; to recommend to new users, give --histories"
         )
-    _count(unknown.sum(), "--users", argument, "users are not in the log; they get the list of a "
-           "user without items")  # fmt: skip
+    _count(unknown.sum(), "--users", argument, "users are not in the run (not in its log, or left "
+           "out by the filter); they get the list of a user without items. To use items that they "
+           "have, give --histories")  # fmt: skip
     return _like(ids, known), places
 
 
-def read_items(argument: str, flag: str, known: np.ndarray) -> np.ndarray:
+def read_items(
+    argument: str, flag: str, known: np.ndarray, named: Mapping[str, str] | None = None
+) -> np.ndarray:
     """The places of a file's items in the vocabulary, i64[n], distinct and ascending.
 
     Args:
         argument: the value of the flag: a table with a column `item_id`.
         flag: `exclude` or `only`, for messages.
         known: the vocabulary.
+        named: as for `read_users`.
 
     Raises:
         UserError: if the file cannot be read, or has no known item.
     """
-    ids = _read(argument, flag, ["item_id"])["item_id"].drop_duplicates()
+    ids = _read(argument, flag, ["item_id"], named)["item_id"].drop_duplicates()
     places = find(ids, known)
     unknown = places < 0
     if unknown.all():
@@ -78,7 +85,10 @@ def read_items(argument: str, flag: str, known: np.ndarray) -> np.ndarray:
 
 
 def read_histories(
-    argument: str, known_users: np.ndarray, known_items: np.ndarray
+    argument: str,
+    known_users: np.ndarray,
+    known_items: np.ndarray,
+    named: Mapping[str, str] | None = None,
 ) -> tuple[np.ndarray, Histories]:
     """The users of a file, in order of their first row, and their known items.
 
@@ -89,11 +99,12 @@ def read_histories(
         argument: the value of `--histories`: a table with columns `user_id` and `item_id`.
         known_users: the ids of the log's users, whose type the ids get if all fit.
         known_items: the vocabulary.
+        named: as for `read_users`.
 
     Raises:
         UserError: if the file cannot be read, or is empty.
     """
-    frame = _read(argument, "histories", ["user_id", "item_id"], times=True)
+    frame = _read(argument, "histories", ["user_id", "item_id"], named, times=True)
     users, ids = pd.factorize(frame["user_id"])
     items = find(frame["item_id"], known_items)
     order = np.lexsort((frame["timestamp"].to_numpy(), users))  # stable
@@ -108,15 +119,33 @@ def read_histories(
     return _like(pd.Series(ids), known_users), histories
 
 
-def _read(argument: str, flag: str, columns: list[str], *, times: bool = False) -> pd.DataFrame:
-    """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none."""
+def _read(
+    argument: str,
+    flag: str,
+    columns: list[str],
+    named: Mapping[str, str] | None,
+    *,
+    times: bool = False,
+) -> pd.DataFrame:
+    """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none.
+
+    A column has the name that the run's log has, or one of the usual names.
+    """
     path = user_path(argument)
     require_file(path, f"--{flag}={argument}")
 
     def choose(names: Sequence[str], where: str) -> dict[str, str]:
-        has_times = any(fold(name) in ALIASES["timestamp"].split() for name in names)
+        folded = [fold(name) for name in names]
+        own = {key: name for key, name in (named or {}).items() if name and fold(name) in folded}
+        has_times = "timestamp" in own or set(folded) & set(ALIASES["timestamp"].split())
         wanted = [*columns, "timestamp"] if times and has_times else columns
-        return {name: find_column(names, name, where, "rename a column") for name in wanted}
+        advice = "rename a column"
+        return {
+            key: pick(names, own[key], where, advice)
+            if key in own
+            else find_column(names, key, where, advice)
+            for key in wanted
+        }
 
     table, names, *_ = read_table(path, choose, coded=columns)
     if not len(table):

@@ -1,7 +1,9 @@
 """SIGINT and SIGTERM while a run trains: the first ends it cleanly, the second at once."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -12,8 +14,7 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 def catch_signals() -> Iterator[Callable[[], bool]]:
     """While open, the first signal only sets what the yielded function returns.
 
-    Raises:
-        KeyboardInterrupt: at the second signal.
+    The second signal ends the process, as a kill does: the newest checkpoint stays.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -22,8 +23,10 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
 
     def handle(number: int, _) -> None:
         caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
+        if len(caught) == 1:
+            _say("stopping after the current steps; a second signal ends at once")
+        else:
+            _end(number)
 
     before = [signal.signal(number, handle) for number in _HANDLED]
     try:
@@ -31,3 +34,13 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in zip(_HANDLED, before, strict=True):
             signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def _end(number: int) -> None:
+    """End the process without unwinding: the device may be at work, and would crash on it."""
+    _say("ended; the same command resumes from the newest checkpoint")
+    os._exit(128 + number)
