@@ -30,11 +30,6 @@ def restore(experiment: Experiment, folder: Path) -> Snapshot:
     stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
     if stored is not None:
         _check(stored, experiment, folder)  # before the arrays' shapes, whose error is less clear
-    elif workdir.is_finished(folder):
-        raise UserError(
-            f"{folder} has finished, but its checkpoints were removed, so it can be neither "
-            "resumed nor tested again; use another --workdir"
-        )
     states = initial_states(
         experiment.task,
         seeds=[run.seed for run in experiment.runs],
@@ -46,6 +41,11 @@ def restore(experiment: Experiment, folder: Path) -> Snapshot:
         folder / workdir.LATEST_CHECKPOINT, {"states": states, "best": best}
     )
     if found is None:
+        if workdir.is_finished(folder):
+            raise UserError(
+                f"{folder} has finished, but its checkpoints were removed, so it can be neither "
+                "resumed nor tested again; use another --workdir"
+            )
         progress = Progress(
             **_inputs(experiment),
             best=[dict.fromkeys(RULES) for _ in experiment.runs],
