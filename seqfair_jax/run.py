@@ -46,7 +46,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
     with workdir.exclusive(folder):
         try:
             return _run(config, folder)
-        except KeyboardInterrupt:  # outside of the training steps, or at the second signal
+        except KeyboardInterrupt:  # outside of the training steps, which handle signals
             raise SystemExit(_interrupted(folder)) from None
         except jax.errors.JaxRuntimeError as error:
             # A GPU reports RESOURCE_EXHAUSTED, a CPU an INTERNAL error with these words.
@@ -120,6 +120,7 @@ def _warn_of_changed_inputs(config: ConfigDict, inputs: dict[str, str]) -> None:
     for name, digest in inputs.items():
         if now.get(name) != digest:
             path = config.data.group_file if name == "group_file" else config.data.path
+            path = path or f"the log of {config.data.name}"  # found without data.path
             _log.warning(
                 "%s changed after this run finished; its table is of the file as it was. To train "
                 "on the new file, use another --workdir",

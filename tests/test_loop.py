@@ -285,3 +285,11 @@ def test_an_interrupt_outside_of_training_says_what_is_saved(tmp_path, monkeypat
         run(small(), tmp_path)
     monkeypatch.undo()
     assert run(small(), tmp_path)["train"]["steps"] == 10
+
+
+def test_a_changed_log_without_a_path_is_named(monkeypatch, tmp_path, caplog):
+    """As of a log in third_party_data, where data.path is not set."""
+    run(small(**{"train.epochs": 1}), tmp_path)
+    monkeypatch.setattr("seqfair_jax.workdir.finished_inputs", lambda _: {"log": "another"})
+    run(small(**{"train.epochs": 1}), tmp_path)
+    assert "the log of synthetic changed after this run finished" in caplog.text

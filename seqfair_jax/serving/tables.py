@@ -44,17 +44,15 @@ def read_users(
     Raises:
         UserError: if the file cannot be read, or has no known user.
     """
-    ids = _read(argument, "users", ["user_id"], named)["user_id"].drop_duplicates()
-    places = find(ids, known)
-    unknown = places < 0
-    if unknown.all():
-        raise UserError(
-            f"--users={argument}: none of its {len(ids):,} users is a user of the run's log, whose "
-            f"first is {known[0]!r}; to recommend to new users, give --histories"
-        )
-    _count(unknown.sum(), "--users", argument, "users are not in the run (not in its log, or left "
-           "out by the filter); they get the list of a user without items. To use items that they "
-           "have, give --histories")  # fmt: skip
+    ids, places = _distinct(
+        argument, "users", "user_id", named, known,
+        "users is a user of the run's log", "to recommend to new users, give --histories",
+    )  # fmt: skip
+    what = (
+        "users are not in the run (not in its log, or left out by the filter); they get the list "
+        "of a user without items. To use items that they have, give --histories"
+    )
+    _count((places < 0).sum(), "--users", argument, what)
     return _like(ids, known), places
 
 
@@ -72,14 +70,11 @@ def read_items(
     Raises:
         UserError: if the file cannot be read, or has no known item.
     """
-    ids = _read(argument, flag, ["item_id"], named)["item_id"].drop_duplicates()
-    places = find(ids, known)
+    _, places = _distinct(
+        argument, flag, "item_id", named, known,
+        "items is an item of the run", "give items of the training log",
+    )  # fmt: skip
     unknown = places < 0
-    if unknown.all():
-        raise UserError(
-            f"--{flag}={argument}: none of its {len(ids):,} items is an item of the run, whose "
-            f"first is {known[0]!r}; give items of the training log"
-        )
     _count(unknown.sum(), f"--{flag}", argument, "items are not items of the run; left out")
     return np.sort(places[~unknown])
 
@@ -165,6 +160,26 @@ def _read(
         _LOG.info("%s has no column timestamp; its rows are taken in the order of the file", path)
         frame["timestamp"] = 0
     return frame
+
+
+def _distinct(
+    argument: str,
+    flag: str,
+    column: str,
+    named: Mapping[str, str] | None,
+    known: np.ndarray,
+    what: str,
+    advice: str,
+) -> tuple[pd.Series, np.ndarray]:
+    """A file's distinct ids, and their places among the known; `what` it refuses if none is."""
+    ids = _read(argument, flag, [column], named)[column].drop_duplicates()
+    places = find(ids, known)
+    if (places < 0).all():
+        raise UserError(
+            f"--{flag}={argument}: none of its {len(ids):,} {what}, whose first is {known[0]!r}; "
+            f"{advice}"
+        )
+    return ids, places
 
 
 def _like(ids: pd.Series, known: np.ndarray) -> np.ndarray:
