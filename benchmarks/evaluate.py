@@ -8,7 +8,7 @@ import time
 import jax
 
 from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
-from seqfair_jax.run import score_ranking
+from seqfair_jax.results import score_ranking
 
 
 def benchmark(config, *, repeats):
