@@ -45,13 +45,14 @@ def test(
     """
     config = experiment.config
     method = experiment.task.objective.method
+    baseline_table, baselines = _test_baselines(experiment)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
         "dataset": dataset_summary(experiment.dataset),
         "method": config.objective.name,
         "group_family": experiment.loss_family.name,
         "needs_groups": method.needs_groups,
-        "baselines": _test_baselines(experiment),
+        "baselines": baselines,
     }
     tester = _Tester(experiment)
     states, progress = snapshot.states, snapshot.progress
@@ -78,6 +79,7 @@ def test(
             _log.warning("%s", error)
             if failed_step < 0:
                 summary["status"] = "failed in the test"
+        workdir.write_parquet(part / workdir.BASELINES, baseline_table)
         workdir.write_json(part / workdir.SUMMARY, summary)
         summaries.append(summary)
     if not any("test" in summary for summary in summaries):
@@ -164,7 +166,8 @@ def score_ranking(experiment: Experiment, ranks: np.ndarray) -> tuple[pd.DataFra
     return table, slice_means(values, families, dataset.test_repeat)
 
 
-def _test_baselines(experiment: Experiment) -> dict[str, dict]:
+def _test_baselines(experiment: Experiment) -> tuple[pd.DataFrame, dict[str, dict]]:
+    """The baselines' metrics of each user, for paired tests, and their means by group."""
     settings = experiment.config.evaluate
     ranks = baseline_ranks(
         experiment.dataset,
@@ -172,7 +175,12 @@ def _test_baselines(experiment: Experiment) -> dict[str, dict]:
         mask_seen=settings.mask_seen,
         k=min(max(settings.cutoffs), len(experiment.dataset.item_ids)),
     )
-    return {name: score_ranking(experiment, rank)[1] for name, rank in ranks.items()}
+    scored = {name: score_ranking(experiment, rank) for name, rank in ranks.items()}
+    parts = [
+        table[["user_id", *(column for column in table if "@" in column)]].assign(baseline=name)
+        for name, (table, _) in scored.items()
+    ]
+    return pd.concat(parts, ignore_index=True), {name: means for name, (_, means) in scored.items()}
 
 
 def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ A work directory of one run:
 
     config.json env.json metrics.jsonl summary.json finished.json
     groups.parquet split.parquet per_user.parquet per_user_worst_group.parquet checkpoints/
-    items.parquet histories.parquet
+    items.parquet histories.parquet baselines.parquet
 
 A grid of runs has the same files for each run in `runs/NAME/`, and its own `summary.json`. A sweep
 or search has a work directory for each job in `jobs/NAME/`, and locks in `locks/`.
@@ -35,6 +35,7 @@ SCHEMA_VERSION = 3  # of summary.json and the other files of a run
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.json", "env.json", "metrics.jsonl", "summary.json"
 GROUPS, SPLIT = "groups.parquet", "split.parquet"
 ITEMS, HISTORIES = "items.parquet", "histories.parquet"
+BASELINES = "baselines.parquet"
 LATEST_CHECKPOINT = Path("checkpoints", "latest")
 _FINISHED = "finished.json"  # written last: the hashes of the files above
 _LOCK = ".lock"
@@ -164,7 +165,8 @@ def remove_unfinished(folder: Path) -> None:
 def remove_results(folder: Path) -> None:
     """Remove the results of a run."""
     with named_errors(folder, "remove the earlier results in"):
-        for path in (folder / _FINISHED, folder / SUMMARY, *folder.glob("per_user*.parquet")):
+        results = (_FINISHED, SUMMARY, BASELINES)
+        for path in (*(folder / name for name in results), *folder.glob("per_user*.parquet")):
             path.unlink(missing_ok=True)
 
 
@@ -175,7 +177,7 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
         folder: of the run.
         inputs: SHA-256 of the log and of the group file.
     """
-    names = [SUMMARY, CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES]
+    names = [SUMMARY, CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES, BASELINES]
     names += [path.name for path in sorted(folder.glob("per_user*.parquet"))]
     files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     write_json(folder / _FINISHED, {"files": files, "inputs": dict(inputs)})

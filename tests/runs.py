@@ -22,6 +22,7 @@ FILES = {
     "split.parquet",
     "items.parquet",
     "histories.parquet",
+    "baselines.parquet",
     "checkpoints",
 }
 DROPOUT = {"model.dropout": 0.2}  # for `small`, where a test is about the bits of a training

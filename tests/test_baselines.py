@@ -87,3 +87,17 @@ def test_a_log_in_which_nothing_follows_anything():
     ranks = baseline_ranks(dataset, "test", mask_seen=False)
     assert ranks["markov"].tolist() == [0] * 4
     assert ranks["last_viewed"].tolist() == [1] * 4
+
+
+def test_the_stored_metrics_of_each_user_have_the_means_of_the_summary(finished):
+    done = finished()
+    table = pd.read_parquet(done.folder / "baselines.parquet")
+    runs = pd.read_parquet(done.folder / "per_user.parquet")
+    baselines = done.summary["baselines"]
+    assert list(table["baseline"].unique()) == list(baselines)
+    for name, part in table.groupby("baseline"):
+        assert part["user_id"].tolist() == runs["user_id"].tolist()
+        niche = (runs["pop33"] == "niche").to_numpy()
+        for metric, means in baselines[name].items():
+            assert part[metric].mean() == pytest.approx(means["overall"])
+            assert part[metric][niche].mean() == pytest.approx(means["pop33=niche"])
