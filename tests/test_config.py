@@ -23,11 +23,11 @@ from seqfair_jax.errors import UserError
             {"train.steps_per_epoch": 2**31},
             r"steps_per_epoch . train.batch_size is 2,147,483,648 . 128: expected",
         ),
-        ({"model.dropout": 0.999999}, "model.dropout is 0.999999: expected 0 to 0.999"),
+        ({"model.dropout": 0.999999}, "model.dropout is 0.999999: expected a number from 0 to 0.999"),
         ({"model.dropout": -0.1}, "model.dropout is -0.1"),
-        ({"data.valid_users": -1}, "data.valid_users is -1: expected a number, 0 or more"),
+        ({"data.valid_users": -1}, "data.valid_users is -1: expected a whole number, 0 or more"),
         ({"objective.alpha": (math.nan,)}, "objective.alpha is nan"),
-        ({"objective.alpha": ("abc",)}, "objective.alpha is .*'abc'.*: expected numbers"),
+        ({"objective.alpha": ("abc",)}, "objective.alpha is .*'abc'.*: expected unequal numbers"),
         ({"data.split_seed": -1}, "data.split_seed is -1"),
         ({"train.batch_size": 2**40}, r"train.batch_size is 256 . 1,099,511,627,776: expected at"),
         ({"data.missing": "dorp"}, "data.missing is 'dorp' .did you mean 'drop'"),
@@ -93,7 +93,7 @@ def test_runs_of_close_values_have_names_of_their_own():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_users": 0}, "num_users is 0: expected 1 or more"),
+        ({"num_users": 0}, "num_users is 0: expected a whole number, 1 or more"),
         ({"kinds": (0.5, 0.1, 0.1)}, "kinds is .*: expected shares that add up to 1"),
         ({"kinds": (0.5, 0.5)}, "kinds is .* as many as tail_shares"),
         ({"follow": 0.95}, r"follow is 0.95: expected follow \+ repeat at most 1"),

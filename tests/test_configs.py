@@ -200,7 +200,7 @@ def test_parse_arguments():
         ({"objective.radius": (0.5, 0.5)}, "objective.radius.*unequal"),
         ({"objective.alpha": (0.1, 0.2)}, "objective.alpha has 2 values, but erm does not read"),
         ({"select.metric": "NDGC@20"}, "unknown metric 'NDGC@20'"),
-        ({"model.max_len": 1}, "model.max_len is 1: expected a number, 2 or more"),
+        ({"model.max_len": 1}, "model.max_len is 1: expected a whole number, 2 or more"),
         ({"model.num_heads": 3}, "model.dim is 64: expected a multiple of model.num_heads"),
         ({"model.dropout": 1.0}, "model.dropout"),
         ({"model.dtype": "float16"}, "model.dtype is 'float16'.*did you mean"),

@@ -14,6 +14,7 @@ ROOMS = (
     "__init__",  # the version
     "errors",
     "workdir",
+    "settings",
     "data",
     "model",
     "objectives",

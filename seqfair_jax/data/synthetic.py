@@ -5,27 +5,53 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from seqfair_jax.errors import UserError
+from seqfair_jax.settings import Check, Setting, above, number, whole
+
+
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+_SHARE = Check("a share between 0 and 1", _share)
+SETTINGS = (
+    Setting("seed", 0, "The seed of the log.", whole(0)),
+    Setting("num_users", 12_000, "The number of users.", whole(1)),
+    Setting("num_items", 400, "The number of items.", whole(2)),
+    Setting(
+        "head_share",
+        0.2,
+        "The head's share of the items. Mainstream users draw from the head.",
+        _SHARE,
+    ),
+    Setting("num_clusters", 4, "How many tastes the tail's items are split into.", whole(1)),
+    Setting("kinds", (0.7, 0.1, 0.2), "The shares of mainstream, mixed and niche users."),
+    Setting(
+        "tail_shares",
+        (0.02, 0.4, 0.98),
+        "How often each kind of user turns to the tail.",
+        Check("shares between 0 and 1", lambda shares: all(map(_share, shares))),
+    ),
+    Setting("zipf", 1.0, "The exponent of item popularity in the head and in a cluster."),
+    Setting("follow", 0.75, "The chance that an item is a successor of the one before.", _SHARE),
+    Setting(
+        "num_successors",
+        3,
+        "The number of an item's successors towards the head, and as many towards the tail.",
+        whole(1),
+    ),
+    Setting("successor_zipf", 0.7, "The exponent of item popularity among the successors."),
+    Setting("repeat", 0.1, "The chance that an item is one that the user had before.", _SHARE),
+    Setting("mean_length", 16.0, "The mean number of a user's items.", above(0)),
+    Setting(
+        "length_spread", 0.7, "The standard deviation of the logarithm of that number.", number(0)
+    ),
+    Setting("max_length", 150, "The most items of a user.", whole(5)),
+)
 
 
 def default_settings() -> dict[str, int | float | tuple[float, ...]]:
     """The settings of `generate`; a config's `data.synthetic`."""
-    return {
-        "seed": 0,
-        "num_users": 12_000,
-        "num_items": 400,
-        "head_share": 0.2,  # of the items; they are what mainstream users draw from
-        "num_clusters": 4,  # the tail's items are split into so many tastes
-        "kinds": (0.7, 0.1, 0.2),  # shares of mainstream, mixed and niche users
-        "tail_shares": (0.02, 0.4, 0.98),  # how often each kind turns to the tail
-        "zipf": 1.0,  # exponent of item popularity within the head and within a cluster
-        "follow": 0.75,  # chance that an item is a successor of the one before
-        "num_successors": 3,  # of an item towards the head, and as many towards the tail
-        "successor_zipf": 0.7,  # exponent of item popularity among the successors
-        "repeat": 0.1,  # chance that an item is one the user had before
-        "mean_length": 16.0,
-        "length_spread": 0.7,  # standard deviation of the lengths' logarithm
-        "max_length": 150,
-    }
+    return {setting.key: setting.default for setting in SETTINGS}
 
 
 def generate(config: ConfigDict) -> pd.DataFrame:
@@ -43,7 +69,7 @@ def generate(config: ConfigDict) -> pd.DataFrame:
     popularity, the most popular first.
 
     Args:
-        config: see `default_settings`.
+        config: see `SETTINGS`.
 
     Returns:
         columns user_id, item_id, timestamp.
@@ -79,10 +105,10 @@ def generate(config: ConfigDict) -> pd.DataFrame:
         part = np.where(to_tail, own_part, 0)
         drawn = np.empty(num_users, np.int64)
         chance = rng.random(num_users)
-        for number in range(clusters + 1):
-            here = part == number
-            place = np.searchsorted(cumulative[number], chance[here] * cumulative[number][-1])
-            drawn[here] = parts[number][place]
+        for k in range(clusters + 1):
+            here = part == k
+            place = np.searchsorted(cumulative[k], chance[here] * cumulative[k][-1])
+            drawn[here] = parts[k][place]
         return drawn
 
     sequences = np.empty((num_users, lengths.max()), np.int64)
@@ -105,18 +131,10 @@ def generate(config: ConfigDict) -> pd.DataFrame:
 
 
 def _check(config: ConfigDict) -> None:
-    shares = [config.head_share, config.follow, config.repeat, *config.tail_shares]
+    for setting in SETTINGS:
+        setting._replace(key=f"data.synthetic.{setting.key}").require(config[setting.key])
     kinds = np.asarray(config.kinds, float)
     checks = {
-        "num_users": (config.num_users >= 1, "1 or more"),
-        "num_items": (config.num_items >= 2, "2 or more"),
-        "num_clusters": (config.num_clusters >= 1, "1 or more"),
-        "num_successors": (config.num_successors >= 1, "1 or more"),
-        "seed": (config.seed >= 0, "0 or more"),
-        "max_length": (config.max_length >= 5, "5 or more"),
-        "mean_length": (config.mean_length > 0, "above 0"),
-        "length_spread": (config.length_spread >= 0, "0 or more"),
-        "head_share": (all(0 <= share <= 1 for share in shares), "shares between 0 and 1"),
         "follow": (config.follow + config.repeat <= 1, "follow + repeat at most 1"),
         "kinds": (
             len(kinds) == len(config.tail_shares)

@@ -1,0 +1,21 @@
+"""The settings of a run: every key, the checks, and the grid of runs. Config files import it."""
+
+from seqfair_jax.config.arguments import parse_arguments
+from seqfair_jax.config.check import resolve
+from seqfair_jax.config.keys import DATA_NAMES, decay_over_training, default_config
+from seqfair_jax.config.resume import RESUMABLE, check_resumable, flatten
+from seqfair_jax.config.runs import RunSpec, format_value, plan_runs
+
+__all__ = [
+    "DATA_NAMES",
+    "RESUMABLE",
+    "RunSpec",
+    "check_resumable",
+    "decay_over_training",
+    "default_config",
+    "flatten",
+    "format_value",
+    "parse_arguments",
+    "plan_runs",
+    "resolve",
+]

@@ -1,0 +1,280 @@
+"""Every setting of a run, with its default, its meaning and its check."""
+
+import math
+import numbers
+
+from ml_collections import ConfigDict
+
+from seqfair_jax import objectives
+from seqfair_jax.data import synthetic
+from seqfair_jax.data.groups import MISSING_GROUP
+from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
+from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
+from seqfair_jax.settings import Check, Setting, above, between, build, number, whole
+
+DATA_NAMES = ("retailrocket", "ml1m", "csv", "synthetic")
+_NUMBERS = Check(
+    "unequal numbers",
+    lambda values: (
+        all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in values)
+        and len(set(values)) == len(values) > 0
+    ),
+)
+_SEEDS = Check(
+    "unequal integers from 0 to 2**32 - 1",
+    lambda seeds: (
+        all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+        and len(set(seeds)) == len(seeds) > 0
+    ),
+)
+_CUTOFFS = Check(
+    "integers >= 1",
+    lambda values: all(type(k) is int and k >= 1 for k in values) and len(values) > 0,
+)
+_DELIMITER = Check(
+    "one character, such as ';', or tab",
+    lambda text: len(text.encode()) <= 1 and text not in tuple('"\r\n'),
+)
+
+# What each part of a config is about, in the order of the help.
+PARTS = {
+    "": "Runs",
+    "data": "The log",
+    "data.columns": "The log's columns",
+    "data.synthetic": "The synthetic log",
+    "model": "The model",
+    "objective": "The objective",
+    "train": "Training",
+    "select": "The choice of epochs",
+    "evaluate": "The test",
+}
+
+
+def settings() -> tuple[Setting, ...]:
+    """Every setting of a run, in the order of the help."""
+    return (*_RUNS, *_DATA, *_SYNTHETIC, *_MODEL, *_objective(), *_TRAIN, *_SELECT, *_EVALUATE)
+
+
+def default_config() -> ConfigDict:
+    """The settings that measure best on two cores (docs/results): the recipe of every config.
+
+    D 64, 2 blocks, one item embedding for input and output with small initial values, and Adam at
+    0.01 that falls to 0 over 6 epochs of 256 steps. A larger log needs more epochs.
+    """
+    config = build(settings())
+    decay_over_training(config)
+    return config
+
+
+def decay_over_training(config: ConfigDict) -> None:
+    """Let the learning rate fall to 0 over all steps.
+
+    Sets a reference, so `train.decay_steps` follows later changes of the epochs and their steps.
+    """
+    train = config.train
+    train.decay_steps = train.get_ref("epochs") * train.get_ref("steps_per_epoch")
+
+
+_RUNS = (
+    Setting("seeds", (0,), "One run is trained for each seed.", _SEEDS),
+    Setting(
+        "groups",
+        ("pop33", "seq33"),
+        "The group families to evaluate: built-in ones, or those of `data.group_file`.",
+        resumable=True,
+    ),
+)
+_DATA = (
+    Setting("data.name", "synthetic", "Which log is read.", choices=DATA_NAMES),
+    Setting(
+        "data.path",
+        None,
+        "The log: a file, a folder of parts, or a pattern such as `'logs/2024-*.csv.gz'`.",
+        kind=str,
+        resumable=True,
+    ),
+    Setting(
+        "data.columns.user_id", "", "The user column. If empty, it is found by the usual names."
+    ),
+    Setting("data.columns.item_id", "", "The item column."),
+    Setting("data.columns.timestamp", "", "The time column."),
+    Setting("data.columns.event", "", "The column of events, which `data.events` selects from."),
+    Setting("data.columns.rating", "", "The column of ratings, for `data.min_rating`."),
+    Setting(
+        "data.delimiter",
+        "",
+        "What separates the columns of a CSV file. If empty, it is detected.",
+        _DELIMITER,
+    ),
+    Setting("data.events", (), "Read only these events, such as `view,cart`. If empty, read all."),
+    Setting(
+        "data.min_rating",
+        None,
+        "Read only rows with this rating or a higher one.",
+        Check("a finite number", math.isfinite),
+        kind=float,
+    ),
+    Setting(
+        "data.since",
+        None,
+        "The first time to read: an ISO date, or a number as in the log.",
+        kind=str,
+    ),
+    Setting("data.until", None, "Rows at this time or later are not read.", kind=str),
+    Setting(
+        "data.missing",
+        "error",
+        "What a row without user, item or time is: an error, or dropped and counted.",
+        choices=("error", "drop"),
+    ),
+    Setting(
+        "data.min_interactions",
+        5,
+        "Distinct partners that each user and each item needs (k-core). 1 turns the filter off.",
+        whole(0),
+    ),
+    Setting("data.valid_users", 0, "The number of users to validate on. 0: all.", whole(0)),
+    Setting("data.split_seed", 42, "The seed that draws the validation users.", whole(0)),
+    Setting(
+        "data.group_file",
+        None,
+        "Your own user groups: a row for each user and a column for each family.",
+        kind=str,
+        resumable=True,  # the groups themselves are compared with the checkpoint's
+    ),
+    Setting(
+        "data.missing_group",
+        "unknown",
+        "Where users without a value in the group file are: in a group `unknown`, or in none.",
+        choices=tuple(MISSING_GROUP),
+    ),
+    Setting(
+        "data.cache_dir",
+        None,
+        "The folder where prepared logs are stored. If empty, they are not stored.",
+        kind=str,
+        resumable=True,
+        shown="your cache folder",
+    ),
+)
+_SYNTHETIC = tuple(
+    setting._replace(key=f"data.synthetic.{setting.key}") for setting in synthetic.SETTINGS
+)
+_MODEL = (
+    Setting("model.dim", 64, "The width. A multiple of `model.num_heads`.", whole(1)),
+    Setting("model.ff_dim", 64, "The width of the feed-forward layers.", whole(1)),
+    Setting("model.num_blocks", 2, "The number of transformer blocks.", whole(1)),
+    Setting("model.num_heads", 1, "The number of attention heads.", whole(1)),
+    Setting("model.dropout", 0.2, "The dropout rate.", between(0, MAX_DROPOUT)),
+    Setting(
+        "model.max_len",
+        200,
+        "How many tokens of a history the model reads, the begin token included.",
+        whole(2),
+    ),
+    Setting("model.tie_embeddings", True, "Use one item embedding for input and output."),
+    Setting(
+        "model.init_scale", 0.1, "The standard deviation of the initial embeddings.", number(0)
+    ),
+    Setting(
+        "model.dtype",
+        "float32",
+        "The precision of the computations. Parameters are always float32.",
+        choices=tuple(PRECISIONS),
+    ),
+)
+
+
+def _objective() -> tuple[Setting, ...]:
+    known = tuple(objectives.METHODS)
+    return (
+        Setting("objective.name", "erm", "The objective.", choices=known),
+        Setting(
+            "objective.group_family",
+            "",
+            "The group family that the objective uses. If empty, the first of `groups`.",
+        ),
+        *(
+            Setting(f"objective.{name}", (hparam.default,), hparam.help, _NUMBERS)
+            for name, hparam in objectives.hparams().items()
+        ),
+        *(
+            Setting(f"objective.{name}", option.default, option.help, choices=option.choices)
+            for name, option in objectives.options().items()
+        ),
+    )
+
+
+_TRAIN = (
+    Setting("train.batch_size", 128, "The number of users in a batch.", whole(1)),
+    Setting(
+        "train.epochs",
+        6,
+        "The number of epochs. The model is validated after each.",
+        whole(1),
+        resumable=True,
+    ),
+    Setting("train.steps_per_epoch", 256, "The number of steps in an epoch.", whole(1)),
+    Setting("train.learning_rate", 0.01, "Adam's learning rate at the start.", above(0)),
+    Setting(
+        "train.decay_steps",
+        0,
+        "The learning rate falls to 0 over this many steps by a cosine. 0: it is constant.",
+        whole(0),
+        shown="all steps",  # `decay_over_training`
+    ),
+    Setting("train.weight_decay", 0.0, "The decoupled weight decay.", number(0)),
+    Setting("train.clip_norm", 0.0, "The largest norm of the gradient. 0: any.", number(0)),
+    Setting(
+        "train.early_stop_epochs",
+        0,
+        "Stop after this many epochs without a better validation score. 0: never.",
+        whole(0),
+    ),
+    Setting(
+        "train.max_logits",
+        DEFAULT_MAX_LOGITS,
+        "The most logits, tokens times items, that a run has in memory. Less saves memory.",
+        whole(1),
+    ),
+    Setting(
+        "train.runs_axis",
+        "auto",
+        "How the runs of a grid train: side by side (`vmap`) or one after another (`map`). "
+        "`auto` is `map` on a CPU.",
+        choices=("auto", "vmap", "map"),
+    ),
+    Setting(
+        "train.segment_seconds",
+        5.0,
+        "How many seconds the device works before signals are checked.",
+        number(0),
+        resumable=True,
+    ),
+    Setting(
+        "train.checkpoint_minutes",
+        5.0,
+        "The minutes between checkpoints.",
+        number(0),
+        resumable=True,
+    ),
+)
+_SELECT = (
+    Setting(
+        "select.metric", "NDCG@20", "The validation metric that chooses epochs and hyperparameters."
+    ),
+    Setting(
+        "select.min_users",
+        20,
+        "Groups with fewer validation users are ignored when the worst group is chosen.",
+        whole(1),
+    ),
+)
+_EVALUATE = (
+    Setting("evaluate.cutoffs", (20,), "The cut-offs of the metrics.", _CUTOFFS, resumable=True),
+    # Not resumable, since the best epochs were chosen under it.
+    Setting("evaluate.mask_seen", False, "Never recommend the items of a user's history."),
+    Setting(
+        "evaluate.batch_size", 256, "The number of users ranked at once.", whole(1), resumable=True
+    ),
+)

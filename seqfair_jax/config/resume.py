@@ -1,0 +1,49 @@
+"""Which settings may differ when a run is resumed."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from seqfair_jax.config.keys import settings
+from seqfair_jax.errors import UserError
+
+RESUMABLE = tuple(setting.key for setting in settings() if setting.resumable)
+
+
+def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
+    """Refuse to resume a work directory with another config.
+
+    Args:
+        saved: the settings in `where`, as nested dicts.
+        config: the settings of this call.
+        where: the file, for the message.
+
+    Raises:
+        UserError: naming each setting that differs; those in `RESUMABLE` may differ.
+    """
+    old, new = dict(flatten(saved)), dict(flatten(config))
+    changed = [
+        f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in RESUMABLE
+    ]
+    if changed:
+        hints = {
+            "train.decay_steps": ". (The learning rate falls to 0 over train.decay_steps, which "
+            "follows train.epochs in this config. To train longer, start a new run)",
+            "objective.group_family": ". (objective.group_family is the first of groups unless it "
+            "is set. Keep the first group, or set objective.group_family to the earlier one)",
+        }
+        raise UserError(
+            f"{where} was made by another config; these differ: {'; '.join(changed)}. "
+            "Use another --workdir, or the same settings as before"
+            + "".join(hints.get(line.partition(" ")[0], "") for line in changed)
+        )
+
+
+def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting's dotted name and value; tuples as lists."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
