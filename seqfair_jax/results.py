@@ -52,6 +52,8 @@ def test(
         "method": config.objective.name,
         "group_family": experiment.loss_family.name,
         "needs_groups": method.needs_groups,
+        "label": method.label,
+        "logs": [log._asdict() for log in method.logs],
         "baselines": baselines,
     }
     tester = _Tester(experiment)
@@ -62,7 +64,7 @@ def test(
         seconds = progress.seconds
         summary = shared | {
             "run": spec.name,
-            "hparams": {key: spec.hparams[key] for key in method.hparams},
+            "hparams": spec.hparams,
             "seed": spec.seed,
             "status": selection.status(failed_step),
             "train": {  # the time is that of all runs together, without compilation

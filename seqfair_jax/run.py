@@ -11,7 +11,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.config import RunSpec, check_resumable, resolve
+from seqfair_jax.config import RunSpec, changed_settings, check_resumable, resolve
 from seqfair_jax.data.cache import source_hashes
 from seqfair_jax.data.split import describe_counts
 from seqfair_jax.errors import UserError
@@ -63,7 +63,7 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     saved = workdir.read_json(folder / workdir.CONFIG)
     if saved is not None:
         check_resumable(saved, settings, str(folder / workdir.CONFIG))
-        if saved == settings and workdir.is_finished(folder):
+        if not changed_settings(saved, settings) and workdir.is_finished(folder):
             _log.info("%s has finished; this is its table", folder)
             _warn_of_changed_inputs(config, workdir.finished_inputs(folder))
             print(text.tables([folder], config.select.metric))

@@ -42,7 +42,7 @@ def write_run(
 
     Users take the groups of a family in turn.
     """
-    hparams = dict.fromkeys(METHODS[method].hparams, 0.5) | (hparams or {})
+    hparams = dict.fromkeys(METHODS[method].reads, 0.5) | (hparams or {})
     families = families or {"pop33": ("niche", "popular")}
     users = np.arange(USERS)
     repeat = users % 3 == 0
@@ -72,6 +72,8 @@ def write_run(
         "method": method,
         "group_family": loss_family,
         "needs_groups": METHODS[method].needs_groups,
+        "label": METHODS[method].label,
+        "logs": [log._asdict() for log in METHODS[method].logs],
         "baselines": {"most_popular": baseline},
         "run": f"seed={seed}",
         "hparams": hparams,

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from seqfair_jax.model.packing import BLOCK, Sequences
 from seqfair_jax.model.sasrec import SASRec
-from seqfair_jax.objectives import HParams, make_objective
+from seqfair_jax.objectives import make_objective
 from seqfair_jax.training.batches import epoch_batches
 from seqfair_jax.training.step import (
     Task,
@@ -76,7 +76,7 @@ def make_task(objective="erm", *, dropout=0.0, **optimizer):
 
 def make_hparams(**values):
     defaults = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 0.5}
-    return HParams(**{k: jnp.float32(v) for k, v in (defaults | values).items()})
+    return {k: jnp.float32(v) for k, v in (defaults | values).items()}
 
 
 def make_batches(seeds, sizes, *, vmap):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from seqfair_jax import objectives
 from seqfair_jax.config.keys import settings
 from seqfair_jax.errors import UserError
 
@@ -11,6 +12,9 @@ RESUMABLE = tuple(setting.key for setting in settings() if setting.resumable)
 
 def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
     """Refuse to resume a work directory with another config.
+
+    Settings of objectives that the run does not use may differ, and may be missing: they depend on
+    which objectives are registered.
 
     Args:
         saved: the settings in `where`, as nested dicts.
@@ -23,8 +27,8 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
     old, new = dict(flatten(saved)), dict(flatten(config))
     changed = [
         f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in RESUMABLE
+        for key in changed_settings(saved, config)
+        if key not in RESUMABLE
     ]
     if changed:
         hints = {
@@ -38,6 +42,23 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
             "Use another --workdir, or the same settings as before"
             + "".join(hints.get(line.partition(" ")[0], "") for line in changed)
         )
+
+
+def changed_settings(saved: Mapping, config: Mapping) -> list[str]:
+    """The settings that differ and that the run of `config` depends on, by dotted name.
+
+    Args:
+        saved, config: as for `check_resumable`.
+    """
+    method = objectives.find(config["objective"]["name"])
+    read = {"name", "group_family", *(setting.name for setting in method.settings)}
+    old, new = dict(flatten(saved)), dict(flatten(config))
+    return [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and (not key.startswith("objective.") or key.removeprefix("objective.") in read)
+    ]
 
 
 def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ DataSet = Callable[[str, str | None], ConfigDict]  # one of `settings`
 
 
 def sweep(data_set: DataSet, arg: str | None) -> ConfigDict:
-    """All of the paper's experiments on a data set, for `seqfair reproduce`.
+    """All of the paper's experiments on a data set, for `seqfair reproduce`: 85 runs.
 
     `scale=small` has fewer values. On Retailrocket it chooses them with one seed, trains the chosen
     ones with three seeds, and adds objectives over intersecting groups. On MovieLens-1M, whose runs
@@ -22,7 +22,10 @@ def sweep(data_set: DataSet, arg: str | None) -> ConfigDict:
     given = {"groups"} & {part.partition("=")[0] for part in (arg or "").split(",")}
     config = data_set("erm", arg)
     config.sweep = default_sweep()
-    if at_paper_size(arg):
+    if at_paper_size(arg):  # section 3.1 and appendix B
+        config.sweep.alpha = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+        config.sweep.step_size = (1e-3, 5e-3, 1e-2, 5e-2, 1e-1)
+        config.sweep.radius = (1.0,)
         if given:
             config.sweep.families = config.groups
         return config

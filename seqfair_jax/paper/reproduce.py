@@ -45,7 +45,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder)
         first = grid.plan(base, settings, runs_per_job=runs_per_job)
         any_values = [
-            (method, family, {key: settings[key][0] for key in METHODS[method].hparams})
+            (method, family, {key: settings[key][0] for key in METHODS[method].reads})
             for method, family in dict.fromkeys((job.method, job.family) for job in first)
         ]
         more = grid.plan_chosen(base, settings, any_values, runs_per_job=runs_per_job)
@@ -148,7 +148,7 @@ def _print_jobs(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimat
     for job in first:
         values = [
             f"{key}={','.join(map(format_value, job.config.objective[key]))}"
-            for key in METHODS[job.method].hparams
+            for key in METHODS[job.method].reads
         ]
         print(" ".join([f"{job.name}:", *values, _seeds(job)]))
     for job in more:

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from seqfair_jax import __version__, workdir
 from seqfair_jax.config import format_value
 from seqfair_jax.evaluation import slices
-from seqfair_jax.objectives import METHODS
 from seqfair_jax.report import figures, names, text
 from seqfair_jax.report.runs import FinishedRun, failed_runs, shared_families
 from seqfair_jax.training.selection import is_result
@@ -245,7 +244,7 @@ def _curves(runs: Sequence[FinishedRun], metric: str, families: Sequence[str]) -
             title = f"validation {metric}, {slices.full_label(slice_name)}"
             images.append(_line_image(title, lines))
     sections = [Section("Training", images=images)] if images else []
-    for log in dict.fromkeys(log for run in runs for log in METHODS[run.summary["method"]].logs):
+    for log in dict.fromkeys(log for run in runs for log in names.logs(run.summary)):
         images = []
         for name, part in by_name.items():
             columns = _columns(part, f"train/{log.key}/")

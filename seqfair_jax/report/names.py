@@ -1,11 +1,12 @@
 """What the rows of all tables are called: methods and baselines."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from seqfair_jax.config import format_value
 from seqfair_jax.data.groups import decode_name
 from seqfair_jax.evaluation import slices
-from seqfair_jax.objectives import METHODS
+from seqfair_jax.objectives import METHODS, Log
 
 
 def method_name(
@@ -18,7 +19,7 @@ def method_name(
     """A method, the family of its loss, and in a report its values.
 
     Args:
-        method: a key of `METHODS`, or a baseline's name.
+        method: the name of an objective, or of a baseline.
         family: of the loss, canonical; "" for a method without groups.
         hparams: the values of the method's hyperparameters.
         form: "report": `gdro (pop33) step_size=0.01`. "key": `gdro(pop33)`, with the canonical
@@ -36,6 +37,16 @@ def method_name(
 def values_text(hparams: Mapping[str, float]) -> str:
     """The values of hyperparameters: `step_size=0.01, stream_rate=0.1`."""
     return ", ".join(f"{key}={format_value(value)}" for key, value in hparams.items())
+
+
+def logs(summary: Mapping[str, Any]) -> list[Log]:
+    """What a run's objective logged by group, from its `summary.json`.
+
+    So the objective need not be registered where the report is made.
+    """
+    if "logs" not in summary:  # made by an earlier version, which had the built-in objectives
+        return list(METHODS[summary["method"]].logs)
+    return [Log(**log) for log in summary["logs"]]
 
 
 def decode_key(name: str) -> str:

@@ -12,13 +12,11 @@ from seqfair_jax.data.groups import encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import parse_metric
-from seqfair_jax.objectives import HParams
 from seqfair_jax.report.names import method_name
 from seqfair_jax.training.selection import RULES, is_result
 
 # Settings that runs of one row may differ in; `method_name` shows the objective's values.
-_FREE = {"seeds", *(f"objective.{key}" for key in HParams._fields), *RESUMABLE}
-_FREE -= {"train.epochs", "data.group_file"}
+_FREE = {"seeds", *RESUMABLE} - {"train.epochs", "data.group_file"}
 
 
 class FinishedRun(NamedTuple):
@@ -51,7 +49,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     for part in named:
         summary = workdir.read_summary(part)
         settings = dict(flatten(workdir.read_json(part / workdir.CONFIG) or {}))
-        kept = {key: str(settings[key]) for key in settings if key not in _FREE}
+        kept = {key: str(value) for key, value in settings.items() if not _is_free(key, value)}
         family = summary["group_family"] if summary["needs_groups"] else ""
         name = method_name(summary["method"], family, summary["hparams"])
         found.append((part, name, kept, summary))
@@ -74,6 +72,15 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
                 f"{summary['seed']}): name one of them"
             )
     return list(runs.values())
+
+
+def _is_free(key: str, value: object) -> bool:
+    """Whether runs of one row may differ in a setting.
+
+    They may in the objective's lists, which are hyperparameters: `method_name` shows those that the
+    run reads. The others depend on which objectives were registered.
+    """
+    return key in _FREE or (key.startswith("objective.") and isinstance(value, list))
 
 
 def shared_families(runs: Sequence[FinishedRun], metric: str, family: str | None) -> list[str]:

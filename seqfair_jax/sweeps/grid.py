@@ -13,16 +13,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from seqfair_jax import workdir
+from seqfair_jax import objectives, workdir
 from seqfair_jax.config import default_config, format_value, resolve
 from seqfair_jax.data.groups import FAMILIES, family_parts, is_union
 from seqfair_jax.errors import UserError, did_you_mean
-from seqfair_jax.objectives import METHODS, HParams
+from seqfair_jax.objectives import METHODS
 from seqfair_jax.sweeps.jobs import Job
 
 
 def default_sweep() -> ConfigDict:
-    """The paper's work on one data set: 85 runs (section 3.1 and appendix B)."""
+    """The paper's methods and families, and each hyperparameter's values to search.
+
+    The values of a hyperparameter are those that its objective declares. `split_sweep` adds a
+    hyperparameter that was registered later.
+    """
     return ConfigDict(
         {
             "methods": ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
@@ -35,10 +39,10 @@ def default_sweep() -> ConfigDict:
             "one_seed_methods": (),  # train with the first seed only
             # So many seeds try every value, the others only the chosen one; 0: all seeds try all.
             "choice_seeds": 0,
-            "alpha": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-            "step_size": (1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
-            "stream_rate": (0.1,),
-            "radius": (1.0,),
+            **{
+                name: hparam.search or (hparam.default,)
+                for name, hparam in objectives.hparams().items()
+            },
             "runs_per_job": 0,  # 0: as many as the device's memory holds
         }
     )
@@ -73,7 +77,7 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
         sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(",") if part)
         if len(set(sweep[key])) < len(sweep[key]):
             raise UserError(f"sweep.{key} is {sweep[key]}: expected each name once")
-    for key in HParams._fields:
+    for key in objectives.hparams():
         are_numbers = all(type(value) in (int, float) for value in sweep[key])
         if not are_numbers or len(set(sweep[key])) < len(sweep[key]):
             raise UserError(f"sweep.{key} is {sweep[key]}: expected unequal numbers")
@@ -104,7 +108,7 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
         raise UserError(
             f"objective.name is {base.objective.name}: a sweep ignores it; set sweep.methods"
         )
-    for key in HParams._fields:
+    for key in objectives.hparams():
         if tuple(base.objective[key]) != tuple(default.objective[key]):
             raise UserError(
                 f"objective.{key} is {base.objective[key]}: a sweep ignores it; set sweep.{key}"
@@ -142,7 +146,7 @@ def plan(base: ConfigDict, sweep: ConfigDict, *, runs_per_job: int) -> list[Job]
     """
     jobs: list[Job] = []
     for method in sweep.methods:
-        values = {key: tuple(sweep[key]) for key in METHODS[method].hparams}
+        values = {key: tuple(sweep[key]) for key in METHODS[method].reads}
         seeds, _ = _seeds(base, sweep, method)
         for family in sweep.families if METHODS[method].needs_groups else (None,):
             jobs += _jobs(base, sweep, method, family, values, seeds, runs_per_job)

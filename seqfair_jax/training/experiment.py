@@ -39,7 +39,7 @@ class Experiment:
     loss_family: GroupFamily  # of the objective, its logs and the worst-group rule
     task: Task
     data: TrainData
-    hparams: objectives.HParams  # each f32[R]
+    hparams: objectives.HParams  # those that the objective reads, each f32[R]
     vmap: bool  # train the runs side by side; else one after another within each segment
 
     @property
@@ -94,19 +94,19 @@ def build_experiment(config: ConfigDict) -> Experiment:
     by_name = {name: family(name) for name in dict.fromkeys((*config.groups, loss_name))}
     families, loss_family = [by_name[name] for name in config.groups], by_name[loss_name]
     name = config.objective.name
-    if objectives.METHODS[name].needs_groups:
+    method = objectives.find(name)
+    if method.needs_groups:
         require_partition(loss_family, name, dataset.user_ids)
     judged_groups(loss_family.select(dataset.valid_users), min_users=config.select.min_users)
     # A method without groups would be the mean of copies of itself.
-    parts = loss_family.parts if objectives.METHODS[name].needs_groups else (loss_family,)
+    parts = loss_family.parts if method.needs_groups else (loss_family,)
     objective = objectives.mean_objective(
         [
             objectives.make_objective(
                 name,
                 membership=part.membership,
                 train_lengths=dataset.train_lengths,
-                count_by=config.objective.count_by,
-                absent_groups=config.objective.absent_groups,
+                **{option.name: config.objective[option.name] for option in method.options},
             )
             for part in parts
         ],
@@ -137,8 +137,6 @@ def build_experiment(config: ConfigDict) -> Experiment:
             membership=jnp.asarray(loss_family.membership),
             target_weights=jnp.asarray(objective.target_weights(dataset.item_counts), jnp.float32),
         ),
-        hparams=objectives.HParams(
-            **{key: jnp.float32([run.hparams[key] for run in runs]) for key in runs[0].hparams}
-        ),
+        hparams={key: jnp.float32([run.hparams[key] for run in runs]) for key in method.reads},
         vmap=axis == "vmap" or (axis == "auto" and jax.default_backend() != "cpu"),
     )

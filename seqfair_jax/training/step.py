@@ -128,7 +128,7 @@ def empty_totals(task: Task, num_groups: int) -> Totals:
         jnp.zeros(1),
         jnp.zeros((1, num_groups), bool),
         task.objective.init(),
-        HParams(*jnp.ones(len(HParams._fields))),
+        dict.fromkeys(task.objective.method.reads, jnp.ones(())),
     )[2]
     zero, zeros = jnp.float32(0), jnp.zeros(num_groups, jnp.float32)
     return Totals(jnp.int32(0), zero, zero, zeros, zeros, dict.fromkeys(_extra(aux), zeros))

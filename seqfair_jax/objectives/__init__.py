@@ -1,0 +1,68 @@
+"""Training objectives, and `register` for objectives of your own.
+
+A `Method` declares an objective: its name, its hyperparameters with their ranges and defaults, what
+it needs and what it logs. `register` makes it known to settings, sweeps, reports and commands. The
+nine objectives of the package are registered in the same way (`builtin.py`).
+"""
+
+from seqfair_jax.objectives.builtin import BUILT_IN
+from seqfair_jax.objectives.method import (
+    GROUP_WEIGHT,
+    TAIL_SHARE,
+    Batch,
+    Formula,
+    HParam,
+    HParams,
+    Log,
+    Method,
+    Option,
+    Range,
+    Users,
+    group_shares,
+    ones,
+    per_user,
+    weighted,
+)
+from seqfair_jax.objectives.registry import (
+    METHODS,
+    Objective,
+    check_hparams,
+    default_settings,
+    find,
+    hparams,
+    make_objective,
+    mean_objective,
+    options,
+    register,
+)
+
+__all__ = [
+    "GROUP_WEIGHT",
+    "METHODS",
+    "TAIL_SHARE",
+    "Batch",
+    "Formula",
+    "HParam",
+    "HParams",
+    "Log",
+    "Method",
+    "Objective",
+    "Option",
+    "Range",
+    "Users",
+    "check_hparams",
+    "default_settings",
+    "find",
+    "group_shares",
+    "hparams",
+    "make_objective",
+    "mean_objective",
+    "ones",
+    "options",
+    "per_user",
+    "register",
+    "weighted",
+]
+
+for _method in BUILT_IN:
+    register(_method)

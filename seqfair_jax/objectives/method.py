@@ -1,0 +1,173 @@
+"""What an objective is: the declaration `Method`, and the formula that it makes for a log.
+
+Shape letters: U users, B users in a batch, G groups, V catalogue.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+State = Any  # a pytree, () for an objective without state
+HParams = Mapping[str, jax.Array]  # traced scalars by the hyperparameter's name, so a pytree
+Logs = dict[str, jax.Array]  # each f[G]
+
+
+class Range(NamedTuple):
+    """The numbers that a hyperparameter may be; `str` of it is the text for help and errors."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def contains(self, value: object) -> bool:
+        """Whether a value is a finite number in the range."""
+        if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool)):
+            return False
+        x = float(value)
+        return (
+            math.isfinite(x)
+            and (self.above is None or x > self.above)
+            and (self.at_least is None or x >= self.at_least)
+            and (self.below is None or x < self.below)
+            and (self.at_most is None or x <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        ends = zip(("above", "at least", "below", "at most"), self, strict=True)
+        text = " and ".join(f"{word} {end:g}" for word, end in ends if end is not None)
+        return text or "of any size"
+
+
+class HParam(NamedTuple):
+    """A number that an objective reads, and that a grid may vary: a setting of `config.objective`.
+
+    It is traced: runs that differ only in its value train side by side in one program.
+    """
+
+    name: str  # the setting is objective.NAME
+    default: float
+    help: str  # a sentence for help and docs
+    range: Range = Range()
+    search: tuple[float, ...] = ()  # the values that a sweep tries; (): the default alone
+
+
+class Option(NamedTuple):
+    """A choice between variants of an objective, also a setting of `config.objective`."""
+
+    name: str  # the setting is objective.NAME
+    default: str
+    choices: tuple[str, ...]
+    help: str  # a sentence for help and docs
+
+
+class Log(NamedTuple):
+    """A figure for each group that an objective logs beside the group's mean loss."""
+
+    key: str  # in what `Formula.loss` returns, and in metrics.jsonl: train/KEY/GROUP
+    title: str  # of its plot in the report
+    epoch: str  # its value for an epoch: the "mean" over its steps, or the "last" step's
+
+
+GROUP_WEIGHT = Log("group_weight", "Group weights ω", "last")  # a state, so its newest value
+TAIL_SHARE = Log("tail_share", "Share of the users' weights that falls on each group", "mean")
+
+
+class Users(NamedTuple):
+    """What an objective may know of the log before the first step."""
+
+    membership: np.ndarray  # bool[U, G]; exactly one group each if the method needs groups
+    train_lengths: np.ndarray  # i32[U], training rows
+
+
+class Batch(NamedTuple):
+    """What a loss is computed from. The losses carry the gradient."""
+
+    losses: jax.Array  # f[B], the users' losses
+    membership: jax.Array  # bool[B, G]
+    group_losses: jax.Array  # f[G], means over the batch's users of a group; 0 where it has none
+    group_counts: jax.Array  # i32[G], the group's users in the batch
+
+
+def ones(item_counts: np.ndarray) -> np.ndarray:
+    """Weigh all targets alike: f32[V]."""
+    return np.ones(len(item_counts), np.float32)
+
+
+class Formula(NamedTuple):
+    """An objective for one log, as three pure functions.
+
+    `loss(batch, state, hparams)` returns the scalar loss, the next state, and what the method's
+    `logs` declare, each f[G]. The gradient flows through the batch's losses. `hparams` has the
+    values that the method declares.
+    """
+
+    loss: Callable[[Batch, Any, HParams], tuple[jax.Array, State, Logs]]
+    init: Callable[[], State] = tuple  # the state before the first step
+    target_weights: Callable[[np.ndarray], np.ndarray] = ones  # item counts i32[V] -> f32[V]
+
+
+class Method(NamedTuple):
+    """An objective, and all that is known of it before any data is read.
+
+    `make(users, **options)` builds the formula for a log (`Users`). It gets the value of each
+    declared option by its name, and raises UserError if the log does not suit the objective.
+    """
+
+    name: str  # in settings, tables and file names: small letters, digits and _
+    label: str  # in the paper's tables
+    make: Callable[..., Formula]
+    hparams: tuple[HParam, ...] = ()
+    options: tuple[Option, ...] = ()
+    needs_groups: bool = (
+        False  # every user must then be in exactly one (`groups.require_partition`)
+    )
+    is_robust: bool = False  # distributionally: of the paper's figures and claims
+    logs: tuple[Log, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The names of its hyperparameters."""
+        return tuple(hparam.name for hparam in self.hparams)
+
+    @property
+    def settings(self) -> tuple[HParam | Option, ...]:
+        """Its hyperparameters and options."""
+        return (*self.hparams, *self.options)
+
+
+def weighted(
+    weigh: Callable[[Batch, Any, HParams], tuple[jax.Array, State, Logs]],
+) -> Callable[[Batch, Any, HParams], tuple[jax.Array, State, Logs]]:
+    """The loss sum_u q_u l_u, whose weights q are constants in the gradient.
+
+    Args:
+        weigh: as `Formula.loss`, but returns the users' weights q f[B] in place of the loss.
+    """
+
+    def loss(batch: Batch, state: State, hparams: HParams):
+        weights, state, logs = weigh(jax.lax.stop_gradient(batch), state, hparams)
+        return (weights * batch.losses).sum(), state, logs
+
+    return loss
+
+
+def per_user(group_values: jax.Array, membership: jax.Array) -> jax.Array:
+    """Each user's sum of the values of its groups, f[B].
+
+    Args:
+        group_values: f[G].
+        membership: bool[B, G].
+    """
+    # Not a matrix product, which an accelerator would round to tensorfloat32.
+    return jnp.where(membership, group_values[None, :], 0).sum(axis=1)
+
+
+def group_shares(batch: Batch, weights: jax.Array) -> jax.Array:
+    """The sum of the users' weights f[B] in each group, f[G]: what `TAIL_SHARE` logs."""
+    return jnp.where(batch.membership, weights[:, None], 0).sum(axis=0)
