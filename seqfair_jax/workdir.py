@@ -393,6 +393,40 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary folder, then rename it to `path`; makes the parents.
+
+    Raises:
+        UserError: naming the folder, if it has files or cannot be written.
+    """
+    refuse_filled(path)
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    with named_errors(path, "write"):
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            temporary.rename(path)  # an empty folder is replaced
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_filled(out: Path) -> None:
+    """Refuse a folder for an output that is not new or empty.
+
+    Args:
+        out: the value of `--out`.
+
+    Raises:
+        UserError: if it has files, or is a file.
+    """
+    with named_errors(out, "read the folder"):
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out={out} is a file; name a new folder")
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"--out={out} has files; name a new folder, or remove this one")
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file.
 

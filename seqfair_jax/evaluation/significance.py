@@ -84,6 +84,27 @@ def compare(
     return result
 
 
+def describe(table: pd.DataFrame, metric: str, *, seed: int = 0) -> pd.DataFrame:
+    """The mean of a per-user metric in each slice, with its bootstrap 95 % interval over users.
+
+    Args:
+        table: a per-user table (`per_user.parquet`).
+        metric: a column, such as NDCG@20.
+        seed: of the bootstrap.
+
+    Returns:
+        columns users, mean, low, high by slice, for each slice with at least one user. The interval
+        of a single user is NaN.
+    """
+    values = table[metric].to_numpy(np.float64)
+    rows = {}
+    for name, members in _members(table):
+        low, high = _interval(values[members], seed)
+        mean = values[members].mean()
+        rows[name] = {"users": int(members.sum()), "mean": mean, "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def false_discovery_rates(p_values: pd.Series) -> pd.Series:
     """q of every p after Benjamini and Hochberg (1995); NaN for a test that was not made."""
     rates = pd.Series(np.nan, p_values.index)

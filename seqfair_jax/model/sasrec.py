@@ -148,7 +148,7 @@ def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
     own = slots.reshape(-1, block)
     own_index = jnp.arange(slots.size, dtype=jnp.int32).reshape(-1, block)
     padded = jnp.concatenate([jnp.full((lookback, block), -1, slots.dtype), own])
-    keys = jnp.concatenate([padded[i : i + len(own)] for i in range(lookback + 1)], axis=1)
+    keys = jnp.concatenate([padded[i : i + own.shape[0]] for i in range(lookback + 1)], axis=1)
     behind = jnp.arange(-lookback * block, block, dtype=jnp.int32)
     key_index = own_index[:, :1] + behind[None, :]
     same_user = own[:, :, None] == keys[:, None, :]
