@@ -8,7 +8,7 @@ from scipy import stats
 
 from seqfair_jax.data.groups import RESERVED_NAMES, encode_name
 from seqfair_jax.errors import UserError
-from seqfair_jax.evaluation.significance import compare
+from seqfair_jax.evaluation.significance import compare, gap
 
 
 def per_user(values, *, groups=None):
@@ -221,3 +221,15 @@ def test_families_with_the_names_of_columns_are_families():
     others = tables[0].assign(**{"R%26D": "niche"})
     with pytest.raises(UserError, match="a: R&D of user u1 is not the baseline's"):
         compare({"a": {0: others}}, {0: tables[1]}, "NDCG@20")
+
+
+def test_the_gap_between_two_groups_is_welchs():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, 30), rng.normal(1, 3, 40)
+    found = gap(a, b, confidence=0.99)
+    va, vb = a.var(ddof=1) / 30, b.var(ddof=1) / 40
+    freedom = (va + vb) ** 2 / (va**2 / 29 + vb**2 / 39)
+    half = stats.t.ppf(0.995, freedom) * (va + vb) ** 0.5
+    assert_allclose(found, [a.mean() - b.mean(), *(a.mean() - b.mean() + half * np.array([-1, 1]))])
+    assert gap(np.ones(3), np.zeros(2)) == (1, 1, 1)
+    assert np.isnan(gap(np.ones(1), np.zeros(2))[1:]).all()

@@ -1,21 +1,28 @@
 """Whether two methods' per-user metrics differ, overall and in each group.
 
-Shape letters: U users of the test, M comparisons of one table.
+Shape letters: U users of the test, n users of a slice, M methods.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 
 _KEYS = ("user_id", "target_item_id", "repeat")  # two runs must agree on these
 _RESAMPLES = 2000
-_DRAWN_AT_ONCE = 2_000_000  # values of the bootstrap, so that its memory does not grow with U
+_DRAWN_AT_ONCE = 500_000  # values of the bootstrap, so that its memory does not grow with U
+
+
+class Gap(NamedTuple):
+    """A difference of two means, and its interval."""
+
+    difference: float
+    low: float
+    high: float
 
 
 def compare(
@@ -56,57 +63,76 @@ def compare(
         return _aligned(table, reference, columns, metric, name)
 
     of_baseline = {s: values(table, "the baseline") for s, table in baseline.items()}
-    members_of = dict(_members(reference))
-    rows = []
-    for name, seeds in tables.items():
+    after, before = np.empty((2, len(reference), len(tables)))
+    for place, (name, seeds) in enumerate(tables.items()):
         common = [s for s in seeds if s in baseline]
-        after = np.mean([values(seeds[s], name) for s in common or seeds], axis=0)
-        before = np.mean([of_baseline[s] for s in common or baseline], axis=0)
-        for slice_name, members in members_of.items():
-            difference = (after - before)[members]
-            low, high = _interval(difference, seed)
-            rows.append(
+        after[:, place] = np.mean([values(seeds[s], name) for s in common or seeds], axis=0)
+        before[:, place] = np.mean([of_baseline[s] for s in common or baseline], axis=0)
+    parts = []
+    for slice_name, members in slice_members(reference).items():
+        low, high = _intervals((after - before)[members], seed)
+        parts.append(
+            pd.DataFrame(
                 {
-                    "name": name,
+                    "name": list(tables),
                     "slice": slice_name,
-                    "users": len(difference),
-                    "mean": after[members].mean(),
-                    "baseline": before[members].mean(),
-                    "difference": difference.mean(),
+                    "users": len(members),
+                    "mean": after[members].mean(axis=0),
+                    "baseline": before[members].mean(axis=0),
+                    "difference": (after - before)[members].mean(axis=0),
                     "low": low,
                     "high": high,
-                    "p": _p_value(after[members], before[members]),
+                    "p": _p_values(after[members], before[members]),
                 }
             )
-    result = pd.DataFrame(rows)
+        )
+    # By method, then by slice.
+    order = np.arange(len(parts) * len(tables)).reshape(len(parts), -1).T.ravel()
+    result = pd.concat(parts, ignore_index=True).iloc[order].reset_index(drop=True)
     result["q"] = false_discovery_rates(result["p"])
     result["star"] = result["p"] < 0.05
     return result
 
 
-def describe(table: pd.DataFrame, metric: str, *, seed: int = 0) -> pd.DataFrame:
-    """The mean of a per-user metric in each slice, with its bootstrap 95 % interval over users.
+def gap(members: np.ndarray, others: np.ndarray, *, confidence: float = 0.95) -> Gap:
+    """The difference of the means of two groups of users, with Welch's t interval.
 
     Args:
-        table: a per-user table (`per_user.parquet`).
-        metric: a column, such as NDCG@20.
-        seed: of the bootstrap.
+        members, others: f[n] the metric of the users of each side.
+        confidence: of the interval.
 
     Returns:
-        columns users, mean, low, high by slice, for each slice with at least one user. The interval
-        of a single user is NaN.
+        the mean of `members` minus that of `others`; the interval is NaN where a side has a
+        single user.
     """
-    values = table[metric].to_numpy(np.float64)
-    rows = {}
-    for name, members in _members(table):
-        low, high = _interval(values[members], seed)
-        mean = values[members].mean()
-        rows[name] = {"users": int(members.sum()), "mean": mean, "low": low, "high": high}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    from scipy import stats  # imports in half a second
+
+    difference = float(members.mean() - others.mean())
+    if min(len(members), len(others)) < 2:
+        return Gap(difference, np.nan, np.nan)
+    if not np.ptp(members) and not np.ptp(others):  # t is 0/0
+        return Gap(difference, difference, difference)
+    interval = stats.ttest_ind(members, others, equal_var=False).confidence_interval(confidence)
+    return Gap(difference, float(interval.low), float(interval.high))
+
+
+def seed_mean(tables: Mapping[int, pd.DataFrame], metric: str) -> np.ndarray:
+    """Each user's metric averaged over seeds, f64[U], in the order of the first seed's table.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    reference = next(iter(tables.values())).reset_index(drop=True)
+    values = [
+        _aligned(table, reference, ["user_id"], metric, "another seed") for table in tables.values()
+    ]
+    return np.mean(values, axis=0)
 
 
 def false_discovery_rates(p_values: pd.Series) -> pd.Series:
     """q of every p after Benjamini and Hochberg (1995); NaN for a test that was not made."""
+    from scipy import stats  # imports in half a second
+
     rates = pd.Series(np.nan, p_values.index)
     tested = p_values.notna()
     if tested.any():
@@ -130,7 +156,6 @@ def _aligned(
             f"{name}: its per-user table has no column {metric!r}; choose one of "
             f"{', '.join(known)}, or train with its cut-off in evaluate.cutoffs"
         )
-    aligned = table.set_index("user_id").reindex(order)
     missing = ~order.isin(table["user_id"])
     extra = ~table["user_id"].isin(order)
     if missing.any() or extra.any():
@@ -138,6 +163,8 @@ def _aligned(
             f"{name}: {int(missing.sum())} of the baseline's {len(order)} users are not in "
             f"its test and {int(extra.sum())} others are; compare runs on one log and split"
         )
+    same_order = np.array_equal(table["user_id"], order)
+    aligned = table if same_order else table.set_index("user_id").reindex(order)
     for column in columns:
         if column == "user_id":
             continue
@@ -159,9 +186,14 @@ def _aligned(
 
 def _differ(a: pd.Series, b: pd.Series) -> np.ndarray:
     """Where two columns differ, bool[U]; two missing values are the same."""
-    if any(isinstance(label, list | np.ndarray) for column in (a, b) for label in column):
+    if any(_has_lists(column) for column in (a, b)):
         return np.array([_groups(x) != _groups(y) for x, y in zip(a, b, strict=True)])
     return ((a != b) & ~(a.isna() & b.isna())).to_numpy(bool)
+
+
+def _has_lists(column: pd.Series) -> bool:
+    """Whether some user is in several groups; only a column of Python objects can say so."""
+    return column.dtype == object and any(isinstance(x, list | np.ndarray) for x in column)
 
 
 def _groups(label: Any) -> list[str]:
@@ -171,39 +203,60 @@ def _groups(label: Any) -> list[str]:
     return [] if pd.isna(label) else [label]
 
 
-def _members(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
-    """Every slice's name and bool[U] of its users."""
-    yield slices.OVERALL, np.ones(len(table), bool)
+def slice_members(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The positions i64[n] of each slice's users in a per-user table; none is empty."""
     repeat = table["repeat"].to_numpy(bool)
-    for name, members in ((slices.REPEAT, repeat), (slices.NEW, ~repeat)):
-        if members.any():
-            yield name, members
+    found = {
+        slices.OVERALL: np.arange(len(table)),
+        slices.REPEAT: np.flatnonzero(repeat),
+        slices.NEW: np.flatnonzero(~repeat),
+    }
     for family in _families(table):
-        labels = [set(_groups(label)) for label in table[family]]
-        for group in sorted(set().union(*labels)):
-            members = np.array([group in label for label in labels])
-            yield slices.group_slice(family, group), members
+        labels = table[family].reset_index(drop=True)
+        if _has_lists(labels):
+            labels = labels.explode()
+        codes, groups = pd.factorize(labels, sort=True)  # -1 for a user in no group
+        order = np.argsort(codes, kind="stable")
+        first = np.searchsorted(codes[order], np.arange(len(groups) + 1))
+        users = labels.index.to_numpy()[order]
+        for code, group in enumerate(groups):
+            found[slices.group_slice(family, group)] = users[first[code] : first[code + 1]]
+    return {name: members for name, members in found.items() if len(members)}
 
 
-def _p_value(after: np.ndarray, before: np.ndarray) -> float:
+def _p_values(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Of the paired t-tests of each column of f[n, M]."""
+    from scipy import stats  # imports in half a second
+
     if len(after) < 2:
-        return np.nan
+        return np.full(after.shape[1], np.nan)
     difference = after - before
-    if np.ptp(difference) <= 1e-9 * np.abs(difference).max():  # t is 0/0, or a constant over 0
-        return 0.0 if difference.any() else 1.0
-    return float(stats.ttest_rel(after, before).pvalue)
+    # Where all users differ by the same, t is 0/0 or a constant over 0.
+    constant = np.ptp(difference, axis=0) <= 1e-9 * np.abs(difference).max(axis=0)
+    p_values = np.where(difference.any(axis=0), 0.0, 1.0)
+    tested = ~constant
+    if tested.any():
+        p_values[tested] = stats.ttest_rel(after[:, tested], before[:, tested]).pvalue
+    return p_values
 
 
-def _interval(difference: np.ndarray, seed: int) -> tuple[float, float]:
-    if len(difference) < 2:
-        return np.nan, np.nan
-    interval = stats.bootstrap(
-        (difference,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        batch=max(1, _DRAWN_AT_ONCE // len(difference)),
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+def _intervals(difference: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap 95 % intervals of the means of each column of f[n, M].
+
+    All columns are measured on the same resamples. So a column's interval does not depend on the
+    others, and the resamples are drawn once.
+    """
+    num_users, num_methods = difference.shape
+    if num_users < 2:
+        return np.full(num_methods, np.nan), np.full(num_methods, np.nan)
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN_AT_ONCE // num_users)
+    means = []
+    for start in range(0, _RESAMPLES, at_once):
+        resamples = min(at_once, _RESAMPLES - start)
+        users = rng.integers(num_users, size=(resamples, num_users), dtype=np.int32)
+        users += num_users * np.arange(resamples, dtype=np.int32)[:, None]
+        counts = np.bincount(users.ravel(), minlength=users.size).reshape(users.shape)
+        means.append(counts @ difference / num_users)
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
+    return low, high
