@@ -94,6 +94,27 @@ def compare(
     return result
 
 
+def describe(table: pd.DataFrame, metric: str, *, seed: int = 0) -> pd.DataFrame:
+    """The mean of a per-user metric in each slice, with its bootstrap 95 % interval over users.
+
+    Args:
+        table: a per-user table (`per_user.parquet`).
+        metric: a column, such as NDCG@20.
+        seed: of the bootstrap.
+
+    Returns:
+        columns users, mean, low, high by slice, for each slice with at least one user. The interval
+        of a single user is NaN.
+    """
+    values = table[metric].to_numpy(np.float64)
+    rows = {}
+    for name, members in slice_members(table).items():
+        [low], [high] = _intervals(values[members][:, None], seed)
+        mean = values[members].mean()
+        rows[name] = {"users": len(members), "mean": mean, "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def gap(members: np.ndarray, others: np.ndarray, *, confidence: float = 0.95) -> Gap:
     """The difference of the means of two groups of users, with Welch's t interval.
 
@@ -204,13 +225,15 @@ def _groups(label: Any) -> list[str]:
 
 
 def slice_members(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The positions i64[n] of each slice's users in a per-user table; none is empty."""
-    repeat = table["repeat"].to_numpy(bool)
-    found = {
-        slices.OVERALL: np.arange(len(table)),
-        slices.REPEAT: np.flatnonzero(repeat),
-        slices.NEW: np.flatnonzero(~repeat),
-    }
+    """The positions i64[n] of each slice's users in a per-user table; none is empty.
+
+    Where users have several targets there are no slices of repeat and new targets: a user's metric
+    is over both kinds.
+    """
+    found = {slices.OVERALL: np.arange(len(table))}
+    if not _has_lists(table["repeat"]):
+        repeat = table["repeat"].to_numpy(bool)
+        found |= {slices.REPEAT: np.flatnonzero(repeat), slices.NEW: np.flatnonzero(~repeat)}
     for family in _families(table):
         labels = table[family].reset_index(drop=True)
         if _has_lists(labels):
