@@ -1,4 +1,6 @@
-"""The search for the MovieLens-1M model of the paper's table 8 (appendix B), by ERM's validation.
+"""`seqfair search`: the paper's MovieLens-1M model, table 8.
+
+The search of appendix B, by ERM's validation score.
 
     python -m seqfair_jax search --config=configs/backbone_ml1m.py --workdir=runs/backbone_ml1m
 

@@ -1,4 +1,6 @@
-"""The search for the Retailrocket model of the paper's table 8 (appendix B), by ERM's validation.
+"""`seqfair search`: the paper's Retailrocket model, table 8.
+
+The search of appendix B, by ERM's validation score.
 
     python -m seqfair_jax search --config=configs/backbone_rr.py --workdir=runs/backbone_rr
 

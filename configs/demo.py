@@ -1,4 +1,6 @@
-"""A small model on the synthetic log; trains in half a minute on two cores.
+"""The demo: a small model on the synthetic log.
+
+It trains in half a minute on two cores.
 
     python -m seqfair_jax.main --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
 

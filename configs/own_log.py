@@ -1,4 +1,4 @@
-"""Your own log: a CSV or Parquet file of (user, item, time).
+"""Your own log: a table of users, items and times.
 
     python -m seqfair_jax.main --config=configs/own_log.py:method=cvar --workdir=runs/mine \
         --config.data.path=log.csv --config.data.columns.user_id=customer

@@ -1,4 +1,6 @@
-"""The paper's MovieLens-1M tables 5 to 7 and figure 2: 85 runs, trained, chosen, tested.
+"""`seqfair reproduce`: the paper\'s tables 5 to 7 on MovieLens-1M.
+
+Figure 2 too: 85 runs, trained, chosen, tested.
 
     python -m seqfair_jax reproduce --config=configs/paper_ml1m.py --workdir=runs/paper_ml1m
 

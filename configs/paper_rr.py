@@ -1,4 +1,6 @@
-"""The paper's Retailrocket tables 2 to 4 and figure 1: 85 runs, trained, chosen, tested.
+"""`seqfair reproduce`: the paper\'s tables 2 to 4 on Retailrocket.
+
+Figure 1 too: 85 runs, trained, chosen, tested.
 
     python -m seqfair_jax reproduce --config=configs/paper_rr.py --workdir=runs/paper_rr
 

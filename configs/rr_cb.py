@@ -1,4 +1,6 @@
-"""Row CB of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+"""CB on Retailrocket, a row of the paper's tables 2 and 3.
+
+Published test NDCG@20 by group:
 
     pop33 0.208 / 0.205 / 0.229, overall 0.217
     seq33 0.188 / 0.323 / 0.218, overall 0.219

@@ -1,4 +1,6 @@
-"""Row CBlog of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+"""CBlog on Retailrocket, a row of the paper's tables 2 and 3.
+
+Published test NDCG@20 by group:
 
     pop33 0.213 / 0.211 / 0.242, overall 0.225
     seq33 0.190 / 0.332 / 0.228, overall 0.224

@@ -1,4 +1,6 @@
-"""Row CVaR of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+"""CVaR on Retailrocket, a row of the paper's tables 2 and 3.
+
+Published test NDCG@20 by group:
 
     pop33 0.225 / 0.228 / 0.256, overall 0.239
     seq33 0.207 / 0.344 / 0.271, overall 0.240

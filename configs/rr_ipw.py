@@ -1,4 +1,6 @@
-"""Row IPW of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+"""IPW on Retailrocket, a row of the paper's tables 2 and 3.
+
+Published test NDCG@20 by group:
 
     pop33 0.214 / 0.210 / 0.244, overall 0.226
     seq33 0.194 / 0.340 / 0.230, overall 0.228

@@ -1,4 +1,6 @@
-"""Row IPWlog of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+"""IPWlog on Retailrocket, a row of the paper's tables 2 and 3.
+
+Published test NDCG@20 by group:
 
     pop33 0.214 / 0.216 / 0.245, overall 0.228
     seq33 0.193 / 0.345 / 0.237, overall 0.229

@@ -1,4 +1,6 @@
-"""Row SDRO of the paper's tables 2 and 3 (Retailrocket), NDCG@20 by group:
+"""SDRO on Retailrocket, a row of the paper's tables 2 and 3.
+
+Published test NDCG@20 by group:
 
     pop33 0.214 / 0.215 / 0.250, overall 0.230
     seq33 0.201 / 0.348 / 0.279, overall 0.237

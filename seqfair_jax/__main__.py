@@ -1,6 +1,7 @@
 """`seqfair COMMAND`, the same as `python -m seqfair_jax COMMAND`."""
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("usage: seqfair COMMAND [flags]; seqfair COMMAND --help lists the flags\n")
         for name, description in COMMANDS.items():
             print(f"  {name:<10} {description}")
+        print("\nseqfair train --help also lists the shipped configs and every setting")
         return
     name, *rest = arguments
     if name not in COMMANDS:
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command = importlib.import_module(f"seqfair_jax.commands.{name}")
     except KeyboardInterrupt:  # the imports take seconds
-        sys.exit("stopped")
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     command.main(rest)
 
 

@@ -1,14 +1,13 @@
 """What the commands share: flags, the config, one line for a user's error, logging, signals."""
 
 import contextlib
-import inspect
 import logging
 import os
 import re
 import signal
 import sys
+import textwrap
 import threading
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -18,14 +17,17 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from seqfair_jax import workdir
-from seqfair_jax.config import flatten
-from seqfair_jax.errors import UserError, did_you_mean
+from seqfair_jax.config import flatten, help
+from seqfair_jax.config.files import load_config
+from seqfair_jax.config.keys import settings
+from seqfair_jax.errors import Interrupted, UserError, did_you_mean
 from seqfair_jax.training.environment import processor
 
+_HELP = ("--help", "-h", "-help", "--helpfull")
 _LISTS = "lists have no spaces, as in --config.seeds=0,1,2"
 _TYPES = {
     bool: "true or false",
-    int: "an int",
+    int: "a whole number",
     float: "a number",
     tuple: "a list such as 0.1,0.2",
 }
@@ -45,6 +47,7 @@ class Command:
         *,
         arguments: str = "",
         config: bool = False,
+        lists_settings: bool = False,
         program: str | None = None,
     ):
         """Define the flags that every command has.
@@ -54,11 +57,12 @@ class Command:
             description: for `--help`.
             arguments: the positional arguments, such as "DIR [DIR ...]"; "" for none.
             config: the command takes `--config` and `--config.KEY=VALUE`.
+            lists_settings: its `--help` lists the shipped configs and every setting.
             program: how the command is started, if not by `seqfair NAME`.
         """
         self._name, self._description, self._arguments = name, description, arguments
         self._program = program or f"seqfair {name}"
-        self._takes_config = config
+        self._takes_config, self._lists_settings = config, lists_settings
         self.flags = flags.FlagValues()
         flags.DEFINE_bool("help", False, "show this help", flag_values=self.flags)
 
@@ -90,7 +94,8 @@ class Command:
 
         `work` gets the flags' values as attributes of one object, then the config if the command
         takes one, else the positional arguments. A `UserError` ends the process with status 1
-        and one line on standard error; any other exception is a bug and keeps its traceback.
+        and one line on standard error, SIGINT with status 130 and SIGTERM with 143. Any other
+        exception is a bug and keeps its traceback.
         """
         with _logging(), _signals():
             try:
@@ -98,13 +103,16 @@ class Command:
                 use_compilation_cache()
                 work(values, rest)
             except UserError as error:
-                _exit(f"error: {error}")
-            except KeyboardInterrupt:
-                _exit("stopped")
+                _exit(f"error: {error}", 1)
+            except KeyboardInterrupt as error:
+                stopped = Interrupted("stopped", error)
+                _exit(str(stopped), stopped.status)
+            except Interrupted as stopped:
+                _exit(str(stopped), stopped.status)
 
     def _parse(self, argv: list[str]) -> tuple[flags.FlagValues, Any]:
-        if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
-            print(self._help())
+        if any(arg in _HELP for arg in argv):
+            print(self._help([arg for arg in argv if arg not in _HELP]))
             raise SystemExit(0)
         config = None
         if self._takes_config:
@@ -139,60 +147,38 @@ class Command:
             if names.count(name) > 1:
                 raise UserError(f"--{name} is given {names.count(name)} times, expected once")
 
-    def _help(self) -> str:
+    def _help(self, argv: list[str]) -> str:
         usage = f"usage: {self._program}"
         if self._takes_config:
-            usage += " --config=FILE [--config.KEY=VALUE ...]"
+            usage += " --config=NAME_OR_FILE [--config.KEY=VALUE ...]"
         usage += " [flags]" + (f" {self._arguments}" if self._arguments else "")
-        lines = [usage, "", self._description, "", "flags:"]
+        lines = [usage, "", textwrap.fill(self._description, 79), "", "flags:"]
         if self._takes_config:
+            where = "below" if self._lists_settings else "`seqfair train --help` lists them"
             lines += [
-                "  --config: a config file, such as configs/own_log.py; its arguments follow a "
-                "colon (required)",
-                "  --config.KEY: the value of one setting, such as --config.seeds=0,1,2; "
-                "docs/own_log.md lists them",
+                *_wrapped(
+                    "--config: the name of a shipped config, such as own_log, or the path of "
+                    "your own file, such as mine.py; its arguments follow a colon (required)"
+                ),
+                *_wrapped(
+                    "--config.KEY: the value of one setting, such as --config.seeds=0,1,2; "
+                    f"the settings: {where}"
+                ),
             ]
         for name in self.flags:
             flag = self.flags[name]
             default = f" (default: {flag.default})" if flag.default not in (None, False, "") else ""
-            lines.append(f"  --{name}: {flag.help}{default}")
+            lines += _wrapped(f"--{name}: {flag.help}{default}")
+        if self._lists_settings:
+            lines += ["", "shipped configs:", help.shipped_configs()]
+            if any(word.partition("=")[0] in ("--config", "-config") for word in argv):
+                name, _ = _take_config(argv)
+                values = dict(flatten(load_config(name).to_dict()))
+                lines += ["", f"settings, with the values of --config={name}:"]
+                lines += ["", help.settings_text(values)]
+            else:
+                lines += ["", "settings, with their defaults:", "", help.settings_text()]
         return "\n".join(lines)
-
-
-def load_config(argument: str) -> ConfigDict:
-    """Run a config file's `get_config` on its arguments.
-
-    Args:
-        argument: `FILE` or `FILE:ARGUMENTS`.
-
-    Raises:
-        UserError: if there is no such file, it has no `get_config`, or it refuses the arguments.
-    """
-    name, colon, arguments = argument.partition(":")
-    path = workdir.user_path(name)
-    if not path.is_file():
-        hint = did_you_mean(path.name, [near.name for near in path.parent.glob("*.py")])
-        raise UserError(f"--config={name}: no such file{hint}; it would be {path.absolute()}")
-    if path.suffix != ".py":
-        raise UserError(f"--config={name}: expected a Python file with a get_config function")
-    module = types.ModuleType("seqfair_config")
-    module.__file__ = str(path)
-    exec(compile(workdir.read_text(path), str(path), "exec"), module.__dict__)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={name}: the file has no get_config function")
-    given = (arguments,) if colon else ()
-    try:
-        inspect.signature(module.get_config).bind(*given)
-    except TypeError:
-        problem = "takes no arguments" if colon else "needs arguments, as in FILE.py:KEY=VALUE"
-        raise UserError(f"--config={argument}: its get_config {problem}") from None
-    config = module.get_config(*given)
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"--config={name}: its get_config returns a {type(config).__name__}, expected a "
-            "ConfigDict"
-        )
-    return config
 
 
 def use_compilation_cache() -> None:
@@ -222,10 +208,10 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
         else:
             found.append(next(words, ""))
     if len(found) > 1:
-        raise UserError("--config is given twice: name one config file")
+        raise UserError("--config is given twice: name one config")
     if not found or not found[0]:
         raise UserError(
-            "--config is missing: name a config file, such as --config=configs/own_log.py"
+            "--config is missing: name a config, such as --config=own_log, or your own file"
         )
     return found[0], rest
 
@@ -281,8 +267,16 @@ def _expected_type(error: Exception, config: ConfigDict | None) -> str | None:
     *parts, last = match[1].split(".")
     for part in parts:
         setting = setting[part]
-    kind = setting.get_type(last)
-    return f"{given}: expected {_TYPES.get(kind, kind.__name__)}"
+    declared = {known.key: known.expected for known in settings()}
+    kind = setting.get_type(last)  # of a sweep's or a search's own setting
+    return f"{given}: expected {declared.get(match[1]) or _TYPES.get(kind, kind.__name__)}"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, 79, initial_indent="  ", subsequent_indent=" " * 6,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -316,10 +310,10 @@ def _signals() -> Iterator[None]:
         return
     handled = (signal.SIGINT, signal.SIGTERM)
 
-    def interrupt(_number: int, _frame: object) -> None:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _frame: object) -> None:
+        for other in handled:
+            signal.signal(other, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
 
     before = [signal.signal(number, interrupt) for number in handled]
     try:
@@ -329,6 +323,6 @@ def _signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _exit(message: str) -> NoReturn:
+def _exit(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
-    raise SystemExit(1)
+    raise SystemExit(status)

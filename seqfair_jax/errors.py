@@ -1,6 +1,7 @@
 """The errors that a user can correct; commands print them as one line, without a traceback."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -14,6 +15,22 @@ class UserError(ValueError):
 
 class DivergedError(UserError, FloatingPointError):
     """Training produced a loss, a parameter or a score that is not finite."""
+
+
+class Interrupted(SystemExit):
+    """A signal ended the work: a line for the user, and the signal's number."""
+
+    def __init__(self, message: str, by: int | KeyboardInterrupt):
+        """End with a message.
+
+        Args:
+            message: what was stopped, and how to go on.
+            by: the signal's number, or what its handler raised. The commands' handler puts the
+                number into it.
+        """
+        super().__init__(message)
+        number = (by.args or (signal.SIGINT,))[0] if isinstance(by, KeyboardInterrupt) else by
+        self.status = 128 + number  # the exit status of a command, as shells have it
 
 
 def did_you_mean(name: object, known: Iterable[object], *, closeness: float = 0.6) -> str:

@@ -12,10 +12,12 @@ import jax
 import pytest
 
 from seqfair_jax import __main__
-from seqfair_jax.cli import Command, load_config, use_compilation_cache
+from seqfair_jax.cli import Command, use_compilation_cache
 from seqfair_jax.commands import report, reproduce, search, table1, train
 from seqfair_jax.config import resolve
-from seqfair_jax.errors import UserError
+from seqfair_jax.config.files import load_config, shipped, summary
+from seqfair_jax.config.keys import settings
+from seqfair_jax.errors import Interrupted, UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"""
@@ -58,12 +60,12 @@ def call(config_file, monkeypatch, tmp_path):
     return call
 
 
-def refused(capsys, function, *args):
+def refused(capsys, function, *args, status=1):
     """The one line with which a command ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         function(*args)
-    assert end.value.code == 1
+    assert end.value.code == status
     [line] = capsys.readouterr().err.splitlines()
     return line
 
@@ -129,10 +131,18 @@ def test_words_that_no_flag_takes_are_refused(name, words, message, call, capsys
             "select={}",
             "--config.select is a group of settings: set one of metric, min_users",
         ),
-        ("model.dim=x", "--config.model.dim=x: expected an int"),
-        ("model.dim=2.5", "--config.model.dim=2.5: expected an int"),
-        ("seeds=(0,1", "--config.seeds=(0,1: expected a list such as 0.1,0.2"),
-        ("train.learning_rate=a: b", "--config.train.learning_rate=a: b: expected a number"),
+        ("model.dim=x", "--config.model.dim=x: expected a whole number, 1 or more"),
+        ("model.dim=2.5", "--config.model.dim=2.5: expected a whole number, 1 or more"),
+        ("model.dim=true", "--config.model.dim=true: expected a whole number, 1 or more"),
+        (
+            "seeds=(0,1",
+            "--config.seeds=(0,1: expected unequal integers from 0 to 2**32 - 1",
+        ),
+        (
+            "train.learning_rate=a: b",
+            "--config.train.learning_rate=a: b: expected a number above 0",
+        ),
+        ("sweep.runs_per_job=x", "--config.sweep.runs_per_job=x: expected a whole number"),
         ("evaluate.mask_seen=maybe", "--config.evaluate.mask_seen=maybe: expected true or false"),
     ],
 )
@@ -151,7 +161,7 @@ def test_duplicate_and_impossible_seeds_are_refused(seeds, config_file, tmp_path
 @pytest.mark.parametrize("name", WITH_CONFIG)
 def test_missing_flags_are_named(name, config_file, capsys):
     main = WITH_CONFIG[name][0].main
-    assert "--config is missing: name a config file" in refused(capsys, main, [])
+    assert "--config is missing: name a config" in refused(capsys, main, [])
     assert "--config is missing" in refused(capsys, main, ["--config"])
     argv = [f"--config={config_file}:all"]
     assert "--workdir is missing: " in refused(capsys, main, argv)
@@ -222,6 +232,7 @@ def test_a_config_file_that_is_not_there(tmp_path, capsys):
     config_with(tmp_path, "", "mine.py")
     config_with(tmp_path, "", "mine.txt")
     for name, message in (
+        ("rr_gdro.py", "no such file (the package has a config of this name: --config=rr_gdro)"),
         ("mime.py", "mime.py: no such file (did you mean 'mine.py'?)"),
         ("zzz", "zzz: no such file"),
         ("mine.txt", "mine.txt: expected a Python file with a get_config function"),
@@ -229,6 +240,25 @@ def test_a_config_file_that_is_not_there(tmp_path, capsys):
     ):
         argv = [f"--config={tmp_path / name}", "--workdir=run"]
         assert message in refused(capsys, train.main, argv)
+
+
+def test_shipped_configs_have_names(call, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rr_gdro", "rr_gdro.py"):  # a name means the shipped one, whatever files are here
+        (tmp_path / name).write_text("def get_config(): return 1 / 0")
+    config, *_ = call("train", config="rr_gdro:scale=small")
+    assert (config.objective.name, config.model.dim) == ("gdro", 64)
+    with pytest.raises(ZeroDivisionError):
+        call("train", config="rr_gdro.py")
+    line = refused(capsys, lambda: call("train", config="rr_gdr"))
+    assert line == (
+        "error: --config=rr_gdr: no shipped config has this name (did you mean 'rr_gdro'?); "
+        "seqfair train --help lists them. For a file of your own give its path with .py, such as "
+        "--config=rr_gdr.py"
+    )
+    assert {path.name for path in shipped().values()} == {
+        path.name for path in (ROOT / "configs").glob("*.py")
+    }
 
 
 # Paths.
@@ -330,8 +360,19 @@ def test_a_signal_ends_a_command_with_one_line(number, capsys):
             assert during == [signal.SIG_DFL, signal.SIG_DFL]
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    assert refused(capsys, Command("name", "").run, [], work) == "stopped"
+    status = 128 + number  # 130 and 143, as shells have it
+    assert refused(capsys, Command("name", "").run, [], work, status=status) == "stopped"
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_keeps_the_status(number, capsys):
+    def work(*_):
+        raise Interrupted("the state is saved", number)
+
+    status = 128 + number
+    line = refused(capsys, Command("name", "").run, [], work, status=status)
+    assert line == "the state is saved"
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once():
@@ -409,8 +450,39 @@ def test_every_command_has_help(capsys):
             assert out.startswith(f"usage: seqfair {name} ")
             assert ("--config.KEY: " in out) == (name in WITH_CONFIG)
             assert "--workdir: " in out or name not in WITH_CONFIG
+            assert max(map(len, out.splitlines())) < 80
+            assert ("`seqfair train --help` lists them" in " ".join(out.split())) == (
+                name in WITH_CONFIG and name != "train"
+            )
     __main__.main([])
     assert capsys.readouterr().out == overview
+
+
+def help_of(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        train.main([*argv, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_of_train_lists_every_setting_and_shipped_config(capsys):
+    out = help_of(capsys)
+    for setting in settings():
+        assert f"\n  {setting.key} (default: " in out
+        assert setting.help.replace("`", "") in " ".join(out.split())
+    for name, path in shipped().items():
+        [line] = re.findall(rf"^  {name} +(.*)$", out, re.MULTILINE)
+        assert line == summary(path).replace("`", "")
+        assert line.endswith(".")
+    assert "  data.path (default: none; text)" in out
+    assert "  train.decay_steps (default: all steps; a whole number, 0 or more)" in out
+
+
+def test_help_with_a_config_shows_its_values(capsys, config_file):
+    out = help_of(capsys, "--config=rr_gdro")
+    assert "  objective.name (here: gdro; " in out
+    assert "  train.epochs (here: 1000; " in out
+    assert "  train.epochs (here: 2; " in help_of(capsys, f"--config={config_file}")
 
 
 def test_an_unknown_command_is_one_line():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from seqfair_jax.cli import load_config
 from seqfair_jax.config import default_config, parse_arguments, plan_runs, resolve
+from seqfair_jax.config.files import load_config
 from seqfair_jax.errors import UserError
 from seqfair_jax.sweeps import grid, search
 
@@ -59,7 +59,7 @@ def test_every_config_names_its_command(name):
 def test_a_config_of_one_method_does_not_import_sweeps_or_plots():
     code = """
 import sys
-from seqfair_jax.cli import load_config
+from seqfair_jax.config.files import load_config
 import seqfair_jax.commands.train
 for file in sys.argv[1:]:
     load_config(file)

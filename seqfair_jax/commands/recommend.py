@@ -9,7 +9,7 @@ from absl import flags
 
 from seqfair_jax import workdir
 from seqfair_jax.cli import Command
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.serving import TrainedModel, load, output, tables
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.recommender import recommend
@@ -54,8 +54,9 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
     try:
         trained = load(directory, run=values.run, rule=values.rule)
         data = trained.config.data
-        inputs = (values.users, values.histories, values.exclude, values.only)
-        workdir.refuse_overwrite(out, (*inputs, data.path, data.group_file))
+        inputs = [values.users, values.histories, values.exclude, values.only]
+        inputs += [data[key] for key in ("path", "valid_path", "test_path", "group_file")]
+        workdir.refuse_overwrite(out, inputs)
         user_ids, histories = _users(trained, values)
         candidates = _candidates(trained, values)
         _LOG.info(
@@ -74,8 +75,8 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         written = output.write_lists(
             out, found, user_ids=user_ids, item_ids=trained.item_ids, k=values.k
         )
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped: nothing was written to {out}") from None
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"stopped: nothing was written to {out}", error) from None
     seconds = time.perf_counter() - began
     if written.short_lists:
         _LOG.warning(

@@ -1,4 +1,4 @@
-"""`seqfair train --config=FILE --workdir=DIR`: train, test and report the runs of one config."""
+"""`seqfair train --config=NAME --workdir=DIR`: train, test and report the runs of one config."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,7 @@ def main(argv: Sequence[str]) -> None:
         "Train the runs of a config, test them and print the table by group. The same command\n"
         "resumes an interrupted run, and prints the table of a finished one again.",
         config=True,
+        lists_settings=True,
     )
     command.string("workdir", "where the run's files go (required)")
     command.run(argv, lambda flags, config: run(config, command.required("workdir")))

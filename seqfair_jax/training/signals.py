@@ -11,13 +11,13 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """While open, the first signal only sets what the yielded function returns.
+def catch_signals() -> Iterator[Callable[[], int]]:
+    """While open, the first signal only sets what the yielded function returns: its number; before, 0.
 
     The second signal ends the process, as a kill does: the newest checkpoint stays.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
     caught: list[int] = []
 
@@ -30,7 +30,7 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
 
     before = [signal.signal(number, handle) for number in _HANDLED]
     try:
-        yield lambda: bool(caught)
+        yield lambda: caught[0] if caught else 0
     finally:
         for number, handler in zip(_HANDLED, before, strict=True):
             signal.signal(number, handler)
