@@ -14,7 +14,7 @@ from seqfair_jax import workdir
 from seqfair_jax.config import RunSpec, changed_settings, check_resumable, resolve
 from seqfair_jax.data.cache import source_hashes
 from seqfair_jax.data.split import describe_counts
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
 from seqfair_jax.results import dataset_summary, test
 from seqfair_jax.serving import catalogue
@@ -46,8 +46,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
     with workdir.exclusive(folder):
         try:
             return _run(config, folder)
-        except KeyboardInterrupt:  # outside of the training steps, which handle signals
-            raise SystemExit(_interrupted(folder)) from None
+        except KeyboardInterrupt as error:  # outside of the training steps, which handle signals
+            raise Interrupted(_interrupted(folder), error) from None
         except jax.errors.JaxRuntimeError as error:
             # A GPU reports RESOURCE_EXHAUSTED, a CPU an INTERNAL error with these words.
             if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqfair_jax import workdir
-from seqfair_jax.errors import DivergedError
+from seqfair_jax.errors import DivergedError, Interrupted
 from seqfair_jax.evaluation.metrics import rank_metrics
 from seqfair_jax.evaluation.slices import Slices, slice_means, worst_group
 from seqfair_jax.training import environment
@@ -71,11 +71,12 @@ def fit(experiment: Experiment, folder: Path, snapshot: Snapshot) -> Snapshot:
         stop_requested = stack.enter_context(catch_signals())
 
         def end_if_requested(snapshot: Snapshot) -> None:
-            if stop_requested():
+            if number := stop_requested():
                 saver.save(snapshot)
-                raise SystemExit(
+                raise Interrupted(
                     f"stopped at step {snapshot.progress.step}; the state is saved in {folder}, "
-                    "and the same command resumes from there"
+                    "and the same command resumes from there",
+                    number,
                 )
 
         def between_segments(snapshot: Snapshot) -> None:
