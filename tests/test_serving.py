@@ -231,18 +231,12 @@ def damaged_checkpoint(folder):
     (folder / "checkpoints" / "best_overall" / "progress.json").write_text("{}")
 
 
-def of_an_earlier_version(folder):
-    without("items.parquet", "histories.parquet")(folder)
-    workdir.finish(folder, {})
-
-
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
         (without("finished.json"), {}, r"no finished\.json; name the --workdir"),
         (without("summary.json"), {}, r"no summary\.json"),
         (without("items.parquet"), {}, r"items\.parquet is missing since the run finished"),
-        (of_an_earlier_version, {}, r"no items\.parquet, since an earlier version trained"),
         (damaged_checkpoint, {}, r"best_overall is damaged or missing.*repeats the test"),
         (without("checkpoints"), {}, r"best_overall is damaged or missing"),
         (lambda folder: (folder / "jobs" / "erm").mkdir(parents=True), {}, r"jobs/JOB.*erm"),

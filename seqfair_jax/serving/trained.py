@@ -48,19 +48,13 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
     """
     if rule not in selection.RULES:
         raise UserError(f"rule is {rule!r}: expected {' or '.join(selection.RULES)}")
-    folder = _run_folder(workdir.user_path(directory), run)
+    folder = run_folder(workdir.user_path(directory), run)
     workdir.check_finished(folder)
     summary = workdir.read_summary(folder)
     if not selection.is_result(summary, rule):
         raise UserError(
             f"{folder}: run {summary['run']} {summary['status']}, so it has no parameters to load; "
             "name another run"
-        )
-    missing = [n for n in (workdir.ITEMS, workdir.HISTORIES) if not (folder / n).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder}: no {missing[0]}, since an earlier version trained this run; train it again "
-            "in a new --workdir"
         )
     item_ids, user_ids, histories = catalogue.read(folder)
     config = ConfigDict(workdir.read_json(folder / workdir.CONFIG))
@@ -89,8 +83,16 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
     )
 
 
-def _run_folder(folder: Path, run: str | None) -> Path:
-    """The folder of one run in a work directory."""
+def run_folder(folder: Path, run: str | None) -> Path:
+    """The folder of one run in a work directory.
+
+    Args:
+        folder: the work directory of a run, or of a grid of runs.
+        run: as for `load`.
+
+    Raises:
+        UserError: if the folder has not finished, or has no such run.
+    """
     if (folder / "jobs").is_dir():
         jobs = ", ".join(sorted(path.name for path in (folder / "jobs").iterdir())[:5])
         raise UserError(

@@ -1,0 +1,76 @@
+"""Recommend with an exported model. Needs jax, numpy and flatbuffers, not the package.
+
+`seqfair export` copies this file to the exported folder, as `load.py`.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import export
+
+_BATCH = 256  # histories scored at once
+_SHORTEST = 64  # items; shorter histories are padded, so that they share a compiled program
+
+
+class Model:
+    """An exported folder. It may be shared by threads."""
+
+    def __init__(self, folder: str | Path):
+        """Read the folder.
+
+        Args:
+            folder: what `seqfair export` wrote.
+        """
+        folder = Path(folder)
+        self.settings = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        self.item_ids = json.loads((folder / "item_ids.json").read_text(encoding="utf-8"))
+        self.places = {item: place for place, item in enumerate(self.item_ids)}
+        self.max_k = int(self.settings["max_k"])
+        with np.load(folder / "params.npz") as arrays:
+            self._params = jax.device_put(dict(arrays))
+        program = export.deserialize(bytearray((folder / "program.jax").read_bytes()))
+        self._call = jax.jit(program.call)
+
+    def recommend(
+        self, histories: Sequence[Sequence[int | str]], k: int = 10, mask_seen: bool | None = None
+    ) -> list[list[tuple[int | str, float]]]:
+        """The k best items of each history, as (item, score) pairs, best first.
+
+        Items with the same score are in the order of `item_ids`. A list is shorter than k if
+        fewer items are left.
+
+        Args:
+            histories: the items of each user, oldest first. Items that the model does not know
+                are left out; those of `places` are known.
+            k: length of a list, at most `max_k`.
+            mask_seen: recommend no item of the history; None for what the run was evaluated by.
+
+        Raises:
+            ValueError: if k is not between 1 and `max_k`.
+        """
+        if not 1 <= k <= self.max_k:
+            raise ValueError(f"k is {k}: expected 1 to {self.max_k}")
+        if mask_seen is None:
+            mask_seen = self.settings["mask_seen"]
+        known = [[self.places[i] for i in items if i in self.places] for items in histories]
+        return list(self._lists(known, k, bool(mask_seen)))
+
+    def _lists(self, known: list, k: int, mask_seen: bool) -> Iterator[list]:
+        for first in range(0, len(known), _BATCH):
+            batch = known[first : first + _BATCH]
+            longest = max(_SHORTEST, *map(len, batch))
+            # Powers of two, so that few shapes are compiled.
+            rows, width = (1 << (size - 1).bit_length() for size in (len(batch), longest))
+            items, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+            for row, history in enumerate(batch):
+                items[row, : len(history)] = history
+                lengths[row] = len(history)
+            found = self._call(self._params, items, lengths, np.bool_(mask_seen))
+            scores, places = (np.asarray(part)[:, :k] for part in found)
+            for row in range(len(batch)):
+                real = scores[row] > -np.inf  # masked items come last
+                pairs = zip(places[row][real].tolist(), scores[row][real].tolist(), strict=True)
+                yield [(self.item_ids[place], score) for place, score in pairs]
