@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.data.split import Dataset
+from seqfair_jax.data.split import Dataset, Targets
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.baselines import baseline_ranks
-from seqfair_jax.evaluation.metrics import rank_metrics, recommendation_stats
-from seqfair_jax.evaluation.slices import OVERALL, slice_means
+from seqfair_jax.evaluation.metrics import recommendation_stats
+from seqfair_jax.evaluation.slices import OVERALL, target_means
 from seqfair_jax.training import checkpoint, selection
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.loop import make_validation
@@ -35,7 +36,7 @@ def test(
     Args:
         experiment, folder: as for `loop.fit`.
         snapshot: as `loop.fit` returned it.
-        inputs: SHA-256 of the log and of the group file (`data.cache.source_hashes`).
+        inputs: SHA-256 of the log's files and of the group file (`data.cache.source_hashes`).
 
     Returns:
         The content of `folder/summary.json`.
@@ -145,27 +146,44 @@ class _Tester:
 
 
 def score_ranking(experiment: Experiment, ranks: np.ndarray) -> tuple[pd.DataFrame, dict]:
-    """The figures of the test: a row for each user, and the means by group.
+    """The figures of the test: a row for each user who is tested, and the means by group.
 
     Args:
         experiment: whose users they are.
-        ranks: i32[U], 1-based; 0 for a miss.
+        ranks: i32[m] of the test targets, 1-based; 0 for a miss.
     """
-    dataset, families = experiment.dataset, experiment.families
-    values = rank_metrics(ranks, experiment.config.evaluate.cutoffs)
-    known = dataset.test_targets >= 0
+    dataset, targets = experiment.dataset, experiment.dataset.test
+    families = [family.select(targets.users) for family in experiment.families]
+    values, means = target_means(ranks, targets, families, experiment.config.evaluate.cutoffs)
+    # A target outside the vocabulary has no rank and counts as a miss.
+    rank = pd.array(ranks, dtype="Int32")
+    rank[targets.items < 0] = pd.NA
     table = pd.DataFrame(
         {
-            "user_id": dataset.user_ids,
-            "target_item_id": dataset.test_target_ids,
-            "repeat": dataset.test_repeat,
-            # A target outside the vocabulary has no rank and counts as a miss.
-            "rank": pd.Series(ranks, dtype="Int32").where(known),
+            "user_id": dataset.user_ids[targets.users],
+            **target_columns(
+                targets,
+                {"target_item_id": targets.item_ids, "repeat": targets.repeat, "rank": rank},
+            ),
             **values,
             **{family.name: family.labels() for family in families},
         }
     )
-    return table, slice_means(values, families, dataset.test_repeat)
+    return table, means
+
+
+def target_columns(targets: Targets, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the targets as columns with a row for each user: lists if some have several."""
+    if targets.single:
+        return dict(columns)
+    offsets = pa.array(targets.offsets, pa.int32())
+    lists = {
+        name: pa.ListArray.from_arrays(offsets, pa.array(values))
+        for name, values in columns.items()
+    }
+    return {
+        name: pd.Series(values, dtype=pd.ArrowDtype(values.type)) for name, values in lists.items()
+    }
 
 
 def _test_baselines(experiment: Experiment) -> tuple[pd.DataFrame, dict[str, dict]]:
@@ -225,4 +243,5 @@ def dataset_summary(dataset: Dataset) -> dict[str, Any]:
         "vocabulary": len(dataset.item_ids),
         "unknown_targets": counts["unknown_test_targets"],
         "unknown_validation_targets": counts["unknown_valid_targets"],
+        "split": dataset.split,
     }

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.config import RunSpec, changed_settings, check_resumable, resolve
-from seqfair_jax.data.cache import source_hashes
-from seqfair_jax.data.split import describe_counts
+from seqfair_jax.data.cache import source_hashes, source_path
+from seqfair_jax.data.split import describe_counts, describe_split
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
-from seqfair_jax.results import dataset_summary, test
+from seqfair_jax.results import dataset_summary, target_columns, test
 from seqfair_jax.serving import catalogue
 from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment, build_experiment
@@ -119,8 +119,7 @@ def _warn_of_changed_inputs(config: ConfigDict, inputs: dict[str, str]) -> None:
         return
     for name, digest in inputs.items():
         if now.get(name) != digest:
-            path = config.data.group_file if name == "group_file" else config.data.path
-            path = path or f"the log of {config.data.name}"  # found without data.path
+            path = source_path(config.data, name)
             _log.warning(
                 "%s changed after this run finished; its table is of the file as it was. To train "
                 "on the new file, use another --workdir",
@@ -132,16 +131,10 @@ def _describe(experiment: Experiment) -> None:
     found = dataset_summary(experiment.dataset)
     print(
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
-        f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on), "
-        f"{found['validation_users']:,} validation users\n"
-        f"{describe_counts(experiment.dataset.counts)}\n"
-        f"test targets that no training row has: {found['unknown_targets']:,}"
+        f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on)\n"
+        f"{describe_counts(experiment.dataset.counts)}"
     )
-    if found["tied_rows"]:
-        print(
-            f"rows at the same time as the user's previous row: {found['tied_rows']:,} "
-            f"({found['tied_held_out']:,} of them held out); they keep the order of the file"
-        )
+    print("\n".join(describe_split(experiment.dataset.split)))
     print(f"log {found['log_hash']}")
     print(f"{experiment.config.objective.name}: " + ", ".join(experiment.names))
 
@@ -155,14 +148,25 @@ def _write_data_files(folder: Path, experiment: Experiment) -> None:
         folder / workdir.GROUPS, pd.DataFrame({"user_id": dataset.user_ids, **groups})
     )
     is_validation = np.zeros(len(dataset.user_ids), bool)
-    is_validation[dataset.valid_users] = True
+    is_validation[dataset.valid.users] = True
+    tested = pd.DataFrame(
+        {
+            "user_id": dataset.user_ids[dataset.test.users],
+            **target_columns(dataset.test, {"test_target_item_id": dataset.test.item_ids}),
+        }
+    )
     split = pd.DataFrame(
         {
             "user_id": dataset.user_ids,
             "train_interactions": dataset.train_lengths,
             "validation_user": is_validation,
-            "test_target_item_id": dataset.test_target_ids,
         }
     )
+    if len(tested) == len(split):
+        split["test_target_item_id"] = tested["test_target_item_id"]
+    else:  # missing for users who are not tested
+        column = tested["test_target_item_id"].convert_dtypes(dtype_backend="pyarrow")
+        column.index = dataset.test.users
+        split["test_target_item_id"] = column.reindex(range(len(split)))
     workdir.write_parquet(folder / workdir.SPLIT, split)
     catalogue.write(folder, dataset)

@@ -50,7 +50,7 @@ def test_real_baselines(real_data):
     dataset = load_dataset(config)
 
     def figures(split, mask_seen=False, families=()):
-        repeat = dataset.test_repeat if split == "test" else dataset.valid_repeat
+        repeat = dataset.test.repeat if split == "test" else dataset.valid.repeat
         groups = [build_family(dataset, name) for name in families]
         return {
             name: {

@@ -28,6 +28,14 @@ def settings(**changes):
             "until": None,
             "missing": "error",
             "min_interactions": 1,
+            "split": "leave_one_out",
+            "targets": "first",
+            "valid_from": None,
+            "test_from": None,
+            "valid_share": 0.1,
+            "test_share": 0.1,
+            "valid_path": None,
+            "test_path": None,
             "valid_users": 0,
             "split_seed": 42,
             "group_file": None,
@@ -52,7 +60,9 @@ def config(tmp_path):
 def assert_equal(one, two):
     for field in dataclasses.fields(one):
         left, right = getattr(one, field.name), getattr(two, field.name)
-        if isinstance(left, np.ndarray):
+        if dataclasses.is_dataclass(left):
+            assert_equal(left, right)
+        elif isinstance(left, np.ndarray):
             assert left.dtype == right.dtype, field.name
             assert left.tolist() == right.tolist(), field.name
         else:
@@ -281,5 +291,5 @@ def test_table_1(real_data, caplog, name, valid_users, counts, log_hash, within)
         shares = 100 * build_family(dataset, family).membership.mean(axis=0)
         np.testing.assert_allclose(shares, TABLE_1A[name][family], atol=within)
     if name == "retailrocket":
-        assert dataset.test_repeat.sum() == 7919
+        assert dataset.test.repeat.sum() == 7919
         assert dataset.counts["validation_users"] == 10_000

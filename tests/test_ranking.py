@@ -41,11 +41,10 @@ def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, monkeypa
     model, params = make_model(dataset)
     rank = ranking.make_ranker(model, dataset, split, mask_seen=mask_seen, batch_size=4, top_k=3)
     test = split == "test"
-    users = np.arange(30) if test else dataset.valid_users
-    targets = dataset.test_targets if test else dataset.valid_targets
+    targets = dataset.test if test else dataset.valid
     found = rank(params, "x")
     tree = jax.tree.map(np.float64, params["params"])
-    for place, (user, target) in enumerate(zip(users, targets, strict=True)):
+    for place, (user, target) in enumerate(zip(targets.users, targets.items, strict=True)):
         start, stop = dataset.offsets[user : user + 2]
         history = dataset.items[start : stop if test else start + dataset.train_lengths[user]]
         inputs = [None, *history[-(MAX_LEN - 2) :]]
@@ -67,7 +66,7 @@ def test_a_constant_scorer_gains_nothing():
     model, params = make_model(dataset)
     zeros = jax.tree.map(jnp.zeros_like, params)
     ranks = ranker(model, dataset)(zeros, "zeros").ranks
-    known = dataset.test_targets >= 0
+    known = dataset.test.items >= 0
     assert (ranks[known] == len(dataset.item_ids)).all()
 
 
@@ -84,4 +83,4 @@ def test_a_score_that_is_not_finite_is_an_error(value):
 def test_an_unknown_split_is_refused():
     dataset = make_dataset()
     with pytest.raises(ValueError, match="split is 'tset'"):
-        ranking.split_users(dataset, "tset")
+        ranking.split_targets(dataset, "tset")

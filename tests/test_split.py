@@ -43,10 +43,10 @@ def test_leave_one_out_by_hand():
     assert dataset.train_lengths.tolist() == [2, 1, 1]
     assert dataset.items.tolist() == [0, 1, 0, 1, 2, 2, 0]
     assert dataset.offsets.tolist() == [0, 3, 5, 7]
-    assert dataset.valid_targets.tolist() == [0, 2, 0]
-    assert dataset.valid_repeat.tolist() == [True, False, False]
-    assert dataset.test_targets.tolist() == [2, -1, -1]
-    assert dataset.test_target_ids.tolist() == [12, 13, 99]
+    assert dataset.valid.items.tolist() == [0, 2, 0]
+    assert dataset.valid.repeat.tolist() == [True, False, False]
+    assert dataset.test.items.tolist() == [2, -1, -1]
+    assert dataset.test.item_ids.tolist() == [12, 13, 99]
     assert dataset.item_counts.tolist() == [1, 2, 1]
     assert dataset.counts == {
         "users": 3,
@@ -79,13 +79,13 @@ def test_leave_one_out_by_hand():
 def test_unknown_targets_are_counted():
     # Items 7, 8 and 9 are in no training row.
     dataset = split(log([1, 2, 7, 1], [2, 1, 8, 9], [1, 2, 1, 9]))
-    assert dataset.valid_targets.tolist() == [-1, -1, 0]
-    assert dataset.test_targets.tolist() == [0, -1, -1]
+    assert dataset.valid.items.tolist() == [-1, -1, 0]
+    assert dataset.test.items.tolist() == [0, -1, -1]
     assert dataset.counts["unknown_valid_targets"] == 2
     assert dataset.counts["unknown_test_targets"] == 2
     # User 1's 8 is a training row where only user 0 validates.
     some = split(log([1, 2, 7, 1], [2, 1, 8, 8]), valid_users=1)
-    assert some.valid_users.tolist() == [0]
+    assert some.valid.users.tolist() == [0]
     assert some.counts["unknown_valid_targets"] == 1
     assert some.counts["unknown_test_targets"] == 0
 
@@ -93,11 +93,10 @@ def test_unknown_targets_are_counted():
 def test_only_validation_users_lose_a_second_row():
     dataset = split(valid_users=1)
     chosen = np.random.default_rng(42).choice([1, 2, 3], 1, replace=False)
-    assert dataset.user_ids[dataset.valid_users].tolist() == chosen.tolist()
+    assert dataset.user_ids[dataset.valid.users].tolist() == chosen.tolist()
     assert dataset.counts["train_interactions"] == (4 + 3 + 3) - 3 - 1
-    for wrong in (7, -1):
-        with pytest.raises(UserError, match=f"valid_users is {wrong}.*1 to 3, or 0 for all"):
-            split(valid_users=wrong)
+    for enough in (3, 7):  # a number is the most
+        assert split(valid_users=enough).valid.users.tolist() == [0, 1, 2]
 
 
 def test_rows_of_one_time_keep_the_order_of_the_file():
@@ -111,7 +110,7 @@ def test_rows_of_one_time_keep_the_order_of_the_file():
     dataset = split(frame)
     # User 1: 1 | 5 3 4 of time 7 | 9; user 2: 9 of time 8, too | 1 8 2 of time 9.
     assert dataset.item_ids[dataset.items].tolist() == [1, 5, 3, 9, 1]
-    assert dataset.test_target_ids.tolist() == [9, 2]
+    assert dataset.test.item_ids.tolist() == [9, 2]
     assert dataset.counts["tied_rows"] == 4
     assert dataset.counts["tied_held_out"] == 3  # 4, 8 and 2
     assert split(frame, valid_users=1).counts["tied_held_out"] == 2
@@ -140,8 +139,8 @@ def test_ids_of_text():
     dataset = split(log([long, "b", "b"], ["b", long, "07"], ["b", "b", "7"], users=users))
     assert dataset.user_ids.tolist() == ["NA", "a", "a\0"]
     assert dataset.item_ids.tolist() == ["b", long]
-    assert dataset.test_target_ids.tolist() == ["b", "7", "07"]
-    for ids in (dataset.user_ids, dataset.item_ids, dataset.test_target_ids):
+    assert dataset.test.item_ids.tolist() == ["b", "7", "07"]
+    for ids in (dataset.user_ids, dataset.item_ids, dataset.test.item_ids):
         assert ids.dtype == object
 
 

@@ -54,8 +54,9 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
     try:
         trained = load(directory, run=values.run, rule=values.rule)
         data = trained.config.data
-        inputs = (values.users, values.histories, values.exclude, values.only)
-        workdir.refuse_overwrite(out, (*inputs, data.path, data.group_file))
+        inputs = [values.users, values.histories, values.exclude, values.only]
+        inputs += [data[key] for key in ("path", "valid_path", "test_path", "group_file")]
+        workdir.refuse_overwrite(out, inputs)
         user_ids, histories = _users(trained, values)
         candidates = _candidates(trained, values)
         _LOG.info(

@@ -76,7 +76,7 @@ def _normalise(config: ConfigDict) -> None:
 
 def _check_data(data: ConfigDict) -> None:
     """Check which rows of the log are read, and how."""
-    for key in ("path", "group_file"):
+    for key in ("path", "valid_path", "test_path", "group_file"):
         if data[key] == "":
             raise UserError(f"data.{key} is empty: give a path, or leave it out")
     if data.name in ("retailrocket", "ml1m"):
@@ -98,6 +98,39 @@ def _check_data(data: ConfigDict) -> None:
                 f"data.since is {data.since}: expected a time before data.until, {data.until}, "
                 "and of the same kind"
             )
+    _check_split(data)
+
+
+def _check_split(data: ConfigDict) -> None:
+    """Refuse settings of another split than `data.split`, and a split that lacks its own."""
+    of_kind = {"time": ("valid_from", "test_from"), "files": ("valid_path", "test_path")}
+    for kind, keys in of_kind.items():
+        for key in keys:
+            if data[key] is not None and data.split != kind:
+                raise UserError(
+                    f"data.{key} is set, but data.split is {data.split}: set data.split={kind}, or "
+                    f"leave data.{key} out"
+                )
+            if kind == data.split == "files" and data[key] is None:
+                raise UserError(
+                    f"data.split is files, but data.{key} is not set: name the file or the folder, "
+                    "or use data.split=time, which needs one log"
+                )
+    if data.split == "files" and data.name == "synthetic":
+        raise UserError("data.split is files, but the synthetic log is one: use another data.split")
+    if data.split == "leave_one_out" and data.targets != "first":
+        raise UserError(
+            f"data.targets is {data.targets}, but data.split is leave_one_out, which has one "
+            "target for each user: set data.split=time or data.split=files"
+        )
+    for key in of_kind["time"]:
+        if data[key] is not None:
+            parse_bound(data[key], f"data.{key}")
+    if data.valid_share + data.test_share >= 1:
+        raise UserError(
+            f"data.valid_share and data.test_share are {data.valid_share} and {data.test_share}: "
+            "expected less than 1 together, so that some rows are left to train on"
+        )
 
 
 def _check_keys(config: Mapping, default: Mapping, prefix: str) -> None:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from seqfair_jax import objectives
 from seqfair_jax.data import synthetic
 from seqfair_jax.data.groups import MISSING_GROUP
+from seqfair_jax.data.split import SPLITS, TARGETS
 from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 from seqfair_jax.settings import Check, Setting, above, between, build, number, whole
@@ -31,6 +32,7 @@ _CUTOFFS = Check(
     "integers >= 1",
     lambda values: all(type(k) is int and k >= 1 for k in values) and len(values) > 0,
 )
+_SHARE = Check("a share between 0 and 1", lambda value: 0 < value < 1)
 _DELIMITER = Check(
     "one character, such as ';', or tab",
     lambda text: len(text.encode()) <= 1 and text not in tuple('"\r\n'),
@@ -133,7 +135,59 @@ _DATA = (
         "Distinct partners that each user and each item needs (k-core). 1 turns the filter off.",
         whole(0),
     ),
-    Setting("data.valid_users", 0, "The number of users to validate on. 0: all.", whole(0)),
+    Setting(
+        "data.split",
+        "leave_one_out",
+        "What is held out: each user's last rows, all rows after a point in time, or the rows of "
+        "`data.valid_path` and `data.test_path`.",
+        choices=SPLITS,
+    ),
+    Setting(
+        "data.targets",
+        "first",
+        "Of a split by time or by files: judge each user's first later event, or every later item.",
+        choices=TARGETS,
+    ),
+    Setting(
+        "data.test_from",
+        None,
+        "Of a split by time: test rows are at this time or later. An ISO date, or a number as in "
+        "the log.",
+        kind=str,
+    ),
+    Setting(
+        "data.valid_from",
+        None,
+        "Of a split by time: validation rows are from this time until `data.test_from`.",
+        kind=str,
+    ),
+    Setting("data.test_share", 0.1, "Without `data.test_from`: the share of test rows.", _SHARE),
+    Setting(
+        "data.valid_share",
+        0.1,
+        "Without `data.valid_from`: the share of validation rows.",
+        _SHARE,
+    ),
+    Setting(
+        "data.valid_path",
+        None,
+        "Of a split by files: the validation rows. A file, a folder or a pattern.",
+        kind=str,
+        resumable=True,
+    ),
+    Setting(
+        "data.test_path",
+        None,
+        "Of a split by files: the test rows.",
+        kind=str,
+        resumable=True,
+    ),
+    Setting(
+        "data.valid_users",
+        20_000,
+        "The most users to validate on. They are drawn if there are more. 0: all.",
+        whole(0),
+    ),
     Setting("data.split_seed", 42, "The seed that draws the validation users.", whole(0)),
     Setting(
         "data.group_file",

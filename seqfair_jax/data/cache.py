@@ -1,25 +1,30 @@
 """From a log to a `Dataset`: read, filter, split; each cached by the hash of input and settings."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from seqfair_jax.data.files import hash_files, locate, require_file
 from seqfair_jax.data.log import Log
-from seqfair_jax.data.readers import Rows, log_from_table, read_log
-from seqfair_jax.data.split import Dataset, k_core, leave_one_out
+from seqfair_jax.data.readers import Rows, join_logs, log_from_table, read_log
+from seqfair_jax.data.split import Dataset, Targets, by_part, by_time, k_core, leave_one_out
 from seqfair_jax.data.synthetic import generate
 from seqfair_jax.errors import UserError
 from seqfair_jax.workdir import cache_folder, user_path, write_file
 
-_FORMAT = 4  # raise it when what `load_dataset` computes or stores changes
+_FORMAT = 5  # raise it when what `load_dataset` computes or stores changes
+_FILES = {"log": "path", "valid_log": "valid_path", "test_log": "test_path"}  # of `data`
+# What the splits depend on, beside the log.
+_SPLIT = {"leave_one_out": (), "files": ("targets",),
+          "time": ("targets", "valid_from", "test_from", "valid_share", "test_share")}  # fmt: skip
 _REPEATED_SHARE = 0.01  # of the rows: more are reported
 _LOG = logging.getLogger("seqfair_jax")
 _Kept = TypeVar("_Kept", Log, Dataset)
@@ -36,40 +41,38 @@ def load_dataset(config_data: ConfigDict) -> Dataset:
     Raises:
         UserError: if the log is not there or cannot be used.
     """
-    name = config_data.name
-    paths = [] if name == "synthetic" else locate(name, config_data.path)
-    where = str(config_data.path or (paths[0] if paths else name))
-    if paths:
-        columns = {key: value for key, value in config_data.columns.items() if value}
-        rows = Rows(**{key: config_data[key] for key in Rows._fields})
-        reading = [hash_files(paths), columns, rows, config_data.delimiter]
-    else:
-        reading = [config_data.synthetic.to_dict()]
-    log_key = _key(name, reading)
-    split = {key: config_data[key] for key in ("min_interactions", "valid_users", "split_seed")}
-
-    def read() -> Log:
-        if not paths:
-            return log_from_table(generate(config_data.synthetic))
-        return read_log(name, paths, columns, rows, delimiter=config_data.delimiter)
+    name, kind = config_data.name, config_data.split
+    keys = ("split", "min_interactions", "valid_users", "split_seed", *_SPLIT[kind])
+    split = {key: config_data[key] for key in keys}
+    shared = {
+        "name": name,
+        "num_valid_users": config_data.valid_users,
+        "split_seed": config_data.split_seed,
+    }
+    logs = _logs(config_data)
+    where = next(iter(logs.values())).where
 
     def make() -> Dataset:
-        log = _cached(config_data.cache_dir, f"log-{log_key}", Log, read)
-        filtered = k_core(log, config_data.min_interactions)
+        read = [_cached(config_data.cache_dir, f"log-{log.key}", Log, log.read)
+                for log in logs.values()]  # fmt: skip
+        settings = shared | {"min_interactions": config_data.min_interactions}
+        if kind == "files":
+            joined, part = join_logs(read, [log.where for log in logs.values()])
+            return by_part(joined, part, targets=config_data.targets, split={"kind": kind},
+                           **settings)  # fmt: skip
+        if kind == "time":
+            return by_time(read[0], **{key: config_data[key] for key in _SPLIT[kind]}, **settings)
+        filtered = k_core(read[0], config_data.min_interactions)
         if not len(filtered):
             raise UserError(
-                f"{where}: nothing is left of {len(log)} rows after the "
+                f"{where}: nothing is left of {len(read[0])} rows after the "
                 f"{config_data.min_interactions}-core filter (every user and item needs that many "
                 "distinct partners); lower data.min_interactions"
             )
-        return leave_one_out(
-            filtered,
-            name=name,
-            num_valid_users=config_data.valid_users,
-            split_seed=config_data.split_seed,
-        )
+        return leave_one_out(filtered, **shared)
 
-    dataset = _cached(config_data.cache_dir, f"split-{_key(log_key, split)}", Dataset, make)
+    key = _key([log.key for log in logs.values()], split)
+    dataset = _cached(config_data.cache_dir, f"split-{key}", Dataset, make)
     share = dataset.counts["repeated_rows"] / dataset.counts["raw_rows"]
     if share > _REPEATED_SHARE:
         _LOG.warning(
@@ -82,19 +85,66 @@ def load_dataset(config_data: ConfigDict) -> Dataset:
 
 
 def source_hashes(config_data: ConfigDict) -> dict[str, str]:
-    """SHA-256 of the files that a config's `data` part names: 'log' and 'group_file', if any.
+    """SHA-256 of the files that a config's `data` part names.
+
+    The keys are 'log', 'valid_log', 'test_log' and 'group_file', as far as there are such.
 
     Raises:
         UserError: if a file is not there or cannot be read.
     """
-    hashes = {}
-    if config_data.name != "synthetic":
-        hashes["log"] = hash_files(locate(config_data.name, config_data.path))
+    hashes = {key: hash_files(paths) for key, paths in _sources(config_data).items()}
     if config_data.group_file is not None:
         group_file = user_path(config_data.group_file)
         require_file(group_file, f"data.group_file={config_data.group_file}")
         hashes["group_file"] = hash_files([group_file])
     return hashes
+
+
+def source_path(config_data: ConfigDict, key: str) -> str:
+    """The path of a key of `source_hashes`, as the config has it."""
+    path = config_data[_FILES.get(key, key)]
+    return path or f"the log of {config_data.name}"  # found without data.path
+
+
+def _sources(config_data: ConfigDict) -> dict[str, list[Path]]:
+    """The files of each log: one log, or those of training, validation and test; none if drawn."""
+    if config_data.name == "synthetic":
+        return {}
+    keys = _FILES if config_data.split == "files" else ["log"]
+    return {
+        key: locate(config_data.name, config_data[_FILES[key]], f"data.{_FILES[key]}")
+        for key in keys
+    }
+
+
+class _Source(NamedTuple):
+    """A log that can be read."""
+
+    where: str  # for messages
+    key: str  # of the cache
+    read: Callable[[], Log]
+
+
+def _logs(config_data: ConfigDict) -> dict[str, _Source]:
+    """The logs that a config's `data` part describes, by the keys of `_FILES`."""
+    name = config_data.name
+    if name == "synthetic":
+        settings = config_data.synthetic
+        key = _key(name, [settings.to_dict()])
+        return {"log": _Source(name, key, lambda: log_from_table(generate(settings)))}
+    columns = {key: value for key, value in config_data.columns.items() if value}
+    rows = Rows(**{key: config_data[key] for key in Rows._fields})
+    found = {}
+    for source, paths in _sources(config_data).items():
+        where = str(config_data[_FILES[source]] or paths[0])
+        key = _key(name, [hash_files(paths), columns, rows, config_data.delimiter])
+        options = {"columns": columns, "rows": rows, "delimiter": config_data.delimiter}
+        found[source] = _Source(where, key, functools.partial(_read, name, paths, options))
+    return found
+
+
+def _read(name: str, paths: list[Path], options: dict[str, Any]) -> Log:
+    return read_log(name, paths, **options)
 
 
 def _key(*parts: Any) -> str:
@@ -124,14 +174,13 @@ def _cache_entry(cache_dir: str | None, key: str) -> Path | None:
 
 def _store(entry: Path, value: Log | Dataset) -> None:
     arrays, rest = {}, {"key": entry.stem}
-    for field in dataclasses.fields(value):
-        content = getattr(value, field.name)
+    for name, content in _fields(value):
         if not isinstance(content, np.ndarray):
-            rest[field.name] = content
+            rest[name] = content
         elif content.dtype == object:
-            arrays[field.name] = _to_bytes(content.tolist())
+            arrays[name] = _to_bytes(content.tolist())
         else:
-            arrays[field.name] = content
+            arrays[name] = content
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # `np.savez` gives a path another suffix
@@ -143,6 +192,17 @@ def _store(entry: Path, value: Log | Dataset) -> None:
         _LOG.warning("the cache of data sets is not used: %s", error)
 
 
+def _fields(value: Log | Dataset) -> Iterator[tuple[str, Any]]:
+    """The fields and what they hold; those of a `Targets` one by one: 'test.users'."""
+    for field in dataclasses.fields(value):
+        content = getattr(value, field.name)
+        if isinstance(content, Targets):
+            for part in dataclasses.fields(content):
+                yield f"{field.name}.{part.name}", getattr(content, part.name)
+        else:
+            yield field.name, content
+
+
 def _load(entry: Path, kind: type[_Kept]) -> _Kept | None:
     """What a cache entry holds; None if there is none, or it is not what it should be."""
     try:
@@ -150,11 +210,19 @@ def _load(entry: Path, kind: type[_Kept]) -> _Kept | None:
             values = _from_bytes(stored["rest"])
             if values.pop("key") != entry.stem:
                 raise ValueError("it holds another data set")
+
+            def get(name: str) -> np.ndarray:
+                array = stored[name]
+                return np.array(_from_bytes(array), object) if array.dtype == np.uint8 else array
+
             for field in dataclasses.fields(kind):
-                if field.name not in values:
-                    array = stored[field.name]
-                    is_text = array.dtype == np.uint8
-                    values[field.name] = np.array(_from_bytes(array), object) if is_text else array
+                if field.type is Targets:
+                    parts = [
+                        get(f"{field.name}.{part.name}") for part in dataclasses.fields(Targets)
+                    ]
+                    values[field.name] = Targets(*parts)
+                elif field.name not in values:
+                    values[field.name] = get(field.name)
         return kind(**values)
     except FileNotFoundError:
         return None

@@ -67,7 +67,7 @@ _UNREADABLE = (
 # Where the files are.
 
 
-def locate(name: str, path: str | None) -> list[Path]:
+def locate(name: str, path: str | None, setting: str = "data.path") -> list[Path]:
     """The files that hold a data set's log, in the order in which they are read.
 
     Args:
@@ -76,14 +76,15 @@ def locate(name: str, path: str | None) -> list[Path]:
             parts are sorted by name, and names that start with `.` or `_` are skipped. For a
             public data set also the folder that holds the file; None looks in `third_party_data/`,
             where MovieLens-1M is downloaded to if it is absent.
+        setting: that has the path, for messages.
 
     Raises:
         UserError: saying where to get the file and where to put it.
     """
     if name == "csv":
         if path is None:
-            raise UserError("data.path is not set: name the file or the folder with your log")
-        return _parts(path)
+            raise UserError(f"{setting} is not set: name the file or the folder with your log")
+        return _parts(path, setting)
     if path is None:
         folder = THIRD_PARTY / {"ml1m": "ml-1m"}.get(name, name)
         if name == "ml1m" and not _candidates(folder, MEMBERS[name]):
@@ -105,7 +106,7 @@ def locate(name: str, path: str | None) -> list[Path]:
     raise UserError(f"no {MEMBERS[name]} (.gz, .zip) at {folder}: {advice}")
 
 
-def _parts(path: str) -> list[Path]:
+def _parts(path: str, setting: str) -> list[Path]:
     """The file of that name, the files in the folder of that name, or those of the pattern."""
     target = user_path(path)
     with reading(target):
@@ -114,12 +115,12 @@ def _parts(path: str) -> list[Path]:
         elif not target.exists() and glob.has_magic(path):
             found, where = list(map(Path, glob.glob(str(target), recursive=True))), "pattern"
         else:
-            require_file(target, f"data.path={path}")
+            require_file(target, f"{setting}={path}")
             return [target]
         files = sorted(file for file in found if file.name[0] not in "._" and file.is_file())
     if not files:
         hint = f"; for the files in its folders give {path.rstrip('/')}/*/*" if found else ""
-        raise UserError(f"data.path={path}: no file is in this {where}{hint}")
+        raise UserError(f"{setting}={path}: no file is in this {where}{hint}")
     return files
 
 

@@ -167,6 +167,30 @@ def log_from_table(
     return _join([_select(selected, names, where, rows)], [where], rows)
 
 
+def join_logs(logs: Sequence[Log], names: Sequence[str]) -> tuple[Log, np.ndarray]:
+    """Several logs as one: their rows one after another, and which log each row is from, i8[N].
+
+    Args:
+        logs: as `read_log` returns them.
+        names: of the logs, for messages.
+
+    Raises:
+        UserError: if the times of one are numbers and those of another are dates.
+    """
+    parts = [
+        _Part(
+            (log.users, pa.array(log.user_ids)),
+            (log.items, pa.array(log.item_ids)),
+            log.times,
+            log.counts,
+            [],
+        )
+        for log in logs
+    ]
+    part = np.repeat(np.arange(len(logs), dtype=np.int8), list(map(len, logs)))
+    return _join(parts, list(names), ALL_ROWS), part
+
+
 # Columns.
 
 

@@ -1,22 +1,72 @@
-"""The k-core filter, and the leave-one-out split into training, validation and test rows.
+"""The k-core filter, and the split of a log into training, validation and test rows.
 
-Shape letters: U users, V vocabulary, N rows kept, n validation users.
+Every split gives each row a part: 0 trains, 1 validates, 2 tests. A user's training rows come
+before their validation rows, and these before their test rows.
+
+Shape letters: U users, V vocabulary, N rows, n users that are judged, m targets of all of them.
 """
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from seqfair_jax.data.ids import compact
 from seqfair_jax.data.log import Log
+from seqfair_jax.data.times import comparable_bound, time_text
 from seqfair_jax.errors import UserError
 
-MIN_ROWS = 3  # one to train on, one to validate on, one to test on
+SPLITS = ("leave_one_out", "time", "files")
+TARGETS = ("first", "every")  # which later events of a user are judged
+MIN_ROWS = 3  # of leave-one-out: one to train on, one to validate on, one to test on
+_TRAIN, _VALID, _TEST = range(3)
+_BELOW_CORE = "- below data.min_interactions"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Targets:
+    """The held-out items of the users that are judged.
+
+    User users[j] has the targets offsets[j] to offsets[j + 1]: at least one, each item once, in the
+    order of their first rows.
+    """
+
+    users: np.ndarray  # i32[n], ascending
+    offsets: np.ndarray  # i64[n + 1]
+    items: np.ndarray  # i32[m], -1 outside the vocabulary
+    item_ids: np.ndarray  # i64[m] or object[m] external ids
+    repeat: np.ndarray  # bool[m]: the item is in the user's history
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many targets each user has: i64[n]."""
+        return np.diff(self.offsets)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The place in `users` of each target's user: i64[m]."""
+        return np.repeat(np.arange(len(self.users)), self.sizes)
+
+    @property
+    def single(self) -> bool:
+        """Whether each user has one target."""
+        return len(self.items) == len(self.users)
+
+    def take(self, keep: np.ndarray) -> "Targets":
+        """The targets where `keep`, bool[m], is true, and the users who have some of them."""
+        sizes = np.bincount(self.owners[keep], minlength=len(self.users))
+        left = sizes > 0
+        return Targets(
+            self.users[left],
+            _csr_offsets(sizes[left]),
+            self.items[keep],
+            self.item_ids[keep],
+            self.repeat[keep],
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,20 +74,20 @@ class Dataset:
     """A split log. Users and items are positions in `user_ids` and `item_ids` everywhere else."""
 
     name: str
-    log_hash: str  # SHA-256 of the filtered, sorted log
+    log_hash: str  # SHA-256 of the filtered, sorted log; of other splits also of each row's part
     user_ids: np.ndarray  # i64[U] or object[U] of text: external ids, in id order
     item_ids: np.ndarray  # i64[V] or object[V]: the items that occur in training rows, in id order
     items: np.ndarray  # i32[N] all users' known items in order; the test rows are left out
     offsets: np.ndarray  # i64[U + 1]: user u's sequence, its test history, is items[o[u]:o[u+1]]
     train_lengths: np.ndarray  # i32[U]: so many rows at the start of a sequence are training rows
-    valid_users: np.ndarray  # i32[n], ascending
-    valid_targets: np.ndarray  # i32[n], -1 outside the vocabulary
-    valid_repeat: np.ndarray  # bool[n]: the target's item is in the validation history
-    test_targets: np.ndarray  # i32[U], -1 outside the vocabulary
-    test_target_ids: np.ndarray  # i64[U] or object[U] external ids
-    test_repeat: np.ndarray  # bool[U]: the target's item is in the test history
+    later_items: np.ndarray  # i32[L] all users' known items of test rows, in order; no input
+    later_offsets: np.ndarray  # i64[U + 1]: those of user u
+    num_rows: np.ndarray  # i32[U] rows of each user, unknown items included
+    valid: Targets
+    test: Targets
     item_counts: np.ndarray  # i32[V] training rows of each item
     counts: dict[str, int]  # users, items, interactions, ...: see `leave_one_out`
+    split: dict[str, Any]  # how the log was split: see `describe_split`
 
 
 def k_core(log: Log, k: int) -> Log:
@@ -83,8 +133,8 @@ def leave_one_out(log: Log, *, name: str, num_valid_users: int, split_seed: int)
         log: filtered (`k_core`). Users with fewer than `MIN_ROWS` rows are dropped and counted
             (`short_users`, which `dropped_users` includes).
         name: of the data set.
-        num_valid_users: how many users validate, drawn without replacement from the sorted ids
-            by `default_rng(split_seed)`; 0 for all.
+        num_valid_users: at most so many users validate, drawn without replacement from the sorted
+            ids by `default_rng(split_seed)`; 0 for all.
         split_seed: see there.
 
     Returns:
@@ -92,10 +142,10 @@ def leave_one_out(log: Log, *, name: str, num_valid_users: int, split_seed: int)
         filtering; `train_interactions`; `validation_users`; `unknown_valid_targets` and
         `unknown_test_targets`, whose item no training row has; `dropped_users`, `short_users` of
         them, and `dropped_items`; `tied_rows`, which have the time of the user's row before, and
-        `tied_held_out` of them, which are validation or test rows.
+        `tied_held_out` of them, which are validation or test targets.
 
     Raises:
-        UserError: if no user is left, or fewer than `num_valid_users`.
+        UserError: if no user is left.
     """
     rows_of = np.bincount(log.users, minlength=len(log.user_ids))
     short_users = np.count_nonzero((rows_of > 0) & (rows_of < MIN_ROWS))
@@ -106,68 +156,339 @@ def leave_one_out(log: Log, *, name: str, num_valid_users: int, split_seed: int)
             "validate on, one to test on); give a larger log or lower data.min_interactions"
         )
     user, user_ids = compact(log.users[keep], log.user_ids)
-    item, all_item_ids = compact(log.items[keep], log.item_ids)
+    item, item_ids = compact(log.items[keep], log.item_ids)
     time = log.times[keep]
     order = np.lexsort((time, user))  # stable
     user, item, time = user[order], item[order], time[order]
-    tied = np.concatenate([[False], (user[1:] == user[:-1]) & (time[1:] == time[:-1])])
-    num_users = len(user_ids)
+    valid_users = _draw(np.arange(len(user_ids)), num_valid_users, split_seed)
     stops = np.cumsum(np.bincount(user))
-
-    if num_valid_users == 0:
-        valid_users = np.arange(num_users)
-    elif 1 <= num_valid_users <= num_users:
-        rng = np.random.default_rng(split_seed)
-        valid_users = np.sort(rng.choice(num_users, num_valid_users, replace=False))
-    else:
-        raise UserError(
-            f"data.valid_users is {num_valid_users}, but {name} has {num_users} users after "
-            f"filtering: give 1 to {num_users}, or 0 for all"
-        )
-    test_rows, valid_rows = stops - 1, stops[valid_users] - 2
-    is_train = np.ones(len(user), bool)
-    is_train[test_rows] = False
-    is_train[valid_rows] = False
-
-    # An item repeats where the same (user, item) pair is in an earlier row.
-    repeat = pd.Series(user * np.int64(len(all_item_ids)) + item).duplicated().to_numpy()
-    item_counts = np.bincount(item[is_train], minlength=len(all_item_ids))
-    known = item_counts > 0
-    place = np.where(known, np.cumsum(known) - 1, -1).astype(np.int32)
-    kept = known[item]
-    kept[test_rows] = False
-    test_targets, valid_targets = place[item[test_rows]], place[item[valid_rows]]
-    return Dataset(
+    part = np.full(len(user), _TRAIN, np.int8)
+    part[stops - 1] = _TEST
+    part[stops[valid_users] - 2] = _VALID
+    return _build(
+        _Rows(user, item, time, part, user_ids, item_ids),
         name=name,
-        log_hash=_hash(user_ids, all_item_ids, user, item),
-        user_ids=user_ids,
-        item_ids=all_item_ids[known],
-        items=place[item[kept]],
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(user[kept], minlength=num_users))]),
-        train_lengths=np.bincount(user[is_train], minlength=num_users).astype(np.int32),
-        valid_users=valid_users.astype(np.int32),
-        valid_targets=valid_targets,
-        valid_repeat=repeat[valid_rows],
-        test_targets=test_targets,
-        test_target_ids=all_item_ids[item[test_rows]],
-        test_repeat=repeat[test_rows],
-        item_counts=item_counts[known].astype(np.int32),
+        log_hash=_hash(user_ids, item_ids, user, item),
+        valid_users=valid_users,
+        every=False,
+        counts=log.counts | {"short_users": int(short_users)},
+        split={"kind": "leave_one_out", "targets": "last", "validation_candidates": len(user_ids)},
+    )
+
+
+def by_time(
+    log: Log,
+    *,
+    name: str,
+    valid_from: str | None,
+    test_from: str | None,
+    valid_share: float,
+    test_share: float,
+    targets: str,
+    min_interactions: int,
+    num_valid_users: int,
+    split_seed: int,
+) -> Dataset:
+    """Train on the rows before one point in time, validate and test on those after it.
+
+    Rows before the validation point train. Rows from there to the test point, which is later,
+    validate. Rows from the test point on test. See `by_part` for the rest.
+
+    Args:
+        log: as it was read, without a filter.
+        name, targets, min_interactions, num_valid_users, split_seed: as for `by_part`.
+        valid_from, test_from: the two points: ISO dates, or numbers in the log's unit. None for
+            the time that comes closest to the share; rows at equal times are never divided.
+        valid_share, test_share: of all rows.
+
+    Raises:
+        UserError: if a point is not like the log's times, the points are not in order, or a part
+            has no rows; and as `by_part` does.
+    """
+    times = log.times
+    valid_point, test_point = (
+        None if bound is None else comparable_bound(bound, times, f"data.{key}", name)
+        for key, bound in (("valid_from", valid_from), ("test_from", test_from))
+    )
+    distinct, sizes = np.unique(times, return_counts=True)
+    later = sizes[::-1].cumsum()[::-1]  # how many rows each of these times, or a later one, has
+
+    def closest(allowed: np.ndarray, rows: float, setting: str) -> Any:
+        if not allowed.any():
+            raise UserError(
+                f"{name}: the log's {len(distinct)} distinct times leave no room for {setting}; "
+                "give other points in time, or a log with more of them"
+            )
+        return distinct[allowed][np.abs(later[allowed] - rows).argmin()]
+
+    place = np.arange(len(distinct))
+    if test_point is None:
+        allowed = place > 1 if valid_point is None else distinct > valid_point
+        test_point = closest(allowed, test_share * len(times), "data.test_share")
+    if valid_point is None:
+        allowed = (place > 0) & (distinct < test_point)
+        rows = (times >= test_point).sum() + valid_share * len(times)
+        valid_point = closest(allowed, rows, "data.valid_share")
+    points = {"valid_from": time_text(valid_point), "test_from": time_text(test_point)}
+    if not valid_point < test_point:
+        raise UserError(
+            f"data.valid_from, {points['valid_from']}, must be before data.test_from, "
+            f"{points['test_from']}"
+        )
+    part = (times >= valid_point).astype(np.int8) + (times >= test_point)
+    for number, setting in enumerate(["before data.valid_from", "from data.valid_from to "
+                                      "data.test_from", "from data.test_from on"]):  # fmt: skip
+        if not (part == number).any():
+            raise UserError(
+                f"{name}: no row is {setting} ({points['valid_from']}, {points['test_from']}); the "
+                f"log's times are {time_text(times.min())} to {time_text(times.max())}"
+            )
+    return by_part(
+        log,
+        part,
+        name=name,
+        targets=targets,
+        min_interactions=min_interactions,
+        num_valid_users=num_valid_users,
+        split_seed=split_seed,
+        split={"kind": "time", **points},
+    )
+
+
+def by_part(
+    log: Log,
+    part: np.ndarray,
+    *,
+    name: str,
+    targets: str,
+    min_interactions: int,
+    num_valid_users: int,
+    split_seed: int,
+    split: Mapping[str, Any],
+) -> Dataset:
+    """Split a log whose rows have their parts.
+
+    Nothing that is trained depends on a held-out row: the filter counts training rows alone, the
+    vocabulary has the items of training rows, and the users are those with a training row. A user's
+    history stays what it is before the part that is judged: training rows for the validation,
+    training and validation rows for the test. So there is one ranked list for each user.
+
+    Args:
+        log: as it was read, without a filter.
+        part: i8[N], 0 trains, 1 validates, 2 tests. Of a user's rows these are in order.
+        name: of the data set.
+        targets: of a user's rows in a part, the `first` is the target, or `every` distinct item.
+        min_interactions: k of the `k_core` of the training rows. An item without a row in it is
+            outside the vocabulary; a held-out row with such an item counts as a miss.
+        num_valid_users, split_seed: at most so many users validate, drawn as in `leave_one_out`
+            from those with a training row and a validation row; 0 for all.
+        split: what to say of the split beside the counts.
+
+    Returns:
+        The split log. Its counts are those of `leave_one_out`, and `new_users`, without a training
+        row.
+
+    Raises:
+        UserError: if no training row is left, or no user can be validated or tested.
+    """
+    is_train = part == _TRAIN
+    trained = np.bincount(log.users[is_train], minlength=len(log.user_ids)) > 0
+    seen = log.take(trained[log.users])
+    new_items = np.bincount(log.items, minlength=len(log.item_ids)) > 0
+    new_items[log.items[is_train]] = False
+    core = k_core(log.take(is_train), min_interactions)
+    if not len(core):
+        raise UserError(
+            f"{name}: nothing is left of {is_train.sum():,} training rows after the "
+            f"{min_interactions}-core filter (every user and item needs that many distinct "
+            "partners); lower data.min_interactions"
+        )
+    good_user, good_item = np.zeros(len(log.user_ids), bool), np.zeros(len(log.item_ids), bool)
+    good_user[core.users] = True
+    good_item[core.items] = True
+    keep = good_user[log.users] & (good_item[log.items] | ~is_train)
+
+    user, user_ids = compact(log.users[keep], log.user_ids)
+    item, item_ids = _vocabulary_first(log.items[keep], good_item, log.item_ids)
+    time, part = log.times[keep], part[keep]
+    order = np.lexsort((time, part, user))  # stable
+    user, item, time, part = user[order], item[order], time[order], part[order]
+    for number, what in ((_VALID, "validation"), (_TEST, "test")):
+        if not (part == number).any():
+            raise UserError(
+                f"{name}: no user has both a training row and a {what} row after filtering, so "
+                "nobody can be judged; choose another split, or lower data.min_interactions"
+            )
+    candidates = np.unique(user[part == _VALID])
+    return _build(
+        _Rows(user, item, time, part, user_ids, item_ids),
+        name=name,
+        log_hash=_hash(user_ids, item_ids, user, item, part),
+        valid_users=_draw(candidates, num_valid_users, split_seed),
+        every=targets == "every",
         counts=log.counts
-        | {
-            "users": num_users,
-            "items": len(all_item_ids),
-            "interactions": len(user),
-            "train_interactions": int(is_train.sum()),
-            "validation_users": len(valid_users),
-            "unknown_valid_targets": int((valid_targets < 0).sum()),
-            "unknown_test_targets": int((test_targets < 0).sum()),
-            "dropped_users": log.counts["raw_users"] - num_users,
-            "short_users": int(short_users),
-            "dropped_items": log.counts["raw_items"] - len(all_item_ids),
-            "tied_rows": int(tied.sum()),
-            "tied_held_out": int(tied[test_rows].sum() + tied[valid_rows].sum()),
+        | {f"seen_{key}": value for key, value in _sizes(seen).items()}
+        | {"new_users": int(log.counts["raw_users"] - trained.sum()), "short_users": 0},
+        split={
+            **split,
+            "targets": targets,
+            "validation_candidates": len(candidates),
+            "new_users": int(log.counts["raw_users"] - trained.sum()),
+            "new_items": int(new_items.sum()),
         },
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows that stay, sorted by (user, part, time)."""
+
+    user: np.ndarray  # i32[N]
+    item: np.ndarray  # i32[N] positions in `item_ids`, held-out items included
+    time: np.ndarray
+    part: np.ndarray  # i8[N]
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+
+
+def _build(
+    rows: _Rows,
+    *,
+    name: str,
+    log_hash: str,
+    valid_users: np.ndarray,
+    every: bool,
+    counts: Mapping[str, int],
+    split: Mapping[str, Any],
+) -> Dataset:
+    """The data set of rows with their parts.
+
+    Args:
+        valid_users: i[n], ascending: those whose validation rows are judged.
+        every: judge every distinct item of a part, else the first row of each user.
+    """
+    user, item, part = rows.user, rows.item, rows.part
+    num_users, num_items = len(rows.user_ids), len(rows.item_ids)
+    same_user = np.concatenate([[False], user[1:] == user[:-1]])
+    tied = same_user & np.concatenate([[False], rows.time[1:] == rows.time[:-1]])
+    same_part = same_user & np.concatenate([[False], part[1:] == part[:-1]])
+
+    item_counts = np.bincount(item[part == _TRAIN], minlength=num_items)
+    known = item_counts > 0
+    place = np.where(known, np.cumsum(known) - 1, -1).astype(np.int32)
+
+    # An item repeats where the same (user, item) pair is in an earlier row.
+    pairs = user * np.int64(num_items) + item
+    repeat = pd.Series(pairs).duplicated().to_numpy()
+    if every:
+        again = pd.Series(pairs * 3 + part).duplicated().to_numpy()  # in the same part
+    else:
+        again = same_part
+    is_target = {_TEST: ~again & (part == _TEST), _VALID: ~again & (part == _VALID)}
+    judged = np.zeros(num_users, bool)
+    judged[valid_users] = True
+    is_target[_VALID] &= judged[user]
+
+    def targets(number: int) -> Targets:
+        at = np.flatnonzero(is_target[number])
+        users, sizes = np.unique(user[at], return_counts=True)
+        return Targets(
+            users.astype(np.int32),
+            _csr_offsets(sizes),
+            place[item[at]],
+            rows.item_ids[item[at]],
+            repeat[at],
+        )
+
+    def by_user(keep: np.ndarray) -> np.ndarray:
+        return np.bincount(user[keep], minlength=num_users)
+
+    valid, test = targets(_VALID), targets(_TEST)
+    history, later = known[item] & (part != _TEST), known[item] & (part == _TEST)
+    held_out = is_target[_VALID] | is_target[_TEST]
+    ties = {"tied_rows": int(tied.sum()), "tied_held_out": int(tied[held_out].sum())}
+    return Dataset(
+        name=name,
+        log_hash=log_hash,
+        user_ids=rows.user_ids,
+        item_ids=rows.item_ids[known],
+        items=place[item[history]],
+        offsets=_csr_offsets(by_user(history)),
+        train_lengths=by_user(part == _TRAIN).astype(np.int32),
+        later_items=place[item[later]],
+        later_offsets=_csr_offsets(by_user(later)),
+        num_rows=np.bincount(user, minlength=num_users).astype(np.int32),
+        valid=valid,
+        test=test,
+        item_counts=item_counts[known].astype(np.int32),
+        counts={
+            **counts,
+            "users": num_users,
+            "items": num_items,
+            "interactions": len(user),
+            "train_interactions": int((part == _TRAIN).sum()),
+            "validation_users": len(valid.users),
+            "unknown_valid_targets": int((valid.items < 0).sum()),
+            "unknown_test_targets": int((test.items < 0).sum()),
+            "dropped_users": counts["raw_users"] - num_users,
+            "dropped_items": counts["raw_items"] - num_items,
+            **ties,
+        },
+        split={
+            **split,
+            "users": num_users,
+            "train_rows": int((part == _TRAIN).sum()),
+            "validation_rows": int((part == _VALID).sum()),
+            "test_rows": int((part == _TEST).sum()),
+            "validation_users": len(valid.users),
+            "validation_targets": len(valid.items),
+            "unknown_validation_targets": int((valid.items < 0).sum()),
+            "test_users": len(test.users),
+            "test_targets": len(test.items),
+            "unknown_test_targets": int((test.items < 0).sum()),
+            **ties,
+        },
+    )
+
+
+def _draw(candidates: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """So many of the users, in order; all of them if there are fewer, or for 0."""
+    if number == 0 or number >= len(candidates):
+        return candidates
+    rng = np.random.default_rng(seed)
+    return candidates[np.sort(rng.choice(len(candidates), number, replace=False))]
+
+
+def _vocabulary_first(
+    places: np.ndarray, in_vocabulary: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`compact`, with the vocabulary before the other items.
+
+    Each of the two is in its own id order, so no id outside the vocabulary moves it: one id of text
+    among integers makes all ids text, and text has another order.
+    """
+    moved = np.empty(len(places), np.int32)
+    tables: list[np.ndarray] = []
+    for rows in (in_vocabulary[places], ~in_vocabulary[places]):
+        at, found = compact(places[rows], ids)
+        moved[rows] = at + sum(map(len, tables))
+        tables.append(found)
+    if any(table.dtype == object for table in tables):
+        tables = [np.array([*map(str, table.tolist()), None], object)[:-1] for table in tables]
+    return moved, np.concatenate(tables)
+
+
+def _csr_offsets(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
+def _sizes(log: Log) -> dict[str, int]:
+    """How many rows, users and items a log has."""
+    return {
+        "rows": len(log),
+        "users": len(np.unique(log.users)),
+        "items": len(np.unique(log.items)),
+    }
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
@@ -176,21 +497,26 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     Args:
         counts: of a `Dataset`. Reasons without a row are omitted.
     """
-    kept = [
-        [counts[f"raw_{what}"] for what in ("rows", "users", "items")],
-        [counts.get(f"core_{what}", counts[f"raw_{what}"]) for what in ("rows", "users", "items")],
-        [counts[what] for what in ("interactions", "users", "items")],
-    ]
-    by_core, short = (np.subtract(old, new).tolist() for old, new in itertools.pairwise(kept))
+    sizes = ("rows", "users", "items")
+    raw = [counts[f"raw_{what}"] for what in sizes]
+    used = [counts[what] for what in ("interactions", "users", "items")]
+    steps = {}  # what each of the two steps after the reading leaves out
+    if "seen_rows" in counts:
+        between = [counts[f"seen_{what}"] for what in sizes]
+        reasons = ("- of users without a training row", _BELOW_CORE)
+    else:
+        between = [counts.get(f"core_{what}", counts[f"raw_{what}"]) for what in sizes]
+        reasons = (_BELOW_CORE, f"- of users with fewer than {MIN_ROWS} rows")
+    for reason, old, new in zip(reasons, (raw, between), (between, used), strict=True):
+        steps[reason] = np.subtract(old, new).tolist()
     table = {
         "rows read": [counts["rows_read"]],
         "- of other events": [counts["other_events"]],
         "- without user, item, time or rating": [counts["missing_values"]],
         "- below data.min_rating": [counts["below_min_rating"]],
         "- outside data.since and data.until": [counts["outside_period"]],
-        "- below data.min_interactions": by_core,
-        f"- of users with fewer than {MIN_ROWS} rows": short,
-        "used": kept[-1],
+        **steps,
+        "used": used,
         "repeated rows among those read (kept)": [counts["repeated_rows"]],
     }
     shown = {what: [f"{n:,}" for n in values] for what, values in table.items() if any(values)}
@@ -202,8 +528,71 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     )
 
 
-def _hash(user_ids: np.ndarray, item_ids: np.ndarray, user: np.ndarray, item: np.ndarray) -> str:
-    """SHA-256 of a log: ids, and the user and item of each row in order."""
+def describe_split(split: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of a split, in sentences.
+
+    Args:
+        split: of a `Dataset`: `kind`, of `SPLITS`; `targets`; `users` who train; the rows of each
+            part; the users, targets and unknown targets of validation and test;
+            `validation_candidates`, the users who could validate; `tied_held_out`. Of a split by
+            time also the points `valid_from` and `test_from`, and of one by time or files also
+            `new_users` and `new_items`.
+    """
+    n = {key: f"{value:,}" for key, value in split.items() if isinstance(value, int)}
+    validate = (
+        f"{n['validation_users']} users validate"
+        + f", drawn from {n['validation_candidates']} who could (data.valid_users)"
+        * (split["validation_users"] < split["validation_candidates"])
+    )
+    if split["kind"] == "leave_one_out":
+        lines = [
+            "Leave-one-out split: each user's last row is the test target, and the row before it "
+            "is the validation target.",
+            f"{validate}, and {n['test_users']} users are tested.",
+            "The model trains on other users' events that are later than a user's target. So the "
+            "figures may be higher than for the future; data.split=time avoids this.",
+        ]
+    else:
+        points = split["valid_from"], split["test_from"]
+        lines = [
+            f"Split by time: training rows are before {points[0]}, validation rows are from then "
+            f"until {points[1]}, and test rows are later."
+            if split["kind"] == "time"
+            else "Split by files: training, validation and test rows are from their own files.",
+            f"There are {n['train_rows']} training rows, {n['validation_rows']} validation rows "
+            f"and {n['test_rows']} test rows of {n['users']} users.",
+            f"{validate}, and {n['test_users']} users are tested. The others have no such row.",
+            (
+                "Each user's first event is judged."
+                if split["targets"] == "first"
+                else f"Every distinct item of a user is judged: {n['validation_targets']} in the "
+                f"validation and {n['test_targets']} in the test."
+            )
+            + " The user's history ends where the validation or the test starts.",
+            f"{n['new_users']} users have no training row. They are not judged.",
+            f"{n['new_items']} items have no training row.",
+        ]
+    lines.append(
+        f"{n['unknown_test_targets']} test targets are items that the model does not know. They "
+        "count as misses."
+    )
+    if split["tied_held_out"]:
+        held_out = split["validation_targets"] + split["test_targets"]
+        lines.append(
+            f"{n['tied_held_out']} of the {held_out:,} targets have the same time as the user's "
+            "row before. Such rows keep the order of the file."
+        )
+    return lines
+
+
+def _hash(
+    user_ids: np.ndarray,
+    item_ids: np.ndarray,
+    user: np.ndarray,
+    item: np.ndarray,
+    part: np.ndarray | None = None,
+) -> str:
+    """SHA-256 of a log: ids, the user and item of each row in order, and its part."""
     digest = hashlib.sha256()
     for ids in (user_ids, item_ids):
         text = list(map(str, ids.tolist()))
@@ -213,4 +602,6 @@ def _hash(user_ids: np.ndarray, item_ids: np.ndarray, user: np.ndarray, item: np
         digest.update(joined.encode() + b"\0")
     for places in (user, item):
         digest.update(np.ascontiguousarray(places, dtype="<i4").tobytes())
+    if part is not None:
+        digest.update(part.astype(np.int8).tobytes())
     return digest.hexdigest()

@@ -156,13 +156,32 @@ def within(times: np.ndarray, since: str | None, until: str | None, where: str) 
     for setting, value, sign in (("since", since, 1), ("until", until, -1)):
         if value is None:
             continue
-        bound = parse_bound(value, f"data.{setting}")
-        is_date = times.dtype.kind == "M"
-        if is_date != isinstance(bound, np.datetime64):
-            kinds = ("dates", "a number") if is_date else ("numbers", "a date")
-            raise UserError(
-                f"data.{setting} is {value}, {kinds[1]}, but the times of {where} are {kinds[0]}; "
-                "give data.since and data.until as the log's times are"
-            )
+        bound = comparable_bound(value, times, f"data.{setting}", where)
         keep &= times >= bound if sign > 0 else times < bound
     return keep
+
+
+def comparable_bound(
+    value: str, times: np.ndarray, setting: str, where: str
+) -> int | float | np.datetime64:
+    """`parse_bound` of a setting that is compared with times.
+
+    Raises:
+        UserError: if it is a date and the times are numbers, or the other way round.
+    """
+    bound = parse_bound(value, setting)
+    is_date = times.dtype.kind == "M"
+    if is_date != isinstance(bound, np.datetime64):
+        kinds = ("dates", "a number") if is_date else ("numbers", "a date")
+        raise UserError(
+            f"{setting} is {value}, {kinds[1]}, but the times of {where} are {kinds[0]}; give it "
+            "as the log's times are"
+        )
+    return bound
+
+
+def time_text(time: float | np.number | np.datetime64) -> str:
+    """A time as text that `parse_bound` reads: an ISO date in UTC, or a number."""
+    if isinstance(time, np.datetime64):
+        return pd.Timestamp(time).isoformat()
+    return str(time.item() if isinstance(time, np.number) else time)

@@ -1,6 +1,6 @@
 """Recommenders without any training, ranked like the model, to compare every table with.
 
-Shape letters: n users of a split, V catalogue, k length of a list.
+Shape letters: n users of a split, m targets of all of them, V catalogue, k length of a list.
 """
 
 from typing import NamedTuple
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from seqfair_jax.data.groups import training_rows
-from seqfair_jax.data.split import Dataset
-from seqfair_jax.evaluation.ranking import split_users
+from seqfair_jax.data.split import Dataset, Targets
+from seqfair_jax.evaluation.ranking import split_targets
 
 _NONE = -1  # an empty place in a list
 
@@ -17,7 +17,7 @@ _NONE = -1  # an empty place in a list
 def baseline_ranks(
     dataset: Dataset, split: str, *, mask_seen: bool, k: int = 20
 ) -> dict[str, np.ndarray]:
-    """The rank that each baseline gives to each user's target.
+    """The rank that each baseline gives to each target.
 
     - most_popular: items by number of training rows.
     - markov: what most often followed the last item of the history in training;
@@ -27,45 +27,62 @@ def baseline_ranks(
     - interleaved: markov, last_viewed, markov, ..., each item once, k in all.
 
     Args:
-        dataset, split: as for `ranking.split_users`.
-        mask_seen: never recommend an item of the history, the target excepted.
+        dataset, split: as for `ranking.split_targets`.
+        mask_seen: never recommend an item of the history, the targets excepted.
         k: length of a list.
 
     Returns:
-        i32[n] for each baseline, 1-based; 0 where the target is not in the list.
+        i32[m] for each baseline, 1-based; 0 where the target is not in the list.
     """
-    users, targets, lengths = split_users(dataset, split)
-    num_items = len(dataset.item_ids)
-    starts = dataset.offsets[users]
+    targets, lengths = split_targets(dataset, split)
+    num_users, num_items = len(targets.users), len(dataset.item_ids)
+    starts = dataset.offsets[targets.users]
     last = dataset.items[starts + lengths - 1]
-    owner = np.repeat(np.arange(len(users)), lengths)
+    owner = np.repeat(np.arange(num_users), lengths)
     place = np.arange(len(owner)) - (np.cumsum(lengths) - lengths)[owner]
     history = dataset.items[starts[owner] + place]
 
     popularity = np.empty(num_items, np.int64)  # 1-based rank of each item
     popularity[np.argsort(-dataset.item_counts, kind="stable")] = np.arange(1, num_items + 1)
     following = successors(dataset)
-    popular_rank = popularity[targets]
-    markov_rank = following.rank(last, targets)
+    known = targets.items >= 0
+    popular_rank = np.where(known, popularity[targets.items], 0)
+    markov_rank = following.rank(last[targets.owners], targets.items)
     if mask_seen:
-        # Masked items ahead of the target move it up.
-        pairs = np.unique(owner * np.int64(num_items) + history)
-        who, item = pairs // num_items, pairs % num_items
+        # Masked items ahead of a target move it up.
+        seen = np.unique(owner * np.int64(num_items) + history)
+        own = targets.owners[known] * np.int64(num_items) + targets.items[known]
+        masked = np.setdiff1d(seen, own, assume_unique=True)
+        who, item = masked // num_items, masked % num_items
         for rank, item_rank in (
             (popular_rank, popularity[item]),
             (markov_rank, following.rank(last[who], item)),
         ):
-            ahead = (item_rank > 0) & (item_rank < rank[who])
-            rank -= np.bincount(who[ahead], minlength=len(users))
-    known = targets >= 0
+            rank -= _ahead(who, item_rank, targets.owners, rank)
     ranks = {"most_popular": popular_rank, "markov": markov_rank}
     ranks = {name: np.where(known & (rank <= k), rank, 0) for name, rank in ranks.items()}
     if not mask_seen:
-        newest = _newest_first(owner, place, history, len(users), k)
-        both = np.stack([following.lists(k)[last], newest], axis=2)
-        ranks["last_viewed"] = _ranks(newest, targets)
-        ranks["interleaved"] = _ranks(_each_once(both.reshape(len(users), -1), k), targets)
+        newest = _newest_first(owner, place, history, num_users, k)
+        both = np.stack([following.lists(k)[last], newest], axis=2).reshape(num_users, -1)
+        ranks["last_viewed"] = _ranks(newest, targets, num_items)
+        ranks["interleaved"] = _ranks(_each_once(both, k), targets, num_items)
     return {name: rank.astype(np.int32) for name, rank in ranks.items()}
+
+
+def _ahead(
+    who: np.ndarray, item_rank: np.ndarray, owner: np.ndarray, rank: np.ndarray
+) -> np.ndarray:
+    """How many items of the target's user rank ahead of it: i64[m]; 0 for a target of rank 0.
+
+    Args:
+        who, item_rank: i64, the items' users and ranks, 0 for an item that has none.
+        owner, rank: i64[m], the targets' users and ranks.
+    """
+    wide = 1 + max(item_rank.max(initial=0), rank.max(initial=0))
+    ranked = item_rank > 0
+    keys = np.sort(who[ranked] * wide + item_rank[ranked])
+    first, stop = np.searchsorted(keys, owner * wide), np.searchsorted(keys, owner * wide + rank)
+    return stop - first
 
 
 class Successors(NamedTuple):
@@ -127,10 +144,16 @@ def _each_once(lists: np.ndarray, k: int) -> np.ndarray:
     return np.take_along_axis(np.where(empty, _NONE, lists), order, axis=1)[:, :k]
 
 
-def _ranks(lists: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """1-based place of each target among its row's filled places; 0 where it is not there."""
-    hit = (lists == targets[:, None]) & (targets >= 0)[:, None]
-    filled = np.cumsum(lists != _NONE, axis=1)
-    return np.where(
-        hit.any(axis=1), np.take_along_axis(filled, hit.argmax(axis=1)[:, None], 1)[:, 0], 0
-    )
+def _ranks(lists: np.ndarray, targets: Targets, num_items: int) -> np.ndarray:
+    """1-based place of each target among its user's filled places; 0 where it is not there."""
+    ranks = np.zeros(len(targets.items), np.int64)
+    filled = lists != _NONE
+    user, _ = np.nonzero(filled)
+    keys = user * np.int64(num_items) + lists[filled]
+    order = np.argsort(keys)
+    wanted = targets.owners * np.int64(num_items) + targets.items
+    at = np.searchsorted(keys, wanted, sorter=order)
+    at = order[np.minimum(at, len(keys) - 1)]
+    hit = (keys[at] == wanted) & (targets.items >= 0)
+    ranks[hit] = np.cumsum(filled, axis=1)[filled][at[hit]]
+    return ranks

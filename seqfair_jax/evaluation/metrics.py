@@ -1,7 +1,6 @@
-"""From ranks to figures: NDCG, Recall and MRR at a cut-off, for each user.
+"""From ranks to figures: NDCG, Recall, MRR, MAP and HitRate at a cut-off, for each user.
 
-Each user has one relevant item, the held-out target. Shape letters: U users, V catalogue, k
-cut-off.
+Shape letters: U users, m relevant items of all of them, V catalogue, k cut-off.
 """
 
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ import numpy as np
 
 from seqfair_jax.errors import UserError, did_you_mean
 
-KINDS = ("NDCG", "Recall", "MRR")
+KINDS = ("NDCG", "Recall", "MRR", "MAP", "HitRate")
 
 
 def parse_metric(name: str) -> tuple[str, int]:
@@ -29,27 +28,55 @@ def parse_metric(name: str) -> tuple[str, int]:
     return kind, int(cutoff)
 
 
-def rank_metrics(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
-    """Per-user metrics of 1-based ranks.
+def rank_metrics(
+    ranks: np.ndarray, cutoffs: Sequence[int], offsets: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Per-user metrics of the 1-based ranks of each user's relevant items.
 
-    NDCG@k = 1 / log2(1 + rank), Recall@k = 1, MRR@k = 1 / rank where 1 <= rank <= k, else 0. (With
-    one relevant item the ideal DCG is 1.)
+    A user has n relevant items, the targets. Those with a rank of 1 to k are hits. With r_1 < r_2 <
+    ... < r_h the ranks of the h hits:
+
+        NDCG@k    = sum_i 1 / log2(1 + r_i)  /  sum_(j=1)^min(n, k) 1 / log2(1 + j)
+        Recall@k  = h / n
+        MRR@k     = 1 / r_1, or 0 without a hit
+        MAP@k     = 1 / min(n, k)  sum_i i / r_i
+        HitRate@k = 1 if h > 0, else 0
+
+    The divisor of NDCG is the gain of the best list possible: all hits at the top. With one target
+    (n = 1) it is 1, so NDCG@k = 1 / log2(1 + r), HitRate is Recall and MAP is MRR. A target outside
+    the vocabulary counts in n and is never a hit.
 
     Args:
-        ranks: i[U]; 0 for a target that cannot be ranked.
+        ranks: i[m] of all users' targets, a user's ranks unequal; 0 for one that cannot be ranked.
         cutoffs: the values of k.
+        offsets: i64[U + 1], user u's targets are offsets[u] to offsets[u + 1], at least one; None
+            for one each.
 
     Returns:
-        f64[U] for each of 'NDCG@k', 'Recall@k', 'MRR@k'.
+        f64[U] for each of 'NDCG@k', 'Recall@k', ..., as `KINDS` lists them.
     """
-    rank = np.maximum(ranks, 1).astype(np.float64)
-    values = {}
+    offsets = np.arange(len(ranks) + 1) if offsets is None else offsets
+    sizes = np.diff(offsets)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    rank = np.where(ranks >= 1, ranks, np.inf)
+    order = np.lexsort((rank, owner))  # owners are in order already, so each keeps its places
+    rank = rank[order]
+    place = np.arange(len(rank)) - offsets[:-1][owner] + 1  # among the user's targets, by rank
+
+    def sums(values: np.ndarray, hit: np.ndarray) -> np.ndarray:
+        return np.bincount(owner[hit], weights=values[hit], minlength=len(sizes))
+
+    found = {}
     for k in cutoffs:
-        hit = (ranks >= 1) & (ranks <= k)
-        values[f"NDCG@{k}"] = np.where(hit, 1 / np.log2(1 + rank), 0.0)
-        values[f"Recall@{k}"] = hit.astype(np.float64)
-        values[f"MRR@{k}"] = np.where(hit, 1 / rank, 0.0)
-    return values
+        hit = rank <= k
+        most = np.minimum(sizes, k)
+        ideal = np.cumsum(1 / np.log2(1 + np.arange(1, most.max(initial=1) + 1)))
+        found[f"NDCG@{k}"] = sums(1 / np.log2(1 + rank), hit) / ideal[most - 1]
+        found[f"Recall@{k}"] = sums(np.ones(len(rank)), hit) / sizes
+        found[f"MRR@{k}"] = sums(1 / rank, hit & (place == 1))
+        found[f"MAP@{k}"] = sums(place / rank, hit) / most
+        found[f"HitRate@{k}"] = (found[f"Recall@{k}"] > 0).astype(np.float64)
+    return found
 
 
 def recommendation_stats(top_items: np.ndarray, item_counts: np.ndarray) -> dict[str, float]:

@@ -3,7 +3,8 @@
     overall                       all users
     FAMILY=GROUP                  the users of a group, such as pop33=niche
     FAMILY/min, /max, /gap        over the means of a family's groups
-    target=repeat, target=new     users whose target is, or is not, in their history
+    target=repeat, target=new     over the targets alone that are, or are not, in the history, and
+                                  the users who have such targets
 
 FAMILY is the canonical name of a group family (`data.groups`), so it has no `=` or `/` and is
 never `target`. GROUP is any text.
@@ -17,7 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from seqfair_jax.data.groups import PRODUCT, GroupFamily, decode_name, is_product, is_union
+from seqfair_jax.data.split import Targets
 from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation.metrics import rank_metrics
 
 Slices = dict[str, float | None]  # {"overall": x, "pop33=niche": x, "pop33/min": x, ...}
 OVERALL = "overall"
@@ -106,25 +109,58 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def target_means(
+    ranks: np.ndarray, targets: Targets, families: Sequence[GroupFamily], cutoffs: Sequence[int]
+) -> tuple[dict[str, np.ndarray], dict[str, Slices]]:
+    """The metrics of ranked targets: of each user, and their means by slice.
+
+    For 'target=repeat' a user's relevant items are those of their targets that are in their
+    history; users without any are not counted. 'target=new' is the same of the other targets.
+
+    Args:
+        ranks: i[m], 1-based; 0 for a miss.
+        targets: of the n users.
+        families: memberships bool[n, G] of the same users.
+        cutoffs: of the metrics.
+
+    Returns:
+        `metrics.rank_metrics`, f64[n] each; and `slice_means` with 'target=repeat' and
+        'target=new'.
+    """
+    values = rank_metrics(ranks, cutoffs, targets.offsets)
+    means = slice_means(values, families)
+    for name, keep in ((REPEAT, targets.repeat), (NEW, ~targets.repeat)):
+        some = rank_metrics(ranks[keep], cutoffs, targets.take(keep).offsets)
+        for metric, value in some.items():
+            means[metric][name] = _mean(value)
+    return values, means
+
+
 def slice_means(
-    values: dict[str, np.ndarray], families: Sequence[GroupFamily], repeat: np.ndarray
+    values: dict[str, np.ndarray],
+    families: Sequence[GroupFamily],
+    repeat: np.ndarray | None = None,
 ) -> dict[str, Slices]:
-    """Means of per-user metrics over all users, each group, and repeat and new targets.
+    """Means of per-user metrics over all users and each group.
 
     Args:
         values: f[U] a metric.
         families: memberships bool[U, G] of the same users.
-        repeat: bool[U], whether the target is in the user's history.
+        repeat: bool[U], of users with one target, whether it is in the user's history. It adds
+            'target=repeat' and 'target=new'.
 
     Returns:
         For each metric the means by slice: 'overall', 'pop33=niche', ..., 'pop33/min', '/max' and
-        '/gap' (their difference) over the family's groups, 'target=repeat' and 'target=new'. The
-        mean over no user is None.
+        '/gap' (their difference) over the family's groups. The mean over no user is None.
     """
-    return {metric: _slices(value, families, repeat) for metric, value in values.items()}
+    means = {metric: _slices(value, families) for metric, value in values.items()}
+    if repeat is not None:
+        for metric, value in values.items():
+            means[metric] |= {REPEAT: _mean(value[repeat]), NEW: _mean(value[~repeat])}
+    return means
 
 
-def _slices(value: np.ndarray, families: Sequence[GroupFamily], repeat: np.ndarray) -> Slices:
+def _slices(value: np.ndarray, families: Sequence[GroupFamily]) -> Slices:
     slices: Slices = {OVERALL: _mean(value)}
     for family in families:
         means = [_mean(value[members]) for members in family.membership.T]
@@ -134,8 +170,6 @@ def _slices(value: np.ndarray, families: Sequence[GroupFamily], repeat: np.ndarr
         slices[statistic_slice(family.name, "min")] = min(real, default=None)
         slices[statistic_slice(family.name, "max")] = max(real, default=None)
         slices[statistic_slice(family.name, "gap")] = max(real) - min(real) if real else None
-    slices[REPEAT] = _mean(value[repeat])
-    slices[NEW] = _mean(value[~repeat])
     return slices
 
 

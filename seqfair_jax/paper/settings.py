@@ -27,6 +27,7 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
     """MovieLens-1M: tables 5 to 8. Arguments as for `retailrocket`."""
     config = _paper(method, arg)
     config.data.name = "ml1m"
+    config.data.valid_users = 0
     config.evaluate.mask_seen = True
     if at_paper_size(arg):
         config.model.dropout = 0.5

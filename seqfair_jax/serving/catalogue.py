@@ -37,10 +37,11 @@ def csr_offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def whole_histories(dataset: Dataset) -> Histories:
-    """Each user's known items, the test row included."""
-    known = dataset.test_targets >= 0
-    items = np.insert(dataset.items, dataset.offsets[1:][known], dataset.test_targets[known])
-    return Histories(items, csr_offsets(np.diff(dataset.offsets) + known))
+    """Each user's known items of all rows, test rows included."""
+    earlier, later = np.diff(dataset.offsets), np.diff(dataset.later_offsets)
+    places = np.repeat(dataset.offsets[1:], later)  # later rows follow the user's other rows
+    items = np.insert(dataset.items, places, dataset.later_items)
+    return Histories(items, csr_offsets(earlier + later))
 
 
 def write(folder: Path, dataset: Dataset) -> None:
@@ -53,14 +54,12 @@ def write(folder: Path, dataset: Dataset) -> None:
     """
     items = pa.table({"item_id": dataset.item_ids, "training_rows": dataset.item_counts})
     histories = whole_histories(dataset)
-    rows = dataset.train_lengths + 1
-    rows[dataset.valid_users] += 1
     lists = pa.ListArray.from_arrays(histories.offsets.astype(np.int32), histories.items)
     users = pa.table(
         {
             "user_id": dataset.user_ids,
             "items": lists,
-            "unknown_items": (rows - np.diff(histories.offsets)).astype(np.int32),
+            "unknown_items": (dataset.num_rows - np.diff(histories.offsets)).astype(np.int32),
         }
     )
     workdir.write_file(folder / workdir.ITEMS, functools.partial(pq.write_table, items))

@@ -18,6 +18,7 @@ from seqfair_jax.data.groups import (
     build_family,
     read_group_table,
     require_partition,
+    training_rows,
 )
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
@@ -97,7 +98,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     method = objectives.find(name)
     if method.needs_groups:
         require_partition(loss_family, name, dataset.user_ids)
-    judged_groups(loss_family.select(dataset.valid_users), min_users=config.select.min_users)
+    judged_groups(loss_family.select(dataset.valid.users), min_users=config.select.min_users)
     # A method without groups would be the mean of copies of itself.
     parts = loss_family.parts if method.needs_groups else (loss_family,)
     objective = objectives.mean_objective(
@@ -130,8 +131,8 @@ def build_experiment(config: ConfigDict) -> Experiment:
         task=Task(model, objective, optimizer, config.train.max_logits),
         data=TrainData(
             sequences=Sequences(
-                items=jnp.asarray(dataset.items),
-                ends=jnp.asarray(dataset.offsets[:-1] + dataset.train_lengths, jnp.int32),
+                items=jnp.asarray(training_rows(dataset)[1]),  # no step can read another row
+                ends=jnp.asarray(np.cumsum(dataset.train_lengths), jnp.int32),
                 lengths=jnp.asarray(np.minimum(dataset.train_lengths, config.model.max_len - 1)),
             ),
             membership=jnp.asarray(loss_family.membership),

@@ -17,8 +17,7 @@ import numpy as np
 
 from seqfair_jax import workdir
 from seqfair_jax.errors import DivergedError, Interrupted
-from seqfair_jax.evaluation.metrics import rank_metrics
-from seqfair_jax.evaluation.slices import Slices, slice_means, worst_group
+from seqfair_jax.evaluation.slices import Slices, target_means, worst_group
 from seqfair_jax.training import environment
 from seqfair_jax.training.batches import Batches
 from seqfair_jax.training.experiment import Experiment
@@ -106,15 +105,15 @@ def make_validation(experiment: Experiment) -> Callable[[Any, str], Scores]:
     It raises DivergedError where a score is not finite.
     """
     dataset, cutoffs = experiment.dataset, experiment.config.evaluate.cutoffs
-    families = [family.select(dataset.valid_users) for family in experiment.families]
-    loss_family = experiment.loss_family.select(dataset.valid_users)
+    families = [family.select(dataset.valid.users) for family in experiment.families]
+    loss_family = experiment.loss_family.select(dataset.valid.users)
     if all(family.name != loss_family.name for family in families):
         families.append(loss_family)
     rank = experiment.make_ranker("valid", top_k=0)
 
     def validate(params: Any, name: str) -> Scores:
         ranks = rank(params, f"validation of {name}").ranks
-        return slice_means(rank_metrics(ranks, cutoffs), families, dataset.valid_repeat)
+        return target_means(ranks, dataset.valid, families, cutoffs)[1]
 
     return validate
 
@@ -186,7 +185,7 @@ def _close_epoch(
     """Keep the parameters of the runs that improved, and stop those that no longer do."""
     states, best, progress = snapshot
     config, epoch = experiment.config, progress.epoch + 1
-    family = experiment.loss_family.select(experiment.dataset.valid_users)
+    family = experiment.loss_family.select(experiment.dataset.valid.users)
     records, stopped = list(progress.best), list(progress.stopped)
     improved = {name: np.zeros(len(scores), bool) for name in RULES}
     for r, score in enumerate(scores):
