@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test test-all clean
+.PHONY: demo lint test test-all settings clean
 demo: .venv/.installed
 	$(BIN)/seqfair train --config=configs/demo.py:method=erm --workdir=runs/demo/erm
 	$(BIN)/seqfair train --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
@@ -22,6 +22,11 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# The page of all settings, from the package.
+settings: .venv/.installed
+	$(BIN)/python -c 'from seqfair_jax.config.help import page; print(page(), end="")' > docs/settings.md.new
+	mv docs/settings.md.new docs/settings.md
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
