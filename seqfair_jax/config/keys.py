@@ -29,7 +29,7 @@ _SEEDS = Check(
     ),
 )
 _CUTOFFS = Check(
-    "integers >= 1",
+    "whole numbers, 1 or more",
     lambda values: all(type(k) is int and k >= 1 for k in values) and len(values) > 0,
 )
 _SHARE = Check("a share between 0 and 1", lambda value: 0 < value < 1)
@@ -249,7 +249,12 @@ def _objective() -> tuple[Setting, ...]:
             "The group family that the objective uses. If empty, the first of `groups`.",
         ),
         *(
-            Setting(f"objective.{name}", (hparam.default,), hparam.help, _NUMBERS)
+            Setting(
+                f"objective.{name}",
+                (hparam.default,),
+                hparam.help,
+                _NUMBERS._replace(expected=f"unequal numbers {hparam.range}"),
+            )
             for name, hparam in objectives.hparams().items()
         ),
         *(
