@@ -14,6 +14,8 @@ import jax
 import pytest
 from runs import finish, small
 
+from seqfair_jax.objectives import registry
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes many seconds; only `make test-all` runs it")
@@ -28,6 +30,14 @@ def pytest_make_parametrize_id(config, val, argname):
 def _no_implicit_rank_promotion():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_registration_outlives_its_test():
+    before = dict(registry._methods)
+    yield
+    registry._methods.clear()
+    registry._methods.update(before)
 
 
 @pytest.fixture(scope="session")

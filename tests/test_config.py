@@ -23,7 +23,10 @@ from seqfair_jax.errors import UserError
             {"train.steps_per_epoch": 2**31},
             r"steps_per_epoch . train.batch_size is 2,147,483,648 . 128: expected",
         ),
-        ({"model.dropout": 0.999999}, "model.dropout is 0.999999: expected a number from 0 to 0.999"),
+        (
+            {"model.dropout": 0.999999},
+            "model.dropout is 0.999999: expected a number from 0 to 0.999",
+        ),
         ({"model.dropout": -0.1}, "model.dropout is -0.1"),
         ({"data.valid_users": -1}, "data.valid_users is -1: expected a whole number, 0 or more"),
         ({"objective.alpha": (math.nan,)}, "objective.alpha is nan"),
@@ -134,3 +137,21 @@ def test_settings_without_an_effect_are_refused(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         resolve(config)
+
+
+def test_only_what_the_objective_reads_must_be_the_same_to_resume():
+    config = default_config()
+    config.objective.name = "cvar"
+    new = resolve(config).to_dict()
+
+    def saved(**objective):
+        return new | {"objective": new["objective"] | objective}
+
+    # Of other objectives, one of which is not registered any more.
+    check_resumable(saved(tilt=(1.0,), radius=(2.0,), count_by="users"), new, "config.json")
+    later = {key: value for key, value in new["objective"].items() if key != "stream_rate"}
+    check_resumable(new | {"objective": later}, new, "config.json")
+    with pytest.raises(UserError, match=r"objective.alpha \(\[0.7\] there, \[0.5\] now\)"):
+        check_resumable(saved(alpha=(0.7,)), new, "config.json")
+    with pytest.raises(UserError, match="objective.name .'tilted' there, 'cvar' now"):
+        check_resumable(saved(name="tilted"), new, "config.json")

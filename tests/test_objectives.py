@@ -10,9 +10,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize
 
 from seqfair_jax import objectives
+from seqfair_jax.config import default_config, plan_runs, resolve
 from seqfair_jax.errors import UserError
 from seqfair_jax.objectives import make_objective
 from seqfair_jax.objectives.builtin import BUILT_IN
+from seqfair_jax.sweeps import grid
 
 # Five users in three groups, with 1, 2, 3, 4 and 10 training rows: 3, 3 and 14 rows a group.
 GROUPS = np.array([0, 0, 1, 2, 2])
@@ -541,3 +543,115 @@ def test_hyperparameters_in_range_pass_and_a_missing_one_is_an_error():
     objectives.check_hparams("sdro", {"step_size": np.float64(0.1), "stream_rate": 1.0})
     with pytest.raises(UserError, match=r"objective\.stream_rate has no value.*'sdro' reads it"):
         objectives.check_hparams("sdro", {"step_size": 0.1, "stream_rate": ()})
+
+
+# Registration.
+
+TILT = objectives.HParam("tilt", 1.0, "The tilt.", objectives.Range(above=0), search=(0.5, 2.0))
+
+
+def make_largest(users):
+    def loss(batch, state, hparams):
+        return hparams["tilt"] * batch.losses.max(), state, {}
+
+    return objectives.Formula(loss)
+
+
+LARGEST = objectives.Method("largest", "Largest", make_largest, (TILT,))
+
+
+def test_one_registration_makes_an_objective_known_everywhere():
+    before = default_config()
+    with pytest.raises(UserError, match="objective.name is 'largest'"):
+        make("largest")
+    objectives.register(LARGEST)
+    assert apply("largest", [1.0, 4.0, 2.0, 0.0, 3.0], hparams={"tilt": 2.0})[0] == 8
+    config = default_config()
+    assert config.objective.tilt == (1.0,)
+    assert grid.default_sweep().tilt == (0.5, 2.0)
+    config.objective.name, config.objective.tilt = "largest", (1.0, 3.0)
+    runs = plan_runs(resolve(config))
+    assert [(run.name, run.hparams) for run in runs] == [
+        ("tilt=1,seed=0", {"tilt": 1.0}), ("tilt=3,seed=0", {"tilt": 3.0}),
+    ]  # fmt: skip
+    config.objective.tilt = (0.0,)
+    with pytest.raises(UserError, match=r"objective.tilt is 0.0: give a number above 0"):
+        resolve(config)
+    assert resolve(before).objective.tilt == (1.0,)  # made before the registration
+    assert plan_runs(resolve(before))[0].hparams == {}
+
+
+def test_the_same_declaration_may_be_registered_again_and_another_may_not():
+    assert objectives.register(LARGEST) is LARGEST
+    objectives.register(LARGEST)
+    again: dict[str, Any] = {}  # as when a config file is read twice
+    source = "def make(users): return users"
+    for _ in range(2):
+        exec(source, again)
+        objectives.register(objectives.Method("again", "Again", again["make"]))
+    assert objectives.METHODS["again"].make is again["make"]
+    for changed in (LARGEST._replace(label="Other"), LARGEST._replace(make=again["make"])):
+        with pytest.raises(UserError, match="'largest' is registered already"):
+            objectives.register(changed)
+    with pytest.raises(UserError, match="'erm' is registered already"):
+        objectives.register(LARGEST._replace(name="erm"))
+    assert objectives.METHODS["largest"] == LARGEST
+
+
+def test_a_shared_hyperparameter_is_the_same_declaration():
+    objectives.register(LARGEST)
+    objectives.register(LARGEST._replace(name="second"))
+    assert [hparam for hparam in objectives.hparams().values() if hparam.name == "tilt"] == [TILT]
+    other = TILT._replace(default=2.0)
+    with pytest.raises(UserError, match="'third' declares .*default=2.0.*'largest' declares"):
+        objectives.register(LARGEST._replace(name="third", hparams=(other,)))
+    with pytest.raises(UserError, match="'third' declares .*count_by.*'ipw' declares"):
+        objectives.register(
+            LARGEST._replace(name="third", hparams=(TILT._replace(name="count_by"),))
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "My objective"}, "the name 'My objective' is not allowed"),
+        ({"hparams": (TILT._replace(name="a.b"),)}, "the name 'a.b' is not allowed"),
+        ({"hparams": (TILT._replace(name="group_family"),)}, "objective.group_family exists"),
+        ({"hparams": (TILT, TILT)}, "objective.tilt exists"),
+        ({"hparams": (TILT._replace(default=0.0),)}, "tilt has the value 0.0 .* a number above 0"),
+        ({"hparams": (TILT._replace(search=(1.0, -1.0)),)}, "tilt has the value -1.0"),
+        ({"hparams": (TILT._replace(help=""),)}, "tilt has no help"),
+        (
+            {"options": (objectives.Option("kind", "c", ("a", "b"), "The kind."),)},
+            "the default of kind is 'c': expected one of a, b",
+        ),
+        ({"logs": (objectives.Log("x", "X", "sum"),)}, "log 'x' is 'sum': expected one of mean"),
+        ({"logs": (objectives.Log("group_loss", "X", "mean"),)}, "use another key"),
+    ],
+)
+def test_a_declaration_that_contradicts_itself_is_an_error(changes, message):
+    with pytest.raises(UserError, match=message):
+        objectives.register(LARGEST._replace(name="new")._replace(**changes))
+    assert "new" not in objectives.METHODS
+
+
+def test_an_objective_that_logs_other_figures_than_declared_is_an_error():
+    objectives.register(LARGEST._replace(name="silent", logs=(objectives.TAIL_SHARE,)))
+    with pytest.raises(UserError, match=r"'silent' logs \[\], but declares \['tail_share'\]"):
+        apply("silent", [1.0] * 5, hparams={"tilt": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "inside", "outside"),
+    [
+        ({}, "of any size", (-1e9, 0), (float("inf"), float("nan"), "1", True, None)),
+        ({"above": 0}, "above 0", (1e-9,), (0, -1)),
+        ({"at_least": 0, "below": 1}, "at least 0 and below 1", (0, 0.5), (1, -1e-9)),
+        ({"above": 0, "at_most": 1}, "above 0 and at most 1", (1, np.float32(0.5)), (0, 1.01)),
+    ],
+)
+def test_ranges(given, text, inside, outside):
+    found = objectives.Range(**given)
+    assert str(found) == text
+    assert all(map(found.contains, inside))
+    assert not any(map(found.contains, outside))

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 
-from seqfair_jax.model.packing import Sequences, pack
+from seqfair_jax.model.packing import Packed, Sequences, pack, user_means
 
 
 def test_pack_matches_the_windows_of_the_reference():
@@ -33,3 +33,10 @@ def test_pack_matches_the_windows_of_the_reference():
         at += len(targets)
     np.testing.assert_array_equal(packed.slots[at:], 5)  # padding belongs to no slot
     assert at < 20
+
+
+def test_means_by_user_ignore_padding():
+    values = jnp.array([1.0, 2.0, 6.0, 5.0, jnp.nan, 7.0])
+    slots, zeros = jnp.array([0, 0, 0, 1, 2, 2]), jnp.zeros(6, jnp.int32)
+    packed = Packed(zeros, zeros, slots, zeros, lengths=jnp.array([3, 1]))
+    np.testing.assert_array_equal(user_means(values, packed), [3.0, 5.0])

@@ -1,9 +1,12 @@
 """Config files: those that the package ships, by name, and a user's own, by path."""
 
 import ast
+import contextlib
 import inspect
 import re
+import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -32,16 +35,34 @@ def load_config(argument: str) -> ConfigDict:
     A name without a folder and without `.py` is that of a shipped config, whatever files the
     current folder has. Everything else is the path of a file.
 
+    The file may import modules of its own folder, as a script may.
+
     Args:
         argument: `NAME` or `FILE.py`, or either with `:ARGUMENTS`.
 
     Raises:
         UserError: if there is no such config, it has no `get_config`, or it refuses the arguments.
     """
-    name, colon, arguments = argument.partition(":")
+    name = argument.partition(":")[0]
     path = _find(name)
     if path.suffix != ".py":
         raise UserError(f"--config={name}: expected a Python file with a get_config function")
+    with _importable(path.parent):
+        return _load(path, argument)
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    added = str(folder.absolute())
+    sys.path.insert(0, added)
+    try:
+        yield
+    finally:
+        sys.path.remove(added)
+
+
+def _load(path: Path, argument: str) -> ConfigDict:
+    name, colon, arguments = argument.partition(":")
     module = types.ModuleType("seqfair_config")
     module.__file__ = str(path)
     exec(compile(workdir.read_text(path), str(path), "exec"), module.__dict__)

@@ -57,3 +57,16 @@ def pack(sequences: Sequences, user_ids: jax.Array, *, num_tokens: int, num_item
     inputs = jnp.where(first | ~real, num_items, sequences.items[jnp.maximum(rows - 1, 0)])
     targets = jnp.where(real, sequences.items[rows], 0)
     return Packed(inputs, targets, slots, positions, lengths)
+
+
+def user_means(values: jax.Array, packed: Packed) -> jax.Array:
+    """The mean over each user's tokens, f[B]; nan for an empty slot.
+
+    Args:
+        values: f[T], one for each token; those of padding are ignored.
+        packed: the batch.
+    """
+    batch_size = len(packed.lengths)
+    values = jnp.where(packed.slots < batch_size, values, 0.0)
+    sums = jax.ops.segment_sum(values, packed.slots, batch_size + 1, indices_are_sorted=True)
+    return sums[:batch_size] / packed.lengths

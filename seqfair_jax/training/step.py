@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from seqfair_jax.model.packing import BLOCK, Sequences, pack
+from seqfair_jax.model.packing import BLOCK, Sequences, pack, user_means
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 from seqfair_jax.objectives import HParams, Objective
@@ -166,11 +166,7 @@ def user_losses(
     losses = softmax_loss(
         hidden, table, packed.targets, PRECISIONS[task.model.dtype][1], task.max_logits
     )
-    losses = losses * data.target_weights[packed.targets]
-    batch_size = len(user_ids)
-    losses = jnp.where(packed.slots < batch_size, losses, 0.0)
-    sums = jax.ops.segment_sum(losses, packed.slots, batch_size + 1, indices_are_sorted=True)
-    return sums[:batch_size] / packed.lengths
+    return user_means(losses * data.target_weights[packed.targets], packed)
 
 
 def train_step(
