@@ -15,7 +15,8 @@ import pyarrow as pa
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.data.split import Dataset, Targets
+from seqfair_jax.data.files import log_title
+from seqfair_jax.data.split import Targets
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.evaluation.metrics import recommendation_stats
@@ -49,7 +50,7 @@ def test(
     baseline_table, baselines = _test_baselines(experiment)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
-        "dataset": dataset_summary(experiment.dataset),
+        "dataset": dataset_summary(experiment),
         "method": config.objective.name,
         "group_family": experiment.loss_family.name,
         "needs_groups": method.needs_groups,
@@ -177,12 +178,9 @@ def target_columns(targets: Targets, columns: Mapping[str, Any]) -> dict[str, An
     if targets.single:
         return dict(columns)
     offsets = pa.array(targets.offsets, pa.int32())
-    lists = {
-        name: pa.ListArray.from_arrays(offsets, pa.array(values))
-        for name, values in columns.items()
-    }
     return {
-        name: pd.Series(values, dtype=pd.ArrowDtype(values.type)) for name, values in lists.items()
+        name: pa.ListArray.from_arrays(offsets, pa.array(values)).to_pylist()
+        for name, values in columns.items()
     }
 
 
@@ -220,8 +218,9 @@ def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any]
     }
 
 
-def dataset_summary(dataset: Dataset) -> dict[str, Any]:
+def dataset_summary(experiment: Experiment) -> dict[str, Any]:
     """What `summary.json` says of the log."""
+    dataset = experiment.dataset
     counts = dataset.counts
     keys = (
         "users",
@@ -237,7 +236,7 @@ def dataset_summary(dataset: Dataset) -> dict[str, Any]:
         "repeated_rows",
     )
     return {
-        "name": dataset.name,
+        "name": log_title(experiment.config.data),
         "log_hash": dataset.log_hash,
         **{key: counts[key] for key in keys},
         "vocabulary": len(dataset.item_ids),

@@ -128,7 +128,7 @@ def _warn_of_changed_inputs(config: ConfigDict, inputs: dict[str, str]) -> None:
 
 
 def _describe(experiment: Experiment) -> None:
-    found = dataset_summary(experiment.dataset)
+    found = dataset_summary(experiment)
     print(
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
         f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on)\n"
@@ -149,24 +149,20 @@ def _write_data_files(folder: Path, experiment: Experiment) -> None:
     )
     is_validation = np.zeros(len(dataset.user_ids), bool)
     is_validation[dataset.valid.users] = True
-    tested = pd.DataFrame(
-        {
-            "user_id": dataset.user_ids[dataset.test.users],
-            **target_columns(dataset.test, {"test_target_item_id": dataset.test.item_ids}),
-        }
+    target = pd.Series(
+        target_columns(dataset.test, {"item_id": dataset.test.item_ids})["item_id"],
+        index=dataset.test.users,
     )
+    if len(target) < len(dataset.user_ids):  # missing for users who are not tested
+        has_numbers = pd.api.types.is_integer_dtype(target)
+        target = target.astype("Int64" if has_numbers else object)
     split = pd.DataFrame(
         {
             "user_id": dataset.user_ids,
             "train_interactions": dataset.train_lengths,
             "validation_user": is_validation,
+            "test_target_item_id": target.reindex(range(len(dataset.user_ids))),
         }
     )
-    if len(tested) == len(split):
-        split["test_target_item_id"] = tested["test_target_item_id"]
-    else:  # missing for users who are not tested
-        column = tested["test_target_item_id"].convert_dtypes(dtype_backend="pyarrow")
-        column.index = dataset.test.users
-        split["test_target_item_id"] = column.reindex(range(len(split)))
     workdir.write_parquet(folder / workdir.SPLIT, split)
     catalogue.write(folder, dataset)

@@ -227,3 +227,57 @@ def rank_ties_last(scores, target, masked=()):
 def ndcg(rank, k):
     """One relevant item: the ideal DCG is 1."""
     return 1 / np.log2(1 + rank) if 1 <= rank <= k else 0.0
+
+
+def held_out(rows, parts, k, every):
+    """A split by parts. Rows are (user, item, time), parts 0 (trains), 1 (validates), 2 (tests).
+
+    Returns the vocabulary, the users, and by user: training items, whole known history before the
+    test, all known items, and the validation and test targets as (item, known, repeat).
+    """
+    core = k_core([row[:2] for row, part in zip(rows, parts, strict=True) if part == 0], k)
+    users, vocabulary = sorted({u for u, _ in core}), sorted({i for _, i in core})
+    found = {}
+    for user in users:
+        mine = sorted(
+            (part, row[2], place, row[1])
+            for place, (row, part) in enumerate(zip(rows, parts, strict=True))
+            if row[0] == user and (part > 0 or row[1] in vocabulary)
+        )
+        of = {part: [item for p, _, _, item in mine if p == part] for part in range(3)}
+        targets = []
+        for part, history in ((1, of[0]), (2, of[0] + of[1])):
+            chosen = list(dict.fromkeys(of[part])) if every else of[part][:1]
+            targets.append([(item, item in vocabulary, item in history) for item in chosen])
+        known = {part: [item for item in of[part] if item in vocabulary] for part in range(3)}
+        found[user] = (known[0], known[0] + known[1], [*known[0], *known[1], *known[2]], *targets)
+    return vocabulary, users, found
+
+
+def set_ranks(scores, targets, masked=()):
+    """Order the items by score, a target behind its equals, equal targets in item order."""
+    order = sorted(
+        (item for item in range(len(scores)) if item not in masked),
+        key=lambda item: (-scores[item], item in targets, item),
+    )
+    return [order.index(target) + 1 for target in targets]
+
+
+def set_metrics(ranks, k):
+    """Metrics of a user's targets by walking down the list of k items; rank 0 is a miss."""
+    gain = precision = hits = first = 0.0
+    for place in range(1, k + 1):
+        if place in ranks:
+            hits += 1
+            gain += 1 / np.log2(1 + place)
+            precision += hits / place
+            first = first or 1 / place
+    most = min(len(ranks), k)
+    ideal = sum(1 / np.log2(1 + place) for place in range(1, most + 1))
+    return {
+        "NDCG": gain / ideal,
+        "Recall": hits / len(ranks),
+        "MRR": first,
+        "MAP": precision / most,
+        "HitRate": float(hits > 0),
+    }

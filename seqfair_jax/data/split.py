@@ -17,7 +17,7 @@ import pandas as pd
 
 from seqfair_jax.data.ids import compact
 from seqfair_jax.data.log import Log
-from seqfair_jax.data.times import comparable_bound, time_text
+from seqfair_jax.data.times import comparable_bound, time_text, with_date
 from seqfair_jax.errors import UserError
 
 SPLITS = ("leave_one_out", "time", "files")
@@ -436,6 +436,8 @@ def _build(
         },
         split={
             **split,
+            "first_time": time_text(rows.time.min()),
+            "last_time": time_text(rows.time.max()),
             "users": num_users,
             "train_rows": int((part == _TRAIN).sum()),
             "validation_rows": int((part == _VALID).sum()),
@@ -553,7 +555,7 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
             "figures may be higher than for the future; data.split=time avoids this.",
         ]
     else:
-        points = split["valid_from"], split["test_from"]
+        points = [with_date(split[key]) for key in ("valid_from", "test_from") if key in split]
         lines = [
             f"Split by time: training rows are before {points[0]}, validation rows are from then "
             f"until {points[1]}, and test rows are later."
@@ -561,7 +563,7 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
             else "Split by files: training, validation and test rows are from their own files.",
             f"There are {n['train_rows']} training rows, {n['validation_rows']} validation rows "
             f"and {n['test_rows']} test rows of {n['users']} users.",
-            f"{validate}, and {n['test_users']} users are tested. The others have no such row.",
+            f"{validate}, and {n['test_users']} users are tested. The others have no row there.",
             (
                 "Each user's first event is judged."
                 if split["targets"] == "first"
@@ -569,12 +571,12 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
                 f"validation and {n['test_targets']} in the test."
             )
             + " The user's history ends where the validation or the test starts.",
-            f"{n['new_users']} users have no training row. They are not judged.",
-            f"{n['new_items']} items have no training row.",
+            f"{n['new_users']} users have no training row, so they are not judged, and "
+            f"{n['new_items']} items have none, so the model does not know them.",
         ]
     lines.append(
-        f"{n['unknown_test_targets']} test targets are items that the model does not know. They "
-        "count as misses."
+        f"{n['unknown_test_targets']} of the {n['test_targets']} test targets are items that the "
+        "model does not know. They count as misses."
     )
     if split["tied_held_out"]:
         held_out = split["validation_targets"] + split["test_targets"]

@@ -14,6 +14,7 @@ from seqfair_jax.errors import UserError
 _DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[/.]\d{1,2}[/.]\d{2,4}\b.*")
 # Seconds, milliseconds, microseconds and nanoseconds since 1970, each from 1973 to 5138.
 _UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
+_PANDAS_UNITS = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
 
 
 def parse_times(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
@@ -185,3 +186,15 @@ def time_text(time: float | np.number | np.datetime64) -> str:
     if isinstance(time, np.datetime64):
         return pd.Timestamp(time).isoformat()
     return str(time.item() if isinstance(time, np.number) else time)
+
+
+def with_date(text: str) -> str:
+    """A time as `time_text` gives it; a number that is one since 1970 with its date behind it."""
+    time = parse_bound(text, "a time")
+    if isinstance(time, np.datetime64):
+        return text
+    for unit, least in reversed(_UNITS.items()):
+        if least <= time < 1e20:
+            date = pd.Timestamp(time, unit=_PANDAS_UNITS[unit])
+            return f"{text} ({date.isoformat(sep=' ', timespec='seconds')} UTC)"
+    return text
