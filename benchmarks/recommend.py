@@ -22,29 +22,38 @@ from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.training.step import initial_states
 
 
-def benchmark(config, *, repeats, k, users, items):
+def random_model(config, *, users=0, items=0):
+    """A model of the config's log with random parameters.
+
+    With `users` or `items` the log is so many users with random items, 0 for as many as the log.
+    """
     experiment = Steps(config, 1).experiment
     dataset = experiment.dataset
-    histories, num_items = whole_histories(dataset), items or len(dataset.item_ids)
+    histories, item_ids = whole_histories(dataset), dataset.item_ids
     if users or items:
+        item_ids = np.arange(items or len(item_ids))
         rng = np.random.default_rng(0)
         lengths = rng.choice(np.diff(histories.offsets), users or len(dataset.user_ids))
-        rows = rng.integers(num_items, size=lengths.sum(), dtype=np.int32)
+        rows = rng.integers(len(item_ids), size=lengths.sum(), dtype=np.int32)
         histories = Histories(rows, csr_offsets(lengths))
-    model = SASRec(num_items=num_items, **config.model)
+    model = SASRec(num_items=len(item_ids), **config.model)
     task = experiment.task._replace(model=model)
     states = initial_states(task, seeds=[0], num_groups=experiment.num_groups)
-    user_ids = np.arange(len(histories.offsets) - 1)
-    trained = TrainedModel(
+    return TrainedModel(
         run="random",
         config=config,
         model=model,
         params=jax.tree.map(lambda leaf: leaf[0], states.params),
-        item_ids=np.arange(num_items),
-        user_ids=user_ids,
+        item_ids=item_ids,
+        user_ids=np.arange(len(histories.offsets) - 1),
         histories=histories,
         mask_seen=config.evaluate.mask_seen,
     )
+
+
+def benchmark(config, *, repeats, k, users, items):
+    trained = random_model(config, users=users, items=items)
+    model, user_ids = trained.model, trained.user_ids
     peak = matmul_timer(model.dtype)
     before, times, cpu, rates = peak_memory_gb(), [], [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +61,7 @@ def benchmark(config, *, repeats, k, users, items):
             began, cpu_began = time.perf_counter(), time.process_time()
             write_lists(
                 Path(folder, "lists.parquet"),
-                recommend(trained, histories, k=k),
+                recommend(trained, trained.histories, k=k),
                 user_ids=user_ids,
                 item_ids=trained.item_ids,
                 k=k,
@@ -64,7 +73,7 @@ def benchmark(config, *, repeats, k, users, items):
         [
             {
                 "users": len(user_ids),
-                "items": num_items,
+                "items": model.num_items,
                 "dim": model.dim,
                 "k": k,
                 "with compilation, s": f"{times[0]:.1f}",

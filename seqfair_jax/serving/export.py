@@ -1,14 +1,15 @@
-"""Write a trained model as a program of `jax.export`, its parameters and its items' ids.
+"""Write a trained model as a program of `jax.export` or ONNX, with the ids of its items.
 
 Shape letters: B histories, L items of the longest history, W = max_len - 1 tokens of a window, V
 vocabulary, K items that the program returns.
 """
 
 import functools
-import importlib.metadata
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from seqfair_jax.serving.trained import TrainedModel
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, PARAMS = "program.jax", "params.npz"
 ITEM_IDS, SETTINGS, LOADER = "item_ids.json", "model.json", "load.py"
+FORMATS = ("jax", "onnx")
+ONNX_PROGRAM = "program.onnx"
+ONNX_LENGTH = 1024  # L of an ONNX program; of a longer history the newest items are used
 _SEPARATOR = "/"  # between the parts of a parameter's name
 _CHECKED_USERS = 16
 # How far a score may be from that of `recommend`, over the largest score. The batches have other
@@ -146,41 +150,85 @@ def write(
 ) -> dict[str, Any]:
     """Write a model to a folder: its program, parameters, ids, settings and loader.
 
-    What was written is loaded again and compared with `recommend` on users of the log, if this
-    process has one of the platforms.
-
     Args:
         folder: an empty folder.
         trained: the model.
-        max_k: the longest list; at most the vocabulary.
+        max_k: the longest list; a longer one than the vocabulary is cut to it.
         platforms: of `PLATFORMS`.
 
     Returns:
         The settings in `model.json`.
-
-    Raises:
-        DivergedError: if a score is not finite.
     """
     max_k = min(max_k, len(trained.item_ids))
     params = flat_params(trained.params)
     program = export_program(trained.model, params, max_k=max_k, platforms=platforms)
     (folder / PROGRAM).write_bytes(program.serialize())
     np.savez(folder / PARAMS, allow_pickle=False, **params)
+    own = {"format": "jax", "shape": None, "platforms": list(platforms)}
+    versions = {"jax": jax.__version__, "flatbuffers": version("flatbuffers")}
+    return _write_shared(folder, trained, max_k, own, versions)
+
+
+def write_onnx(
+    folder: Path, trained: TrainedModel, *, max_k: int, batch_size: int
+) -> dict[str, Any]:
+    """Write a model to a folder, as `write` does, with an ONNX program that has the parameters.
+
+    Its input has a fixed shape, since jax2onnx converts no symbolic one of this model. It computes
+    in float32, since onnxruntime has few operators for bfloat16 on CPUs.
+
+    Args:
+        folder, trained, max_k: as for `write`.
+        batch_size: B.
+
+    Raises:
+        UserError: if jax2onnx or onnxruntime is not installed.
+    """
+    try:
+        import jax2onnx
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f'--format=onnx needs {error.name}; pip install "seqfair_jax[onnx]"'
+        ) from None
+    max_k = min(max_k, len(trained.item_ids))
+    model = trained.model.clone(dtype="float32")
+    shape = batch_size, max(ONNX_LENGTH, model.max_len)
+    shaped = jax.ShapeDtypeStruct
+    params = jax.tree.map(jnp.asarray, flat_params(trained.params))
+    jax2onnx.to_onnx(
+        functools.partial(top_items, model, max_k, params),
+        [shaped(shape, jnp.int32), shaped(shape[:1], jnp.int32), shaped((), jnp.bool_)],
+        model_name="seqfair",
+        return_mode="file",
+        output_path=folder / ONNX_PROGRAM,
+        input_names=["items", "lengths", "mask_seen"],
+        output_names=["scores", "places"],
+    )
+    own = {"format": "onnx", "shape": list(shape), "platforms": ["onnxruntime"]}
+    versions = {"onnxruntime": onnxruntime.__version__, "jax2onnx": version("jax2onnx")}
+    return _write_shared(folder, trained, max_k, own, versions)
+
+
+def _write_shared(
+    folder: Path,
+    trained: TrainedModel,
+    max_k: int,
+    own: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write what both formats have; returns the settings."""
     ids = json.dumps(trained.item_ids.tolist(), ensure_ascii=False)
     (folder / ITEM_IDS).write_text(ids, encoding="utf-8")
     settings = {
+        **own,
         "run": trained.run,
         "max_k": max_k,
         "mask_seen": trained.mask_seen,
         "items": len(trained.item_ids),
-        "parameters": sum(array.size for array in params.values()),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
         "window": trained.model.max_len - 2,
-        "platforms": list(platforms),
-        "versions": {
-            "seqfair_jax": __version__,
-            "jax": jax.__version__,
-            "flatbuffers": importlib.metadata.version("flatbuffers"),
-        },
+        "versions": {"seqfair_jax": __version__, **versions},
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(exported.__file__, folder / LOADER)
@@ -189,15 +237,16 @@ def write(
 
 def can_check(platforms: Sequence[str]) -> bool:
     """Whether this process can run a program for these platforms."""
-    names = {"gpu": ("cuda", "rocm")}.get(jax.default_backend(), (jax.default_backend(),))
+    backend = jax.default_backend()
+    names = ("onnxruntime", *(("cuda", "rocm") if backend == "gpu" else (backend,)))
     return any(name in platforms for name in names)
 
 
 def check(folder: Path, trained: TrainedModel, *, load: Callable = exported.Model) -> int:
-    """Compare an exported folder with `recommend` on some users of the log.
+    """Load an exported folder and compare it with `recommend` on some users of the log.
 
     Args:
-        folder: what `write` wrote.
+        folder: what `write` or `write_onnx` wrote.
         trained: the model.
         load: reads the folder.
 
@@ -213,7 +262,7 @@ def check(folder: Path, trained: TrainedModel, *, load: Callable = exported.Mode
     users = np.linspace(0, len(trained.user_ids) - 1, num_users).astype(np.int64)
     histories = trained.histories.select(users)
     ids = trained.item_ids[histories.items].tolist()
-    rows = [ids[a:b] for a, b in zip(histories.offsets, histories.offsets[1:], strict=False)]
+    rows = [ids[a:b] for a, b in itertools.pairwise(histories.offsets)]
     expected = np.concatenate([b.scores for b in recommend(trained, histories, k=model.max_k)])
     found = np.full_like(expected, -np.inf)
     for row, pairs in zip(found, model.recommend(rows, k=model.max_k), strict=True):

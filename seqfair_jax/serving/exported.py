@@ -1,18 +1,41 @@
-"""Recommend with an exported model. Needs jax, numpy and flatbuffers, not the package.
+"""Recommend with an exported model, without the package.
 
+A program of JAX needs jax, numpy and flatbuffers; one of ONNX needs onnxruntime and numpy.
 `seqfair export` copies this file to the exported folder, as `load.py`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax import export
 
 _BATCH = 256  # histories scored at once
-_SHORTEST = 64  # items; shorter histories are padded, so that they share a compiled program
+_SHORTEST = 256  # items; shorter histories are padded, so that they share a compiled program
+
+
+def _jax_program(folder: Path) -> Callable:
+    import jax
+    from jax import export
+
+    with np.load(folder / "params.npz") as arrays:
+        params = jax.device_put(dict(arrays))
+    program = export.deserialize(bytearray((folder / "program.jax").read_bytes()))
+    call = jax.jit(program.call)
+    return lambda *arrays: call(params, *arrays)
+
+
+def _onnx_program(folder: Path) -> Callable:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "program.onnx")
+    names = [argument.name for argument in session.get_inputs()]
+    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+def _padded_shape(rows: int, longest: int) -> tuple[int, int]:
+    """Powers of two, so that few shapes are compiled."""
+    return 1 << (rows - 1).bit_length(), 1 << (max(longest, _SHORTEST) - 1).bit_length()
 
 
 class Model:
@@ -29,10 +52,8 @@ class Model:
         self.item_ids = json.loads((folder / "item_ids.json").read_text(encoding="utf-8"))
         self.places = {item: place for place, item in enumerate(self.item_ids)}
         self.max_k = int(self.settings["max_k"])
-        with np.load(folder / "params.npz") as arrays:
-            self._params = jax.device_put(dict(arrays))
-        program = export.deserialize(bytearray((folder / "program.jax").read_bytes()))
-        self._call = jax.jit(program.call)
+        make = {"jax": _jax_program, "onnx": _onnx_program}[self.settings["format"]]
+        self._call = make(folder)
 
     def recommend(
         self, histories: Sequence[Sequence[int | str]], k: int = 10, mask_seen: bool | None = None
@@ -59,16 +80,17 @@ class Model:
         return list(self._lists(known, k, bool(mask_seen)))
 
     def _lists(self, known: list, k: int, mask_seen: bool) -> Iterator[list]:
-        for first in range(0, len(known), _BATCH):
-            batch = known[first : first + _BATCH]
-            longest = max(_SHORTEST, *map(len, batch))
-            # Powers of two, so that few shapes are compiled.
-            rows, width = (1 << (size - 1).bit_length() for size in (len(batch), longest))
+        shape = self.settings["shape"]  # of the program's input, if it is fixed
+        step = shape[0] if shape else _BATCH
+        for first in range(0, len(known), step):
+            batch = known[first : first + step]
+            rows, width = shape or _padded_shape(len(batch), max(map(len, batch)))
             items, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
             for row, history in enumerate(batch):
-                items[row, : len(history)] = history
-                lengths[row] = len(history)
-            found = self._call(self._params, items, lengths, np.bool_(mask_seen))
+                newest = history[-width:]
+                items[row, : len(newest)] = newest
+                lengths[row] = len(newest)
+            found = self._call(items, lengths, np.asarray(mask_seen))
             scores, places = (np.asarray(part)[:, :k] for part in found)
             for row in range(len(batch)):
                 real = scores[row] > -np.inf  # masked items come last

@@ -1,0 +1,202 @@
+"""The model card of an exported run, as Markdown: its data, its figures by group and its limits.
+
+The functions here prepare sentences and tables; `card.md.j2` is the text of the card.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from seqfair_jax import workdir
+from seqfair_jax.config import flatten
+from seqfair_jax.data.split import describe_split
+from seqfair_jax.data.times import with_date
+from seqfair_jax.evaluation import significance, slices
+from seqfair_jax.report import names, text
+from seqfair_jax.training.selection import RULES
+
+SMALL_GROUP = 100  # users; the figures of smaller groups are marked
+# Paths of the machine that trained say nothing about the model.
+_NOT_SHOWN = ("data.path", "data.cache_dir", "data.group_file", "data.files.")
+
+
+class Mean(NamedTuple):
+    """The mean of a metric over the users of a slice, and its interval."""
+
+    users: int
+    mean: float
+    low: float
+    high: float
+
+
+def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
+    """The card of a run, as Markdown. Names from the data are escaped.
+
+    Args:
+        folder: of the finished run.
+        rule: the epoch that was exported, of `selection.RULES`.
+        exported: what `serving.export.write` returned.
+    """
+    summary = workdir.read_summary(folder)
+    config = workdir.read_json(folder / workdir.CONFIG) or {}
+    suffix = RULES[rule].suffix
+    metric = config["select"]["metric"]
+    table = pd.read_parquet(workdir.per_user(folder, suffix))
+    rows = significance.describe(table, metric)
+    found = {str(name): Mean(*row) for name, *row in rows.itertuples()}
+    baselines = {name: means[metric] for name, means in summary["baselines"].items()}
+    split = summary["dataset"]["split"]
+    order = list(summary["test" + suffix][metric])
+    families = slices.families_in(order)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("seqfair_jax.report", ""),
+        autoescape=False,  # Markdown has its own markup
+        finalize=_escaped,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("card.md.j2").render(
+        fence=text.Markdown("```"),
+        dataset=summary["dataset"],
+        split=describe_split(split),
+        method=names.method_name(
+            summary["method"],
+            summary["group_family"] if summary["needs_groups"] else "",
+            summary["hparams"],
+        ),
+        summary=summary,
+        best=summary["best" + suffix],
+        rule=rule,
+        metric=metric,
+        model=config["model"],
+        exported=exported,
+        overall=_group_table(found, [slices.OVERALL, slices.REPEAT, slices.NEW], baselines, metric),
+        groups={
+            slices.family_label(family): _group_table(
+                found, slices.groups_in(order, family), baselines, metric
+            )
+            for family in families
+        },
+        metrics=_metrics_table(summary, suffix),
+        worst=[_worst_group(found, family, baselines, metric) for family in families],
+        beaten=_beaten(found, baselines),
+        small=[
+            f"{slices.full_label(name)} ({found[name].users:,.0f} users)"
+            for family in families
+            for name in slices.groups_in(order, family)
+            if name in found and found[name].users < SMALL_GROUP
+        ],
+        small_group=SMALL_GROUP,
+        period=[with_date(split[key]) for key in ("first_time", "last_time")],
+        families=[slices.family_label(family) for family in families],
+        popularity=_popularity(folder, summary["recommended" + suffix]),
+        settings=_settings_table(config),
+    )
+
+
+def _escaped(value: Any) -> Any:
+    return text.escape_markdown(value) if isinstance(value, str) else value
+
+
+def _settings_table(config: Mapping[str, Any]) -> text.Markdown:
+    """The settings that were used, without paths."""
+    hidden: tuple[str, ...] = _NOT_SHOWN
+    if config["data"]["name"] != "synthetic":
+        hidden = (*hidden, "data.synthetic.")
+    rows = [
+        [key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
+        for key, value in flatten(config)
+        if value not in (None, "", []) and not key.startswith(hidden)
+    ]
+    return text.Markdown(text.markdown_table(["setting", "value"], rows))
+
+
+def _group_table(
+    found: Mapping[str, Mean],
+    shown: Sequence[str],
+    baselines: Mapping[str, slices.Slices],
+    metric: str,
+) -> text.Markdown:
+    """A row for each slice: its users, the mean with its interval, and the baselines' means."""
+    shown = [name for name in shown if name in found]
+    rows = []
+    for name, label in zip(shown, slices.labels(shown), strict=True):
+        row = found[name]
+        own = [label, f"{row.users:,.0f}", f"{row.mean:.4f}", _interval(row)]
+        rows.append(own + [_figure(means.get(name)) for means in baselines.values()])
+    header = ["group", "users", metric, "95 % interval", *map(names.baseline_name, baselines)]
+    return text.Markdown(text.markdown_table(header, rows))
+
+
+def _metrics_table(summary: Mapping[str, Any], suffix: str) -> text.Markdown:
+    """A row for each metric: over all users, of the model and of the baselines."""
+    baselines = summary["baselines"]
+    rows = [
+        [metric, _figure(means[slices.OVERALL])]
+        + [_figure(of[metric][slices.OVERALL]) for of in baselines.values()]
+        for metric, means in summary["test" + suffix].items()
+    ]
+    header = ["metric", "model", *map(names.baseline_name, baselines)]
+    return text.Markdown(text.markdown_table(header, rows))
+
+
+def _worst_group(
+    found: Mapping[str, Mean], family: str, baselines: Mapping[str, slices.Slices], metric: str
+) -> str:
+    """A sentence about the group of a family with the lowest mean."""
+    worst = min(slices.groups_in(found, family), key=lambda name: found[name].mean)
+    row = found[worst]
+    best = max(baselines, key=lambda name: baselines[name].get(worst) or 0)
+    return (
+        f"{slices.full_label(worst)}: {metric} is {row.mean:.4f} (95 % interval "
+        f"{_interval(row)}) for {row.users:,.0f} users, and {found[slices.OVERALL].mean:.4f} "
+        f"for all users. The best untrained baseline of this group is "
+        f"{names.baseline_name(best)} with {_figure(baselines[best].get(worst))}."
+    )
+
+
+def _beaten(found: Mapping[str, Mean], baselines: Mapping[str, slices.Slices]) -> list[str]:
+    """The slices where an untrained baseline has a higher mean than the model, and which."""
+    beaten = []
+    for name, row in found.items():
+        better = {of: means.get(name) or 0 for of, means in baselines.items()}
+        best = max(better, key=better.__getitem__)
+        if better[best] > row.mean:
+            beaten.append(
+                f"{slices.full_label(name)} ({names.baseline_name(best)} {better[best]:.4f}, "
+                f"model {row.mean:.4f})"
+            )
+    return beaten
+
+
+def _popularity(folder: Path, recommended: Mapping[str, float | None]) -> dict[str, str]:
+    """How popular the recommended items are, beside the items of the training rows.
+
+    Args:
+        folder: of the run.
+        recommended: of `summary.json`.
+    """
+    rows = pd.read_parquet(folder / workdir.ITEMS)["training_rows"].to_numpy(np.float64)
+    shown = {name: value for name, value in recommended.items() if value is not None}
+    return {
+        "coverage": next(f"{100 * v:.1f} %" for k, v in shown.items() if k.startswith("coverage@")),
+        "cutoff": next(k.partition("@")[2] for k in shown if k.startswith("coverage@")),
+        "recommended": next(
+            f"{v:,.1f}" for k, v in shown.items() if k.startswith("mean_popularity@")
+        ),
+        "viewed": f"{(rows**2).sum() / rows.sum():,.1f}",
+        "average": f"{rows.mean():,.1f}",
+    }
+
+
+def _interval(row: Mean) -> str:
+    return "-" if np.isnan(row.low) else f"{row.low:.4f} to {row.high:.4f}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,153 @@
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from seqfair_jax import __main__, workdir
+from seqfair_jax.report.card import model_card
+
+METRIC = "NDCG@20"
+EXPORTED = {
+    "format": "jax", "shape": None, "run": "seed=0", "max_k": 80, "mask_seen": False,
+    "items": 80, "parameters": 1234, "window": 12, "platforms": ["cpu"],
+    "versions": {"seqfair_jax": "1.2.3", "jax": "4.5.6", "flatbuffers": "7"},
+}  # fmt: skip
+
+
+def rows_of(card, heading):
+    """The cells of the tables below a line of the card, up to the next text."""
+    lines = iter(card.splitlines())
+    next(line for line in lines if line == heading)
+    table = []
+    for line in lines:
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif table:
+            break
+    return table[:1] + table[2:]
+
+
+@pytest.fixture(scope="module")
+def folder(finished):
+    return finished().folder
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def card(folder):
+    return model_card(folder, "overall", EXPORTED)
+
+
+@pytest.mark.parametrize("rule", ["overall", "worst_group"])
+def test_every_group_has_its_size_its_mean_and_its_interval(rule, folder):
+    card = model_card(folder, rule, EXPORTED)
+    suffix = "" if rule == "overall" else "_worst_group"
+    users = pd.read_parquet(folder / f"per_user{suffix}.parquet")
+    baselines = workdir.read_summary(folder)["baselines"]
+    header, *rows = rows_of(card, "Groups of pop33:")
+    assert header == ["group", "users", METRIC, "95 % interval", *(f"[{b}]" for b in baselines)]
+    assert {row[0] for row in rows} == set(users.pop33)
+    for group, size, mean, interval, *others in rows:
+        values = users[METRIC][users.pop33 == group]
+        assert size == str(len(values))
+        assert mean == f"{values.mean():.4f}"
+        low, high = map(float, interval.split(" to "))
+        assert low < values.mean() < high
+        # About two standard errors on each side.
+        assert (high - low) / 4 == pytest.approx(values.sem(), rel=0.15, abs=1e-3)
+        expected = [means[METRIC][f"pop33={group}"] for means in baselines.values()]
+        assert others == [f"{mean:.4f}" for mean in expected]
+    [header, *rows] = rows_of(card, "All metrics, over all users:")
+    assert [row[0] for row in rows] == list(baselines["markov"])
+    [[_, size, mean, *_], *_] = rows_of(card, "## Results")[1:]
+    assert (size, mean) == (str(len(users)), f"{users[METRIC].mean():.4f}")
+
+
+def test_the_worst_group_stands_beside_its_best_baseline(card, folder):
+    users = pd.read_parquet(folder / "per_user.parquet")
+    means = users.groupby("pop33")[METRIC].mean()
+    worst = means.idxmin()
+    baselines = workdir.read_summary(folder)["baselines"]
+    best = max(baselines, key=lambda name: baselines[name][METRIC][f"pop33={worst}"])
+    [line] = [line for line in card.splitlines() if line.startswith(f"- pop33={worst}: ")]
+    assert f"{METRIC} is {means.min():.4f}" in line
+    assert f"for {(users.pop33 == worst).sum()} users" in line
+    assert f"[{best}] with {baselines[best][METRIC][f'pop33={worst}']:.4f}." in line
+
+
+def test_it_says_where_a_baseline_is_better(copied):
+    summary = workdir.read_summary(copied)
+    for means in summary["baselines"].values():
+        means[METRIC] = dict.fromkeys(means[METRIC], 0.0)
+    workdir.write_json(copied / "summary.json", summary)
+    card = model_card(copied, "overall", EXPORTED)
+    assert "The model is better than every untrained baseline" in card
+    summary["baselines"]["markov"][METRIC]["seq33=long"] = 0.75
+    workdir.write_json(copied / "summary.json", summary)
+    card = model_card(copied, "overall", EXPORTED)
+    assert "An untrained baseline is better than the model for:" in card
+    assert "- seq33=long ([markov] 0.7500, model 0." in card
+
+
+def test_the_data_the_split_and_the_limits_are_said(card, folder):
+    summary = workdir.read_summary(folder)
+    assert f"`{summary['dataset']['log_hash']}`" in card
+    found = summary["dataset"]
+    assert f"`{found['log_hash']}`" in card
+    assert f"has {found['users']} users, {found['items']} items and" in card.replace("\n", " ")
+    assert re.search(r"interactions, from \d\S* to \d\S*\. \d", card)
+    assert "Leave-one-out split" in card
+    users = pd.read_parquet(folder / "per_user.parquet")
+    small = users.pop33.value_counts()
+    small = small[small < 100]
+    for group, size in small.items():
+        assert f"pop33={group} ({size} users)" in card
+    counts = pd.read_parquet(folder / "items.parquet").training_rows
+    stats = summary["recommended"]
+    assert f"{100 * stats['coverage@20']:.1f} % of the items" in card
+    assert f"{stats['mean_popularity@20']:,.1f} training rows on average" in card
+    assert f"{(counts**2).sum() / counts.sum():,.1f}, and an" in card
+    settings = dict(rows_of(card, "## Settings")[1:])
+    assert settings["model.dim"] == "8"
+    assert settings["groups"] == "pop33, seq33"
+    assert not [key for key in settings if "path" in key or "cache" in key]
+
+
+def test_the_card_of_an_onnx_program_says_what_it_needs(folder):
+    versions = {"seqfair_jax": "1", "onnxruntime": "2.3", "jax2onnx": "4.5"}
+    own = {"format": "onnx", "shape": [3, 1024], "platforms": ["onnxruntime"]}
+    card = model_card(folder, "overall", EXPORTED | own | {"versions": versions})
+    assert 'pip install "onnxruntime>=2.3" numpy' in card
+    assert "It scores 3 histories at once" in card
+    assert "items i32[3, 1024], lengths i32[3]" in card
+    assert "params.npz" not in card
+
+
+def test_names_from_the_data_are_no_markup(copied):
+    bad = "<b>|`x`_*\n[a](b)"
+    encoded = json.dumps(bad)[1:-1]
+    text = (copied / "summary.json").read_text()
+    text = text.replace("pop33=niche", f"pop33={encoded}")
+    (copied / "summary.json").write_text(
+        text.replace('"name": "synthetic"', f'"name": "{encoded}"')
+    )
+    users = pd.read_parquet(copied / "per_user.parquet")
+    users["pop33"] = users["pop33"].replace("niche", bad)
+    users.to_parquet(copied / "per_user.parquet")
+    card = model_card(copied, "overall", EXPORTED)
+    shown = r"\<b>\|\`x\`\_\*\\n[a\](b)"
+    assert shown in [row[0] for row in rows_of(card, "Groups of pop33:")]
+    assert {len(row) for row in rows_of(card, "Groups of pop33:")} == {8}
+    assert f"# Model card: erm on {shown}" in card.splitlines()
+    assert "<b>" not in card.replace(r"\<b>", "")
+    assert f"pop33={shown}" in card
+
+
+def test_the_command_is_listed():
+    assert "export" in __main__.COMMANDS
