@@ -1,4 +1,4 @@
-"""`seqfair report DIR [DIR ...]`: tables, tests against a baseline, and the HTML report."""
+"""`seqfair report DIR [DIR ...]`: the verdict, tables, tests, and the HTML report."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,21 @@ from absl import flags
 from seqfair_jax import workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.errors import UserError
-from seqfair_jax.report import runs, text
+from seqfair_jax.report import contents, runs, text
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the tables of the named runs, and write the HTML report."""
     command = Command(
         "report",
-        "Print one table for each group family with all the named runs, and test them against\n"
-        "a baseline.",
+        "Print who is served worst, whether a method helps them and what it costs whom, and one\n"
+        "table for each group family with all the named runs. Folders without a finished run are\n"
+        "left out with a warning.",
         arguments="DIR [DIR ...]",
     )
     command.string("family", "the group family to show (default: all that the runs share)")
     command.string("metric", "the metric to show", "NDCG@20")
-    command.string("baseline", "the folder of a run to test the others against")
+    command.string("baseline", "the folder of a run to test the others against (default: ERM)")
     command.string("out", "an HTML file to write the whole report to")
     command.run(argv, _report)
 
@@ -30,19 +31,20 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
         raise UserError("name the folders of finished runs: seqfair report DIR [DIR ...]")
     folders = [workdir.user_path(name) for name in names]
     baseline = None if values.baseline is None else workdir.user_path(values.baseline)
-    if baseline is not None:  # the table has its row too
-        folders.append(baseline)
     out = None if values.out is None else workdir.user_path(values.out)
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out={out}: expected a name that ends in .html")
+    folders = runs.finished_only(folders)
+    if baseline is not None:  # the table has its row too
+        folders.append(baseline)
     found = runs.read_runs(folders)
-    print(text.run_tables(found, values.metric, family=values.family))
-    rows = None
+    content = contents.build(found, values.metric, family=values.family, baseline=baseline)
+    print(text.verdict_text(content))
+    print("\n" + text.contents_tables(content, runs.failed_runs(found)))
     if baseline is not None:
-        rows = runs.compare_runs(found, baseline, values.metric)
-        print("\n" + text.comparison(rows, baseline, values.metric, values.family))
+        print("\n" + text.comparison(content))
     if out is not None:
         from seqfair_jax.report import html  # matplotlib is slow to import
 
-        html.write(found, out, values.metric, family=values.family, rows=rows)
+        html.write(found, content, out)
         print(f"\nreport: {out.resolve()}")

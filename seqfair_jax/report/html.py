@@ -1,24 +1,32 @@
-"""One self-contained HTML file from finished runs: tables, figures, curves, settings.
+"""One self-contained HTML file: the verdict, tables, figures, and details.
 
 The functions here prepare plain rows and figures; `report.html.j2` is all of the markup.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from seqfair_jax import __version__, workdir
 from seqfair_jax.config import format_value
+from seqfair_jax.data.split import describe_split
 from seqfair_jax.evaluation import slices
-from seqfair_jax.report import figures, names, text
-from seqfair_jax.report.runs import FinishedRun, failed_runs, shared_families
+from seqfair_jax.evaluation.metrics import parse_metric
+from seqfair_jax.report import figures, names, rows, text, verdict
+from seqfair_jax.report.contents import LEVEL, Contents, records
+from seqfair_jax.report.rows import BASELINE, RUN, Row
+from seqfair_jax.report.runs import FinishedRun, failed_runs
 from seqfair_jax.training.selection import is_result
+
+_METHODS = 8  # in a figure
+_FOREST_LINES = 64
+_PANELS = 12  # of curves
+_TESTS = 600  # rows of the table of tests
 
 
 class Cell(NamedTuple):
@@ -28,9 +36,10 @@ class Cell(NamedTuple):
     mark: str = ""  # "best" or "second" of its column
     star: bool = False
     half: str = ""  # the half-width of an interval
+    small: bool = False  # of a group that is too small
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """A row of a table; the first cell is its name."""
 
     cells: list[Cell]
@@ -38,64 +47,56 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of a section."""
+    """A table, with a caption for screen readers, and perhaps a row of group sizes."""
 
+    caption: str
     header: list[str]
-    rows: list[Row]
+    lines: list[Line]
+    sizes: list[Cell] | None = None
 
 
 class Image(NamedTuple):
-    """A figure of a section."""
+    """A figure, its title, and the entries of its own legend."""
 
+    title: str
     alt: str
     uri: str
-    is_wide: bool = False  # takes a whole row of the page
+    legend: Sequence[tuple[str, figures.Style]] = ()
 
 
 class Section(NamedTuple):
-    """A part of the page: a heading, then a note, a table, and images with a caption."""
+    """A part of the page: a heading, then notes, a table, a legend, and images."""
 
     heading: str
-    note: str = ""
+    notes: Sequence[str] = ()
     table: Table | None = None
-    caption: str = ""
+    legend: Sequence[tuple[str, figures.Style]] = ()
     images: Sequence[Image] = ()
+    is_forest: bool = False  # a single large figure
 
 
-def write(
-    runs: Sequence[FinishedRun],
-    path: Path,
-    metric: str,
-    *,
-    family: str | None = None,
-    rows: pd.DataFrame | None = None,
-) -> None:
+def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
     """Write the report of finished runs to one HTML file that needs no network.
 
-    The page contains the tables by group (best method bold, second underlined, a star where the
-    paired t-test against the baseline has p < 0.05); the change against the baseline by group
-    with its bootstrap interval (paper, figures 1 and 2); validation curves by group; what the
-    objectives log by group; results over the values of a grid; and settings, versions and time.
-    Runs that failed are listed, and are in no mean, rank, figure or curve.
+    The page has the verdict in sentences; a table by group for each family with group sizes (best
+    row bold, second underlined, a star where q < 0.05 against the reference); a forest plot of the
+    differences; validation curves by group; what the objectives log by group; results over the
+    values of a grid; and, folded, every test, times, definitions, settings and versions. Figures
+    and the verdict show the first families, methods and groups; a sentence says what is left out.
 
     Args:
         runs: finished runs on one log, from `runs.read_runs`.
+        contents: from `contents.build` of these runs.
         path: the file to write; replaced if it exists.
-        metric: such as NDCG@20.
-        family: the one to show, as its user wrote it; None shows all that the runs share.
-        rows: the tests against a baseline, from `runs.compare_runs`; None shows none.
-
-    Raises:
-        UserError: as `runs.shared_families`.
     """
-    families = shared_families(runs, metric, family)
     results = [run for run in runs if is_result(run.summary)]
-    dataset = runs[0].summary["dataset"]
-    sections = [_results(runs, metric, name, rows) for name in families]
-    if rows is not None:
-        sections.append(_differences(rows, families))
-    sections += _curves(results, metric, families)
-    sections += [*_grids(results, metric, families), _times(runs)]
+    shown = contents._replace(families=contents.families[: text.FAMILIES])
+    methods = _shown_methods(contents)
+    styles = {row.name: number for number, row in enumerate(methods)}
+    more = contents.families[text.FAMILIES :]
+    told = [
+        (slices.family_label(part.family), part.sentences) for part in verdict.verdicts(contents)
+    ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("seqfair_jax.report", ""),
         autoescape=True,
@@ -103,114 +104,175 @@ def write(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    split = contents.dataset.get("split")
     page = environment.get_template("report.html.j2").render(
-        title=f"{dataset['name']}: {metric} by user group",
-        metric=metric,
-        dataset=dataset,
+        title=f"{contents.dataset['name']}: {contents.metric} by user group",
+        dataset=contents.dataset,
+        split=describe_split(split) if split else [],
         failed=failed_runs(runs),
-        sections=sections,
+        notes=verdict.notes(contents),
+        verdicts=told[: text.FAMILIES],
+        tables=[_results(contents, family) for family in shown.families],
+        more_verdicts=told[text.FAMILIES :],
+        more_tables=[_results(contents, family) for family in more],
+        sections=[
+            *_forest(shown, methods, styles),
+            *_curves(results, shown, styles),
+            *_grids(results, shown),
+        ],
+        details=[*_tests(contents), _times(runs)],
+        definitions=_definitions(contents),
         settings=_settings(runs),
         version=__version__,
     )
     workdir.write_text(path, page)
 
 
-def _results(
-    runs: Sequence[FinishedRun], metric: str, family: str, rows: pd.DataFrame | None
-) -> Section:
-    numbers = text.table(runs, metric, family)
-    table = _result_table(numbers, rows)
-    heading = f"{metric} by {slices.family_label(family)}"
-    if rows is None:
-        return Section(heading, table=table)
+def _shown_methods(contents: Contents) -> list[Row]:
+    """The rows of the figures: of a method with several values, the best in validation.
+
+    The reference is among them, and the chosen rows.
+    """
+    wanted = {contents.reference, *contents.chosen.values()}
+    methods = [row for row in contents.rows if row.kind != BASELINE]
+    if len(methods) > _METHODS:
+        best: dict[str, Row] = {}
+        for row in methods:
+            key = row.run.partition(" ")[0] if row.kind == RUN else row.name
+            if key not in best or _validation(row) > _validation(best[key]):
+                best[key] = row
+        kept = {row.name for row in best.values()}
+        methods = [row for row in methods if row.name in wanted | kept]
+        first = [row for row in methods if row.name in wanted]
+        others = [row for row in methods if row.name not in wanted]
+        kept = {row.name for row in [*first, *others][:_METHODS]}
+        methods = [row for row in methods if row.name in kept]
+    return methods
+
+
+def _validation(row: Row) -> float:
+    return float(np.mean([seed[slices.OVERALL] or 0.0 for seed in row.validation] or [0.0]))
+
+
+def _results(contents: Contents, family: str) -> Section:
+    notes = text.left_out(contents, family)
     return Section(
-        heading,
-        table=table,
-        caption="* p < 0.05 against the baseline. Bars: change against the baseline, with its "
-        "95 % interval.",
-        images=_change_images(rows, family, text.shown_slices(numbers)),
+        f"{contents.metric} by {slices.family_label(family)}",
+        [f"{note[0].upper()}{note[1:]}." for note in notes],
+        _result_table(contents, family),
     )
 
 
-def _result_table(numbers: pd.DataFrame, rows: pd.DataFrame | None) -> Table:
+def _result_table(contents: Contents, family: str) -> Table:
+    numbers = contents.table(family)
     columns = text.shown_slices(numbers)
-    is_method = ~numbers["name"].map(names.is_baseline)
-    starred = set()
-    if rows is not None:
-        with_star = rows[rows["star"]]
-        starred = set(zip(with_star["name"], with_star["slice"], strict=True))
-    places = {column: text.best_places(numbers[column], is_method) for column in columns}
-    body = []
-    for row, (method, record) in enumerate(zip(is_method, numbers.to_dict("records"), strict=True)):
+    judged = contents.judged(family)
+    small = {name for name in slices.groups_in(columns, family) if name not in judged}
+    starred = contents.tests[contents.tests["star"].eq(True)]
+    stars = set(zip(starred["name"], starred["slice"], strict=True))
+    everyone = [True] * len(numbers)
+    places = {column: text.best_places(numbers[column], everyone) for column in columns}
+    kinds = {row.name: row.kind for row in contents.rows}
+    lines = []
+    for place, record in enumerate(numbers.to_dict("records")):
         name = str(record["name"])
-        cells = [Cell(text.row_label(name, record["seeds"]))]
+        cells = [Cell(rows.row_label(name, record["seeds"]))]
         for column in columns:
             value, half = record[column], record[f"{column} ±"]
             if np.isnan(value):
-                cells.append(Cell("-"))
+                cells.append(Cell("-", small=column in small))
                 continue
             cells.append(
                 Cell(
                     f"{value:.4f}",
-                    mark=("", "best", "second")[places[column][row]],
-                    star=(name, column) in starred,
-                    half="" if np.isnan(half) else f"±{half:.4f}",
+                    "" if column in small else ("", "best", "second")[places[column][place]],
+                    (name, column) in stars,
+                    "" if np.isnan(half) else f"±{half:.4f}",
+                    column in small,
                 )
             )
-        body.append(Row(cells, is_baseline=not method))
-    return Table(["", *slices.labels(columns)], body)
-
-
-def _change_images(rows: pd.DataFrame, family: str, columns: Sequence[str]) -> list[Image]:
-    """Percentage change against the baseline: a panel a method, a bar a group, one scale."""
-    shown = [*slices.groups_in(columns, family), slices.OVERALL]
-    places = np.arange(len(shown))
-    drawn = []
-    lowest, highest = 0.0, 0.0
-    for number, (name, part) in enumerate(rows.groupby("name", sort=False)):
-        part = part.set_index("slice").reindex(shown)
-        figure, axes = figures.panel(str(name), num_groups=len(shown))
-        _, ends = figures.change_bars(axes, places, part, number)
-        axes.axhline(0, color="black", linewidth=0.8)
-        figures.group_axis(axes, slices.labels(shown), width=figure.get_figwidth() - 0.8)
-        axes.set_ylabel("change, %", fontsize=8)
-        lowest, highest = min([lowest, *ends]), max([highest, *ends])
-        alt = f"{name}, {slices.family_label(family)}: percentage change against the baseline"
-        drawn.append((figure, axes, alt))
-    margin = 0.05 * (highest - lowest) or 1.0
-    for _, axes, _ in drawn:
-        axes.set_ylim(lowest - margin, highest + margin)
-    return [_image(figure, alt) for figure, _, alt in drawn]
-
-
-def _image(figure: Figure, alt: str) -> Image:
-    is_wide = figure.get_figwidth() > figures.PANEL_WIDTH
-    return Image(alt, figures.svg_uri(figure, alt), is_wide)
-
-
-def _differences(rows: pd.DataFrame, families: Sequence[str]) -> Section:
-    shown = rows[[slices.is_shown(name, families) for name in rows["slice"]]]
-    body = [
-        Row(
-            [
-                Cell(f"{row['name']}, {slices.full_label(row['slice'])}"),
-                Cell(f"{row['users']:,}"),
-                Cell(f"{row['difference']:+.4f}", star=row["star"]),
-                Cell(f"{row['low']:+.4f} to {row['high']:+.4f}"),
-                Cell(f"{row['p']:.2g}"),
-                Cell(f"{row['q']:.2g}"),
-            ]
-        )
-        for row in shown.to_dict("records")
+        lines.append(Line(cells, kinds[name] == BASELINE))
+    sizes = [
+        Cell(text.users_cell(contents, column), half="too few" if column in small else "")
+        for column in columns
     ]
-    note = (
-        "Difference of the mean from the baseline's. p: two-sided paired t-test over users "
-        "(* p < 0.05). 95 % interval: percentile bootstrap over users. q: p after Benjamini and "
-        "Hochberg over all rows. With several seeds, a user's value is its mean over the seeds "
-        "that the method and the baseline share."
-    )
-    header = ["", "users", "difference", "95 % interval", "p", "q"]
-    return Section("Differences", note, Table(header, body))
+    caption = f"{contents.metric} by {slices.family_label(family)}"
+    header = ["", *slices.labels(columns)]
+    return Table(caption, header, lines, [Cell(text.USERS), *sizes])
+
+
+def _forest(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int]) -> list[Section]:
+    """One plot of the differences from the reference, by group and method."""
+    tests = contents.tests
+    drawn = [row for row in methods if row.name in set(tests["name"])]
+    if not drawn:
+        return []
+    groups = [slices.OVERALL]
+    most = max(4, _FOREST_LINES // len(drawn))
+    each = max(2, (most - 1) // len(contents.families))
+    left_out = 0
+    for family in contents.families:
+        worst_first = _worst_first(contents, family)
+        groups += [name for name in contents.judged(family) if name in worst_first[:each]]
+        left_out += len(worst_first[each:])
+    at = tests.set_index(["name", "slice"])
+    intervals: list[dict[int, figures.Interval]] = []
+    for group in groups:
+        found = {row.name: (row.name, group) for row in drawn if (row.name, group) in at.index}
+        intervals.append(
+            {
+                styles[name]: figures.Interval(*at.loc[key, list(figures.Interval._fields)])
+                for name, key in found.items()
+            }
+        )
+    labels = [
+        f"{label} ({contents.sizes[name]:,})"
+        for name, label in zip(groups, _labels(contents, groups), strict=True)
+    ]
+    notes = [
+        f"Each point is a method's mean {contents.metric} minus that of {contents.reference}, for "
+        "the users of a group, with its 95 % interval. The number behind a group is that of its "
+        f"test users. A filled point has q < {LEVEL:g}."
+    ]
+    if left_out:
+        notes.append(
+            f"The {each} worst served groups of a family are drawn, and {left_out} others are left "
+            "out. They are in the tables."
+        )
+    notes += _hidden_methods(contents, methods)
+    title = f"Difference from {contents.reference} by group"
+    image = Image(
+        "", f"{title}: the numbers are in the table of every test",
+        figures.svg_uri(figures.forest(labels, intervals), title),
+    )  # fmt: skip
+    return [Section(title, notes, legend=_legend(drawn, styles), images=[image], is_forest=True)]
+
+
+def _labels(contents: Contents, groups: Sequence[str]) -> list[str]:
+    if len(contents.families) == 1:
+        return slices.labels(groups)
+    return [slices.full_label(name) for name in groups]
+
+
+def _hidden_methods(contents: Contents, methods: Sequence[Row]) -> list[str]:
+    hidden = sum(row.kind != BASELINE for row in contents.rows) - len(methods)
+    if not hidden:
+        return []
+    return [
+        f"Of each method the row that is best in validation is drawn, at most {_METHODS} in all. "
+        f"{hidden} others are left out. They are in the tables."
+    ]
+
+
+def _worst_first(contents: Contents, family: str) -> list[str]:
+    """The judged groups, the worst served first, by the reference or else the first row."""
+    by = contents.row(contents.reference) if contents.reference else contents.rows[0]
+    means = by.means[0]
+    return sorted(contents.judged(family), key=lambda name: means.get(name) or 0.0)
+
+
+def _legend(methods: Sequence[Row], styles: Mapping[str, int]) -> list[tuple[str, figures.Style]]:
+    return [(row.name, figures.style(styles[row.name])) for row in methods]
 
 
 def _history(runs: Sequence[FinishedRun]) -> pd.DataFrame:
@@ -229,95 +291,141 @@ def _columns(history: pd.DataFrame, prefix: str) -> dict[str, str]:
     }
 
 
-def _curves(runs: Sequence[FinishedRun], metric: str, families: Sequence[str]) -> list[Section]:
+def _curves(
+    runs: Sequence[FinishedRun], contents: Contents, styles: Mapping[str, int]
+) -> list[Section]:
     """Figures over the epochs: validation by group, and what the objectives log by group."""
     if not runs:
         return []
-    history = _history(runs)
+    numbers: dict[str, int] = {}  # of the runs whose rows are in the figures
+    for row in contents.rows:
+        if row.name in styles and row.run:
+            numbers.setdefault(row.run, styles[row.name])
+    shown = [run for run in runs if run.name in numbers]
+    history = _history(shown)
     by_name = {str(name): part for name, part in history.groupby("name", sort=False)}
-    found = _columns(history, f"val/{metric}/")
-    wanted = [slices.OVERALL, *(s for name in families for s in slices.groups_in(found, name))]
-    images = []
-    for slice_name in wanted:
-        if slice_name in found:
-            lines = {name: part[["epoch", found[slice_name]]] for name, part in by_name.items()}
-            title = f"validation {metric}, {slices.full_label(slice_name)}"
-            images.append(_line_image(title, lines))
-    sections = [Section("Training", images=images)] if images else []
-    for log in dict.fromkeys(log for run in runs for log in names.logs(run.summary)):
+    found = _columns(history, f"val/{contents.metric}/")
+    each = max(1, (_PANELS - 1) // len(contents.families))
+    wanted, left_out = [slices.OVERALL], 0
+    for family in contents.families:
+        worst_first = _worst_first(contents, family)
+        wanted += [name for name in contents.judged(family) if name in worst_first[:each]]
+        left_out += len(worst_first[each:])
+    wanted = [name for name in wanted if name in found]
+    images = [
+        _line_image(
+            label,
+            f"validation {contents.metric} by epoch, {label}",
+            [(numbers[run], part[["epoch", found[name]]]) for run, part in by_name.items()],
+        )
+        for name, label in zip(wanted, _labels(contents, wanted), strict=True)
+    ]
+    legend = [(run, figures.style(numbers[run])) for run in by_name]
+    notes = [f"Mean {contents.metric} of the validation users after each epoch, over the seeds."]
+    if left_out:
+        notes.append(f"The {each} worst served groups of a family are shown, of {left_out} others "
+                     "none.")  # fmt: skip
+    sections = [Section("Training", notes, legend=legend, images=images)] if images else []
+    for log in dict.fromkeys(log for run in shown for log in names.logs(run.summary)):
         images = []
         for name, part in by_name.items():
             columns = _columns(part, f"train/{log.key}/")
             if columns:
-                lines = {group: part[["epoch", column]] for group, column in columns.items()}
-                images.append(_line_image(name, lines, alt=f"{log.title} by epoch, {name}"))
+                lines = [(i, part[["epoch", c]]) for i, c in enumerate(columns.values())]
+                image = _line_image(name, f"{log.title} by epoch, {name}", lines)
+                legend = [
+                    (slices.printable(group), figures.style(i)) for i, group in enumerate(columns)
+                ]
+                images.append(image._replace(legend=legend))
         sections += [Section(log.title, images=images)] if images else []
     return sections
 
 
-def _line_image(title: str, lines: dict[str, pd.DataFrame], alt: str = "") -> Image:
-    """A line for each label, over the epochs."""
-    figure, axes = figures.panel(title)
-    handles, labels = [], []
-    for number, (label, points) in enumerate(lines.items()):
-        points = points.dropna()
-        if len(points):
-            epochs, values = points.to_numpy().T
-            marker = "o" if len(epochs) == 1 else None  # a single point is no line
-            handles += axes.plot(
-                epochs, values, marker=marker, color=figures.colour(number), lw=1.5
-            )
-            labels.append(label)
-    axes.set_xlabel("epoch", fontsize=8)
-    figures.legend_below(figure, handles, labels)
-    alt = alt or f"{title}, by epoch"
-    return _image(figure, alt)
+def _line_image(title: str, alt: str, lines: Sequence[tuple[int, pd.DataFrame]]) -> Image:
+    """Lines over the epochs."""
+    points = [(number, part.dropna().to_numpy().T) for number, part in lines]
+    drawn = [(number, *values) for number, values in points if values.size]
+    return Image(title, alt, figures.svg_uri(figures.curves(drawn, "epoch"), alt))
 
 
-def _grids(runs: Sequence[FinishedRun], metric: str, families: Sequence[str]) -> list[Section]:
+def _grids(runs: Sequence[FinishedRun], contents: Contents) -> list[Section]:
     """Test and validation over the values of a hyperparameter, if a method has several."""
-    shown = [slices.OVERALL, *(slices.statistic_slice(name, "min") for name in families)]
-    records = [
-        {
+    metric = contents.metric
+    worst = {
+        slices.statistic_slice(family, "min"): contents.judged(family)
+        for family in contents.families
+    }
+    shown = [slices.OVERALL, *worst]
+    found = []
+    for run in runs:
+        for key, value in run.summary["hparams"].items():
             # The row's name without this value.
-            "method": run.name.replace(f"{key}={format_value(value)}", key, 1),
-            "key": key,
-            "value": value,
-            "part": part,
-            "slice": name,
-            "figure": run.summary[part][metric][name],
-        }
-        for run in runs
-        for key, value in run.summary["hparams"].items()
-        for part in ("val", "test")
-        for name in shown
-    ]
-    table = pd.DataFrame(records, columns=["method", "key", "value", "part", "slice", "figure"])
+            method = run.name.replace(f"{key}={format_value(value)}", key, 1)
+            for part in ("val", "test"):
+                means = run.summary[part][metric]
+                for name in shown:
+                    mean = rows.worst_mean(means, worst[name]) if name in worst else means[name]
+                    found.append((method, key, value, part, name, mean))
+    columns = ["method", "key", "value", "part", "slice", "figure"]
+    table = pd.DataFrame(found, columns=columns)
     table["figure"] = table["figure"].astype(float)
     images = []
-    for (method, key), part in table.groupby(["method", "key"], sort=False):
-        if part["value"].nunique() < 2:
+    for (row, hparam), of_key in table.groupby(["method", "key"], sort=False):
+        if of_key["value"].nunique() < 2:
             continue
-        figure, axes = figures.panel(f"{metric}, {method}")
-        means = part.groupby(["slice", "part", "value"])["figure"].mean()
-        handles, labels = [], []
-        for number, name in enumerate(shown):
-            for split, style in (("val", "--"), ("test", "-")):
+        means = of_key.groupby(["slice", "part", "value"])["figure"].mean()
+        lines: list[tuple[int, np.ndarray, np.ndarray]] = []
+        legend: list[tuple[str, figures.Style]] = []
+        for name in shown:
+            for split in ("val", "test"):
                 line = means[name, split].sort_index()
-                color = figures.colour(number)
-                handles += axes.plot(line.index, line, style, color=color, marker="o", ms=3)
-                labels.append(f"{slices.full_label(name)}, {split}")
-        if part["value"].max() > 20 * part["value"].min() > 0:
-            axes.set_xscale("log")
-        axes.set_xlabel(str(key), fontsize=8)
-        figures.legend_below(figure, handles, labels)
-        alt = f"{metric} over the values of {key}, {method}"
-        images.append(_image(figure, alt))
+                label = f"{slices.full_label(name)}, {'validation' if split == 'val' else 'test'}"
+                legend.append((label, figures.style(len(legend))))
+                lines.append((len(lines), line.index.to_numpy(float), line.to_numpy()))
+        is_log = of_key["value"].max() > 20 * of_key["value"].min() > 0
+        alt = f"{metric} over the values of {hparam}, {row}"
+        figure = figures.curves(lines, str(hparam), is_log=is_log, marked=True)
+        images.append(Image(str(row), alt, figures.svg_uri(figure, alt), legend))
     return [Section("Hyperparameters", images=images)] if images else []
 
 
+def _tests(contents: Contents) -> list[Section]:
+    """Every test: against the reference, and of each subject against the baselines."""
+    found = []
+    if len(contents.tests):
+        found.append((f"Every test against {contents.reference}", contents.tests))
+    for subject, tests in contents.baseline_tests.items():
+        if len(tests):
+            found.append((f"{subject} minus each baseline", tests))
+    sections = []
+    for heading, tests in found:
+        tests = tests[[slices.is_shown(name, contents.families) for name in tests["slice"]]]
+        lines = [
+            Line(
+                [
+                    Cell(f"{row['name']}, {slices.full_label(row['slice'])}"),
+                    Cell(f"{row['users']:,}"),
+                    Cell(verdict.signed(row["difference"]), star=row["star"]),
+                    Cell(f"{verdict.signed(row['low'])} to {verdict.signed(row['high'])}"),
+                    Cell(f"{row['p']:.2g}"),
+                    Cell(f"{row['q']:.2g}"),
+                ]
+            )
+            for row in records(tests.head(_TESTS))
+        ]
+        notes = []
+        if len(tests) > _TESTS:
+            notes.append(
+                f"These are the first {_TESTS} of {len(tests):,} tests. Name a --family for the "
+                "others."
+            )
+        header = ["", "users", "difference", "95 % interval", "p", "q"]
+        sections.append(Section(heading, notes, Table(heading, header, lines)))
+    return sections
+
+
 def _times(runs: Sequence[FinishedRun]) -> Section:
-    body = []
+    lines = []
     for run in runs:
         train = run.summary["train"]
         best = run.summary.get("best")
@@ -330,17 +438,81 @@ def _times(runs: Sequence[FinishedRun]) -> Section:
             f"{train['seconds']:,.0f}",
             "-" if rate is None else f"{rate:,.0f}",
         ]
-        body.append(Row([Cell(cell) for cell in cells]))
+        lines.append(Line([Cell(cell) for cell in cells]))
     header = ["", "status", "steps", "best epoch", "seconds", "targets/s"]
     note = "Seconds of training steps, without compilation. Runs of one command are timed together."
-    return Section("Time", note, Table(header, body))
+    return Section("Time", [note], Table("Time", header, lines))
+
+
+def _definitions(contents: Contents) -> list[tuple[str, str]]:
+    """The words of the page and what they mean."""
+    k = parse_metric(contents.metric)[1]
+    ratio = sum(1 / np.log2(1 + rank) for rank in range(1, k + 1))
+    reference = contents.reference or "the reference"
+    return [
+        (
+            f"NDCG@{k}",
+            f"With one target it is 1 / log2(1 + rank) if the target is in the first {k} items, "
+            "else 0: 1 at rank 1, 0.63 at rank 2, 0.5 at rank 3. With several targets, the sum "
+            "over them is divided by that of the best possible list. RecTools divides by the ideal "
+            f"of {k} hits, so with one target its figure is {ratio:.2f} times smaller.",
+        ),
+        (
+            f"Recall@{k}, HitRate@{k}",
+            f"Recall is the share of the user's targets among the first {k} items. HitRate is 1 if "
+            "any is. With one target they are the same.",
+        ),
+        (f"MRR@{k}", f"1 / rank of the first target, if it is among the first {k} items, else 0."),
+        (
+            "repeat, new",
+            "Targets that are in the user's history, and those that are not.",
+        ),
+        (
+            "worst",
+            f"The lowest mean of a family's groups with at least {contents.min_users} test users "
+            "(select.min_users).",
+        ),
+        (
+            "±",
+            "Half of the 95 % interval of a mean over seeds (t distribution). It covers other "
+            "seeds, not other users.",
+        ),
+        (
+            "95 % interval",
+            "Of a difference: percentile bootstrap over users, 2,000 resamples. It covers other "
+            "users, not other seeds: with several seeds, a user's value is its mean over the seeds "
+            "that both sides have. Of the worst group against the other users: Welch's t, widened "
+            "for the choice among the groups (Bonferroni).",
+        ),
+        (
+            "p, q",
+            "p is of a two-sided paired t-test over users. q is p after Benjamini and Hochberg, "
+            "over all rows and groups that are tested, apart for methods and for baselines. Of the "
+            f"tests with q < {LEVEL:g}, {LEVEL:.0%} or fewer are expected to be false.",
+        ),
+        ("*", f"The difference from {reference} has q < {LEVEL:g}."),
+        (
+            "bold, underlined",
+            "The best and the second best row of a column, baselines included, as printed.",
+        ),
+        (
+            "[brackets]",
+            "Baselines without training: the most popular items; what most often followed the last "
+            "item (Markov); the user's own last items; these two in turns.",
+        ),
+        (
+            "best worst group",
+            "A row of the epoch whose worst group was best in validation. The other row is of the "
+            "epoch that was best overall.",
+        ),
+    ]
 
 
 def _settings(runs: Sequence[FinishedRun]) -> list[tuple[str, str]]:
     """Each work directory once, with its `config.json` and `env.json` as text."""
     folders = [folder for run in runs for folder in run.named]
     unique = {folder.resolve(): folder for folder in folders}.values()
-    parts = {"config": workdir.CONFIG, "env": workdir.ENVIRONMENT}
+    parts: dict[str, Any] = {"config": workdir.CONFIG, "env": workdir.ENVIRONMENT}
     return [
         (
             slices.printable(str(folder)),

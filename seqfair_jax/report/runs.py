@@ -1,10 +1,9 @@
-"""Reads finished runs, and tests them against a baseline run."""
+"""Reads finished runs, and gives the rows of tables their names."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pandas as pd
 
 from seqfair_jax import workdir
 from seqfair_jax.config import RESUMABLE, flatten
@@ -13,8 +12,9 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import parse_metric
 from seqfair_jax.report.names import method_name
-from seqfair_jax.training.selection import RULES, is_result
+from seqfair_jax.training.selection import is_result
 
+_log = logging.getLogger(__name__)
 # Settings that runs of one row may differ in; `method_name` shows the objective's values.
 _FREE = {"seeds", *RESUMABLE} - {"train.epochs", "data.group_file"}
 
@@ -126,16 +126,16 @@ def shared_families(runs: Sequence[FinishedRun], metric: str, family: str | None
 
 def _check_dataset(run: FinishedRun, first: FinishedRun) -> None:
     ours, others = run.summary["dataset"], first.summary["dataset"]
-    differing = [
-        f"{key} {ours.get(key)} and {others.get(key)}"
+    differing = {
+        key: f"{key} {ours.get(key)} and {others.get(key)}"
         for key in (ours | others)
         if ours.get(key) != others.get(key)
-    ]
-    if differing:
+    }
+    if set(differing) - {"name"}:  # the same log may be in files of different names
         raise UserError(
             f"{run.folder} and {first.folder} were trained on different logs or splits "
-            f"({', '.join(differing)}): they cannot be compared in one table; report them one by "
-            "one"
+            f"({', '.join(differing.values())}): they cannot be compared in one table; report them "
+            "one by one"
         )
 
 
@@ -153,53 +153,43 @@ def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
     ]
 
 
-def compare_runs(runs: Sequence[FinishedRun], baseline: Path, metric: str) -> pd.DataFrame:
-    """Paired tests of every method against the runs of one folder (`significance.compare`).
-
-    Args:
-        runs: from `read_runs`, those of `baseline` among them.
-        baseline: the work directory to compare with, of a single method. Other seeds of its method
-            count as the baseline too.
-        metric: such as NDCG@20.
+def finished_only(folders: Sequence[Path]) -> list[Path]:
+    """The folders whose runs have finished; a warning names each of the others.
 
     Raises:
-        UserError: if the runs differ in their users, targets or groups, or `baseline` has several
-            methods.
+        UserError: if a folder does not exist, or none has finished.
     """
-    from seqfair_jax.evaluation import significance  # scipy.stats imports in half a second
+    finished = []
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(f"{folder} does not exist; name the --workdir of a run")
+        if workdir.is_finished(folder):
+            finished.append(folder)
+        else:
+            _log.warning("%s is left out: it has no finished run", slices.printable(str(folder)))
+    if not finished:
+        raise UserError("no folder has a finished run; run the training commands again")
+    return finished
 
-    path = baseline.resolve()
-    own = [run for run in runs if path in (folder.resolve() for folder in run.named)]
+
+def min_users(runs: Sequence[FinishedRun]) -> int:
+    """The `select.min_users` of the runs; the largest if they differ."""
+    configs = [workdir.read_json(run.folder / workdir.CONFIG) or {} for run in runs]
+    return max(int(config.get("select", {}).get("min_users", 1)) for config in configs)
+
+
+def name_of_folder(runs: Sequence[FinishedRun], folder: Path) -> str:
+    """The name that the runs of a work directory share.
+
+    Raises:
+        UserError: if it has several.
+    """
+    path = folder.resolve()
+    own = [run for run in runs if path in (named.resolve() for named in run.named)]
     names = list(dict.fromkeys(run.name for run in own))
     if len(names) != 1:
         raise UserError(
-            f"--baseline={baseline} has several methods: {', '.join(names)}; name the folder of "
+            f"--baseline={folder} has several methods: {', '.join(names)}; name the folder of "
             "one run"
         )
-    seeds = [*own, *(run for run in runs if run.name in names and run not in own)]
-    before = _per_user(seeds, "overall").get(names[0])
-    if before is None:
-        raise UserError(
-            f"--baseline={baseline} has no run that succeeded; name the folder of another run"
-        )
-    others = [run for run in runs if run.name not in names]
-    methods: dict[str, dict[int, pd.DataFrame]] = {}
-    for rule in RULES:
-        methods |= _per_user(others, rule)
-    if not methods:
-        raise UserError(
-            f"--baseline={baseline}: there is no other method that succeeded; name the folder of "
-            "at least one"
-        )
-    return significance.compare(methods, before, metric)
-
-
-def _per_user(runs: Sequence[FinishedRun], rule: str) -> dict[str, dict[int, pd.DataFrame]]:
-    """Each method's per-user table of each seed, under the name of its row."""
-    found: dict[str, dict[int, pd.DataFrame]] = {}
-    for run in runs:
-        if is_result(run.summary, rule):
-            table = pd.read_parquet(workdir.per_user(run.folder, RULES[rule].suffix))
-            row = run.name + RULES[rule].label
-            found.setdefault(row, {})[run.summary["seed"]] = table
-    return found
+    return names[0]

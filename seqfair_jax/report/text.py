@@ -1,19 +1,20 @@
-"""Finished runs as text: a table for each group family, and the tests against a baseline."""
+"""A report as text: the verdict, a table for each group family, and the tests."""
 
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from seqfair_jax.data.groups import encode_name
 from seqfair_jax.evaluation import slices
-from seqfair_jax.report.names import baseline_name, is_baseline
-from seqfair_jax.report.runs import FinishedRun, failed_runs, read_runs, shared_families
-from seqfair_jax.training.selection import RULES, is_result
+from seqfair_jax.report import contents, verdict
+from seqfair_jax.report.contents import Contents
+from seqfair_jax.report.rows import BASELINE, row_label
+from seqfair_jax.report.runs import failed_runs, read_runs
+
+FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
+USERS = "test users"  # the row of the group sizes
 
 # What Markdown would read as markup: an underscore between letters is none, a bracket only before
 # the target of a link, an ampersand only in an entity, a colon only in an emoji's name.
@@ -25,99 +26,91 @@ class Markdown(str):
 
 
 def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -> str:
-    """The text tables of the finished runs in work directories (`run_tables`)."""
-    return run_tables(read_runs(folders), metric, family=family)
+    """The text tables of the finished runs in work directories (`contents_tables`)."""
+    runs = read_runs(folders)
+    found = contents.build(runs, metric, family=family, tested=False)
+    return contents_tables(found, failed_runs(runs))
 
 
-def run_tables(runs: Sequence[FinishedRun], metric: str, *, family: str | None = None) -> str:
-    """One text table for each group family: a row for each method, then the baselines' rows.
+def contents_tables(found: Contents, failed: Sequence[str] = ()) -> str:
+    """One text table for each group family: the group sizes, the methods, then the baselines.
 
     Runs that differ only in the seed share a row: their mean and, from two seeds on, the
     half-width of its 95 % interval (t distribution). If runs of one method differ in other
-    settings, the rows' names show which. Runs that failed are listed below, and are in no mean.
+    settings, the rows' names show which. Below the tables are the groups that are too small for
+    `worst`, the rows that were joined, and the runs that failed, which are in no mean.
 
     Args:
-        runs: finished runs on one log, from `runs.read_runs`.
-        metric: such as NDCG@20.
-        family: the one to show, as its user wrote it; None shows all that the runs share.
-
-    Raises:
-        UserError: as `runs.shared_families`.
+        found: the contents of the report.
+        failed: a line for each failed run.
     """
-    families = shared_families(runs, metric, family)
-    title = f"{runs[0].summary['dataset']['name']}, {metric} on the test targets"
+    title = f"{found.dataset['name']}, {found.metric} on the test targets"
     parts = [
-        f"{title}, {slices.family_label(name)}\n{_text(table(runs, metric, name))}"
-        for name in families
+        f"{title}, {slices.family_label(family)}\n"
+        + "\n".join([_text(found, found.table(family)), *left_out(found, family)])
+        for family in found.families
     ]
-    return "\n\n".join([*parts, *failed_runs(runs)])
+    return "\n\n".join([*parts, *joined_rows(found), *failed])
 
 
-def comparison(rows: pd.DataFrame, baseline: Path, metric: str, family: str | None) -> str:
-    """The tests against a baseline as text.
+def left_out(found: Contents, family: str) -> list[str]:
+    """A sentence on the groups that `worst` ignores, or none."""
+    groups = slices.groups_in(found.sizes, family)
+    labels = dict(zip(groups, slices.labels(groups), strict=True))
+    small = [f"{labels[name]} ({found.sizes[name]:,})" for name in groups
+             if name not in found.judged(family)]  # fmt: skip
+    if not small:
+        return []
+    return [
+        f"worst ignores groups with fewer than {found.min_users} test users: {', '.join(small)}"
+    ]
 
-    Args:
-        rows: from `runs.compare_runs`.
-        baseline: the folder that was compared with.
-        metric: such as NDCG@20.
-        family: as for `tables`.
-    """
-    if family is not None:
-        names = (family, encode_name(family))
-        rows = rows[[slices.is_shown(name, names) for name in rows["slice"]]]
+
+def joined_rows(found: Contents) -> list[str]:
+    """A sentence on the rows that stand for both rules of selection, or none."""
+    both = [row.name for row in found.rows if row.is_both]
+    if not both:
+        return []
+    return [
+        "one row where the best overall epoch and the best epoch of the worst group are the same: "
+        + "; ".join(both)
+    ]
+
+
+def verdict_text(found: Contents) -> str:
+    """The verdict, as a line for each sentence."""
+    parts = ["\n".join(f"- {sentence}" for sentence in verdict.notes(found))]
+    for part in verdict.verdicts(found)[:FAMILIES]:
+        lines = [f"Verdict by {slices.family_label(part.family)}:"]
+        parts.append("\n".join([*lines, *(f"- {sentence}" for sentence in part.sentences)]))
+    more = len(found.families) - FAMILIES
+    if more > 0:
+        parts.append(f"The verdict on {more} more families is in the HTML report (--out).")
+    return "\n\n".join(filter(None, parts))
+
+
+def comparison(found: Contents) -> str:
+    """The tests against the reference as text."""
+    tests = found.tests
+    rows = tests[[slices.is_shown(name, found.families) for name in tests["slice"]]]
     shown = rows.assign(
         slice=rows["slice"].map(slices.full_label), star=np.where(rows["star"], "*", "")
-    ).drop(columns=["mean", "baseline"])
+    ).drop(columns=["mean", "baseline", "kind"])
     text = shown.to_string(
         index=False,
         float_format="{:.2g}".format,
         formatters=dict.fromkeys(("difference", "low", "high"), "{:+.4f}".format),
     )
     return (
-        f"{metric} against {baseline}: paired t-test over users (* p < 0.05), bootstrap 95 % "
-        f"interval, q after Benjamini-Hochberg\n{text}"
+        f"{found.metric} against {found.reference}: paired t-test over users, bootstrap 95 % "
+        "interval, q after Benjamini-Hochberg over the methods and over the baselines (* q < 0.05)"
+        f"\n{text}"
     )
 
 
-def table(runs: Sequence[FinishedRun], metric: str, family: str) -> pd.DataFrame:
-    """The numbers of a text table: columns `name`, `seeds`, and each slice and its `±`."""
-    rows: dict[str, list[slices.Slices]] = {}
-    for run in runs:
-        for rule in RULES.values():
-            if is_result(run.summary, rule.name):
-                found = run.summary["test" + rule.suffix][metric]
-                rows.setdefault(run.name + rule.label, []).append(found)
-    for name, metrics in runs[0].summary["baselines"].items():
-        rows[baseline_name(name)] = [metrics[metric]]
-    # Runs may differ in the groups of a family; a slice that a run lacks is NaN.
-    known = dict.fromkeys(name for found in rows.values() for seed in found for name in seed)
-    shown = [
-        *slices.groups_in(known, family),
-        slices.OVERALL,
-        slices.statistic_slice(family, "min"),
-        slices.REPEAT,
-        slices.NEW,
-    ]
-    records = []
-    for name, seeds in rows.items():
-        record: dict[str, Any] = {"name": name, "seeds": len(seeds)}
-        for slice_name in shown:
-            found = [seed.get(slice_name) for seed in seeds]
-            values = np.array([value for value in found if value is not None])
-            record[slice_name] = values.mean() if len(values) else np.nan
-            record[f"{slice_name} ±"] = _half_width(values)
-        records.append(record)
-    return pd.DataFrame(records)
-
-
 def shown_slices(numbers: pd.DataFrame) -> list[str]:
-    """The slices in the columns of a `table`."""
+    """The slices in the columns of `rows.numbers`."""
     return list(numbers.columns[2::2])
-
-
-def row_label(name: str, seeds: int) -> str:
-    """A row's name and, for a mean over several seeds, their number."""
-    return f"{name} ({seeds} seeds)" if seeds > 1 else name
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -147,33 +140,32 @@ def best_places(values: Iterable[float], is_method: Iterable[bool]) -> list[int]
     return [top.index(value) + 1 if value in top else 0 for value in printed]
 
 
-def _half_width(values: np.ndarray) -> float:
-    if len(values) < 2:
-        return np.nan
-    quantile = stdtrit(len(values) - 1, 0.975)  # of Student's t
-    return float(quantile * values.std(ddof=1) / len(values) ** 0.5)
+def users_cell(found: Contents, name: str) -> str:
+    """How many test users a slice has; "" for a statistic, or where nobody knows."""
+    size = found.sizes.get(name)
+    return "" if size is None else f"{size:,}"
 
 
-def _text(numbers: pd.DataFrame) -> str:
+def _text(found: Contents, numbers: pd.DataFrame) -> str:
     names = [row_label(*row) for row in zip(numbers["name"], numbers["seeds"], strict=True)]
-    width = max(map(len, names))
+    width = max(map(len, [USERS, *names]))
     columns = shown_slices(numbers)
-    cells = [[name.ljust(width) for name in names]]
+    cells = [[name.ljust(width) for name in (USERS, *names)]]
     for column in columns:
         halves = numbers[f"{column} ±"]
         cells.append(
-            [
+            [users_cell(found, column)]
+            + [
                 "-" if np.isnan(value) else f"{value:.4f}" + _spread(half)
                 for value, half in zip(numbers[column], halves, strict=True)
             ]
         )
     shown = pd.DataFrame(list(zip(*cells, strict=True)), columns=["", *slices.labels(columns)])
     lines = shown.to_string(index=False).splitlines()
-    first_baseline = next(
-        (i for i, name in enumerate(names, start=1) if is_baseline(name)), len(lines)
-    )
+    kinds = [row.kind for row in found.rows]
+    first_baseline = kinds.index(BASELINE) + 2 if BASELINE in kinds else len(lines)
     rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:first_baseline], rule, *lines[first_baseline:]])
+    return "\n".join([*lines[:2], rule, *lines[2:first_baseline], rule, *lines[first_baseline:]])
 
 
 def _spread(half: float) -> str:

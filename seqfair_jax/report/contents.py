@@ -1,0 +1,256 @@
+"""What a report says, as numbers: its rows, sizes, tests, and which methods it compares."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import significance, slices
+from seqfair_jax.report import rows
+from seqfair_jax.report.rows import BASELINE, RUN, Row
+from seqfair_jax.report.runs import FinishedRun, min_users, name_of_folder, shared_families
+
+ERM = "erm"
+LEVEL = 0.05  # of q, for a star and for the sentences
+
+
+class Contents(NamedTuple):
+    """The numbers of a report. `tests` and the others have the columns of `significance.compare`.
+
+    The reference is the row that the others are tested against. The chosen method of a family is
+    the row of other runs whose worst group is best in validation. The subject is the chosen method,
+    or the reference if there is no other.
+    """
+
+    metric: str
+    dataset: Mapping[str, Any]  # of `summary.json`
+    families: list[str]
+    rows: list[Row]
+    sizes: dict[str, int]  # test users of each slice
+    min_users: int  # smaller groups are not judged
+    reference: str  # the name of a row, or ""
+    tests: pd.DataFrame  # of the other rows against the reference, and `kind`
+    problem: str  # why there are no tests, or ""
+    chosen: dict[str, str]  # by family the name of a row; none if there is no other method
+    subjects: dict[str, str]  # by family the name of a row
+    baseline_tests: dict[str, pd.DataFrame]  # by subject: it minus each baseline
+
+    def row(self, name: str) -> Row:
+        """The row of a name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def judged(self, family: str) -> list[str]:
+        """The slices of a family's groups that are large enough."""
+        return rows.judged_groups(self.sizes, family, min_users=self.min_users)
+
+    def table(self, family: str) -> pd.DataFrame:
+        """`rows.numbers` of a family."""
+        return rows.numbers(self.rows, family, self.sizes, min_users=self.min_users)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table of tests."""
+    columns = list(map(str, table))
+    return [
+        dict(zip(columns, row, strict=True)) for row in table.itertuples(index=False, name=None)
+    ]
+
+
+def build(
+    runs: Sequence[FinishedRun],
+    metric: str,
+    *,
+    family: str | None = None,
+    baseline: Path | None = None,
+    lists: Sequence[Row] = (),
+    tested: bool = True,
+) -> Contents:
+    """The contents of the report of finished runs and of other systems' lists.
+
+    Args:
+        runs: finished runs on one log, from `runs.read_runs`.
+        metric: such as NDCG@20.
+        family: the one to show, as its user wrote it; None shows all that the runs share.
+        baseline: the work directory of the run that the others are tested against, of a single
+            method; other seeds of its method count too. Without one it is ERM, or else the best
+            baseline without training.
+        lists: rows of other systems, from `rows.of_lists`.
+        tested: whether to make the tests, which read the per-user tables.
+
+    Raises:
+        UserError: as `runs.shared_families`; with `baseline`, if the rows differ in their users,
+            targets or groups, or if there is nothing to compare.
+    """
+    families = shared_families(runs, metric, family)
+    named = None if baseline is None else name_of_folder(runs, baseline)
+    found = rows.of_runs(runs, metric)
+    at = next((i for i, row in enumerate(found) if row.kind == BASELINE), len(found))
+    found[at:at] = lists
+    if named is not None:
+        if all(row.name != named for row in found):
+            raise UserError(
+                f"--baseline={baseline} has no run that succeeded; name the folder of another run"
+            )
+        if not lists and all(run.name == named for run in runs if _succeeded(found, run)):
+            raise UserError(
+                f"--baseline={baseline}: there is no other method that succeeded; name the folder "
+                "of at least one"
+            )
+    return of_rows(
+        found,
+        metric,
+        families,
+        dataset=runs[0].summary["dataset"],
+        min_users=min_users(runs),
+        named=named,
+        erm={run.name for run in runs if run.summary["method"] == ERM},
+        tested=tested,
+    )
+
+
+def of_rows(
+    found: Sequence[Row],
+    metric: str,
+    families: Sequence[str],
+    *,
+    dataset: Mapping[str, Any],
+    min_users: int,
+    named: str | None = None,
+    erm: set[str] | frozenset[str] = frozenset(),
+    tested: bool = True,
+) -> Contents:
+    """The contents of a report of any rows.
+
+    Args:
+        found: the rows, in the order of the tables.
+        metric: such as NDCG@20.
+        families: canonical names of those to show.
+        dataset: what `summary.json` says of the log.
+        min_users: smaller groups are not judged.
+        named: the reference; None for ERM, or the best baseline.
+        erm: the names of ERM's rows.
+        tested: whether to make the tests.
+    """
+    sizes = rows.slice_sizes(found)
+    contents = Contents(
+        metric, dataset, list(families), list(found), sizes, min_users, "", _no_tests(), "", {},
+        {}, {},
+    )  # fmt: skip
+    reference = _reference(found, named, erm)
+    chosen: dict[str, str] = {}
+    for family in families:
+        name = _chosen(found, contents.judged(family), reference)
+        chosen |= {} if name is None else {family: name}
+    subjects = chosen
+    if reference is not None and reference.kind != BASELINE:
+        subjects = dict.fromkeys(families, reference.name) | chosen
+    contents = contents._replace(
+        chosen=chosen, subjects=subjects, reference="" if reference is None else reference.name
+    )
+    if not tested:
+        return contents
+    if reference is None:
+        return contents._replace(
+            problem="There is no ERM run, and the runs are of a version that stored no metrics of "
+            "each user for the baselines"
+        )
+    try:
+        tests = _tests(found, reference, metric)
+        against = {
+            name: _against_baselines(found, contents.row(name), metric)
+            for name in dict.fromkeys(subjects.values())
+        }
+    except UserError as error:
+        if named is not None:
+            raise
+        return contents._replace(problem=str(error))
+    return contents._replace(tests=tests, baseline_tests=against)
+
+
+def _succeeded(found: Sequence[Row], run: FinishedRun) -> bool:
+    return any(row.name == run.name for row in found)
+
+
+def _no_tests() -> pd.DataFrame:
+    columns = ("name", "kind", "slice", "users", "mean", "baseline", "difference", "low", "high")
+    return pd.DataFrame(columns=[*columns, "p", "q", "star"])
+
+
+def _mean(means: Sequence[float | None]) -> float:
+    """The mean over seeds, as far as they have one; -inf without any, so that it is never best."""
+    known = [value for value in means if value is not None]
+    return float(np.mean(known)) if known else -np.inf
+
+
+def _reference(
+    found: Sequence[Row], named: str | None, erm: set[str] | frozenset[str]
+) -> Row | None:
+    if named is not None:
+        return next(row for row in found if row.name == named)
+    candidates = [row for row in found if row.name in erm]  # of several, the best in validation
+    if candidates:
+        return max(candidates, key=lambda row: _overall(row.validation))
+    candidates = [row for row in found if row.kind == BASELINE and row.per_user is not None]
+    return max(candidates, key=lambda row: _overall(row.means), default=None)
+
+
+def _overall(seeds: Sequence[slices.Slices]) -> float:
+    return _mean([seed.get(slices.OVERALL) for seed in seeds])
+
+
+def _chosen(found: Sequence[Row], judged: Sequence[str], reference: Row | None) -> str | None:
+    """The run whose worst group is best in validation; of equal ones the best overall."""
+    compared = "" if reference is None else reference.run
+    others = [row for row in found if row.kind == RUN and row.run != compared]
+
+    def score(row: Row) -> tuple[float, float]:
+        worst = [rows.worst_mean(seed, judged) for seed in row.validation]
+        return _mean(worst), _overall(row.validation)
+
+    best = max(others, key=score, default=None)
+    return None if best is None else best.name
+
+
+def _tests(found: Sequence[Row], reference: Row, metric: str) -> pd.DataFrame:
+    """The tests against the reference.
+
+    q is over all methods and lists, and apart from these over the baselines: their differences are
+    large, and would make those of the methods look surer than they are.
+    """
+    assert reference.per_user is not None
+    before = reference.per_user()
+    parts = []
+    for is_baseline in (False, True):
+        others = [
+            row
+            for row in found
+            if row is not reference and row.per_user and (row.kind == BASELINE) == is_baseline
+        ]
+        if not others:
+            continue
+        tables = {row.name: row.per_user() for row in others if row.per_user}
+        table = _corrected(significance.compare(tables, before, metric), found)
+        parts.append(table.assign(kind=table["name"].map({row.name: row.kind for row in others})))
+    return pd.concat(parts, ignore_index=True) if parts else _no_tests()
+
+
+def _against_baselines(found: Sequence[Row], subject: Row, metric: str) -> pd.DataFrame:
+    """The subject minus each baseline."""
+    tables = {row.name: row.per_user() for row in found if row.kind == BASELINE and row.per_user}
+    if not tables or subject.per_user is None:
+        return _no_tests()
+    table = _corrected(significance.compare(tables, subject.per_user(), metric), found)
+    return table.assign(
+        kind=BASELINE, difference=-table["difference"], low=-table["high"], high=-table["low"]
+    )
+
+
+def _corrected(table: pd.DataFrame, found: Sequence[Row]) -> pd.DataFrame:
+    """A table of tests without doubled ones; the star is by q."""
+    if not rows.has_both_kinds(found):  # the only kind of targets is all of them
+        table = table[~table["slice"].isin([slices.REPEAT, slices.NEW])].reset_index(drop=True)
+    q = significance.false_discovery_rates(table["p"])
+    return table.assign(q=q, star=q < LEVEL)

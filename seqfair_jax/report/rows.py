@@ -1,0 +1,210 @@
+"""The rows of a report: trained runs, baselines, and the lists of other systems."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from seqfair_jax import workdir
+from seqfair_jax.evaluation import slices
+from seqfair_jax.evaluation.significance import slice_members
+from seqfair_jax.report.names import baseline_name
+from seqfair_jax.report.runs import FinishedRun
+from seqfair_jax.training.selection import RULES, is_result
+
+RUN, BASELINE, LIST = "run", "baseline", "list"
+# A per-user table has the columns of `per_user.parquet`.
+PerUser = Callable[[], Mapping[int, pd.DataFrame]]
+
+
+class Row(NamedTuple):
+    """A row of the tables: runs that differ only in the seed, a baseline, or a recommender's lists.
+
+    The rows of a report have the same users, targets and groups.
+    """
+
+    name: str
+    kind: str  # RUN, BASELINE or LIST
+    means: tuple[slices.Slices, ...]  # of the test, for each seed
+    per_user: PerUser | None = None  # reads each seed's table; None where there is none
+    validation: tuple[slices.Slices, ...] = ()  # for each seed of runs
+    run: str = ""  # the name that its runs share, whatever rule selected the epoch
+    is_both: bool = False  # both rules of selection chose the same epoch
+
+
+def of_runs(runs: Sequence[FinishedRun], metric: str) -> list[Row]:
+    """The rows of finished runs on one log, then those of the baselines.
+
+    A run has a row for each rule that selects an epoch (`selection.RULES`). It has one row if the
+    rules chose the same epoch in every seed.
+    """
+    found = []
+    for name in dict.fromkeys(run.name for run in runs):
+        seeds = [run for run in runs if run.name == name]
+        is_both = all(_chose_one_epoch(run) for run in seeds if is_result(run.summary))
+        for rule in RULES.values():
+            tested = [run for run in seeds if is_result(run.summary, rule.name)]
+            if not tested or (is_both and rule.suffix):
+                continue
+            found.append(
+                Row(
+                    name + rule.label,
+                    RUN,
+                    tuple(run.summary["test" + rule.suffix][metric] for run in tested),
+                    _reader(tested, rule.suffix, metric),
+                    tuple(run.summary["val" + rule.suffix][metric] for run in tested),
+                    name,
+                    is_both,
+                )
+            )
+    return [*found, *_baselines(runs, metric)]
+
+
+def of_lists(name: str, table: pd.DataFrame, metric: str) -> Row:
+    """The row of another system's lists.
+
+    Args:
+        name: of the system.
+        table: with the columns of `per_user.parquet`, for the users of the other rows.
+        metric: such as NDCG@20.
+    """
+    values = table[metric].to_numpy(np.float64)
+    members = slice_members(table)
+    means: slices.Slices = {key: float(values[at].mean()) for key, at in members.items()}
+    return Row(slices.printable(name), LIST, (means,), lambda: {0: table})
+
+
+def _chose_one_epoch(run: FinishedRun) -> bool:
+    bests = [run.summary.get("best" + rule.suffix) for rule in RULES.values()]
+    epochs = [None if best is None else best["epoch"] for best in bests]
+    return None not in epochs and len(set(epochs)) == 1
+
+
+def _reader(runs: Sequence[FinishedRun], suffix: str, metric: str) -> PerUser:
+    @functools.cache
+    def read() -> dict[int, pd.DataFrame]:
+        return {run.summary["seed"]: _read(run, suffix, metric) for run in runs}
+
+    return read
+
+
+def _read(run: FinishedRun, suffix: str, metric: str) -> pd.DataFrame:
+    path = workdir.per_user(run.folder, suffix)
+    with workdir.named_errors(path, "read"):
+        table = pd.read_parquet(path)
+    return table[[c for c in table if "@" not in str(c) or c == metric]]
+
+
+def _baselines(runs: Sequence[FinishedRun], metric: str) -> list[Row]:
+    tested = next((run for run in runs if is_result(run.summary)), runs[0])
+    path = tested.folder / workdir.BASELINES
+
+    @functools.cache
+    def stored() -> tuple[pd.DataFrame, pd.DataFrame]:
+        with workdir.named_errors(path, "read"):
+            values = pd.read_parquet(path, columns=["user_id", "baseline", metric])
+        return _read(tested, "", metric), values
+
+    def reader(name: str) -> PerUser:
+        def read() -> dict[int, pd.DataFrame]:
+            users, values = stored()
+            own = values[values["baseline"] == name].set_index("user_id")[metric]
+            return {0: users.assign(**{metric: own.reindex(users["user_id"]).to_numpy()})}
+
+        return read
+
+    has_users = is_result(tested.summary) and path.is_file()  # version 0.2.0 stored no users
+    return [
+        Row(baseline_name(name), BASELINE, (means[metric],), reader(name) if has_users else None)
+        for name, means in tested.summary["baselines"].items()
+    ]
+
+
+def slice_sizes(rows: Sequence[Row]) -> dict[str, int]:
+    """How many test users each slice has; of a slice that only some rows know, by the first."""
+    known = dict.fromkeys(name for row in rows for seed in row.means for name in seed)
+    wanted = {
+        name
+        for row in rows
+        for seed in row.means
+        for name, mean in seed.items()
+        if mean is not None and not slices.parse(name).statistic
+    }
+    sizes: dict[str, int] = {}
+    for row in rows:
+        if row.per_user is None or wanted <= set(sizes):
+            continue
+        for table in row.per_user().values():  # a row's seeds may differ in their groups
+            sizes = {name: len(users) for name, users in slice_members(table).items()} | sizes
+            if wanted <= set(sizes):
+                break
+    none = dict.fromkeys(known.keys() - wanted, 0) if sizes else {}  # no user is in such a slice
+    sizes = none | sizes
+    return {
+        name: sizes[name] for name in known if name in sizes and not slices.parse(name).statistic
+    }
+
+
+def judged_groups(sizes: Mapping[str, int], family: str, *, min_users: int) -> list[str]:
+    """The slices of a family's groups that have at least `min_users` test users."""
+    return [name for name in slices.groups_in(sizes, family) if sizes[name] >= min_users]
+
+
+def numbers(
+    rows: Sequence[Row], family: str, sizes: Mapping[str, int], *, min_users: int
+) -> pd.DataFrame:
+    """The numbers of a family's table: columns `name`, `seeds`, and each slice and its `±`.
+
+    Several seeds are their mean and the half-width of its 95 % interval (t distribution). The worst
+    is the lowest mean among groups with at least `min_users` test users, of each seed. Repeat and
+    new targets are left out if all are of one kind.
+    """
+    known = dict.fromkeys(name for row in rows for seed in row.means for name in seed)
+    groups = slices.groups_in(known, family)
+    judged = judged_groups(sizes, family, min_users=min_users) if sizes else groups
+    worst = slices.statistic_slice(family, "min")
+    kinds = [name for name in (slices.REPEAT, slices.NEW) if name in known]
+    shown = [*groups, slices.OVERALL, worst, *(kinds if has_both_kinds(rows) else [])]
+    records = []
+    for row in rows:
+        record: dict[str, Any] = {"name": row.name, "seeds": len(row.means)}
+        for name in shown:
+            if name == worst:
+                found = [worst_mean(seed, judged) for seed in row.means]
+            else:
+                found = [seed.get(name) for seed in row.means]
+            values = np.array([value for value in found if value is not None])
+            record[name] = values.mean() if len(values) else np.nan
+            record[f"{name} ±"] = half_width(values)
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def has_both_kinds(rows: Sequence[Row]) -> bool:
+    """Whether there are repeat and new targets. Otherwise one of them is the same as overall."""
+    return any(
+        seed.get(slices.REPEAT) is not None and seed.get(slices.NEW) is not None
+        for row in rows
+        for seed in row.means
+    )
+
+
+def worst_mean(means: slices.Slices, judged: Sequence[str]) -> float | None:
+    """The lowest mean of the judged groups; None without any."""
+    return min((x for name in judged if (x := means.get(name)) is not None), default=None)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half the 95 % interval of a mean over seeds, by the t distribution; NaN for one seed."""
+    if len(values) < 2:
+        return np.nan
+    quantile = stdtrit(len(values) - 1, 0.975)
+    return float(quantile * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def row_label(name: str, seeds: int) -> str:
+    """A row's name and, for a mean over several seeds, their number."""
+    return f"{name} ({seeds} seeds)" if seeds > 1 else name

@@ -1,0 +1,265 @@
+"""The verdict of a report: sentences that are computed from its numbers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from seqfair_jax.evaluation import significance, slices
+from seqfair_jax.report.contents import Contents, records
+from seqfair_jax.report.rows import BASELINE, LIST
+
+_NAMED = 6  # groups that a sentence names
+_NONE = "no difference was found for"
+
+
+class Verdict(NamedTuple):
+    """What the numbers say of a group family."""
+
+    family: str  # canonical
+    sentences: list[str]
+
+
+def verdicts(contents: Contents) -> list[Verdict]:
+    """For each family who is served worst, whether a method helps them, and what it costs whom.
+
+    A difference counts if its q is below 0.05. Otherwise the sentence says that none was found, and
+    gives the difference and its interval all the same.
+    """
+    found = []
+    said: set[tuple[str, str]] = set()  # pairs whose difference over all users was told
+    for family in contents.families:
+        found.append(Verdict(family, _Family(contents, family, said).sentences()))
+    return found
+
+
+def notes(contents: Contents) -> list[str]:
+    """What a reader must know of all tables: missing tests, joined rows, ignored groups."""
+    found = []
+    if contents.problem:
+        found.append(f"No tests were made. {contents.problem}.")
+    elif contents.reference and contents.row(contents.reference).kind == BASELINE:
+        found.append(
+            f"There is no ERM run. The methods are compared with {contents.reference}, the best "
+            "baseline without training."
+        )
+    both = [row.name for row in contents.rows if row.is_both]
+    if both:
+        found.append(
+            f"In {_listed(both)}, the best overall epoch and the best epoch of the worst group are "
+            "the same in every seed, so there is one row for both."
+        )
+    return found
+
+
+class _Family:
+    """The sentences of one family."""
+
+    def __init__(self, contents: Contents, family: str, said: set[tuple[str, str]]):
+        self._contents, self._said = contents, said
+        self._metric = contents.metric
+        self._groups = slices.groups_in(contents.sizes, family)
+        self._judged = contents.judged(family)
+        self._label = dict(zip(self._groups, slices.labels(self._groups), strict=True))
+        self._label[slices.OVERALL] = "all users"
+        self._family = slices.family_label(family)
+        self._subject = contents.subjects.get(family)
+        self._chosen = contents.chosen.get(family)
+
+    def sentences(self) -> list[str]:
+        """All of them, in order."""
+        contents = self._contents
+        if not contents.sizes:
+            return ["No run succeeded, so there is nothing to say."]
+        reference = contents.row(contents.reference) if contents.reference else None
+        # Who is served worst is said of ERM or the named run; of a baseline nobody asks it.
+        is_method = reference is not None and reference.kind != BASELINE
+        of = contents.reference if is_method else self._subject
+        found = []
+        worst = None
+        if of is not None and len(self._judged) > 1:
+            worst, sentence = self._worst(of)
+            found.append(sentence)
+        elif self._judged:
+            found.append(
+                f"Only group {self._label[self._judged[0]]} has at least {contents.min_users} test "
+                "users, so no group can be called worst."
+            )
+        elif self._groups:
+            found.append(
+                f"No group has at least {contents.min_users} test users, so none is judged."
+            )
+        found += self._too_small()
+        if self._chosen is None:
+            if is_method:
+                found.append(f"There is no other run to compare {contents.reference} with.")
+        elif not contents.problem and contents.reference:
+            found += self._choice()
+            found += self._change(self._chosen, worst)
+        for row in contents.rows:
+            if row.kind == LIST and not contents.problem and contents.reference:
+                found += self._change(row.name, worst)
+        if self._subject is not None:
+            found += self._baselines(self._subject)
+        return found
+
+    def _worst(self, of: str) -> tuple[str, str]:
+        """The group with the lowest mean, and the sentence about it."""
+        row = self._contents.row(of)
+        means = {
+            name: np.mean([x for seed in row.means if (x := seed.get(name)) is not None] or np.nan)
+            for name in self._judged
+        }
+        worst = min(means, key=lambda name: (np.isnan(means[name]), means[name]))
+        label, users = self._label[worst], self._contents.sizes[worst]
+        start = f"{self._metric} {means[worst]:.4f} for its {users:,} test users"
+        plain = f"Group {label} is served worst under {of}: {start}."
+        if row.per_user is None:
+            return worst, plain
+        tables = row.per_user()
+        values = significance.seed_mean(tables, self._metric)
+        members = significance.slice_members(next(iter(tables.values()))).get(worst)
+        if members is None or len(members) == len(values):
+            return worst, plain
+        others = np.delete(values, members)
+        # The worst of several groups is chosen by the same users: Bonferroni.
+        confidence = 1 - 0.05 / len(self._judged)
+        gap = significance.gap(values[members], others, confidence=confidence)
+        end = f"{start} and {others.mean():.4f} for the others, {_effect(gap._asdict())}."
+        if gap.high < 0:
+            return worst, f"Group {label} is served worst under {of}: {end}"
+        return worst, (
+            f"Group {label} has the lowest {self._metric} under {of}, but no difference from the "
+            f"other users was found: {end}"
+        )
+
+    def _too_small(self) -> list[str]:
+        small = [name for name in self._groups if name not in self._judged]
+        if not small or not self._judged:
+            return []
+        sizes = [f"{self._label[name]} ({self._contents.sizes[name]:,})" for name in small]
+        return [
+            f"Too small to judge, with fewer than {self._contents.min_users} test users: "
+            f"{_listed(sizes)}."
+        ]
+
+    def _choice(self) -> list[str]:
+        contents = self._contents
+        compared = contents.row(contents.reference).run
+        others = [row for row in contents.rows if row.validation and row.run != compared]
+        if len(others) < 2:
+            return []
+        scope = f"besides {contents.reference}" if self._is_run(contents.reference) else "trained"
+        return [
+            f"Of the {len(others)} rows {scope}, {self._chosen} is the best in validation "
+            "for its worst group. The sentences below are about it."
+        ]
+
+    def _is_run(self, name: str) -> bool:
+        return bool(self._contents.row(name).validation)
+
+    def _change(self, name: str, worst: str | None) -> list[str]:
+        """A method against the reference: in the worst group, overall, and in the other groups."""
+        reference = self._contents.reference
+        tests = self._contents.tests
+        at = {row["slice"]: row for row in records(tests[tests["name"] == name])}
+        found = []
+        wanted = [worst] if worst else []
+        if (name, reference) not in self._said:
+            self._said.add((name, reference))
+            wanted.insert(0, slices.OVERALL)
+        for where in wanted:
+            if where in at:
+                found.append(self._sentence(name, reference, where, at[where]))
+        others = [name for name in self._judged if name != worst and name in at]
+        gains = [where for where in others if at[where]["star"] and at[where]["difference"] > 0]
+        losses = [where for where in others if at[where]["star"] and at[where]["difference"] < 0]
+        if gains:
+            found.append(f"{name} also raises it for {self._effects(gains, at)}.")
+        if losses:
+            found.append(f"It costs {self._effects(losses, at)}.")
+        elif others:
+            found.append(
+                f"No loss from {name} was found in {'another' if worst else 'any'} group by "
+                f"{self._family}."
+            )
+        return found
+
+    def _sentence(self, name: str, reference: str, where: str, row: dict[str, Any]) -> str:
+        label = self._label[where]
+        if not row["star"]:
+            return (
+                f"For {label}, no difference between {name} and {reference} was found: "
+                f"{_effect(row)}."
+            )
+        verb = "raises" if row["difference"] > 0 else "lowers"
+        return (
+            f"{name} {verb} {self._metric} for {label} from {row['baseline']:.4f} ({reference}) to "
+            f"{row['mean']:.4f}, {_effect(row)}."
+        )
+
+    def _effects(self, names: Sequence[str], at: dict[str, dict[str, Any]]) -> str:
+        return _listed([f"{self._label[name]} ({_short(at[name])})" for name in names])
+
+    def _baselines(self, subject: str) -> list[str]:
+        """The subject against the best baseline of each group."""
+        best = best_baselines(self._contents, subject, [slices.OVERALL, *self._judged])
+        parts: dict[str, list[str]] = {"better for": [], "worse for": [], _NONE: []}
+        for where, row in best.items():
+            part = "better for" if row["difference"] > 0 else "worse for"
+            told = f"{self._label[where]} ({row['name']}, {_short(row)})"
+            parts[part if row["star"] else _NONE].append(told)
+        sentences = [f"{part} {_listed(told)}" for part, told in parts.items() if told]
+        if not sentences:
+            return []
+        return [
+            f"{subject} against the best baseline without training of each group, with the "
+            f"difference and its 95 % interval: {'; '.join(sentences)}."
+        ]
+
+
+def best_baselines(
+    contents: Contents, subject: str, wanted: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The test of a row against the baseline with the highest mean, by slice."""
+    tests = contents.baseline_tests.get(subject, pd.DataFrame(columns=["slice"]))
+    found = {}
+    for where in wanted:
+        rows = records(tests[tests["slice"] == where])
+        if rows:
+            found[where] = max(rows, key=lambda row: row["mean"])
+    return found
+
+
+def _effect(row: dict[str, Any]) -> str:
+    """`difference +0.0123, 95 % interval +0.0010 to +0.0236, q 0.003`."""
+    shown = f"difference {signed(row['difference'])}"
+    if np.isnan(row["low"]):
+        return f"{shown}, too few users for an interval"
+    shown += f", 95 % interval {signed(row['low'])} to {signed(row['high'])}"
+    if "q" not in row:
+        return shown
+    return f"{shown}, q {row['q']:.3f}" if row["q"] >= 0.001 else f"{shown}, q below 0.001"
+
+
+def _short(row: dict[str, Any]) -> str:
+    """`+0.0123, +0.0010 to +0.0236`."""
+    shown = signed(row["difference"])
+    if np.isnan(row["low"]):
+        return shown
+    return f"{shown}, {signed(row['low'])} to {signed(row['high'])}"
+
+
+def signed(value: float) -> str:
+    """A difference to four digits with its sign; 0 has none."""
+    shown = f"{value:+.4f}"
+    return shown if float(shown) else "0.0000"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _NAMED
+    if more > 1:
+        return f"{', '.join(names[:_NAMED])} and {more} more"
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]

@@ -1,0 +1,246 @@
+"""The sentences of the report on tables made by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from seqfair_jax.evaluation.significance import gap
+from seqfair_jax.report import contents, rows, verdict
+
+METRIC = "NDCG@20"
+SIZES = {"niche": 20, "middle": 18, "popular": 20, "tiny": 2}
+ERM = {"niche": 0.2, "middle": 0.6, "popular": 0.6, "tiny": 0.0}
+MARKOV = {"niche": 0.1, "middle": 0.6, "popular": 0.7, "tiny": 0.0}
+POPULAR = {"niche": 0.05, "middle": 0.1, "popular": 0.1, "tiny": 0.0}
+
+
+def users(means, noise=0.0, *, sizes=SIZES):
+    """A per-user table: every user of a group has its mean, plus noise with mean 0."""
+    groups = [group for group, size in sizes.items() for _ in range(size)]
+    values = np.array([means[group] for group in groups])
+    values += noise * np.where(np.arange(len(groups)) % 2, 1, -1)  # the sizes are even
+    table = {"user_id": range(len(groups)), "target_item_id": 0, "repeat": False, "rank": 1}
+    return pd.DataFrame(table | {METRIC: values, "tier": groups})
+
+
+def row(name, kind, means, noise=0.0, *, validation=None, sizes=SIZES):
+    made = rows.of_lists(name, users(means, noise, sizes=sizes), METRIC)
+    if kind == rows.RUN:
+        seen = validation or means
+        slices = {f"tier={group}": mean for group, mean in seen.items()}
+        made = made._replace(validation=({"overall": sum(seen.values())} | slices,), run=name)
+    return made._replace(kind=kind)
+
+
+def runs(**named):
+    return [row(name, rows.RUN, means) for name, means in named.items()]
+
+
+def baselines(sizes=SIZES):
+    return [
+        row("[markov]", rows.BASELINE, MARKOV, sizes=sizes),
+        row("[most_popular]", rows.BASELINE, POPULAR, sizes=sizes),
+    ]
+
+
+def build(found, **options):
+    options = {"erm": {"erm"}, "min_users": 10} | options
+    return contents.of_rows(found, METRIC, ["tier"], dataset={}, **options)
+
+
+def sentences(found, **options):
+    made = build(found, **options)
+    [told] = verdict.verdicts(made)
+    return told.sentences, made
+
+
+def signed(value):
+    return "0.0000" if abs(value) < 5e-5 else f"{value:+.4f}"
+
+
+def effect(made, name, where):
+    """A test as the sentences show it."""
+    tests = made.tests.set_index(["name", "slice"])
+    found = tests.loc[(name, where)]
+    q = "below 0.001" if found["q"] < 0.001 else f"{found['q']:.3f}"
+    return (
+        f"difference {signed(found['difference'])}, 95 % interval {signed(found['low'])} to "
+        f"{signed(found['high'])}, q {q}"
+    )
+
+
+def worst(means, group, name):
+    """The sentence on the group that is served worst."""
+    table = users(means)
+    inside = (table["tier"] == group).to_numpy()
+    values = table[METRIC].to_numpy()
+    found = gap(values[inside], values[~inside], confidence=1 - 0.05 / 3)
+    return (
+        f"Group {group} is served worst under {name}: NDCG@20 {means[group]:.4f} for its "
+        f"{SIZES[group]} test users and {values[~inside].mean():.4f} for the others, difference "
+        f"{found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}."
+    )
+
+
+def test_a_method_that_helps_the_worst_and_costs_others():
+    gdro = {"niche": 0.3, "middle": 0.6, "popular": 0.55, "tiny": 0.9}
+    told, made = sentences([*runs(erm=ERM, gdro=gdro), *baselines()])
+    assert told == [
+        worst(ERM, "niche", "erm"),
+        "Too small to judge, with fewer than 10 test users: tiny (2).",
+        f"gdro raises NDCG@20 for all users from 0.4467 (erm) to 0.4933, "
+        f"{effect(made, 'gdro', 'overall')}.",
+        "gdro raises NDCG@20 for niche from 0.2000 (erm) to 0.3000, difference +0.1000, 95 % "
+        "interval +0.1000 to +0.1000, q below 0.001.",
+        "It costs popular (-0.0500, -0.0500 to -0.0500).",
+        "gdro against the best baseline without training of each group, with the difference and "
+        f"its 95 % interval: better for niche ([markov], +0.2000, +0.2000 to +0.2000); worse for "
+        "popular ([markov], -0.1500, -0.1500 to -0.1500); no difference was found for all users "
+        f"([markov], {overall(made)}) and middle ([markov], 0.0000, 0.0000 to 0.0000).",
+    ]
+    assert made.reference == "erm"
+    assert made.subjects == {"tier": "gdro"}
+
+
+def overall(made):
+    found = made.baseline_tests["gdro"].set_index(["name", "slice"]).loc[("[markov]", "overall")]
+    return f"{found['difference']:+.4f}, {found['low']:+.4f} to {found['high']:+.4f}"
+
+
+def test_no_difference_is_said_with_its_figures():
+    same = dict.fromkeys(SIZES, 0.4)
+    found = [
+        row("erm", rows.RUN, same, 0.1),
+        row("cvar", rows.RUN, same | {"middle": 0.405}, -0.1),
+    ]
+    told, made = sentences(found)
+    assert told[0].startswith(
+        "Group middle has the lowest NDCG@20 under erm, but no difference from the other users was "
+        "found: NDCG@20 0.4000 for its 18 test users and 0.4000 for the others, difference "
+    )
+    assert told[2:] == [
+        f"For all users, no difference between cvar and erm was found: "
+        f"{effect(made, 'cvar', 'overall')}.",
+        f"For middle, no difference between cvar and erm was found: "
+        f"{effect(made, 'cvar', 'tier=middle')}.",
+        "No loss from cvar was found in another group by tier.",
+    ]
+    assert not any("equal" in sentence for sentence in told)
+
+
+def test_without_erm_the_reference_is_the_best_baseline():
+    gdro = {"niche": 0.3, "middle": 0.6, "popular": 0.7, "tiny": 0.0}
+    told, made = sentences([*runs(gdro=gdro), *baselines()])
+    assert made.reference == "[markov]"
+    assert told[0] == worst(gdro, "niche", "gdro")
+    assert told[3] == (
+        "gdro raises NDCG@20 for niche from 0.1000 ([markov]) to 0.3000, difference +0.2000, 95 % "
+        "interval +0.2000 to +0.2000, q below 0.001."
+    )
+    assert verdict.notes(made) == [
+        "There is no ERM run. The methods are compared with [markov], the best baseline without "
+        "training."
+    ]
+
+
+def test_one_run_is_compared_with_the_baselines():
+    told, made = sentences([*runs(erm=ERM), *baselines()])
+    assert told[2] == "There is no other run to compare erm with."
+    assert told[3].startswith("erm against the best baseline without training of each group")
+    assert "better for niche ([markov], +0.1000, +0.1000 to +0.1000)" in told[3]
+    assert len(told) == 4
+    assert made.chosen == {}
+
+
+def test_the_method_is_chosen_in_validation_and_not_in_the_test():
+    better = ERM | {"niche": 0.5}
+    found = [
+        *runs(erm=ERM),
+        row("a", rows.RUN, better, validation=ERM | {"niche": 0.1}),
+        row("b", rows.RUN, ERM, validation=ERM | {"niche": 0.4}),
+        # Of a group that is too small no figure counts.
+        row("c", rows.RUN, better, validation=ERM | {"niche": 0.3, "tiny": 1.0}),
+    ]
+    told, made = sentences(found)
+    assert made.chosen == {"tier": "b"}
+    assert told[2] == (
+        "Of the 3 rows besides erm, b is the best in validation for its worst group. The "
+        "sentences below are about it."
+    )
+
+
+def test_groups_that_cannot_be_judged():
+    told, made = sentences([*runs(erm=ERM, cvar=ERM), *baselines()], min_users=100)
+    assert told[0] == "No group has at least 100 test users, so none is judged."
+    table = made.table("tier")
+    assert table["tier/min"].isna().all()
+    sizes = {"niche": 20, "tiny": 2}
+    found = [row(name, rows.RUN, ERM, sizes=sizes) for name in ("erm", "cvar")]
+    told, made = sentences(found)
+    assert (
+        told[0] == "Only group niche has at least 10 test users, so no group can be called worst."
+    )
+    assert told[1] == "Too small to judge, with fewer than 10 test users: tiny (2)."
+
+
+def test_the_worst_ignores_groups_that_are_too_small():
+    made = build([*runs(erm=ERM), *baselines()])
+    table = made.table("tier").set_index("name")
+    assert table.loc["erm", "tier/min"] == pytest.approx(0.2)  # tiny has 0
+    assert made.sizes == {"overall": 60, "tier=middle": 18, "tier=niche": 20,
+                          "tier=popular": 20, "tier=tiny": 2, "target=new": 60}  # fmt: skip
+
+
+def test_a_list_of_another_system_is_a_row_like_others():
+    lists = row("old system", rows.LIST, ERM | {"niche": 0.25})
+    told, made = sentences([*runs(erm=ERM), lists, *baselines()])
+    assert (
+        "old system raises NDCG@20 for niche from 0.2000 (erm) to 0.2500, difference +0.0500, 95 % "
+        "interval +0.0500 to +0.0500, q below 0.001."
+    ) in told
+    assert made.tests["name"].unique().tolist() == ["old system", "[markov]", "[most_popular]"]
+
+
+def test_q_is_over_the_methods_and_apart_over_the_baselines():
+    rng = np.random.default_rng(0)
+    found = runs(erm=ERM, a=ERM, b=ERM) + baselines()
+    noisy = []
+    for one in found:
+        table = next(iter(one.per_user().values()))
+        table = table.assign(**{METRIC: table[METRIC] + rng.normal(0, 0.1, len(table))})
+        noisy.append(one._replace(per_user=lambda table=table: {0: table}))
+    made = build(noisy)
+    for kind in (rows.RUN, rows.BASELINE):
+        tests = made.tests[made.tests["kind"] == kind]
+        # Two rows, and overall and four groups: the only kind of targets is not another slice.
+        assert len(tests) == 2 * 5
+        p = tests["p"].to_numpy()
+        expected = [min(min(1, x * len(p) / (p <= x).sum()) for x in p[p >= own]) for own in p]
+        assert tests["q"].to_numpy() == pytest.approx(expected)
+        assert (tests["star"] == (tests["q"] < 0.05)).all()
+
+
+def test_rows_that_cannot_be_compared():
+    found = runs(erm=ERM, cvar=ERM)
+    other = next(iter(found[1].per_user().values())).assign(target_item_id=1)
+    found[1] = found[1]._replace(per_user=lambda: {0: other})
+    told, made = sentences(found)
+    assert told == [
+        worst(ERM, "niche", "erm"),
+        "Too small to judge, with fewer than 10 test users: tiny (2).",
+    ]
+    [note] = verdict.notes(made)
+    assert note.startswith("No tests were made. cvar: target_item_id of user 0 is not the baseline")
+
+
+def test_all_users_are_told_once_for_several_families():
+    found = []
+    for one in [*runs(erm=ERM, cvar=ERM), *baselines()]:
+        table = next(iter(one.per_user().values()))
+        table = table.assign(other=table["tier"])
+        means = tuple(m | {f"other={g}": m[f"tier={g}"] for g in SIZES} for m in one.means)
+        found.append(one._replace(per_user=lambda table=table: {0: table}, means=means))
+    made = contents.of_rows(found, METRIC, ["tier", "other"], dataset={}, min_users=10, erm={"erm"})
+    first, second = (told.sentences for told in verdict.verdicts(made))
+    assert sum("For all users" in sentence for sentence in first) == 1
+    assert not any("For all users" in sentence for sentence in second)
