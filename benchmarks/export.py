@@ -31,11 +31,13 @@ from load import Model
 model = Model(sys.argv[1])
 times = [time.perf_counter() - began]
 histories, k = json.load(sys.stdin)
+cpu = []
 for history in [[], *histories]:
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     model.recommend([history], k, mask_seen=True)
+    cpu.append(time.process_time() - cpu_began)
     times.append(time.perf_counter() - began)
-print(json.dumps(times))
+print(json.dumps([times, cpu[1:]]))
 """
 
 
@@ -58,7 +60,7 @@ def benchmark(config, *, repeats, k, users, items, format):
             [sys.executable, "-c", _LOADER, name],
             input=json.dumps([requests, k]), capture_output=True, text=True, check=True,
         )  # fmt: skip
-    load, first, *times = json.loads(result.stdout)
+    (load, first, *times), cpu = json.loads(result.stdout)
     print_table(
         [
             {
@@ -72,6 +74,7 @@ def benchmark(config, *, repeats, k, users, items, format):
                 "first request, s": f"{first:.1f}",
                 f"request with k={k}, ms": spread([1000 * t for t in times], "{:.1f}"),
                 "95th percentile, ms": f"{1000 * np.quantile(times, 0.95):.1f}",
+                "CPU, ms": spread([1000 * t for t in cpu], "{:.1f}"),
             }
         ]
     )
