@@ -280,6 +280,14 @@ def test_bad_wide_files(tmp_path, content, message):
         read(tmp_path / "groups.csv", content)
 
 
+def test_families_that_nothing_uses_are_found(tmp_path):
+    text = "user_id,age,plan,R&D,a:b,country\n1,20,x,y,z,DK\n"
+    own = read(tmp_path / "groups.csv", text)
+    assert groups.unused_families(own, ["pop33"]) == ["R%26D", "a%3Ab", "age", "country", "plan"]
+    used = ["age:4", "pop33*plan", "seq33&R%26D", "a:b"]
+    assert groups.unused_families(own, used) == ["country"]
+
+
 # --- Users without a value ---
 
 

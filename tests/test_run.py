@@ -11,13 +11,14 @@ import pytest
 from runs import DROPOUT, FILES, files_of, finish, rows_of, small, train_command, write_config
 
 from seqfair_jax import workdir
-from seqfair_jax.config import decay_over_training
+from seqfair_jax.config import decay_over_training, resolve
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.metrics import KINDS
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.report import text
 from seqfair_jax.run import run
 from seqfair_jax.training import environment, loop, resume
+from seqfair_jax.training.experiment import build_experiment
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -249,6 +250,15 @@ def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
     assert not (tmp_path / ".config.json.unfinished").exists()
 
 
+def test_unused_families_of_the_group_file_are_named(tmp_path, caplog):
+    path = tmp_path / "groups.csv"
+    users = pd.DataFrame({"user_id": range(300), "age": ["old", "young"] * 150, "plan": "a"})
+    users.to_csv(path, index=False)
+    build_experiment(resolve(small(**{"data.group_file": str(path), "groups": ("age",)})))
+    message = "data.group_file has families that `groups` does not name, so no result shows them: "
+    assert message + "plan" in caplog.text
+
+
 def test_a_group_method_refuses_an_overlapping_family(tmp_path):
     path = tmp_path / "groups.csv"
     path.write_text("user_id,family,group\n0,age,old\n0,age,young\n")
@@ -297,7 +307,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
         read_until(process, b"val NDCG")
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read().decode()
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGTERM
     assert "the same command resumes" in rest
     (step,) = (tmp_path / "run" / "checkpoints" / "latest").iterdir()
     assert 5 <= int(step.name) < 200

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from ml_collections import ConfigDict
 
 from seqfair_jax.data import files, tables
-from seqfair_jax.data.files import hash_files, locate
+from seqfair_jax.data.files import hash_files, locate, log_title
 from seqfair_jax.data.readers import log_from_table, read_log
 from seqfair_jax.errors import UserError
 
@@ -383,3 +384,22 @@ def test_movielens_100k_of_recbole(real_data, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: columns are separated by '\\t'"
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "title"),
+    [
+        ("a/events.2024.csv.gz", "events.2024"),
+        ("logs/", "logs"),
+        ("logs/2024-*.csv", "2024-*"),
+        (".hidden", ".hidden"),
+        (".", "csv"),
+        ("one\ntwo.csv", "one two"),
+    ],
+)
+def test_a_log_is_called_by_the_name_of_its_file(path, title):
+    data = ConfigDict({"name": "csv", "title": "", "path": path})
+    assert log_title(data) == title
+    data.title = "Shop"
+    assert log_title(data) == "Shop"
+    assert log_title(ConfigDict({"name": "ml1m", "title": "", "path": path})) == "ml1m"

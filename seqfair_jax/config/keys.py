@@ -89,6 +89,12 @@ _RUNS = (
 _DATA = (
     Setting("data.name", "synthetic", "Which log is read.", choices=DATA_NAMES),
     Setting(
+        "data.title",
+        "",
+        "What tables and reports call the log. If empty, the name of its file or folder.",
+        resumable=True,
+    ),
+    Setting(
         "data.path",
         None,
         "The log: a file, a folder of parts, or a pattern such as `'logs/2024-*.csv.gz'`.",

@@ -9,6 +9,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from seqfair_jax.errors import UserError
@@ -135,6 +137,19 @@ def require_file(path: Path, setting: str) -> None:
             raise UserError(f"{setting} is a folder; name a file in it")
         if not path.exists():
             raise UserError(f"{setting}: no such file; it would be {path.absolute()}")
+
+
+def log_title(data: ConfigDict) -> str:
+    """What tables and reports call a log: `data.title`, or the name of its file without endings.
+
+    Args:
+        data: a config's `data` part.
+    """
+    title = data.title or data.name
+    if not data.title and data.name == "csv" and data.path:
+        name = PurePosixPath(data.path).name
+        title = re.sub(r"(?<=.)(\.[A-Za-z]\w*)+$", "", name) or name
+    return "".join(c if c.isprintable() else " " for c in title).strip() or data.name
 
 
 def hash_files(paths: list[Path]) -> str:

@@ -198,6 +198,19 @@ def read_group_table(path: str | None) -> pd.DataFrame | None:
     return frame
 
 
+def unused_families(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
+    """The families of a group table that no family name uses, sorted and encoded.
+
+    Args:
+        table: see `read_group_table`.
+        names: as for `build_family`.
+    """
+    given = set(names)
+    atoms = {atom.partition(":")[0] for name in given for atom in family_parts(name)}
+    used = given | set(map(decode_name, atoms))
+    return sorted(map(encode_name, set(table["family"]) - used))
+
+
 def _choose(names: Sequence[str], where: str) -> dict[str, str]:
     """The columns of a group file: user_id, family, group; or of a wide one user_id, 0, 1, ..."""
     advice = "rename a column"

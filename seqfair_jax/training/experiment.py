@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from seqfair_jax.data.groups import (
     read_group_table,
     require_partition,
     training_rows,
+    unused_families,
 )
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
@@ -27,6 +29,8 @@ from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import check_batch_size
 from seqfair_jax.training.step import Task, TrainData, make_optimizer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +97,12 @@ def build_experiment(config: ConfigDict) -> Experiment:
     )
     loss_name = config.objective.group_family
     by_name = {name: family(name) for name in dict.fromkeys((*config.groups, loss_name))}
+    unused = [] if group_table is None else unused_families(group_table, by_name)
+    if unused:
+        _log.warning(
+            "data.group_file has families that `groups` does not name, so no result shows them: %s",
+            ", ".join(unused),
+        )
     families, loss_family = [by_name[name] for name in config.groups], by_name[loss_name]
     name = config.objective.name
     method = objectives.find(name)
