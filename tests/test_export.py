@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -317,6 +319,18 @@ def test_nothing_is_replaced(kind, run_folder, tmp_path, capsys):
     has = "has files; name a new folder, or remove this one" if kind == "folder" else "is a file"
     assert f"--out={out} {has}" in capsys.readouterr().err
     assert (out / "mine" if kind == "folder" else out).read_text() == "as before"
+
+
+def test_ctrl_c_writes_nothing_and_says_so(run_folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(export, "check", interrupted)
+    with pytest.raises(SystemExit) as end:
+        command.main([f"--workdir={run_folder}", f"--out={tmp_path / 'out'}"])
+    assert end.value.code == 130
+    assert f"stopped: {tmp_path / 'out'} was not written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_whole_or_absent(tmp_path):
