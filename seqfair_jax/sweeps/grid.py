@@ -59,7 +59,7 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     base = config.copy_and_resolve_references()
     base.unlock()
     if "sweep" not in base:
-        raise UserError("the config has no `sweep`: use one that has, such as --config=paper_rr")
+        raise UserError("the config has no `sweep`: use one that has, --config=paper_rr")
     sweep = base.sweep
     del base["sweep"]
     known = default_sweep()

@@ -117,7 +117,7 @@ def split_search(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tupl
     base = copy.deepcopy(config)
     base.unlock()
     if "search" not in base:
-        raise UserError("the config has no `search`: use one that has, such as --config=backbone_rr")
+        raise UserError("the config has no `search`: use one that has, --config=backbone_rr")
     settings = base.search
     del base["search"]
     unknown = sorted(set(settings) - set(default_search()))
