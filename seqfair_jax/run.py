@@ -1,7 +1,9 @@
 """From a config to the files of its runs: load, train, test, write, print."""
 
+import contextlib
 import logging
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from seqfair_jax.serving import catalogue
 from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment, build_experiment
 from seqfair_jax.training.loop import fit
+from seqfair_jax.training.progress import Snapshot
 from seqfair_jax.training.resume import restore
 
 _log = logging.getLogger(__name__)
@@ -43,9 +46,39 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
     """
     config = resolve(config)
     folder = workdir.create(directory)
+    with _exclusive(folder):
+        return _run(config, folder)
+
+
+def train(
+    config: ConfigDict,
+    directory: str | Path,
+    *,
+    after_epoch: Callable[[Snapshot], bool] | None = None,
+) -> tuple[Experiment, Snapshot]:
+    """Train and validate, without the test; `run` on the same folder resumes there and tests.
+
+    Args:
+        config, directory: as for `run`.
+        after_epoch: as for `loop.fit`.
+
+    Raises:
+        UserError, SystemExit: as for `run`.
+    """
+    config = resolve(config)
+    folder = workdir.create(directory)
+    with _exclusive(folder):
+        settings = _check_folder(config, folder)
+        experiment = build_experiment(config)
+        return experiment, _train(experiment, folder, settings, after_epoch)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Lock a work directory, and turn a signal and a full memory into their messages."""
     with workdir.exclusive(folder):
         try:
-            return _run(config, folder)
+            yield
         except KeyboardInterrupt as error:  # outside of the training steps, which handle signals
             raise Interrupted(_interrupted(folder), error) from None
         except jax.errors.JaxRuntimeError as error:
@@ -59,22 +92,43 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
 
 
 def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
+    saved = workdir.read_json(folder / workdir.CONFIG)
+    settings = _check_folder(config, folder)
+    if saved is not None and not changed_settings(saved, settings) and workdir.is_finished(folder):
+        _log.info("%s has finished; this is its table", folder)
+        _warn_of_changed_inputs(config, workdir.finished_inputs(folder))
+        print(text.tables([folder], config.select.metric))
+        return workdir.read_summary(folder)
+    inputs = source_hashes(config.data)
+    experiment = build_experiment(config)
+    describe(experiment)
+    snapshot = _train(experiment, folder, settings)
+    summary = test(experiment, folder, snapshot, inputs)
+    print(text.tables([folder], config.select.metric))
+    print(f"\nfiles: {folder.resolve()}")
+    return summary
+
+
+def _check_folder(config: ConfigDict, folder: Path) -> dict[str, Any]:
+    """The settings as JSON, after a check that the folder is empty or of the same settings."""
     settings = workdir.jsonable(config.to_dict())
     saved = workdir.read_json(folder / workdir.CONFIG)
     if saved is not None:
         check_resumable(saved, settings, str(folder / workdir.CONFIG))
-        if not changed_settings(saved, settings) and workdir.is_finished(folder):
-            _log.info("%s has finished; this is its table", folder)
-            _warn_of_changed_inputs(config, workdir.finished_inputs(folder))
-            print(text.tables([folder], config.select.metric))
-            return workdir.read_summary(folder)
     elif not workdir.is_empty(folder):
         raise UserError(
             f"--workdir={folder} has other files and no {workdir.CONFIG}; name an empty folder"
         )
-    inputs = source_hashes(config.data)
-    experiment = build_experiment(config)
-    _describe(experiment)
+    return settings
+
+
+def _train(
+    experiment: Experiment,
+    folder: Path,
+    settings: dict[str, Any],
+    after_epoch: Callable[[Snapshot], bool] | None = None,
+) -> Snapshot:
+    """Train from the newest checkpoint, after the files that say what is trained."""
     snapshot = restore(experiment, folder)
     folders = workdir.run_folders(folder, experiment.names)
     # Results of fewer epochs or other cut-offs must not stay beside the new config.
@@ -87,11 +141,7 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
         _write_data_files(part, experiment)
         if part != folder:
             workdir.write_json(part / workdir.CONFIG, _settings_of(spec, settings))
-    snapshot = fit(experiment, folder, snapshot)
-    summary = test(experiment, folder, snapshot, inputs)
-    print(text.tables([folder], config.select.metric))
-    print(f"\nfiles: {folder.resolve()}")
-    return summary
+    return fit(experiment, folder, snapshot, after_epoch)
 
 
 def _settings_of(spec: RunSpec, settings: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +177,8 @@ def _warn_of_changed_inputs(config: ConfigDict, inputs: dict[str, str]) -> None:
             )
 
 
-def _describe(experiment: Experiment) -> None:
+def describe(experiment: Experiment) -> None:
+    """Print what the log has, how it is split, and the runs."""
     found = dataset_summary(experiment)
     print(
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "

@@ -16,7 +16,7 @@ from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.metrics import KINDS
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.report import text
-from seqfair_jax.run import run
+from seqfair_jax.run import run, train
 from seqfair_jax.training import environment, loop, resume
 from seqfair_jax.training.experiment import build_experiment
 
@@ -115,7 +115,7 @@ def test_a_grid_of_runs(tmp_path, capsys):
     assert inside["test"] == alone["test"]  # one after another on a CPU, so to the last bit
 
 
-def test_early_stopping_ends_the_run(tmp_path):
+def test_early_stopping_ends_the_run(tmp_path, capsys, caplog):
     """The rate is too low to change a rank, so the second epoch is no better than the first."""
     changes = {"train.epochs": 30, "train.early_stop_epochs": 1, "train.learning_rate": 1e-12}
     summary = run(small(**changes), tmp_path)
@@ -123,6 +123,29 @@ def test_early_stopping_ends_the_run(tmp_path):
     assert (summary["best"]["epoch"], summary["train"]["stopped_epoch"]) == (1, 2)
     assert (summary["train"]["steps"], summary["status"]) == (10, "finished")
 
+    logged = "seed=0 stopped after epoch 2: no better validation NDCG@20 in 1 epochs"
+    assert [r.getMessage() for r in caplog.records if "stopped" in r.getMessage()] == [logged]
+    last = capsys.readouterr().out.split("\n\n")[-2]
+    assert last == "erm, seed 0: stopped early, after epoch 2; its best epoch is 1"
+
+
+def test_training_without_the_test_is_resumed_and_tested(tmp_path):
+    config = small()
+    snapshots = []
+
+    def stop(snapshot):
+        snapshots.append(snapshot)
+        return True
+
+    _, snapshot = train(config, tmp_path / "parts", after_epoch=stop)
+    assert [snapshot.progress.epoch, *(s.progress.epoch for s in snapshots)] == [1, 1]
+    assert not workdir.is_finished(tmp_path / "parts")
+    _, snapshot = train(config, tmp_path / "parts")
+    assert snapshot.progress.epoch == 2
+    summary = run(config, tmp_path / "parts")
+    whole = run(config, tmp_path / "whole")
+    assert summary["test"] == whole["test"]
+    assert [row["epoch"] for row in rows_of(tmp_path / "parts")] == [1, 2]
 
 def test_a_diverged_run_is_an_error(tmp_path):
     with pytest.raises(DivergedError, match=r"every run diverged.*learning_rate"):

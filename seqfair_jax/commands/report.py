@@ -40,7 +40,7 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     found = runs.read_runs(folders)
     content = contents.build(found, values.metric, family=values.family, baseline=baseline)
     print(text.verdict_text(content))
-    print("\n" + text.contents_tables(content, runs.failed_runs(found)))
+    print("\n" + text.contents_tables(content, runs.notes(found)))
     if baseline is not None:
         print("\n" + text.comparison(content))
     if out is not None:

@@ -153,6 +153,17 @@ def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
     ]
 
 
+def notes(runs: Sequence[FinishedRun]) -> list[str]:
+    """What stands below the tables: a line for each run that failed or stopped early."""
+    stopped = [
+        f"{run.name}, seed {run.summary['seed']}: stopped early, after epoch "
+        f"{run.summary['train']['stopped_epoch']}; its best epoch is {run.summary['best']['epoch']}"
+        for run in runs
+        if is_result(run.summary) and run.summary["train"].get("stopped_epoch") is not None
+    ]
+    return [*failed_runs(runs), *stopped]
+
+
 def finished_only(folders: Sequence[Path]) -> list[Path]:
     """The folders whose runs have finished; a warning names each of the others.
 

@@ -11,7 +11,7 @@ from seqfair_jax.evaluation import slices
 from seqfair_jax.report import contents, verdict
 from seqfair_jax.report.contents import Contents
 from seqfair_jax.report.rows import BASELINE, row_label
-from seqfair_jax.report.runs import failed_runs, read_runs
+from seqfair_jax.report.runs import notes, read_runs
 
 FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
 USERS = "test users"  # the row of the group sizes
@@ -29,20 +29,20 @@ def tables(folders: Sequence[Path], metric: str, *, family: str | None = None) -
     """The text tables of the finished runs in work directories (`contents_tables`)."""
     runs = read_runs(folders)
     found = contents.build(runs, metric, family=family, tested=False)
-    return contents_tables(found, failed_runs(runs))
+    return contents_tables(found, notes(runs))
 
 
-def contents_tables(found: Contents, failed: Sequence[str] = ()) -> str:
+def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
     """One text table for each group family: the group sizes, the methods, then the baselines.
 
     Runs that differ only in the seed share a row: their mean and, from two seeds on, the
     half-width of its 95 % interval (t distribution). If runs of one method differ in other
     settings, the rows' names show which. Below the tables are the groups that are too small for
-    `worst`, the rows that were joined, and the runs that failed, which are in no mean.
+    `worst`, the rows that were joined, and the notes.
 
     Args:
         found: the contents of the report.
-        failed: a line for each failed run.
+        below: the notes (`runs.notes`), such as the runs that failed and so are in no mean.
     """
     title = f"{found.dataset['name']}, {found.metric} on the test targets"
     parts = [
@@ -50,7 +50,7 @@ def contents_tables(found: Contents, failed: Sequence[str] = ()) -> str:
         + "\n".join([_text(found, found.table(family)), *left_out(found, family)])
         for family in found.families
     ]
-    return "\n\n".join([*parts, *joined_rows(found), *failed])
+    return "\n\n".join([*parts, *joined_rows(found), *below])
 
 
 def left_out(found: Contents, family: str) -> list[str]:

@@ -33,7 +33,12 @@ Scores = dict[str, Slices]  # metric -> slices
 _log = logging.getLogger(__name__)
 
 
-def fit(experiment: Experiment, folder: Path, snapshot: Snapshot) -> Snapshot:
+def fit(
+    experiment: Experiment,
+    folder: Path,
+    snapshot: Snapshot,
+    after_epoch: Callable[[Snapshot], bool] | None = None,
+) -> Snapshot:
     """Train all runs to the last epoch.
 
     Writes checkpoints, metrics and `env.json` to the folder. After the first SIGINT or SIGTERM
@@ -43,6 +48,7 @@ def fit(experiment: Experiment, folder: Path, snapshot: Snapshot) -> Snapshot:
         experiment: the runs.
         folder: the work directory.
         snapshot: where to start, from `resume.restore`.
+        after_epoch: called after each validation; where it returns True, training stops there.
 
     Raises:
         DivergedError: if every run diverged before its first validation.
@@ -94,6 +100,8 @@ def fit(experiment: Experiment, folder: Path, snapshot: Snapshot) -> Snapshot:
                     logs[r].write({"epoch": snapshot.progress.epoch + 1, **row})
             snapshot = _close_epoch(experiment, snapshot, scores)
             bar.show_best(snapshot)
+            if after_epoch is not None and after_epoch(snapshot):
+                break
         saver.save(snapshot)
         end_if_requested(snapshot)  # a signal may have come during the last validation
     return snapshot
