@@ -582,7 +582,12 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
         held_out = split["validation_targets"] + split["test_targets"]
         lines.append(
             f"{n['tied_held_out']} of the {held_out:,} targets have the same time as the user's "
-            "row before. Such rows keep the order of the file."
+            "row before. "
+            + (
+                "Their order does not matter, since every one is judged."
+                if split["targets"] == "every"
+                else "Such rows keep the order of the file."
+            )
         )
     return lines
 
