@@ -13,7 +13,7 @@ import pyarrow as pa
 from seqfair_jax.data.files import MEMBERS, short
 from seqfair_jax.data.ids import compact, encode, encode_ids, join_ids, missing, require_values
 from seqfair_jax.data.log import Log
-from seqfair_jax.data.tables import fold, pick, plain, read_table
+from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import join_times, mixed_units, parse_times, within
 from seqfair_jax.errors import UserError
 
@@ -140,31 +140,25 @@ def log_from_table(
         UserError: naming the row of the table and what is wrong.
     """
     where, columns = "the table", columns or {}
-    if isinstance(table, pd.DataFrame):
-        known = [str(name) for name in table.columns]
-        names = _choose(known, where, columns=columns, rows=rows)
-        frame = table.iloc[:, [known.index(name) for name in names.values()]]
-        try:
-            arrow = pa.Table.from_pandas(frame.set_axis(list(names), axis=1), preserve_index=False)
-        except pa.ArrowException as error:
-            raise UserError(
-                f"{where}: a column has values of several types ({short(str(error))}); store it "
-                "as one type, such as text"
-            ) from error
-    else:
-        if hasattr(table, "__arrow_c_stream__"):
-            arrow = pa.table(table)
-        elif hasattr(table, "to_arrow"):
-            arrow = table.to_arrow()
-        else:
-            raise UserError(
-                f"expected a table of pandas, polars or pyarrow, found {type(table).__name__}"
-            )
-        names = _choose(arrow.column_names, where, columns=columns, rows=rows)
-        arrow = pa.table({key: arrow[name] for key, name in names.items()})
-    _say_columns(names, columns, where)
-    selected = pa.table({name: plain(arrow[name]) for name in names})
-    return _join([_select(selected, names, where, rows)], [where], rows)
+    choose = functools.partial(_choose, columns=columns, rows=rows)
+    found = table_in_memory(table, choose, where)
+    _say_columns(found.names, columns, where)
+    return _join([_select(found.columns, found.names, where, rows)], [where], rows)
+
+
+def needed_columns(table: Any, columns: Mapping[str, str], rows: Rows, where: str) -> pa.Table:
+    """The columns of a table in memory that `log_from_table` would read, by their own names.
+
+    Args:
+        table, columns, rows: see `log_from_table`.
+        where: what messages call the table.
+
+    Raises:
+        UserError: if a column is missing.
+    """
+    choose = functools.partial(_choose, columns=columns, rows=rows)
+    found = table_in_memory(table, choose, where)
+    return found.columns.rename_columns(list(map(found.names.get, found.columns.column_names)))
 
 
 def join_logs(logs: Sequence[Log], names: Sequence[str]) -> tuple[Log, np.ndarray]:

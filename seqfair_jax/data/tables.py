@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -39,11 +40,11 @@ _JSON_TYPES = {
 
 
 class Table(NamedTuple):
-    """Some columns of a file."""
+    """Some columns of a file, or of a table in memory."""
 
     columns: pa.Table
     names: Mapping[str, str]  # what the file calls each column
-    format: str  # CSV, JSON Lines or Parquet
+    format: str  # CSV, JSON Lines or Parquet; "" of a table in memory
     delimiter: str = ""  # of CSV
 
 
@@ -87,6 +88,43 @@ def read_table(
         if not header and re.match(rb"(\xef\xbb\xbf)?\s*(\{|\[\s*\{)", stream.head):
             return _read_json(stream, member, choose)
         return _read_csv(stream, member, choose, delimiter, coded, header)
+
+
+def table_in_memory(table: Any, choose: Choose, where: str) -> Table:
+    """Some columns of a table of pandas, polars or pyarrow, as `read_table` gives those of a file.
+
+    Args:
+        table: of one of them, or of another library with Arrow's C stream.
+        choose: picks the columns, as for `read_table`.
+        where: what messages call the table.
+
+    Raises:
+        UserError: if it is no table, or a column has values of several types.
+    """
+    if isinstance(table, pd.DataFrame):
+        known = [str(name) for name in table.columns]
+        names = choose(known, where)
+        frame = table.iloc[:, [known.index(name) for name in names.values()]]
+        try:
+            arrow = pa.Table.from_pandas(frame.set_axis(list(names), axis=1), preserve_index=False)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{where}: a column has values of several types ({short(str(error))}); store it "
+                "as one type, such as text"
+            ) from error
+    else:
+        if hasattr(table, "__arrow_c_stream__"):
+            arrow = pa.table(table)
+        elif hasattr(table, "to_arrow"):
+            arrow = table.to_arrow()
+        else:
+            raise UserError(
+                f"{where}: expected a table of pandas, polars or pyarrow, found "
+                f"{type(table).__name__}"
+            )
+        names = choose(arrow.column_names, where)
+        arrow = pa.table({key: arrow[name] for key, name in names.items()})
+    return Table(pa.table({key: plain(arrow[key]) for key in names}), names, "")
 
 
 def pick(names: Sequence[str], wanted: str, where: str, advice: str) -> str:

@@ -1,7 +1,7 @@
 """Write lists to one file, block by block: Parquet, CSV or JSON Lines, whole or not at all."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,30 +91,47 @@ def write_lists(
         UserError: if the suffix names no format, or the file cannot be written.
     """
     check_suffix(path)
-    users, items = pa.array(user_ids), pa.array(item_ids)
-    schema = pa.schema(
-        {"user_id": users.type, "item_id": items.type, "score": pa.float32(), "rank": pa.int32()}
-    )
+    schema = _schema(pa.array(user_ids), pa.array(item_ids))
     rows = short_lists = 0
 
     def write(temporary: Path) -> None:
         nonlocal rows, short_lists
         writer = _WRITERS[path.suffix.lower()](temporary, schema)
-        bar = tqdm(total=len(users), unit="user", dynamic_ncols=True)
+        bar = tqdm(total=len(user_ids), unit="user", dynamic_ncols=True)
         with writer, bar:
-            for lists in found:
-                real = np.isfinite(lists.scores)
-                user, column = np.nonzero(real)
-                columns = [
-                    users.take(pa.array(lists.first + user)),
-                    items.take(pa.array(lists.items[real])),
-                    pa.array(lists.scores[real]),
-                    pa.array(column.astype(np.int32) + 1),
-                ]
-                writer.write_table(pa.table(columns, schema=schema))
-                rows += len(user)
-                short_lists += int((real.sum(axis=1) < k).sum())
-                bar.update(len(real))
+            for lists, table in as_tables(found, user_ids=user_ids, item_ids=item_ids):
+                writer.write_table(table)
+                rows += len(table)
+                short_lists += int((np.isfinite(lists.scores).sum(axis=1) < k).sum())
+                bar.update(len(lists.items))
 
     write_file(path, write)
     return Written(rows, short_lists)
+
+
+def as_tables(
+    found: Iterable[Lists], *, user_ids: np.ndarray, item_ids: np.ndarray
+) -> Iterator[tuple[Lists, pa.Table]]:
+    """Each block of lists, and its rows: the columns `user_id`, `item_id`, `score` and `rank`.
+
+    Args:
+        found, user_ids, item_ids: as for `write_lists`.
+    """
+    users, items = pa.array(user_ids), pa.array(item_ids)
+    schema = _schema(users, items)
+    for lists in found:
+        real = np.isfinite(lists.scores)
+        user, column = np.nonzero(real)
+        columns = [
+            users.take(pa.array(lists.first + user)),
+            items.take(pa.array(lists.items[real])),
+            pa.array(lists.scores[real]),
+            pa.array(column.astype(np.int32) + 1),
+        ]
+        yield lists, pa.table(columns, schema=schema)
+
+
+def _schema(users: pa.Array, items: pa.Array) -> pa.Schema:
+    return pa.schema(
+        {"user_id": users.type, "item_id": items.type, "score": pa.float32(), "rank": pa.int32()}
+    )

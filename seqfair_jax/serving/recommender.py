@@ -84,7 +84,7 @@ def recommend(
     block = num_batches * batch_size
     for first in range(0, num_users, block):
         users = slice(first, min(first + block, num_users))
-        hidden = _encode_users(model, params, histories, users, batch_size)
+        hidden = encode_users(model, params, histories, users, batch_size)
         found = []
         for start in range(users.start, users.stop, batch_size):
             batch = slice(start, min(start + batch_size, users.stop))
@@ -103,21 +103,20 @@ def recommend(
         yield Lists(first, candidates[items[:count]], scores[:count])
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _encode(model: SASRec, params: Any, sequences: Sequences) -> jax.Array:
-    return encode_newest(model, params, sequences, jnp.arange(len(sequences.lengths)))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "k"))
-def _top_items(model, hidden, table, seen_rows, seen_items, *, k):
-    scores, finite = score_items(model, hidden, table, seen_rows, seen_items)
-    return *lax.top_k(scores, k), finite[None]
-
-
-def _encode_users(
+def encode_users(
     model: SASRec, params: Any, histories: Histories, users: slice, batch_size: int
 ) -> np.ndarray:
-    """The newest hidden state of each user, f[n, D], padded to whole batches."""
+    """The newest hidden state of each user, f[n, D], padded to whole batches.
+
+    A user's score of an item is the product of this state with the item's row of the model's
+    `output_table`, in float32.
+
+    Args:
+        model, params: the network and its parameters.
+        histories: of all users.
+        users: those to encode, n before the padding.
+        batch_size: n is padded to a multiple of it.
+    """
     num_tokens = packed_tokens(model.max_len)
     max_users = num_tokens // 8
     stops = histories.offsets[users.start + 1 : users.stop + 1]
@@ -140,6 +139,17 @@ def _encode_users(
         sequences = Sequences(*(jnp.asarray(part, jnp.int32) for part in windows))
         hidden[batch] = np.asarray(_encode(model, params, sequences))[: len(batch)]
     return hidden
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: SASRec, params: Any, sequences: Sequences) -> jax.Array:
+    return encode_newest(model, params, sequences, jnp.arange(len(sequences.lengths)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def _top_items(model, hidden, table, seen_rows, seen_items, *, k):
+    scores, finite = score_items(model, hidden, table, seen_rows, seen_items)
+    return *lax.top_k(scores, k), finite[None]
 
 
 def _seen(

@@ -1,7 +1,11 @@
-"""Read the tables that `seqfair recommend` takes: users, histories of users, and items."""
+"""Read the tables that recommendations need: users, histories of users, and items.
+
+Each is a file, as a flag of `seqfair recommend` names it, or a table in memory.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +13,7 @@ import pandas as pd
 from seqfair_jax.data.files import require_file
 from seqfair_jax.data.ids import compact, encode_ids, missing, require_values
 from seqfair_jax.data.readers import ALIASES, find_column
-from seqfair_jax.data.tables import fold, pick, read_table
+from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import parse_times
 from seqfair_jax.errors import UserError
 from seqfair_jax.serving.catalogue import Histories, csr_offsets
@@ -29,12 +33,12 @@ def find(ids: pd.Series, known: np.ndarray) -> np.ndarray:
 
 
 def read_users(
-    argument: str, known: np.ndarray, named: Mapping[str, str] | None = None
+    argument: Any, known: np.ndarray, named: Mapping[str, str] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The distinct users of a file, in its order, and the place of each among the known users.
 
     Args:
-        argument: the value of `--users`: a table with a column `user_id`.
+        argument: a table with a column `user_id`: the value of `--users`, or in memory.
         known: the ids of the log's users.
         named: what the run's log calls its columns (`data.columns`).
 
@@ -52,17 +56,17 @@ def read_users(
         "users are not in the run (not in its log, or left out by the filter); they get the list "
         "of a user without items. To use items that they have, give --histories"
     )
-    _count((places < 0).sum(), "--users", argument, what)
+    _count((places < 0).sum(), "users", argument, what)
     return _like(ids, known), places
 
 
 def read_items(
-    argument: str, flag: str, known: np.ndarray, named: Mapping[str, str] | None = None
+    argument: Any, flag: str, known: np.ndarray, named: Mapping[str, str] | None = None
 ) -> np.ndarray:
     """The places of a file's items in the vocabulary, i64[n], distinct and ascending.
 
     Args:
-        argument: the value of the flag: a table with a column `item_id`.
+        argument: a table with a column `item_id`: the value of the flag, or in memory.
         flag: `exclude` or `only`, for messages.
         known: the vocabulary.
         named: as for `read_users`.
@@ -75,12 +79,12 @@ def read_items(
         "items is an item of the run", "give items of the training log",
     )  # fmt: skip
     unknown = places < 0
-    _count(unknown.sum(), f"--{flag}", argument, "items are not items of the run; left out")
+    _count(unknown.sum(), flag, argument, "items are not items of the run; left out")
     return np.sort(places[~unknown])
 
 
 def read_histories(
-    argument: str,
+    argument: Any,
     known_users: np.ndarray,
     known_items: np.ndarray,
     named: Mapping[str, str] | None = None,
@@ -91,7 +95,8 @@ def read_histories(
     such column, keep the order of the file.
 
     Args:
-        argument: the value of `--histories`: a table with columns `user_id` and `item_id`.
+        argument: a table with columns `user_id` and `item_id`: the value of `--histories`, or in
+            memory.
         known_users: the ids of the log's users, whose type the ids get if all fit.
         known_items: the vocabulary.
         named: as for `read_users`.
@@ -100,22 +105,60 @@ def read_histories(
         UserError: if the file cannot be read, or is empty.
     """
     frame = _read(argument, "histories", ["user_id", "item_id"], named, times=True)
-    users, ids = pd.factorize(frame["user_id"])
+    users, distinct = pd.factorize(frame["user_id"])
+    ids = pd.Series(distinct)
     items = find(frame["item_id"], known_items)
     order = np.lexsort((frame["timestamp"].to_numpy(), users))  # stable
     users, items = users[order], items[order]
+    return _histories(argument, ids, users, items, known_users)
+
+
+def histories_of(
+    given: Mapping[Any, Sequence], known_users: np.ndarray, known_items: np.ndarray
+) -> tuple[np.ndarray, Histories]:
+    """As `read_histories`, of each user's items in order: {user: [item, ...]}.
+
+    Args:
+        given: at least one user; a user may have no items.
+        known_users, known_items: as for `read_histories`.
+
+    Raises:
+        UserError: if an id is missing, or ids are of several types.
+    """
+    lengths = [len(items) for items in given.values()]
+    ids = _read(pd.DataFrame({"user_id": list(given)}), "histories", ["user_id"], None)["user_id"]
+    items = np.zeros(0, np.int64)
+    if any(lengths):
+        flat = pd.DataFrame({"item_id": [item for items in given.values() for item in items]})
+        items = find(_read(flat, "histories", ["item_id"], None)["item_id"], known_items)
+    users = np.repeat(np.arange(len(ids)), lengths)
+    return _histories(given, ids, users, items, known_users)
+
+
+def _histories(
+    argument: Any, ids: pd.Series, users: np.ndarray, items: np.ndarray, known_users: np.ndarray
+) -> tuple[np.ndarray, Histories]:
+    """The known items of each user.
+
+    Args:
+        argument: where they are from, for messages.
+        ids: [n].
+        users: i[N] ascending places in `ids`.
+        items: i[N] places in the vocabulary; -1 for unknown.
+        known_users: whose type the ids get if all fit.
+    """
     known = items >= 0
     lengths = np.bincount(users[known], minlength=len(ids))
-    _count((~known).sum(), "--histories", argument, "rows have items that are not items of the "
+    _count((~known).sum(), "histories", argument, "rows have items that are not items of the "
            "run; left out")  # fmt: skip
-    _count((lengths == 0).sum(), "--histories", argument, "users have no known item; they get the "
+    _count((lengths == 0).sum(), "histories", argument, "users have no known item; they get the "
            "list of a user without items")  # fmt: skip
     histories = Histories(items[known].astype(np.int32), csr_offsets(lengths))
-    return _like(pd.Series(ids), known_users), histories
+    return _like(ids, known_users), histories
 
 
 def _read(
-    argument: str,
+    argument: Any,
     flag: str,
     columns: list[str],
     named: Mapping[str, str] | None,
@@ -126,8 +169,7 @@ def _read(
 
     A column has the name that the run's log has, or one of the usual names.
     """
-    path = user_path(argument)
-    require_file(path, f"--{flag}={argument}")
+    given = _given(argument, flag)
 
     def choose(names: Sequence[str], where: str) -> dict[str, str]:
         folded = [fold(name) for name in names]
@@ -142,10 +184,17 @@ def _read(
             for key in wanted
         }
 
-    table, names, *_ = read_table(path, choose, coded=columns)
+    if isinstance(argument, str):
+        path = user_path(argument)
+        require_file(path, given)
+        where = str(path)
+        table, names, *_ = read_table(path, choose, coded=columns)
+    else:
+        where = given
+        table, names, *_ = table_in_memory(argument, choose, where)
     if not len(table):
-        raise UserError(f"--{flag}={argument} has no rows; expected {' and '.join(columns)}")
-    where, rows = str(path), np.arange(len(table))
+        raise UserError(f"{given} has no rows; expected {' and '.join(columns)}")
+    rows = np.arange(len(table))
     frame = pd.DataFrame(index=rows)
     for column in columns:
         places, ids = encode_ids(table[column], rows, where, names[column])
@@ -157,13 +206,13 @@ def _read(
         require_values(missing(column), rows, where, names["timestamp"], "fill or remove them")
         frame["timestamp"] = parse_times(column, rows, where, names["timestamp"])
     elif times:
-        _LOG.info("%s has no column timestamp; its rows are taken in the order of the file", path)
+        _LOG.info("%s has no column timestamp; its rows are taken in their order", where)
         frame["timestamp"] = 0
     return frame
 
 
 def _distinct(
-    argument: str,
+    argument: Any,
     flag: str,
     column: str,
     named: Mapping[str, str] | None,
@@ -176,7 +225,7 @@ def _distinct(
     places = find(ids, known)
     if (places < 0).all():
         raise UserError(
-            f"--{flag}={argument}: none of its {len(ids):,} {what}, whose first is {known[0]!r}; "
+            f"{_given(argument, flag)}: none of its {len(ids):,} {what}, whose first is {known[0]!r}; "
             f"{advice}"
         )
     return ids, places
@@ -196,6 +245,11 @@ def _are_integers(ids: pd.Series | np.ndarray) -> bool:
     return ids.dtype.kind in "iu"
 
 
-def _count(number: int, flag: str, argument: str, what: str) -> None:
+def _given(argument: Any, flag: str) -> str:
+    """What messages call an argument: `--users=FILE`, or `users` of a table in memory."""
+    return f"--{flag}={argument}" if isinstance(argument, str) else flag
+
+
+def _count(number: int, flag: str, argument: Any, what: str) -> None:
     if number:
-        _LOG.warning("%s=%s: %s %s", flag, argument, f"{number:,}", what)
+        _LOG.warning("%s: %s %s", _given(argument, flag), f"{number:,}", what)
