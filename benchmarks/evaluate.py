@@ -8,20 +8,21 @@ import time
 import jax
 
 from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
-from seqfair_jax.results import score_ranking
+from seqfair_jax.results import Judge
 
 
 def benchmark(config, *, repeats):
     loop = Steps(config, 1)
     params = jax.tree.map(lambda leaf: leaf[0], loop.states().params)
-    top_k = min(max(config.evaluate.cutoffs), len(loop.experiment.dataset.item_ids))
-    rank = loop.experiment.make_ranker("test", top_k=top_k)
+    experiment = loop.experiment
+    judge = Judge(experiment.dataset, experiment.families, config.evaluate.cutoffs)
+    rank = experiment.make_ranker("test", top_k=judge.top_k)
     times = []
     for _ in range(repeats + 1):  # the first compiles
         began = time.perf_counter()
-        score_ranking(loop.experiment, rank(params, "benchmark").ranks)
+        judge.ranks(rank(params, "benchmark").ranks)
         times.append(time.perf_counter() - began)
-    users, model = len(loop.experiment.dataset.user_ids), loop.experiment.task.model
+    users, model = len(experiment.dataset.user_ids), experiment.task.model
     print_table(
         [
             {

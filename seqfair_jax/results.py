@@ -4,23 +4,24 @@ Shape letters: U users.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.data.files import log_title
-from seqfair_jax.data.split import Targets
+from seqfair_jax.data.groups import GroupFamily, item_audience
+from seqfair_jax.data.split import Dataset
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.baselines import baseline_ranks
-from seqfair_jax.evaluation.metrics import recommendation_stats
-from seqfair_jax.evaluation.slices import OVERALL, target_means
+from seqfair_jax.evaluation.metrics import item_popularity
+from seqfair_jax.evaluation.slices import OVERALL, Slices, list_means, target_means
+from seqfair_jax.serving.catalogue import target_columns
 from seqfair_jax.training import checkpoint, selection
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.loop import make_validation
@@ -47,10 +48,11 @@ def test(
     """
     config = experiment.config
     method = experiment.task.objective.method
-    baseline_table, baselines = _test_baselines(experiment)
+    judge = Judge(experiment.dataset, experiment.families, config.evaluate.cutoffs)
+    baseline_table, baselines = judge.baselines(mask_seen=config.evaluate.mask_seen)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
-        "dataset": dataset_summary(experiment),
+        "dataset": dataset_summary(experiment.dataset, config),
         "method": config.objective.name,
         "group_family": experiment.loss_family.name,
         "needs_groups": method.needs_groups,
@@ -107,11 +109,9 @@ def test(
 class _Tester:
     """Tests the best epochs of runs; an epoch that both rules chose is tested once."""
 
-    def __init__(self, experiment: Experiment):
-        self._experiment = experiment
-        cutoffs = experiment.config.evaluate.cutoffs
-        top_k = min(max(cutoffs), len(experiment.dataset.item_ids))
-        self._rank = experiment.make_ranker("test", top_k=top_k)
+    def __init__(self, experiment: Experiment, judge: "Judge"):
+        self._experiment, self._judge = experiment, judge
+        self._rank = experiment.make_ranker("test", top_k=judge.top_k)
         self._validate = make_validation(experiment)
 
     def test_run(self, snapshot: Snapshot, r: int, folder: Path) -> dict[str, Any]:
@@ -127,8 +127,8 @@ class _Tester:
                 ranking = self._rank(params[rule], f"test of {name}")
                 tested[chosen["epoch"]] = (
                     self._validate(params[rule], name),
-                    *score_ranking(experiment, ranking.ranks),
-                    recommendation_stats(ranking.top_items, experiment.dataset.item_counts),
+                    *self._judge.ranks(ranking.ranks),
+                    self._judge.lists(ranking.top_items),
                 )
         found: dict[str, Any] = {}
         for rule, chosen in best.items():
@@ -146,59 +146,69 @@ class _Tester:
         return found
 
 
-def score_ranking(experiment: Experiment, ranks: np.ndarray) -> tuple[pd.DataFrame, dict]:
-    """The figures of the test: a row for each user who is tested, and the means by group.
+class Judge:
+    """Turns the ranks and lists of any recommender into the figures of the test.
 
-    Args:
-        experiment: whose users they are.
-        ranks: i32[m] of the test targets, 1-based; 0 for a miss.
+    Shape letters: n users who are tested, m targets of all of them, K length of a list.
     """
-    dataset, targets = experiment.dataset, experiment.dataset.test
-    families = [family.select(targets.users) for family in experiment.families]
-    values, means = target_means(ranks, targets, families, experiment.config.evaluate.cutoffs)
-    # A target outside the vocabulary has no rank and counts as a miss.
-    rank = pd.array(ranks, dtype="Int32")
-    rank[targets.items < 0] = pd.NA
-    table = pd.DataFrame(
-        {
-            "user_id": dataset.user_ids[targets.users],
-            **target_columns(
-                targets,
-                {"target_item_id": targets.item_ids, "repeat": targets.repeat, "rank": rank},
-            ),
-            **values,
-            **{family.name: family.labels() for family in families},
-        }
-    )
-    return table, means
 
+    def __init__(self, dataset: Dataset, families: Sequence[GroupFamily], cutoffs: Sequence[int]):
+        """Choose what is measured.
 
-def target_columns(targets: Targets, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the targets as columns with a row for each user: lists if some have several."""
-    if targets.single:
-        return dict(columns)
-    offsets = pa.array(targets.offsets, pa.int32())
-    return {
-        name: pa.ListArray.from_arrays(offsets, pa.array(values)).to_pylist()
-        for name, values in columns.items()
-    }
+        Args:
+            dataset: the split log.
+            families: the groups, of all users.
+            cutoffs: of the metrics.
+        """
+        self._dataset, self._cutoffs = dataset, tuple(cutoffs)
+        self._families = [family.select(dataset.test.users) for family in families]
+        self._popularity = item_popularity(
+            dataset.item_counts, item_audience(dataset), len(dataset.user_ids)
+        )
+        self.top_k = min(max(cutoffs), len(dataset.item_ids))  # how long the lists must be
 
+    def ranks(self, ranks: np.ndarray) -> tuple[pd.DataFrame, dict[str, Slices]]:
+        """A row for each user who is tested, and the means by group.
 
-def _test_baselines(experiment: Experiment) -> tuple[pd.DataFrame, dict[str, dict]]:
-    """The baselines' metrics of each user, for paired tests, and their means by group."""
-    settings = experiment.config.evaluate
-    ranks = baseline_ranks(
-        experiment.dataset,
-        split="test",
-        mask_seen=settings.mask_seen,
-        k=min(max(settings.cutoffs), len(experiment.dataset.item_ids)),
-    )
-    scored = {name: score_ranking(experiment, rank) for name, rank in ranks.items()}
-    parts = [
-        table[["user_id", *(column for column in table if "@" in column)]].assign(baseline=name)
-        for name, (table, _) in scored.items()
-    ]
-    return pd.concat(parts, ignore_index=True), {name: means for name, (_, means) in scored.items()}
+        Args:
+            ranks: i32[m] of the test targets, 1-based; 0 for a miss.
+        """
+        targets = self._dataset.test
+        values, means = target_means(ranks, targets, self._families, self._cutoffs)
+        # The model cannot rank a target outside the vocabulary. It counts as a miss.
+        rank = pd.array(ranks, dtype="Int32")
+        rank[(targets.items < 0) & (ranks == 0)] = pd.NA
+        table = pd.DataFrame(
+            {
+                "user_id": self._dataset.user_ids[targets.users],
+                **target_columns(
+                    targets,
+                    {"target_item_id": targets.item_ids, "repeat": targets.repeat, "rank": rank},
+                ),
+                **values,
+                **{family.name: family.labels() for family in self._families},
+            }
+        )
+        return table, means
+
+    def lists(self, top_items: np.ndarray) -> dict[str, Slices]:
+        """What is recommended, by group: `metrics.recommendation_stats`.
+
+        Args:
+            top_items: i[n, K], as there.
+        """
+        return list_means(top_items, self._families, self._cutoffs, self._popularity)
+
+    def baselines(self, *, mask_seen: bool) -> tuple[pd.DataFrame, dict[str, dict[str, Slices]]]:
+        """The baselines' metrics of each user, for paired tests, and their means by group."""
+        ranks = baseline_ranks(self._dataset, split="test", mask_seen=mask_seen, k=self.top_k)
+        scored = {name: self.ranks(rank) for name, rank in ranks.items()}
+        parts = [
+            table[["user_id", *(c for c in map(str, table) if "@" in c)]].assign(baseline=name)
+            for name, (table, _) in scored.items()
+        ]
+        means = {name: means for name, (_, means) in scored.items()}
+        return pd.concat(parts, ignore_index=True), means
 
 
 def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any] | None:
@@ -218,9 +228,8 @@ def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any]
     }
 
 
-def dataset_summary(experiment: Experiment) -> dict[str, Any]:
+def dataset_summary(dataset: Dataset, config: ConfigDict) -> dict[str, Any]:
     """What `summary.json` says of the log."""
-    dataset = experiment.dataset
     counts = dataset.counts
     keys = (
         "users",
@@ -236,7 +245,7 @@ def dataset_summary(experiment: Experiment) -> dict[str, Any]:
         "repeated_rows",
     )
     return {
-        "name": log_title(experiment.config.data),
+        "name": log_title(config.data),
         "log_hash": dataset.log_hash,
         **{key: counts[key] for key in keys},
         "vocabulary": len(dataset.item_ids),

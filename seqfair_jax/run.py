@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
@@ -18,7 +17,7 @@ from seqfair_jax.data.cache import source_hashes, source_path
 from seqfair_jax.data.split import describe_counts, describe_split
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
-from seqfair_jax.results import dataset_summary, target_columns, test
+from seqfair_jax.results import dataset_summary, test
 from seqfair_jax.serving import catalogue
 from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment, build_experiment
@@ -70,7 +69,7 @@ def train(
     with _exclusive(folder):
         settings = _check_folder(config, folder)
         experiment = build_experiment(config)
-        return experiment, _train(experiment, folder, settings, after_epoch)
+        return experiment, _train(experiment, folder, settings, source, after_epoch)
 
 
 @contextlib.contextmanager
@@ -102,7 +101,7 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     inputs = source_hashes(config.data)
     experiment = build_experiment(config)
     describe(experiment)
-    snapshot = _train(experiment, folder, settings)
+    snapshot = _train(experiment, folder, settings, source)
     summary = test(experiment, folder, snapshot, inputs)
     print(text.tables([folder], config.select.metric))
     print(f"\nfiles: {folder.resolve()}")
@@ -179,7 +178,7 @@ def _warn_of_changed_inputs(config: ConfigDict, inputs: dict[str, str]) -> None:
 
 def describe(experiment: Experiment) -> None:
     """Print what the log has, how it is split, and the runs."""
-    found = dataset_summary(experiment)
+    found = dataset_summary(experiment.dataset, experiment.config)
     print(
         f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
         f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on)\n"
@@ -191,29 +190,11 @@ def describe(experiment: Experiment) -> None:
 
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:
-    """Write the groups, the split, the items and the histories of a run's log."""
+    """Write the groups of a run's users, and its log (`catalogue.write`)."""
     dataset = experiment.dataset
     folder.mkdir(parents=True, exist_ok=True)
     groups = {family.name: family.labels() for family in experiment.families}
     workdir.write_parquet(
         folder / workdir.GROUPS, pd.DataFrame({"user_id": dataset.user_ids, **groups})
     )
-    is_validation = np.zeros(len(dataset.user_ids), bool)
-    is_validation[dataset.valid.users] = True
-    target = pd.Series(
-        target_columns(dataset.test, {"item_id": dataset.test.item_ids})["item_id"],
-        index=dataset.test.users,
-    )
-    if len(target) < len(dataset.user_ids):  # missing for users who are not tested
-        has_numbers = pd.api.types.is_integer_dtype(target)
-        target = target.astype("Int64" if has_numbers else object)
-    split = pd.DataFrame(
-        {
-            "user_id": dataset.user_ids,
-            "train_interactions": dataset.train_lengths,
-            "validation_user": is_validation,
-            "test_target_item_id": target.reindex(range(len(dataset.user_ids))),
-        }
-    )
-    workdir.write_parquet(folder / workdir.SPLIT, split)
     catalogue.write(folder, dataset)

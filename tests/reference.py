@@ -281,3 +281,35 @@ def set_metrics(ranks, k):
         "MAP": precision / most,
         "HitRate": float(hits > 0),
     }
+
+
+def list_stats(lists, k, item_counts, audience, num_users):
+    """What lists of items show. An item of None is in no training row; no place may be empty."""
+    exposure = [0] * len(item_counts)
+    rows, percentiles, novelties = [], [], []
+    for items in lists:
+        for item in items[:k]:
+            if item is None:
+                rows.append(0)
+                percentiles.append(0.0)
+                continue
+            exposure[item] += 1
+            rows.append(item_counts[item])
+            fewer = sum(1 for count in item_counts if count < item_counts[item])
+            equal = sum(1 for count in item_counts if count == item_counts[item])
+            percentiles.append((fewer + equal / 2) / len(item_counts))
+            novelties.append(-np.log2(audience[item] / num_users))
+    # Gini as the mean absolute difference of all pairs, over twice the mean.
+    differences = sum(abs(a - b) for a in exposure for b in exposure)
+    size = len(item_counts)
+
+    def mean(values):
+        return sum(values) / len(values) if values else None
+
+    return {
+        f"coverage@{k}": sum(1 for e in exposure if e) / size if rows else None,
+        f"gini@{k}": differences / (2 * size * sum(exposure)) if sum(exposure) else None,
+        f"mean_popularity@{k}": mean(rows),
+        f"popularity_percentile@{k}": mean(percentiles),
+        f"novelty@{k}": mean(novelties),
+    }

@@ -7,11 +7,12 @@ from numpy.testing import assert_allclose
 from seqfair_jax.data.groups import GroupFamily
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.metrics import (
+    item_popularity,
     parse_metric,
     rank_metrics,
     recommendation_stats,
 )
-from seqfair_jax.evaluation.slices import slice_means, worst_group
+from seqfair_jax.evaluation.slices import list_means, slice_means, worst_group
 
 FAMILY = GroupFamily(
     "f", ("a", "b", "empty"), np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0]], dtype=bool)
@@ -75,8 +76,41 @@ def test_the_worst_group_ignores_small_groups():
 
 
 def test_recommendation_stats_by_hand():
-    stats = recommendation_stats(np.array([[0, 1], [0, 2]]), np.array([8, 4, 2, 1]))
-    assert stats == {"coverage@2": 0.75, "mean_popularity@2": (8 + 4 + 8 + 2) / 4}
+    items = item_popularity(np.array([8, 4, 2, 1]), np.array([4, 4, 2, 1]), 8)
+    stats = recommendation_stats(np.array([[0, 1], [0, 2]]), [2], items)
+    assert stats == {
+        "coverage@2": 0.75,
+        "gini@2": 0.375,  # exposure 0, 1, 1, 2
+        "mean_popularity@2": (8 + 4 + 8 + 2) / 4,
+        "popularity_percentile@2": (0.875 + 0.625 + 0.875 + 0.375) / 4,
+        "novelty@2": (1 + 1 + 1 + 2) / 4,
+    }
+
+
+def test_recommendation_stats_agree_with_loops():
+    rng = np.random.default_rng(1)
+    counts = rng.integers(1, 6, 12)
+    audience = np.minimum(counts, rng.integers(1, 6, 12))
+    items = item_popularity(counts, audience, 9)
+    top = np.array([rng.permutation(13)[:5] for _ in range(7)])  # 12 is outside the vocabulary
+    lists = [[None if item == 12 else item for item in row] for row in top.tolist()]
+    top[2, 3:], lists[2] = -1, lists[2][:3]
+    top[4], lists[4] = -1, []
+    found = recommendation_stats(top, [1, 3, 5, 9], items)
+    for k in (1, 3, 5, 9):
+        expected = reference.list_stats(lists, k, counts.tolist(), audience.tolist(), 9)
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert set(recommendation_stats(top[4:5], [3], items).values()) == {None}
+    of_unknown = recommendation_stats(np.array([[12]]), [1], items)
+    assert of_unknown == reference.list_stats([[None]], 1, counts.tolist(), audience.tolist(), 9)
+
+
+def test_recommendation_stats_by_group():
+    items = item_popularity(np.array([8, 4, 2, 1]), np.array([4, 4, 2, 1]), 8)
+    top = np.array([[0, 1], [0, 2], [3, 3]])
+    found = list_means(top, [FAMILY], [2], items)
+    assert found["coverage@2"] == {"overall": 1.0, "f=a": 0.75, "f=b": 0.25, "f=empty": None}
+    assert found["novelty@2"]["f=a"] == recommendation_stats(top[:2], [2], items)["novelty@2"]
 
 
 @pytest.mark.parametrize("name", ["NDGC@20", "NDCG", "NDCG@0", "NDCG@x", "accuracy@5"])

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 import reference
 from runs import small
 
-from seqfair_jax import serving, workdir
+from seqfair_jax import results, serving, workdir
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.ranking import make_ranker
@@ -112,6 +113,60 @@ def assert_same_lists(found, expected):
 
 
 # The files.
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {},
+        {"data.valid_users": 7},
+        {"data.split": "time"},
+        {"data.split": "time", "data.targets": "every", "data.valid_users": 9},
+    ],
+    ids=["leave_one_out", "few_validate", "first_later_event", "every_later_event"],
+)
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "text"])
+def test_a_folder_has_the_arrays_of_its_split(tmp_path, split, integers):
+    log = make_log(integers).assign(timestamp=lambda rows: rows["timestamp"] * 7919 % 400)
+    log.to_csv(tmp_path / "log.csv", index=False)
+    config = make_config(tmp_path / "log.csv", **split)
+    assert_folder_has(tmp_path / "run", config, load_dataset(config.data))
+
+
+def test_a_folder_has_the_arrays_of_a_split_by_files(tmp_path):
+    log = make_log()
+    names = ("path", "valid_path", "test_path")
+    for name, part in zip(names, (log[:200], log[200:250], log[250:]), strict=True):
+        part.to_csv(tmp_path / f"{name}.csv", index=False)
+    paths = {f"data.{name}": str(tmp_path / f"{name}.csv") for name in names}
+    config = make_config("", **paths, **{"data.split": "files", "data.targets": "every"})
+    assert_folder_has(tmp_path / "run", config, load_dataset(config.data))
+
+
+def assert_folder_has(folder, config, dataset):
+    """The folder's data set has every array of the original, in the same type."""
+    catalogue.write(folder, dataset)
+    workdir.write_json(folder / workdir.CONFIG, workdir.jsonable(config.to_dict()))
+    of_log = results.dataset_summary(dataset, config)
+    summary = {"schema_version": workdir.SCHEMA_VERSION, "dataset": of_log}
+    workdir.write_json(folder / workdir.SUMMARY, summary)
+    found = catalogue.read_dataset(folder)
+    assert_same(found, dataset)
+    assert results.dataset_summary(dataset, config)["split"] == found.split
+
+
+def assert_same(found, expected):
+    for field in dataclasses.fields(expected):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if dataclasses.is_dataclass(theirs):
+            assert_same(ours, theirs)
+        elif isinstance(theirs, np.ndarray):
+            assert ours.dtype == theirs.dtype, field.name
+            np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
+        elif field.name == "counts":
+            assert all(theirs.get(key, value) == value for key, value in ours.items())
+        else:
+            assert ours == theirs, field.name
 
 
 def test_the_run_has_every_item_and_the_whole_history_of_every_user(run_and_log):

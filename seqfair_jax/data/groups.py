@@ -324,12 +324,18 @@ def popular_rows(dataset: Dataset) -> np.ndarray:
     An item is popular if the number of distinct users who have it in training is strictly above
     the 0.8 quantile (linear) of that number over the items.
     """
+    user, item = training_rows(dataset)
+    audience = item_audience(dataset)
+    popular = audience > np.quantile(audience, POPULAR_QUANTILE)
+    return np.bincount(user, weights=popular[item], minlength=len(dataset.user_ids)).astype(int)
+
+
+def item_audience(dataset: Dataset) -> np.ndarray:
+    """How many distinct users have each item in their training rows: i64[V]."""
     num_items = len(dataset.item_ids)
     user, item = training_rows(dataset)
     pairs = np.unique(user * np.int64(num_items) + item)
-    audience = np.bincount(pairs % num_items, minlength=num_items)
-    popular = audience > np.quantile(audience, POPULAR_QUANTILE)
-    return np.bincount(user, weights=popular[item], minlength=len(dataset.user_ids)).astype(int)
+    return np.bincount(pairs % num_items, minlength=num_items)
 
 
 def training_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:

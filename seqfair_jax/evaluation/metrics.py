@@ -4,6 +4,7 @@ Shape letters: U users, m relevant items of all of them, V catalogue, k cut-off.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,19 +80,79 @@ def rank_metrics(
     return found
 
 
-def recommendation_stats(top_items: np.ndarray, item_counts: np.ndarray) -> dict[str, float]:
-    """How wide and how popular the recommended lists are.
+class ItemPopularity(NamedTuple):
+    """How popular each item is in training; behind the V items a place for all other items.
 
-    coverage@k: the share of the V items that are in some user's list. mean_popularity@k: the
-    mean over users and places of the item's number of training rows (average recommendation
-    popularity; Yin et al. 2012).
+    An item without a training row is the least popular of all, and its novelty is not known.
+    """
+
+    rows: np.ndarray  # f64[V + 1] training rows
+    percentile: np.ndarray  # f64[V + 1] share of the items with fewer rows, and half of the equal
+    novelty: np.ndarray  # f64[V + 1] -log2 of the share of training users that have it, in bits
+
+
+def item_popularity(counts: np.ndarray, audience: np.ndarray, num_users: int) -> ItemPopularity:
+    """The popularity of the items.
 
     Args:
-        top_items: i[U, k].
-        item_counts: i[V], training rows of each item.
+        counts: i[V], training rows of each item, at least one.
+        audience: i[V], distinct users who have the item in training.
+        num_users: all of them.
     """
-    k = top_items.shape[1]
-    return {
-        f"coverage@{k}": len(np.unique(top_items)) / len(item_counts),
-        f"mean_popularity@{k}": float(item_counts[top_items].mean()),
-    }
+    ordered = np.sort(counts)
+    fewer, upto = np.searchsorted(ordered, counts), np.searchsorted(ordered, counts, "right")
+    return ItemPopularity(
+        np.append(counts, 0.0),
+        np.append((fewer + upto) / 2 / len(counts), 0.0),
+        np.append(-np.log2(audience / num_users), np.nan),
+    )
+
+
+def recommendation_stats(
+    top_items: np.ndarray, cutoffs: Sequence[int], items: ItemPopularity
+) -> dict[str, float | None]:
+    """How wide, how concentrated, how popular and how novel some users' lists are.
+
+    With e_i the number of lists that show item i in their first k places, i = 1..V in ascending
+    order of e, and the means over all filled places of the lists:
+
+        coverage@k              = |{i: e_i > 0}| / V
+        gini@k                  = sum_i (2 i - V - 1) e_i / (V sum_i e_i)
+        mean_popularity@k       = mean of the item's training rows
+        popularity_percentile@k = mean of the share of the V items that have fewer training rows,
+                                  plus half of the share of those with as many
+        novelty@k               = mean of -log2(users of the item / all users), in training
+
+    Gini is 0 if all items are shown equally often, and near 1 if few take all places. Sources:
+    aggregate diversity, Adomavicius and Kwon 2012; Gini, Castells, Hurley and Vargas 2022,
+    "Novelty and Diversity in Recommender Systems"; average recommendation popularity, Yin et al.
+    2012; novelty as self-information, Zhou et al. 2010 (PNAS 107(10), equation 3).
+
+    Args:
+        top_items: i[U, K], best first: places in the vocabulary, V for an item outside it, -1
+            where a list has ended. Items outside count in the means of popularity, with no
+            training row, and nowhere else.
+        cutoffs: the values of k; where k > K, the K places are all.
+        items: the popularity of the V items.
+
+    Returns:
+        The figures; None where no item is shown.
+    """
+    num_items = len(items.rows) - 1
+    found: dict[str, float | None] = {}
+    for k in cutoffs:
+        shown = top_items[:, :k]
+        shown = shown[shown >= 0]
+        known = shown[shown < num_items]
+        exposure = np.sort(np.bincount(known, minlength=num_items))
+        place = np.arange(1, num_items + 1)
+        gini = ((2 * place - num_items - 1) * exposure).sum() / (num_items * max(len(known), 1))
+        found[f"coverage@{k}"] = np.count_nonzero(exposure) / num_items if len(shown) else None
+        found[f"gini@{k}"] = float(gini) if len(known) else None
+        for name, values, of in (
+            ("mean_popularity", items.rows, shown),
+            ("popularity_percentile", items.percentile, shown),
+            ("novelty", items.novelty, known),
+        ):
+            found[f"{name}@{k}"] = float(values[of].mean()) if len(of) else None
+    return found

@@ -20,7 +20,7 @@ import numpy as np
 from seqfair_jax.data.groups import PRODUCT, GroupFamily, decode_name, is_product, is_union
 from seqfair_jax.data.split import Targets
 from seqfair_jax.errors import UserError
-from seqfair_jax.evaluation.metrics import rank_metrics
+from seqfair_jax.evaluation.metrics import ItemPopularity, rank_metrics, recommendation_stats
 
 Slices = dict[str, float | None]  # {"overall": x, "pop33=niche": x, "pop33/min": x, ...}
 OVERALL = "overall"
@@ -158,6 +158,31 @@ def slice_means(
         for metric, value in values.items():
             means[metric] |= {REPEAT: _mean(value[repeat]), NEW: _mean(value[~repeat])}
     return means
+
+
+def list_means(
+    top_items: np.ndarray,
+    families: Sequence[GroupFamily],
+    cutoffs: Sequence[int],
+    items: ItemPopularity,
+) -> dict[str, Slices]:
+    """`metrics.recommendation_stats` of the lists of all users and of each group.
+
+    Args:
+        top_items: i[n, K], as there.
+        families: memberships bool[n, G] of the same users.
+        cutoffs, items: as there.
+    """
+    members = {OVERALL: slice(None)} | {
+        group_slice(family.name, group): column
+        for family in families
+        for group, column in zip(family.groups, family.membership.T, strict=True)
+    }
+    stats = {
+        name: recommendation_stats(top_items[users], cutoffs, items)
+        for name, users in members.items()
+    }
+    return {figure: {name: of[figure] for name, of in stats.items()} for figure in stats[OVERALL]}
 
 
 def _slices(value: np.ndarray, families: Sequence[GroupFamily]) -> Slices:

@@ -174,7 +174,7 @@ def _beaten(found: Mapping[str, Mean], baselines: Mapping[str, slices.Slices]) -
     return beaten
 
 
-def _popularity(folder: Path, recommended: Mapping[str, float | None]) -> dict[str, str]:
+def _popularity(folder: Path, recommended: Mapping[str, slices.Slices]) -> dict[str, str]:
     """How popular the recommended items are, beside the items of the training rows.
 
     Args:
@@ -182,7 +182,8 @@ def _popularity(folder: Path, recommended: Mapping[str, float | None]) -> dict[s
         recommended: of `summary.json`.
     """
     rows = pd.read_parquet(folder / workdir.ITEMS)["training_rows"].to_numpy(np.float64)
-    shown = {name: value for name, value in recommended.items() if value is not None}
+    overall = {name: means[slices.OVERALL] for name, means in recommended.items()}
+    shown = {name: value for name, value in overall.items() if value is not None}
     return {
         "coverage": next(f"{100 * v:.1f} %" for k, v in shown.items() if k.startswith("coverage@")),
         "cutoff": next(k.partition("@")[2] for k in shown if k.startswith("coverage@")),
