@@ -21,7 +21,8 @@ from seqfair_jax.training.selection import RULES
 
 SMALL_GROUP = 100  # users; the figures of smaller groups are marked
 # Paths of the machine that trained say nothing about the model.
-_NOT_SHOWN = ("data.path", "data.cache_dir", "data.group_file", "data.files.")
+_NOT_SHOWN = ("data.path", "data.valid_path", "data.test_path", "data.cache_dir", "data.group_file",
+               "data.files.")  # fmt: skip
 
 
 class Mean(NamedTuple):
