@@ -7,7 +7,11 @@ demo: .venv/.installed
 	$(BIN)/seqfair train --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
 	$(BIN)/seqfair train --config=configs/demo.py:method=cvar --workdir=runs/demo/cvar
 	$(BIN)/seqfair report runs/demo/erm runs/demo/gdro runs/demo/cvar \
-	  --family=pop2060 --baseline=runs/demo/erm --out=runs/demo/report.html
+	  --family=pop33 --baseline=runs/demo/erm --out=runs/demo/report.html
+	$(BIN)/seqfair recommend --workdir=runs/demo/gdro --k=5 --out=runs/demo/recs.csv
+	@echo "the lists of the first three users:"
+	@head -n 16 runs/demo/recs.csv
+	@echo "report: $(CURDIR)/runs/demo/report.html"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from seqfair_jax.config import check_resumable, default_config, format_value, plan_runs, resolve
-from seqfair_jax.data.synthetic import generate
 from seqfair_jax.errors import UserError
 
 
@@ -91,25 +90,6 @@ def test_runs_of_close_values_have_names_of_their_own():
     config.objective.alpha = (0.1234567, 0.1234568)
     names = [run.name for run in plan_runs(resolve(config))]
     assert names == ["alpha=0.1234567,seed=0", "alpha=0.1234568,seed=0"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_users": 0}, "num_users is 0: expected a whole number, 1 or more"),
-        ({"kinds": (0.5, 0.1, 0.1)}, "kinds is .*: expected shares that add up to 1"),
-        ({"kinds": (0.5, 0.5)}, "kinds is .* as many as tail_shares"),
-        ({"follow": 0.95}, r"follow is 0.95: expected follow \+ repeat at most 1"),
-        ({"tail_shares": (2.0, 0.0, 0.0)}, "expected shares between 0 and 1"),
-    ],
-)
-def test_bad_settings_of_the_synthetic_log_are_named(changes, message):
-    config = default_config().data.synthetic
-    config.update(changes)
-    with pytest.raises(
-        UserError, match=f"data.synthetic.{message}" if "is" in message else message
-    ):
-        generate(config)
 
 
 def test_a_changed_first_family_is_explained():
