@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "seqfair_jax"
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "docs/results/README.md", "third_party_data/*.md")
+    for pattern in (
+        "*.md", "docs/*.md", "docs/api/*.md", "docs/results/README.md", "third_party_data/*.md"
+    )
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"  # it names what was removed
 )
@@ -258,7 +260,7 @@ def test_every_setting_is_explained():
 def test_the_settings_that_may_change_when_a_run_is_resumed():
     (listed,) = re.findall(
         r"^Some settings may change when you resume: (.*?)\. Any",
-        _read("docs/own_log.md"),
+        _read("docs/train.md"),
         re.MULTILINE | re.DOTALL,
     )
     assert re.findall(r"`([\w.]+)`", listed) == list(RESUMABLE)
