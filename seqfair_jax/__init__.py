@@ -1,3 +1,36 @@
 """Train and judge sequential recommenders that serve every user group well."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.2.0"
+
+# The Python interface. A name is imported when it is first used, so that `import seqfair_jax` is
+# quick and does not start JAX.
+_HOME = {
+    "Model": "seqfair_jax.api",
+    "UserError": "seqfair_jax.errors",
+    "fit": "seqfair_jax.api",
+    "load": "seqfair_jax.api",
+}
+
+if TYPE_CHECKING:
+    from seqfair_jax.api import Model as Model
+    from seqfair_jax.api import fit as fit
+    from seqfair_jax.api import load as load
+    from seqfair_jax.errors import UserError as UserError
+else:
+
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+
+
+__all__ = ["Model", "UserError", "__version__", "fit", "load"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict, config_flags
 
 from seqfair_jax import workdir
 from seqfair_jax.config import flatten, help
+from seqfair_jax.config.change import locate
 from seqfair_jax.config.files import load_config
 from seqfair_jax.config.keys import settings
-from seqfair_jax.errors import Interrupted, UserError, did_you_mean
+from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.training.environment import processor
 
 _HELP = ("--help", "-h", "-help", "--helpfull")
@@ -97,7 +98,7 @@ class Command:
         and one line on standard error, SIGINT with status 130 and SIGTERM with 143. Any other
         exception is a bug and keeps its traceback.
         """
-        with _logging(), _signals():
+        with log_to_stderr(), _signals():
             try:
                 values, rest = self._parse(list(argv))
                 use_compilation_cache()
@@ -231,15 +232,8 @@ def _check_overrides(config: ConfigDict, argv: list[str]) -> list[str]:
         if match is None:
             continue
         key, value = match.groups()
-        setting: Any = config
-        for part in key.split("."):
-            if not isinstance(setting, ConfigDict) or part not in setting:
-                raise UserError(f"unknown config key {key}{_closest_key(key, config)}")
-            setting = setting[part]
-        if isinstance(setting, ConfigDict):
-            raise UserError(
-                f"--config.{key} is a group of settings: set one of {', '.join(setting)}"
-            )
+        place, name = locate(config, key)
+        setting = place[name]
         if value is None:
             value = argv[i + 1] if i + 1 < len(argv) else ""
         if isinstance(setting, tuple) and value.rstrip().endswith(","):
@@ -248,13 +242,6 @@ def _check_overrides(config: ConfigDict, argv: list[str]) -> list[str]:
         if is_text and value and "=" in word and value[0] not in "([\"'":
             quoted[i] = f"--config.{key}={value!r}"
     return quoted
-
-
-def _closest_key(key: str, config: ConfigDict) -> str:
-    known = [name for name, _ in flatten(config.to_dict())]
-    # The same setting of another part is the best guess: `epochs` for `train.epochs`.
-    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return did_you_mean(key, same, closeness=0) or did_you_mean(key, known)
 
 
 def _expected_type(error: Exception, config: ConfigDict | None) -> str | None:
@@ -280,7 +267,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _logging() -> Iterator[None]:
+def log_to_stderr() -> Iterator[None]:
     """Show the package's messages on standard error, and hide those of orbax."""
     logger = logging.getLogger("seqfair_jax")
     before = logger.level, logger.propagate, absl_logging.get_verbosity()

@@ -6,6 +6,8 @@ A work directory of one run:
     groups.parquet split.parquet per_user.parquet per_user_worst_group.parquet checkpoints/
     items.parquet histories.parquet baselines.parquet
 
+If its log or groups were a table from Python, they are in `inputs/`.
+
 A grid of runs has the same files for each run in `runs/NAME/`, and its own `summary.json`. A sweep
 or search has a work directory for each job in `jobs/NAME/`, and locks in `locks/`.
 
@@ -36,6 +38,7 @@ CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.json", "env.json", "metrics.json
 GROUPS, SPLIT = "groups.parquet", "split.parquet"
 ITEMS, HISTORIES = "items.parquet", "histories.parquet"
 BASELINES = "baselines.parquet"
+INPUTS = "inputs"  # tables that were given from Python
 LATEST_CHECKPOINT = Path("checkpoints", "latest")
 _FINISHED = "finished.json"  # written last: the hashes of the files above
 _LOCK = ".lock"
@@ -78,7 +81,7 @@ def refuse_overwrite(out: Path, inputs: Iterable[str | None]) -> None:
     for name in filter(None, inputs):
         path = user_path(name)
         if path.exists() and out.exists() and path.samefile(out):
-            raise UserError(f"--out={out} is the input {name}; name another file")
+            raise UserError(f"{out} is the input {name}; name another file")
 
 
 def cache_folder() -> Path | None:
@@ -148,9 +151,46 @@ def create(path: str | Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder is empty but for locks and the temporary files of killed processes."""
+    """Whether a folder is empty but for inputs, locks and temporary files of killed processes."""
     with named_errors(folder, "read the folder"):
-        return all(p.name.startswith(_LOCK) or is_unfinished(p) for p in folder.iterdir())
+        return all(
+            p.name == INPUTS or p.name.startswith(_LOCK) or is_unfinished(p)
+            for p in folder.iterdir()
+        )
+
+
+def copy(folder: Path, target: Path) -> None:
+    """Copy a work directory to a new folder, whole or not at all.
+
+    Its configs name the copied tables of `inputs/`.
+
+    Raises:
+        UserError: if it has not finished, or the target has files or cannot be written.
+    """
+    finished_folders(folder)
+
+    def write(temporary: Path) -> None:
+        left_out = shutil.ignore_patterns(f"{_LOCK}*", f".*{_UNFINISHED}")
+        shutil.copytree(folder, temporary, ignore=left_out, dirs_exist_ok=True)
+        for path in [temporary / CONFIG, *temporary.glob(f"runs/*/{CONFIG}")]:
+            config = read_json(path) or {}
+            moved = {
+                key: str(target.resolve() / INPUTS / Path(value).name)
+                for key, value in config["data"].items()
+                if key in ("path", "group_file") and value and is_input(temporary, value)
+            }
+            if moved:
+                inputs = finished_inputs(path.parent)
+                write_json(path, config | {"data": config["data"] | moved})
+                finish(path.parent, inputs)
+
+    write_folder(target, write)
+
+
+def is_input(folder: Path, path: str) -> bool:
+    """Whether a path is that of a table in a work directory's `inputs/`, wherever it was then."""
+    name = Path(path)
+    return name.parent.name == INPUTS and (folder / INPUTS / name.name).is_file()
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -422,9 +462,9 @@ def refuse_filled(out: Path) -> None:
     """
     with named_errors(out, "read the folder"):
         if out.exists() and not out.is_dir():
-            raise UserError(f"--out={out} is a file; name a new folder")
+            raise UserError(f"{out} is a file; name a new folder")
         if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"--out={out} has files; name a new folder, or remove this one")
+            raise UserError(f"{out} has files; name a new folder, or remove this one")
 
 
 def append_line(path: Path, line: str) -> None:

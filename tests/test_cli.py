@@ -129,7 +129,7 @@ def test_words_that_no_flag_takes_are_refused(name, words, message, call, capsys
         ("zzz=3", "unknown config key zzz"),
         (
             "select={}",
-            "--config.select is a group of settings: set one of metric, min_users",
+            "select is a group of settings: set one of metric, min_users",
         ),
         ("model.dim=x", "--config.model.dim=x: expected a whole number, 1 or more"),
         ("model.dim=2.5", "--config.model.dim=2.5: expected a whole number, 1 or more"),

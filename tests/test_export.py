@@ -317,7 +317,7 @@ def test_nothing_is_replaced(kind, run_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main([f"--workdir={run_folder}", f"--out={out}"])
     has = "has files; name a new folder, or remove this one" if kind == "folder" else "is a file"
-    assert f"--out={out} {has}" in capsys.readouterr().err
+    assert f"{out} {has}" in capsys.readouterr().err
     assert (out / "mine" if kind == "folder" else out).read_text() == "as before"
 
 

@@ -58,7 +58,9 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         inputs += [data[key] for key in ("path", "valid_path", "test_path", "group_file")]
         workdir.refuse_overwrite(out, inputs)
         user_ids, histories = _users(trained, values)
-        candidates = _candidates(trained, values)
+        candidates = tables.read_candidates(
+            values.only, values.exclude, trained.item_ids, data.columns
+        )
         _LOG.info(
             "run %s, best epoch by %s: %s users, %s items", trained.run, values.rule,
             f"{len(user_ids):,}", f"{len(candidates):,}",
@@ -100,17 +102,3 @@ def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray,
         ids, places = tables.read_users(values.users, trained.user_ids, columns)
         return ids, trained.histories.select(places)
     return trained.user_ids, trained.histories
-
-
-def _candidates(trained: TrainedModel, values: flags.FlagValues) -> np.ndarray:
-    """The places of the items to recommend, ascending."""
-    known, columns = trained.item_ids, trained.config.data.columns
-    places = np.arange(len(known))
-    if values.only:
-        places = tables.read_items(values.only, "only", known, columns)
-    if values.exclude:
-        excluded = tables.read_items(values.exclude, "exclude", known, columns)
-        places = np.setdiff1d(places, excluded)
-    if not len(places):
-        raise UserError(f"--exclude={values.exclude}: no item is left to recommend; exclude fewer")
-    return places.astype(np.int32)

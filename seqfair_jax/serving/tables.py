@@ -33,7 +33,11 @@ def find(ids: pd.Series, known: np.ndarray) -> np.ndarray:
 
 
 def read_users(
-    argument: Any, known: np.ndarray, named: Mapping[str, str] | None = None
+    argument: Any,
+    known: np.ndarray,
+    named: Mapping[str, str] | None = None,
+    *,
+    require_known: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The distinct users of a file, in its order, and the place of each among the known users.
 
@@ -41,6 +45,7 @@ def read_users(
         argument: a table with a column `user_id`: the value of `--users`, or in memory.
         known: the ids of the log's users.
         named: what the run's log calls its columns (`data.columns`).
+        require_known: refuse unknown users.
 
     Returns:
         ids [n], of the type of the known ids if all fit, and places i64[n], -1 for unknown.
@@ -48,6 +53,18 @@ def read_users(
     Raises:
         UserError: if the file cannot be read, or has no known user.
     """
+    if require_known:
+        ids = _read(argument, "users", ["user_id"], named)["user_id"].drop_duplicates()
+        places = find(ids, known)
+        unknown = ids[places < 0].tolist()
+        if unknown:
+            raise UserError(
+                f"users: {len(unknown):,} of {len(ids):,} are not in the run (not in its log, or "
+                f"left out by the filter): {', '.join(map(repr, unknown[:3]))}"
+                f"{', ...' if len(unknown) > 3 else ''}; to recommend to them, give the items that "
+                "they have: {user: [item, ...]}"
+            )
+        return _like(ids, known), places
     ids, places = _distinct(
         argument, "users", "user_id", named, known,
         "users is a user of the run's log", "to recommend to new users, give --histories",
@@ -81,6 +98,36 @@ def read_items(
     unknown = places < 0
     _count(unknown.sum(), flag, argument, "items are not items of the run; left out")
     return np.sort(places[~unknown])
+
+
+def read_candidates(
+    only: Any, exclude: Any, known: np.ndarray, named: Mapping[str, str] | None = None
+) -> np.ndarray:
+    """The places of the items to recommend, i32[C] ascending.
+
+    Args:
+        only, exclude: as the argument of `read_items`; None for no such choice.
+        known, named: as for `read_items`.
+
+    Raises:
+        UserError: as `read_items`, or if no item is left.
+    """
+    places = np.arange(len(known))
+    if only is not None:
+        places = read_items(only, "only", known, named)
+    if exclude is not None:
+        places = np.setdiff1d(places, read_items(exclude, "exclude", known, named))
+    if not len(places):
+        given = _given(exclude, "exclude")
+        raise UserError(f"{given}: no item is left to recommend; exclude fewer")
+    return places.astype(np.int32)
+
+
+def has_items(table: Any, named: Mapping[str, str]) -> bool:
+    """Whether a table in memory has a column of items: one that the log has, or a usual name."""
+    names = {fold(str(name)) for name in getattr(table, "column_names", table.columns)}
+    own = fold(named["item_id"]) if named.get("item_id") else "item_id"
+    return bool(names & {own, *ALIASES["item_id"].split()})
 
 
 def read_histories(
@@ -225,8 +272,8 @@ def _distinct(
     places = find(ids, known)
     if (places < 0).all():
         raise UserError(
-            f"{_given(argument, flag)}: none of its {len(ids):,} {what}, whose first is {known[0]!r}; "
-            f"{advice}"
+            f"{_given(argument, flag)}: none of its {len(ids):,} {what}, whose first is "
+            f"{known[0]!r}; {advice}"
         )
     return ids, places
 

@@ -12,9 +12,10 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], int]]:
-    """While open, the first signal only sets what the yielded function returns: its number; before, 0.
+    """While open, the first signal only sets what the yielded function returns: 0, then its number.
 
-    The second signal ends the process, as a kill does: the newest checkpoint stays.
+    The second signal ends the process, as a kill does: the newest checkpoint stays. In a notebook
+    or another interactive session a second SIGINT does nothing, since the session would end too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -25,6 +26,8 @@ def catch_signals() -> Iterator[Callable[[], int]]:
         caught.append(number)
         if len(caught) == 1:
             _say("stopping after the current steps; a second signal ends at once")
+        elif number == signal.SIGINT and hasattr(sys, "ps1"):
+            _say("still stopping after the current steps")
         else:
             _end(number)
 

@@ -1,0 +1,534 @@
+"""The Python interface: `fit` trains on a table, and a `Model` recommends, judges and is stored.
+
+`seqfair_jax` exports these names and imports this module when one of them is first used.
+
+Shape letters: U users, V vocabulary, D width.
+"""
+
+import contextlib
+import copy
+import hashlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ml_collections import ConfigDict
+
+from seqfair_jax import serving, workdir
+from seqfair_jax.cli import log_to_stderr
+from seqfair_jax.config import default_config, resolve
+from seqfair_jax.config.change import change
+from seqfair_jax.config.files import load_config
+from seqfair_jax.data.groups import encode_name, read_group_table
+from seqfair_jax.data.readers import Rows, needed_columns
+from seqfair_jax.data.tables import table_in_memory
+from seqfair_jax.errors import Interrupted, UserError
+from seqfair_jax.report import contents, runs
+from seqfair_jax.run import run
+from seqfair_jax.serving import output, tables
+from seqfair_jax.serving.recommender import encode_users, recommend
+from seqfair_jax.serving.trained import run_folder
+from seqfair_jax.training import selection
+
+_SEEN = {None: None, "keep": False, "mask": True}
+_MANY = 20  # more numbers than this are no groups: they are to be cut
+_BLOCK = 2**14  # users encoded at once
+_LOG = logging.getLogger("seqfair_jax")
+
+
+def fit(
+    log: Any,
+    objective: str | None = None,
+    *,
+    groups: Any = None,
+    seeds: int | Sequence[int] | None = None,
+    epochs: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    config: str | ConfigDict | None = None,
+    workdir: str | Path | None = None,
+    verbose: bool = True,
+) -> "Model":
+    """Train on a log, test and return the model, as `seqfair train` does. No argument is changed.
+
+    Args:
+        log: a table of pandas, polars or pyarrow, or the path of a file, a folder or a pattern.
+            Column names are found as in files (docs/own_log.md). None: the log of `config`.
+        objective: such as "erm", "gdro" or "cvar"; None for that of `config`, by default "erm".
+        groups: who is judged, and who a group objective helps: family names such as "pop33" or
+            ["plan", "age:4"]; or a table of your own groups; or its path (a text with `/` or `.`);
+            or a list of a table or path and of the names to use. Of a table without names, all
+            families are used. The first family is the objective's. None: "pop33" and "seq33".
+        seeds: one run is trained for each.
+        epochs: of training; `train.epochs`.
+        settings: other settings by their names in docs/settings.md, such as {"model.dim": 128}.
+        config: the settings to start from: the name of a shipped config, the path of a config
+            file, or a ConfigDict. None: the defaults, those of the config `own_log`.
+        workdir: where the run's files go. The same call with the same folder resumes there, and
+            loads the model at once if the run has finished. None: a temporary folder, which is
+            removed when the model is no longer used; `Model.save` copies it.
+        verbose: print what the command prints, and show its progress bar. Else only warnings.
+
+    Returns:
+        The model. Of several seeds or values of the objective it is the run that validation
+        selected; see `Model.runs`.
+
+    Raises:
+        UserError: on bad input; as `run.run`. Nothing is trained.
+        KeyboardInterrupt: after an interrupt, with the state saved in `workdir`.
+    """
+    chosen = _settings(log, objective, config, seeds, epochs, settings or {})
+    folder = Path(tempfile.mkdtemp(prefix="seqfair_")) if workdir is None else workdir
+    model = None
+    try:
+        with _shown(verbose):
+            path = _make(folder)
+            _set_inputs(chosen, path, log, groups)
+            run(chosen, path)
+            _remove_other_groups(path, chosen.data.group_file)
+            model = load(path)
+    except Interrupted as stopped:
+        if stopped.status != 130:  # SIGTERM asks the process to end
+            raise
+        kept = "" if workdir is not None else "; nothing is kept, since there is no workdir"
+        raise KeyboardInterrupt(f"{stopped}{kept}") from None
+    finally:
+        if model is None and workdir is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if workdir is None:
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    return model
+
+
+def load(folder: str | Path, *, run: str | None = None, rule: str = "overall") -> "Model":
+    """Load the model of a finished run, by `fit` or `seqfair train`. Its log is not needed.
+
+    Args:
+        folder: the work directory of a run, or of a grid of runs.
+        run: the name of a run of the grid; None for the one that validation selected.
+        rule: which epoch: the one that validated best "overall", or for the "worst_group".
+
+    Raises:
+        UserError: if the run has not finished or failed, or its files are missing or changed.
+    """
+    path = workdir.user_path(folder)
+    return Model(serving.load(path, run=run, rule=rule), path, run_folder(path, run), rule)
+
+
+class Model:
+    """A finished run. `fit` and `load` make one."""
+
+    def __init__(
+        self, trained: serving.TrainedModel, folder: Path, own_folder: Path, rule: str
+    ) -> None:
+        """Keep what `load` read.
+
+        Args:
+            trained: the run.
+            folder: the work directory; of a grid, that of the whole grid.
+            own_folder: where the run's own files are.
+            rule: that chose the epoch.
+        """
+        self._trained, self._own_folder, self._rule = trained, own_folder, rule
+        self._summary = workdir.read_summary(own_folder)
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        summary, trained = self._summary, self._trained
+        metric = trained.config.select.metric
+        return (
+            f"<seqfair_jax.Model {summary['method']}, {trained.run}: {len(trained.user_ids):,} "
+            f"users, {len(trained.item_ids):,} items, test {metric} "
+            f"{self._test_figures()[metric]['overall']:.4f}>"
+        )
+
+    @staticmethod
+    def load(folder: str | Path, *, run: str | None = None, rule: str = "overall") -> "Model":
+        """The same as `seqfair_jax.load`."""
+        return load(folder, run=run, rule=rule)
+
+    @property
+    def config(self) -> ConfigDict:
+        """The settings, as `fit` takes them; a copy."""
+        return copy.deepcopy(self._trained.config)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of the run's `summary.json`: the log's numbers, the test, the baselines."""
+        return copy.deepcopy(self._summary)
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """The runs of the work directory: name, seed, values, status and validation score.
+
+        `load(model.folder, run=NAME)` loads another one.
+        """
+        found = workdir.read_summary(self.folder)
+        metric = self._trained.config.select.metric
+        return pd.DataFrame(
+            {
+                "run": part["run"],
+                "seed": part["seed"],
+                **part["hparams"],
+                "status": part["status"],
+                f"validation {metric}": selection.score(part, "overall")
+                if selection.is_result(part)
+                else None,
+                "selected": part["run"] == self._trained.run,
+            }
+            for part in found.get("runs", [found])
+        )
+
+    @property
+    def per_user(self) -> pd.DataFrame:
+        """The test of each user: the target, its rank, the metrics and the user's groups."""
+        suffix = selection.RULES[self._rule].suffix
+        return pd.read_parquet(workdir.per_user(self._own_folder, suffix))
+
+    def recommend(
+        self,
+        users: Any = None,
+        k: int = 20,
+        *,
+        seen: str | None = None,
+        exclude: Any = None,
+        only: Any = None,
+        batch_size: int | None = None,
+    ) -> pd.DataFrame:
+        """The k best items of each user, as `seqfair recommend` gives them.
+
+        Args:
+            users: None for all users of the log, by their whole history. Or some of them: their
+                ids, or a table with a column `user_id`. Or histories, of new users too:
+                {user: [item, ...]} oldest item first, or a table `user_id, item_id[, timestamp]`.
+            k: items for each user.
+            seen: "mask" to recommend no item of the history, "keep" to allow them; None as
+                evaluated (`evaluate.mask_seen`).
+            exclude: ids of items never to recommend, or a table with a column `item_id`.
+            only: the only items to recommend, likewise.
+            batch_size: users scored at once; None as evaluated.
+
+        Returns:
+            Columns `user_id`, `item_id`, `score` and `rank`, a user's rows together from rank 1.
+
+        Raises:
+            UserError: on unknown users, with some of them. Unknown items of histories are left
+                out with a warning.
+        """
+        trained = self._trained
+        if seen not in _SEEN:
+            raise UserError(f"seen is {seen!r}: expected 'keep', 'mask' or None")
+        for name, value in (("k", k), ("batch_size", batch_size)):
+            is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if value is not None and not (is_number and value >= 1):
+                raise UserError(f"{name} is {value!r}: expected a whole number, 1 or more")
+        user_ids, histories = self._histories(users)
+        candidates = tables.read_candidates(
+            _items(only), _items(exclude), trained.item_ids, trained.config.data.columns
+        )
+        found = recommend(
+            trained,
+            histories,
+            k=int(k),
+            mask_seen=_SEEN[seen],
+            candidates=candidates,
+            batch_size=batch_size,
+        )
+        blocks = output.as_tables(found, user_ids=user_ids, item_ids=trained.item_ids)
+        return pa.concat_tables(table for _, table in blocks).to_pandas()
+
+    def embeddings(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The vectors of the items and of the users; a score is their product.
+
+        A user's vector is the encoder's output after the whole history, and an item's is its row
+        of the output table. So `users @ items.T` has the scores of `recommend`.
+
+        Returns:
+            items f32[V, D], whose index is `item_id`, and users f32[U, D], whose index is
+            `user_id`; the columns are 0 to D - 1.
+        """
+        trained = self._trained
+        model, params, histories = trained.model, trained.params, trained.histories
+        table = model.apply(params, train=False, method="output_table")
+        parts = [
+            encode_users(
+                model,
+                params,
+                histories,
+                slice(first, min(first + _BLOCK, len(trained.user_ids))),
+                1,
+            )
+            for first in range(0, len(trained.user_ids), _BLOCK)
+        ]
+        return (
+            _vectors(table, trained.item_ids, "item_id"),
+            _vectors(np.concatenate(parts), trained.user_ids, "user_id"),
+        )
+
+    def report(self, path: str | Path) -> None:
+        """Write the HTML report of the run, or of its grid, as `seqfair report --out` does.
+
+        Raises:
+            UserError: if the name does not end in .html, or the file cannot be written.
+        """
+        from seqfair_jax.report import html  # matplotlib is slow to import
+
+        out = workdir.user_path(path)
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"{out}: expected a name that ends in .html")
+        found = runs.read_runs([self.folder])
+        html.write(found, contents.build(found, self._trained.config.select.metric), out)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the whole work directory to a new folder, whole or not at all.
+
+        Raises:
+            UserError: if the folder has files or cannot be written, or files of the run changed.
+        """
+        target = workdir.user_path(folder)
+        if target.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(f"{target} is in the model's own folder, {self.folder}; name another")
+        workdir.copy(self.folder, target)
+
+    def _test_figures(self) -> dict[str, Any]:
+        return self._summary["test" + selection.RULES[self._rule].suffix]
+
+    def _histories(self, users: Any) -> tuple[np.ndarray, serving.Histories]:
+        """Who gets a list: the ids and the histories."""
+        trained = self._trained
+        known_users, known_items = trained.user_ids, trained.item_ids
+        columns = trained.config.data.columns
+        if users is None:
+            return known_users, trained.histories
+        if isinstance(users, Mapping):
+            if not users:
+                raise UserError("histories are empty: expected {user: [item, ...]}")
+            wrong = [items for items in users.values() if isinstance(items, str)]
+            if wrong:
+                raise UserError(f"the history {wrong[0]!r} is text: expected a list of items")
+            return tables.histories_of(users, known_users, known_items)
+        if _is_table(users) and tables.has_items(users, columns):
+            return tables.read_histories(users, known_users, known_items, columns)
+        table = users if _is_table(users) else _ids(users, "users", "user_id")
+        ids, places = tables.read_users(table, known_users, columns, require_known=True)
+        return ids, trained.histories.select(places)
+
+
+# The settings of `fit`.
+
+
+def _settings(
+    log: Any,
+    objective: str | None,
+    config: str | ConfigDict | None,
+    seeds: Any,
+    epochs: Any,
+    settings: Mapping[str, Any],
+) -> ConfigDict:
+    """The settings, but for those that name the log and the groups."""
+    if config is None and log is None:
+        raise UserError("log is None: give a table or a path, or a config that has a log")
+    if isinstance(config, ConfigDict):
+        chosen = copy.deepcopy(config)  # with its references, such as that of train.decay_steps
+    else:
+        chosen = default_config() if config is None else load_config(config)
+    if log is not None:
+        is_public = _is_path(log) and chosen.data.name in ("retailrocket", "ml1m")
+        change(chosen, {} if is_public else {"data.name": "csv"})
+    named = {"objective.name": objective, "seeds": seeds, "train.epochs": epochs}
+    named = {key: value for key, value in named.items() if value is not None}
+    both = sorted(set(named) & set(settings))
+    if both:
+        raise UserError(f"{both[0]} is given twice: by its own argument and in settings")
+    taken = {"data.path": "log", "data.name": "log"} if log is not None else {}
+    for key, argument in taken.items():
+        if key in settings:
+            raise UserError(f"{key} is in settings, but the log is given by `{argument}`")
+    change(chosen, {**named, **settings})
+    return chosen
+
+
+def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None:
+    """Store the tables in the work directory, and set the log, the group file and the families.
+
+    Raises:
+        UserError: if the folder has another log.
+    """
+    table, names = _split_groups(groups)
+    checked = resolve(config)  # before anything is written
+    if _is_path(log):
+        config.data.path = os.fspath(log)
+    elif log is not None:
+        rows = Rows(**{key: checked.data[key] for key in Rows._fields})
+        columns = {key: value for key, value in checked.data.columns.items() if value}
+        stored = needed_columns(log, columns, rows, "log")
+        config.data.path = str(_store_log(folder, stored))
+    if _is_path(table):
+        config.data.group_file = os.fspath(table)
+    elif table is not None:
+        config.data.group_file = str(_store_groups(folder, table))
+    if table is not None and not names:
+        names = _all_families(config.data.group_file)
+    if names:
+        config.groups = tuple(names)
+
+
+def _split_groups(groups: Any) -> tuple[Any, list[str]]:
+    """The table or path of `groups`, and the family names."""
+    if groups is None:
+        return None, []
+    is_list = isinstance(groups, list | tuple)
+    table, names = None, []
+    for part in groups if is_list else [groups]:
+        if isinstance(part, str) and not _is_path(part, pattern="/."):
+            names.append(part)
+        elif table is not None:
+            raise UserError("groups has two tables: give one, and the names of its families")
+        else:
+            table = part
+    return table, names
+
+
+def _is_path(value: Any, *, pattern: str = "") -> bool:
+    """Whether a value is a path; of texts those with a character of the pattern, or all."""
+    if isinstance(value, str):
+        return not pattern or any(character in value for character in pattern)
+    return isinstance(value, os.PathLike)
+
+
+def _all_families(path: str) -> list[str]:
+    """Every family of a group table, in order.
+
+    Raises:
+        UserError: if a family has many numbers, which are to be cut.
+    """
+    frame = read_group_table(path)
+    assert frame is not None
+    for family, labels in frame.groupby("family", sort=False)["group"]:
+        distinct = labels.dropna().unique()
+        numbers = pd.to_numeric(pd.Series(distinct), errors="coerce")
+        if len(distinct) > _MANY and numbers.notna().all():
+            name = encode_name(str(family))
+            raise UserError(
+                f"groups: family {family!r} has {len(distinct):,} numbers; name the families to "
+                f"use, and cut this one into groups: groups=[table, {name + ':4'!r}, ...]"
+            )
+    return [encode_name(family) for family in frame["family"].unique()]
+
+
+# Tables in the work directory.
+
+
+def _make(folder: str | Path) -> Path:
+    """The absolute path of the work directory, which is made."""
+    return workdir.create(folder).resolve()
+
+
+def _store_log(folder: Path, table: pa.Table) -> Path:
+    """Write the log to `inputs/`, unless it is there.
+
+    Raises:
+        UserError: if a run of the folder has another log there.
+    """
+    path = folder / workdir.INPUTS / "log.parquet"
+    new = path.with_name("log.new.parquet")
+    with workdir.exclusive(folder):
+        try:
+            workdir.write_file(new, lambda temporary: pq.write_table(table, temporary))
+            has_run = path.is_file() and (folder / workdir.CONFIG).is_file()
+            if has_run and workdir.sha256(path) != workdir.sha256(new):
+                difference = _difference(pq.read_table(path), pq.read_table(new))
+                if difference:
+                    raise UserError(
+                        f"log is another table than the one that {folder} was trained on "
+                        f"({difference}); give the same table, or another workdir"
+                    )
+            if not has_run:
+                new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+    return path
+
+
+def _difference(old: pa.Table, new: pa.Table) -> str:
+    """In what two tables differ; "" if in nothing."""
+    if old.equals(new):
+        return ""
+    if old.schema != new.schema:
+        return f"its columns were {_columns(old)}, and are {_columns(new)}"
+    if len(old) != len(new):
+        return f"it had {len(old):,} rows, and has {len(new):,}"
+    return "the values of some rows differ"
+
+
+def _columns(table: pa.Table) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+
+
+def _store_groups(folder: Path, table: Any) -> Path:
+    """Write the groups to `inputs/`; other groups get another name, so that they are seen."""
+    arrow = table_in_memory(table, lambda names, _: {name: name for name in names}, "groups")[0]
+    sink = io.BytesIO()
+    pq.write_table(arrow, sink)
+    digest = hashlib.sha256(sink.getvalue()).hexdigest()[:12]
+    path = folder / workdir.INPUTS / f"groups-{digest}.parquet"
+    if not path.is_file():
+        workdir.write_file(path, lambda temporary: temporary.write_bytes(sink.getvalue()))
+    return path
+
+
+def _remove_other_groups(folder: Path, used: str | None) -> None:
+    for path in (folder / workdir.INPUTS).glob("groups-*.parquet"):
+        if str(path) != used:
+            path.unlink()
+
+
+# Arguments of `Model`.
+
+
+def _is_table(value: Any) -> bool:
+    return hasattr(value, "columns") or hasattr(value, "column_names")
+
+
+def _items(given: Any) -> Any:
+    """A table of items; None stays."""
+    return given if given is None or _is_table(given) else _ids(given, "items", "item_id")
+
+
+def _ids(given: Any, what: str, column: str) -> pd.DataFrame:
+    """A list, an array or a series of ids as a table."""
+    values = given.to_pylist() if hasattr(given, "to_pylist") else given
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise UserError(f"{what}: {given!r} is one value; give a list, such as [{given!r}]")
+    return pd.DataFrame({column: list(values)})
+
+
+def _vectors(values: Any, ids: np.ndarray, name: str) -> pd.DataFrame:
+    return pd.DataFrame(np.asarray(values, np.float32), index=pd.Index(ids, name=name))
+
+
+# What is shown.
+
+
+@contextlib.contextmanager
+def _shown(verbose: bool) -> Iterator[None]:
+    """Show what the commands show, or warnings alone."""
+    with contextlib.ExitStack() as stack:
+        if not _LOG.hasHandlers():  # else the program shows the messages as it likes
+            stack.enter_context(log_to_stderr())
+            if not verbose:
+                _LOG.setLevel(logging.WARNING)
+        if not verbose:
+            sink = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(sink))
+            stack.enter_context(contextlib.redirect_stderr(sink))
+        yield
