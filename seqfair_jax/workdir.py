@@ -81,7 +81,7 @@ def refuse_overwrite(out: Path, inputs: Iterable[str | None]) -> None:
     for name in filter(None, inputs):
         path = user_path(name)
         if path.exists() and out.exists() and path.samefile(out):
-            raise UserError(f"{out} is the input {name}; name another file")
+            raise UserError(f"--out={out} is the input {name}; name another file")
 
 
 def cache_folder() -> Path | None:
