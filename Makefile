@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test test-all settings clean
+.PHONY: demo lint test test-all docs settings clean
 demo: .venv/.installed
 	$(BIN)/seqfair train --config=configs/demo.py:method=erm --workdir=runs/demo/erm
 	$(BIN)/seqfair train --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
@@ -26,6 +26,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# The documentation site; open build/site/index.html.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict
 
 # The page of all settings, from the package.
 settings: .venv/.installed

@@ -4,14 +4,10 @@ A code block that calls the package runs in bash with stub programs, which print
 So loops and variables are expanded by the shell itself, and nothing is trained.
 """
 
-import json
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from pages import CALL, PAGES, ROOT, DocsError, code_blocks, commands, page_id, write_stubs
 
 from seqfair_jax import __main__ as seqfair
 from seqfair_jax import cli
@@ -20,50 +16,13 @@ from seqfair_jax.config.help import page
 from seqfair_jax.errors import UserError
 from seqfair_jax.sweeps import grid, search
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "seqfair_jax"
-PAGES = sorted(
-    path
-    for pattern in (
-        "*.md", "docs/*.md", "docs/api/*.md", "docs/results/README.md", "third_party_data/*.md"
-    )
-    for path in ROOT.glob(pattern)
-    if path.name != "CHANGELOG.md"  # it names what was removed
-)
-PROGRAMS = ("python", "python3", "seqfair", "pip", "make", "pre-commit")
-_CALL = re.compile(r"\bseqfair [a-z]|python3? -m (?:seqfair_jax|benchmarks)")
-_STUB = """#!/bin/sh
-exec {python} -ISc 'import json, sys; print(json.dumps(sys.argv[1:]))' {name} "$@"
-"""
-
-
-class DocsError(Exception):
-    """What is wrong with a page."""
-
-
-def code_blocks(text):
-    """The fenced and the indented code blocks of a page."""
-    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"(?:^|\n\n)((?: {4}.*\n|\n(?= {4}))+)", text)
-    return [*fenced, *indented]
 
 
 def spans(text):
     """The inline code of a page."""
     prose = re.sub(r"^```.*?^```|^ {4}[^\n]*$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-
-
-def commands(shell, stubs):
-    """The argument lists of the programs that a piece of shell calls."""
-    result = subprocess.run(
-        [shutil.which("bash"), "-c", shell],
-        cwd=stubs, env={"PATH": str(stubs)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if result.returncode:
-        raise DocsError(f"{shell}\n{result.stderr}")
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
 
 
 def check_block(shell, stubs):
@@ -146,7 +105,7 @@ def check_benchmark(module, arguments):
 
 def check_span(span, stubs):
     """Check a command, a flag or a path in inline code."""
-    if _CALL.search(span):
+    if CALL.search(span):
         for words in commands(span.removesuffix(" ..."), stubs):
             has_arguments = len(words) > (2 if words[0] == "seqfair" else 3)
             check_command(words if has_arguments else [*words, "--help"])
@@ -209,33 +168,23 @@ def _read(name):
 @pytest.fixture
 def stubs(tmp_path):
     """A folder to run shell in, whose programs print their arguments."""
-    for folder in ("", "launch", ".venv/bin"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    for name in PROGRAMS:
-        for path in (tmp_path / name, tmp_path / ".venv/bin" / name):
-            path.write_text(_STUB.format(python=sys.executable, name=name))
-            path.chmod(0o755)
-    (tmp_path / ".venv/bin/activate").touch()
-    (tmp_path / "bash").symlink_to(shutil.which("bash"))
-    launch = tmp_path / "launch/local.sh"
-    launch.write_text('#!/bin/sh\nshift\nexec "$@"\n')
-    launch.chmod(0o755)
-    return tmp_path
+    return write_stubs(tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_in_code_blocks(page, stubs):
-    for block in filter(_CALL.search, code_blocks(page.read_text(encoding="utf-8"))):
-        check_block(block, stubs)
+    for block in code_blocks(page.read_text(encoding="utf-8")):
+        if CALL.search(block.text):
+            check_block(block.text, stubs)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_inline_code(page, stubs):
     for span in spans(page.read_text(encoding="utf-8")):
         check_span(span, stubs)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links(page):
     check_links(page.read_text(encoding="utf-8"), page.parent)
 
@@ -327,5 +276,5 @@ def test_a_bad_link_is_found(text):
 
 def test_code_is_found_in_a_page():
     text = "# A\n\n    seqfair a \\\n        b\n\n    c\n\ntext `d\ne`\n\n```sh\nf\n```\n"
-    assert code_blocks(text) == ["f\n", "    seqfair a \\\n        b\n\n    c\n"]
+    assert code_blocks(text) == [("", "    seqfair a \\\n        b\n\n    c\n"), ("sh", "f\n")]
     assert spans(text) == ["d e"]

@@ -1,0 +1,317 @@
+"""The commands and the Python code of the documentation run, at a small size.
+
+Each page runs in a folder of its own, from its first code block to its last. So `seqfair recommend`
+finds the run that the page's train command made. Every command runs in this process. Paths in the
+pages name small files, which `write_files` writes, and settings that decide the cost are replaced
+(`SMALL`).
+"""
+
+import ast
+import glob
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ml_collections import ConfigDict
+from pages import PAGES, ROOT, Block, code_blocks, commands, page_id, write_stubs
+
+import seqfair_jax
+from seqfair_jax import __main__ as seqfair
+from seqfair_jax import api
+from seqfair_jax.data.synthetic import default_settings, generate
+
+# Pages whose commands `make test` runs. `make test-all` runs the others too.
+QUICK = (
+    "README.md", "docs/own_log.md", "docs/tutorial.md", "docs/recommend.md", "docs/python.md"
+)  # fmt: skip
+
+# Commands that do not run here, by some of their words, and why. tests/test_docs.py checks them.
+NOT_RUN = {
+    "python examples/own_loop.py": "tests/test_examples.py runs it, with fewer steps",
+    "python examples/own_objective.py": "tests/test_examples.py runs it",
+    "python examples/serve.py": "it serves until it is stopped; tests/test_serve.py runs it",
+    "python -m benchmarks.peers": "it needs RecTools and PyTorch, which are no dependencies",
+    "python -m benchmarks.train_step --first_step":
+        "it starts six processes, three of them with an empty compilation cache",
+    "python -m benchmarks.export --format=onnx": "it needs the extra `onnx`",
+    "seqfair export --format=onnx":
+        "it needs the extra `onnx`; tests/test_export.py runs it where that is installed",
+    "python -m pytest": "it is this command",
+}  # fmt: skip
+
+_TRAIN = {
+    "config.data.cache_dir": "",
+    "config.data.synthetic.num_users": "300",
+    "config.data.synthetic.num_items": "80",
+    "config.model.dim": "8",
+    "config.model.ff_dim": "8",
+    "config.model.num_blocks": "1",
+    "config.model.max_len": "14",
+    "config.model.dropout": "0",
+    "config.select.min_users": "1",
+    "config.train.batch_size": "8",
+    "config.train.epochs": "1",
+    "config.train.steps_per_epoch": "2",
+}
+_REPRODUCE = {
+    "config.seeds": "0",
+    "config.sweep.methods": "erm,gdro",
+    "config.sweep.families": "pop33",
+    "config.sweep.intersections": "",
+    "config.sweep.step_size": "0.01",
+}
+# Flags that replace those of a command, or are added to it.
+SMALL = {
+    "train": _TRAIN,
+    "reproduce": _TRAIN | _REPRODUCE,
+    "search": _TRAIN,
+    "benchmarks": _TRAIN | {"repeats": "1"},
+}
+# Values that replace those of a benchmark's flags, where it has them.
+SMALLER = {"steps": "1", "rows": "2000", "users": "300", "items": "80", "sizes": "100"}
+
+# Names that a page's Python code uses and does not define.
+NAMES = {
+    "docs/log.md": "import pandas as pd\ntable = pd.read_csv('log.csv')",
+    "docs/own_objective.md":
+        "import jax\nimport jax.numpy as jnp\nfrom seqfair_jax import objectives",
+}  # fmt: skip
+
+
+def is_python(block):
+    """Whether a code block is Python: it says so, or it parses and calls or imports something."""
+    if block.language:
+        return block.language == "python"
+    try:
+        tree = ast.parse(_dedented(block.text))
+    except SyntaxError:
+        return False
+    return any(isinstance(node, ast.Call | ast.Import | ast.ImportFrom) for node in ast.walk(tree))
+
+
+def is_call(words):
+    """Whether a command line starts the package, a benchmark, an example or the tests."""
+    return words[0] == "seqfair" or (
+        words[0].startswith("python") and words[1:] and words[1:3] != ["-m", "venv"]
+    )
+
+
+def not_run(words):
+    """The entry of `NOT_RUN` for a command line; None if it runs."""
+    return next((entry for entry in NOT_RUN if set(entry.split()) <= set(words)), None)
+
+
+def steps(page, stubs):
+    """What a page runs, in order: command lines, and Python code."""
+    for block in code_blocks(page.read_text(encoding="utf-8")):
+        if is_python(block):
+            yield _dedented(block.text)
+        elif re.search(r"\bseqfair\b|\bpython3?\b", block.text) and block.language in ("", "sh"):
+            yield from filter(is_call, commands(block.text, stubs))
+
+
+def small(words):
+    """A command line with the flags of `SMALL` and `SMALLER`.
+
+    Returns:
+        The command's name, or the module of a benchmark, and the flags.
+    """
+    smaller = {}
+    match words:
+        case ["seqfair", name, *flags] | [_, "-m", "seqfair_jax", name, *flags]:
+            added = SMALL.get(name, {})
+        case [_, "-m", "seqfair_jax.main", *flags]:
+            name, added = "train", SMALL["train"]
+        case [_, "-m", name, *flags] if name.startswith("benchmarks."):
+            added, smaller = SMALL["benchmarks"], SMALLER
+        case _:
+            raise AssertionError(f"{words}: neither run here nor listed in NOT_RUN")
+    if "--help" in flags or name == "--help":
+        return name, flags
+    given = [flag.removeprefix("--").partition("=") for flag in flags]
+    kept = [
+        f"--{key}={smaller[key]}" if key in smaller else flag
+        for flag, (key, _, _) in zip(flags, given, strict=True)
+        if key not in added
+    ]
+    return name, [*kept, *(f"--{key}={value}" for key, value in added.items())]
+
+
+def small_fit(*args, settings=None, **arguments):
+    """`seqfair_jax.fit` with the settings of the train command in `SMALL`."""
+    settings = dict(settings or {})
+    for key, value in _TRAIN.items():
+        key = key.removeprefix("config.")
+        settings[key] = ast.literal_eval(value) if value else ""
+    return api.fit(*args, settings=settings, **arguments)
+
+
+def write_files(folder):
+    """The files that the pages name: a log in several layouts, its users, items and groups."""
+    log = generate(ConfigDict(default_settings() | {"num_users": 300, "num_items": 80}))
+    rng = np.random.default_rng(0)
+    # Half a year from February 2024. Users start at different times.
+    day = 86_400 * (31 + rng.integers(0, 170, len(log))) + 60 * log["timestamp"]
+    seconds = 1_704_067_200 + day.groupby(log["user_id"]).transform(lambda t: np.sort(t))
+    time = pd.to_datetime(seconds, unit="s").dt.strftime("%Y-%m-%dT%H:%M:%S")
+    named = pd.DataFrame(
+        {
+            "user_id": "user-" + log["user_id"].astype(str),
+            "item_id": "item-" + log["item_id"].astype(str),
+            "timestamp": time,
+        }
+    )
+    also = {"buyer": "user_id", "article": "item_id", "bought_at": "timestamp"}
+    own = named.assign(**{name: named[of] for name, of in also.items()}, action="view")
+    own.to_csv(folder / "log.csv", index=False)
+    last = log.groupby("user_id").cumcount(ascending=False)
+    parts = {"train.csv": last > 1, "valid.csv": last == 1, "test.csv": last == 0}
+    for name, rows in parts.items():
+        named[rows].to_csv(folder / name, index=False)
+    named.to_csv(folder / "events.csv", index=False)
+    named[last < 3].to_csv(folder / "today.csv", index=False)
+
+    users, items = named[["user_id"]].drop_duplicates(), named[["item_id"]].drop_duplicates()
+    users.head(20).to_csv(folder / "customers.csv", index=False)
+    items.head(60).to_csv(folder / "in_stock.csv", index=False)
+    items.head(5).to_csv(folder / "adult.csv", index=False)
+    users.assign(
+        country=rng.choice(["DK", "SE"], len(users)),
+        age=rng.integers(18, 80, len(users)),
+        plan=rng.choice(["free", "paid"], len(users)),
+    ).to_csv(folder / "groups.csv", index=False)
+
+    for name in ("DIR", "PATH"):  # the layouts of Retailrocket and MovieLens-1M
+        (folder / name).mkdir()
+        pd.DataFrame(
+            {
+                "timestamp": 1000 * seconds,
+                "visitorid": log["user_id"],
+                "event": "view",
+                "itemid": log["item_id"],
+                "transactionid": "",
+            }
+        ).to_csv(folder / name / "events.csv", index=False)
+        rows = zip(log["user_id"], log["item_id"], seconds, strict=True)
+        text = "".join(f"{user}::{item}::5::{at}\n" for user, item, at in rows)
+        (folder / name / "ratings.dat").write_text(text)
+    for name in ("configs", "examples", "benchmarks", "launch"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+class Runner:
+    """Runs the steps of pages, and trains what several pages train only once."""
+
+    def __init__(self, store):
+        self._store, self._trained = store, {}
+
+    def command(self, words):
+        """Run a command line in this process, in the current folder."""
+        name, flags = small(words)
+        if name.startswith("benchmarks."):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [name, *flags])
+                runpy.run_module(name, run_name="__main__")
+            return
+        arguments = [path for flag in flags for path in _expanded(flag)]
+        values = dict(flag.removeprefix("--").split("=", 1) for flag in arguments if "=" in flag)
+        # The files are those of every page, so the flags alone decide what is trained.
+        key = tuple(flag for flag in arguments if not flag.startswith("--workdir="))
+        is_new = name == "train" and not Path(values.get("workdir", ".")).exists()
+        if is_new and key in self._trained:
+            shutil.copytree(self._trained[key], values["workdir"])
+            return
+        seqfair.main([name, *arguments])
+        if is_new and "workdir" in values:
+            self._trained[key] = self._store / str(len(self._trained))
+            shutil.copytree(values["workdir"], self._trained[key])
+        if "out" in values:
+            assert Path(values["out"]).exists()
+
+
+def _expanded(word):
+    """The paths that a pattern stands for; any other word is itself."""
+    return sorted(glob.glob(word)) if "*" in word and not word.startswith("-") else [word]
+
+
+def _dedented(text):
+    return re.sub(r"^ {4}", "", text, flags=re.MULTILINE) if text.startswith("    ") else text
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory):
+    return write_stubs(tmp_path_factory.mktemp("stubs"))
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    return Runner(tmp_path_factory.mktemp("trained"))
+
+
+def _page(page):
+    marks = () if page_id(page) in QUICK else pytest.mark.slow
+    return pytest.param(page, id=page_id(page), marks=marks)
+
+
+@pytest.mark.parametrize("page", [_page(page) for page in PAGES])
+def test_the_code_of_a_page_runs(page, files, stubs, runner, tmp_path, monkeypatch):
+    folder = tmp_path / "page"
+    shutil.copytree(files, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the code may add to it
+    modules = set(sys.modules)
+    monkeypatch.setattr(seqfair_jax, "fit", small_fit)
+    names = {"__name__": "page"}
+    exec(NAMES.get(page_id(page), ""), names)
+    for step in steps(page, stubs):
+        if isinstance(step, str):
+            exec(compile(step, page_id(page), "exec"), names)
+        elif not not_run(step):
+            runner.command(step)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]  # of a folder that another page may write differently
+
+
+def test_every_command_that_does_not_run_is_in_a_page(stubs):
+    found = {
+        entry
+        for page in PAGES
+        for step in steps(page, stubs)
+        if not isinstance(step, str) and (entry := not_run(step))
+    }
+    assert found == set(NOT_RUN)
+
+
+def test_a_command_becomes_small():
+    words = ["seqfair", "train", "--config=demo", "--config.train.epochs=9", "--config.seeds=0,1"]
+    name, flags = small(words)
+    assert name == "train"
+    assert flags[:2] == ["--config=demo", "--config.seeds=0,1"]
+    assert flags.count("--config.train.epochs=1") == 1
+    assert "--config.train.epochs=9" not in flags
+    assert small(["python", "-m", "seqfair_jax.main", *words[2:]]) == (name, flags)
+    name, flags = small(["python", "-m", "benchmarks.prepare", "--config=demo", "--rows=99999"])
+    assert name == "benchmarks.prepare"
+    assert "--rows=2000" in flags
+    with pytest.raises(AssertionError, match="neither run here"):
+        small(["python", "examples/other.py"])
+
+
+def test_python_is_found():
+    assert is_python(Block("python", "a b"))
+    assert is_python(Block("", "    import a\n\n    a.b(1)\n"))
+    assert not is_python(Block("text", "f(1)"))
+    assert not is_python(Block("", "    user_id,age\n    anna,23\n"))
+    assert not is_python(Block("", "    seqfair train --config=demo\n"))
