@@ -10,6 +10,7 @@ from seqfair_jax.errors import did_you_mean
 COMMANDS = {
     "train": "train the runs of a config, test them and print the table by group",
     "recommend": "write a list of items for each user by a finished run",
+    "evaluate": "test a run again, or judge the lists of any recommender",
     "export": "write a model as a folder that needs jax alone, with a model card",
     "report": "print the tables of finished runs, and write them as one HTML file",
     "search": "search for the settings that validate best",

@@ -47,7 +47,7 @@ class Command:
         description: str,
         *,
         arguments: str = "",
-        config: bool = False,
+        config: bool | str = False,
         lists_settings: bool = False,
         program: str | None = None,
     ):
@@ -57,7 +57,8 @@ class Command:
             name: the word after `seqfair`.
             description: for `--help`.
             arguments: the positional arguments, such as "DIR [DIR ...]"; "" for none.
-            config: the command takes `--config` and `--config.KEY=VALUE`.
+            config: the command takes `--config` and `--config.KEY=VALUE`; "optional" if it need
+                not be given.
             lists_settings: its `--help` lists the shipped configs and every setting.
             program: how the command is started, if not by `seqfair NAME`.
         """
@@ -70,6 +71,10 @@ class Command:
     def string(self, name: str, help_text: str, default: str | None = None) -> None:
         """Define a flag with a text value."""
         flags.DEFINE_string(name, default, help_text, flag_values=self.flags)
+
+    def strings(self, name: str, help_text: str) -> None:
+        """Define a flag that may be given several times; its value is a list."""
+        flags.DEFINE_multi_string(name, [], help_text, flag_values=self.flags)
 
     def integer(self, name: str, help_text: str, default: int) -> None:
         """Define a flag with a whole number."""
@@ -116,12 +121,13 @@ class Command:
             print(self._help([arg for arg in argv if arg not in _HELP]))
             raise SystemExit(0)
         config = None
-        if self._takes_config:
+        optional = self._takes_config == "optional"
+        if self._takes_config and not (optional and not _names_config(argv)):
             path, argv = _take_config(argv)
             config = load_config(path)
             argv = _check_overrides(config, argv)
         try:
-            if self._takes_config:
+            if config is not None:
                 config_flags.DEFINE_config_dict(
                     "config", config, flag_values=self.flags, sys_argv=[self._program, *argv]
                 )
@@ -145,13 +151,14 @@ class Command:
         names = [word.lstrip("-").partition("=")[0] for word in argv if word.startswith("-")]
         names = [name if name in self.flags else name.removeprefix("no") for name in names]
         for name in self.flags:
-            if names.count(name) > 1:
+            if names.count(name) > 1 and not isinstance(self.flags[name].value, list):
                 raise UserError(f"--{name} is given {names.count(name)} times, expected once")
 
     def _help(self, argv: list[str]) -> str:
         usage = f"usage: {self._program}"
         if self._takes_config:
-            usage += " --config=NAME_OR_FILE [--config.KEY=VALUE ...]"
+            named = "--config=NAME_OR_FILE [--config.KEY=VALUE ...]"
+            usage += f" [{named}]" if self._takes_config == "optional" else f" {named}"
         usage += " [flags]" + (f" {self._arguments}" if self._arguments else "")
         lines = [usage, "", textwrap.fill(self._description, 79), "", "flags:"]
         if self._takes_config:
@@ -159,7 +166,9 @@ class Command:
             lines += [
                 *_wrapped(
                     "--config: the name of a shipped config, such as own_log, or the path of "
-                    "your own file, such as mine.py; its arguments follow a colon (required)"
+                    "your own file, such as mine.py; its arguments follow a colon"
+                    + " (required)"
+                    * (self._takes_config is True)
                 ),
                 *_wrapped(
                     "--config.KEY: the value of one setting, such as --config.seeds=0,1,2; "
@@ -168,7 +177,9 @@ class Command:
             ]
         for name in self.flags:
             flag = self.flags[name]
-            default = f" (default: {flag.default})" if flag.default not in (None, False, "") else ""
+            default = (
+                f" (default: {flag.default})" if flag.default not in (None, False, "", []) else ""
+            )
             lines += _wrapped(f"--{name}: {flag.help}{default}")
         if self._lists_settings:
             lines += ["", "shipped configs:", help.shipped_configs()]
@@ -194,6 +205,10 @@ def use_compilation_cache() -> None:
         return
     model = "".join(c if c.isalnum() else "-" for c in processor())
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla" / model))
+
+
+def _names_config(argv: Sequence[str]) -> bool:
+    return any(re.match(r"--?config(?:[.=]|$)", word) for word in argv)
 
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:

@@ -230,6 +230,11 @@ def is_finished(folder: Path) -> bool:
         return all((part / name).is_file() for part in parts for name in (_FINISHED, SUMMARY))
 
 
+def finished_hash(folder: Path) -> str:
+    """The SHA-256 of a finished run's `finished.json`: the same for a copy, and for no other run."""
+    return sha256(folder / _FINISHED)
+
+
 def finished_inputs(folder: Path) -> dict[str, str]:
     """The hashes of a finished run's inputs, as `finish` stored them."""
     return _read_finished(folder)["inputs"]

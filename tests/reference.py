@@ -283,6 +283,20 @@ def set_metrics(ranks, k):
     }
 
 
+def list_ranks(rows, targets):
+    """Ranks of one user's targets in the user's list; 0 for a target that is not in it.
+
+    Rows are (item, order) in the order of the file, the lowest order first. Targets are last among
+    items with an equal order, one after another.
+    """
+    best = {}
+    for place, (item, order) in enumerate(rows):
+        if item not in best or (order, place) < best[item]:
+            best[item] = (order, place)
+    shown = sorted(best, key=lambda item: (best[item][0], item in targets, best[item][1]))
+    return sorted(shown.index(item) + 1 if item in shown else 0 for item in targets)
+
+
 def list_stats(lists, k, item_counts, audience, num_users):
     """What lists of items show. An item of None is in no training row; no place may be empty."""
     exposure = [0] * len(item_counts)

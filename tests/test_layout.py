@@ -25,6 +25,7 @@ ROOMS = (
     "report",
     "results",
     "run",
+    "audit",
     "sweeps",
     "paper",
     "cli",

@@ -1,5 +1,6 @@
 """Readers: from the files of a log, or a table in memory, to a `Log`."""
 
+import contextlib
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ ALIASES = {
     "event": "event event_type eventtype event_name behavior behavior_type behaviour action "
     "action_type",
     "rating": "rating ratings score stars overall book_rating user_rating",
+    "rank": "rank ranking position place",  # of recommended items
+    "score": "score scores prediction predicted_score predicted_rating relevance",
 }
 _RETAILROCKET = {
     "user_id": "visitorid",
@@ -267,7 +270,7 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
     if settings.min_rating is not None:
         good = np.zeros(len(rows), bool)
         column = columns["rating"].filter(pa.array(keep))
-        values = _ratings(column, rows[keep], where, names["rating"])
+        values = finite_numbers(column, rows[keep], where, names["rating"])
         good[keep] = values >= settings.min_rating
         counts["below_min_rating"] = int((keep & ~good).sum())
         keep &= good
@@ -293,7 +296,19 @@ def _as_text(column: pa.ChunkedArray, where: str, name: str) -> pa.ChunkedArray:
         ) from error
 
 
-def _ratings(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
+def finite_numbers(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
+    """A column of numbers, or of text that spells them: f64[N].
+
+    Args:
+        column, rows, where, name: see `ids.require_values`.
+
+    Raises:
+        UserError: naming the first row without a finite number.
+    """
+    with contextlib.suppress(pa.ArrowException):
+        values = column.cast(pa.float64()).to_numpy()
+        if np.isfinite(values).all():
+            return values
     series = _as_text(column, where, name).to_pandas()
     values = pd.to_numeric(series, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     bad = ~np.isfinite(values)

@@ -11,6 +11,15 @@ import numpy as np
 from seqfair_jax.errors import UserError, did_you_mean
 
 KINDS = ("NDCG", "Recall", "MRR", "MAP", "HitRate")
+LIST_FIGURES = {  # of `recommendation_stats`, and what they mean
+    "coverage": "share of the items that are in some list",
+    "gini": "Gini coefficient of how often each item is shown: 0 if all are shown equally often, "
+    "near 1 if few items take all places",
+    "mean_popularity": "mean number of training rows of the shown items",
+    "popularity_percentile": "mean share of the items that have fewer training rows than the shown "
+    "one, plus half of those with as many",
+    "novelty": "mean of -log2 of the share of training users who have the shown item, in bits",
+}
 
 
 def parse_metric(name: str) -> tuple[str, int]:
@@ -27,6 +36,30 @@ def parse_metric(name: str) -> tuple[str, int]:
             "cut-off, as in NDCG@20"
         )
     return kind, int(cutoff)
+
+
+def describe_metric(name: str) -> str:
+    """What a metric is, as sentences for readers of a table.
+
+    Raises:
+        UserError: as `parse_metric`.
+    """
+    kind, k = parse_metric(name)
+    ratio = sum(1 / np.log2(1 + rank) for rank in range(1, k + 1))
+    return {
+        "NDCG": f"With one target it is 1 / log2(1 + rank) if the target is in the first {k} "
+        "items, else 0: 1 at rank 1, 0.63 at rank 2, 0.5 at rank 3. With n targets, the sum over "
+        f"them is divided by that of the best possible list, which has min(n, {k}) targets on top. "
+        f"RecTools divides by the ideal of {k} hits, so with one target its figure is {ratio:.2f} "
+        "times smaller.",
+        "Recall": f"The share of the user's targets among the first {k} items. With one target it "
+        "is the same as HitRate.",
+        "MRR": f"1 / rank of the first target, if it is among the first {k} items, else 0.",
+        "MAP": f"The mean of i / rank over the i-th hits among the first {k} items, divided by "
+        f"min(n, {k}) for n targets. With one target it is the same as MRR.",
+        "HitRate": f"1 if any target is among the first {k} items, else 0. With one target it is "
+        "the same as Recall.",
+    }[kind]
 
 
 def rank_metrics(

@@ -15,7 +15,8 @@ from seqfair_jax.evaluation import slices
 
 _KEYS = ("user_id", "target_item_id", "repeat")  # two runs must agree on these
 _RESAMPLES = 2000
-_DRAWN_AT_ONCE = 500_000  # values of the bootstrap, so that its memory does not grow with U
+# Values of the bootstrap. So few stay in a CPU's cache, and start no threads of a matrix product.
+_DRAWN_AT_ONCE = 50_000
 
 
 class Gap(NamedTuple):
@@ -58,7 +59,7 @@ def compare(
         UserError: if the tables differ in their users, targets or groups, or lack the metric.
     """
     reference = next(iter(baseline.values())).reset_index(drop=True)
-    columns = [*_KEYS, *_families(reference)]
+    columns = [*_KEYS, *families_of(reference)]
 
     def values(table: pd.DataFrame, name: str) -> np.ndarray:
         return _aligned(table, reference, columns, metric, name)
@@ -162,7 +163,7 @@ def false_discovery_rates(p_values: pd.Series) -> pd.Series:
     return rates
 
 
-def _families(table: pd.DataFrame) -> list[str]:
+def families_of(table: pd.DataFrame) -> list[str]:
     """The columns with group names: neither keys nor metrics, whose names contain `@`."""
     return [c for c in map(str, table) if c not in (*_KEYS, "rank") and "@" not in c]
 
@@ -235,7 +236,7 @@ def slice_members(table: pd.DataFrame) -> dict[str, np.ndarray]:
     if not _has_lists(table["repeat"]):
         repeat = table["repeat"].to_numpy(bool)
         found |= {slices.REPEAT: np.flatnonzero(repeat), slices.NEW: np.flatnonzero(~repeat)}
-    for family in _families(table):
+    for family in families_of(table):
         labels = table[family].reset_index(drop=True)
         if _has_lists(labels):
             labels = labels.explode()
@@ -281,6 +282,6 @@ def _intervals(difference: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarra
         users = rng.integers(num_users, size=(resamples, num_users), dtype=np.int32)
         users += num_users * np.arange(resamples, dtype=np.int32)[:, None]
         counts = np.bincount(users.ravel(), minlength=users.size).reshape(users.shape)
-        means.append(counts @ difference / num_users)
+        means.append(counts.astype(np.float64) @ difference / num_users)
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
     return low, high

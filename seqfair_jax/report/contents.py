@@ -10,7 +10,7 @@ import pandas as pd
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import rows
-from seqfair_jax.report.rows import BASELINE, RUN, Row
+from seqfair_jax.report.rows import BASELINE, LIST, RUN, Row
 from seqfair_jax.report.runs import FinishedRun, min_users, name_of_folder, shared_families
 
 ERM = "erm"
@@ -22,7 +22,7 @@ class Contents(NamedTuple):
 
     The reference is the row that the others are tested against. The chosen method of a family is
     the row of other runs whose worst group is best in validation. The subject is the chosen method,
-    or the reference if there is no other.
+    or the reference if there is no other; without any run it is the first of the lists.
     """
 
     metric: str
@@ -86,7 +86,8 @@ def build(
     """
     families = shared_families(runs, metric, family)
     named = None if baseline is None else name_of_folder(runs, baseline)
-    found = rows.of_runs(runs, metric)
+    # Two folders may be evaluated by more families than they share.
+    found = rows.of_runs(runs, metric, shared_families(runs, metric, None))
     at = next((i for i, row in enumerate(found) if row.kind == BASELINE), len(found))
     found[at:at] = lists
     if named is not None:
@@ -145,6 +146,9 @@ def of_rows(
         name = _chosen(found, contents.judged(family), reference)
         chosen |= {} if name is None else {family: name}
     subjects = chosen
+    first = next((row.name for row in found if row.kind == LIST), None)
+    if first is not None and all(row.kind != RUN for row in found):
+        subjects = dict.fromkeys(families, first)
     if reference is not None and reference.kind != BASELINE:
         subjects = dict.fromkeys(families, reference.name) | chosen
     contents = contents._replace(
@@ -221,20 +225,15 @@ def _tests(found: Sequence[Row], reference: Row, metric: str) -> pd.DataFrame:
     large, and would make those of the methods look surer than they are.
     """
     assert reference.per_user is not None
-    before = reference.per_user()
-    parts = []
-    for is_baseline in (False, True):
-        others = [
-            row
-            for row in found
-            if row is not reference and row.per_user and (row.kind == BASELINE) == is_baseline
-        ]
-        if not others:
-            continue
-        tables = {row.name: row.per_user() for row in others if row.per_user}
-        table = _corrected(significance.compare(tables, before, metric), found)
-        parts.append(table.assign(kind=table["name"].map({row.name: row.kind for row in others})))
-    return pd.concat(parts, ignore_index=True) if parts else _no_tests()
+    others = [row for row in found if row is not reference and row.per_user is not None]
+    if not others:
+        return _no_tests()
+    tables = {row.name: row.per_user() for row in others if row.per_user}
+    table = significance.compare(tables, reference.per_user(), metric)
+    table = table.assign(kind=table["name"].map({row.name: row.kind for row in others}))
+    is_baseline = table["kind"] == BASELINE
+    parts = [table[~is_baseline], table[is_baseline]]
+    return pd.concat([_corrected(part, found) for part in parts if len(part)], ignore_index=True)
 
 
 def _against_baselines(found: Sequence[Row], subject: Row, metric: str) -> pd.DataFrame:

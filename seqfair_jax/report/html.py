@@ -16,10 +16,10 @@ from seqfair_jax import __version__, workdir
 from seqfair_jax.config import format_value
 from seqfair_jax.data.split import describe_split
 from seqfair_jax.evaluation import slices
-from seqfair_jax.evaluation.metrics import parse_metric
+from seqfair_jax.evaluation.metrics import KINDS, LIST_FIGURES, describe_metric, parse_metric
 from seqfair_jax.report import figures, names, rows, text, verdict
 from seqfair_jax.report.contents import LEVEL, Contents, records
-from seqfair_jax.report.rows import BASELINE, RUN, Row
+from seqfair_jax.report.rows import BASELINE, LIST, Row
 from seqfair_jax.report.runs import FinishedRun, failed_runs
 from seqfair_jax.training.selection import is_result
 
@@ -89,7 +89,8 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
         contents: from `contents.build` of these runs.
         path: the file to write; replaced if it exists.
     """
-    results = [run for run in runs if is_result(run.summary)]
+    trained = [run for run in runs if not run.is_list]
+    results = [run for run in trained if is_result(run.summary)]
     shown = contents._replace(families=contents.families[: text.FAMILIES])
     methods = _shown_methods(contents)
     styles = {row.name: number for number, row in enumerate(methods)}
@@ -120,7 +121,7 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
             *_curves(results, shown, styles),
             *_grids(results, shown),
         ],
-        details=[*_tests(contents), _times(runs)],
+        details=[*_tests(contents), *_recommended(contents), *_times(trained)],
         definitions=_definitions(contents),
         settings=_settings(runs),
         version=__version__,
@@ -129,25 +130,25 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
 
 
 def _shown_methods(contents: Contents) -> list[Row]:
-    """The rows of the figures: of a method with several values, the best in validation.
+    """The rows of the figures: the reference, the chosen rows, and others up to a limit.
 
-    The reference is among them, and the chosen rows.
+    Of a run's two rows it is that of the best overall epoch, and of a method with many values the
+    row that is best in validation.
     """
     wanted = {contents.reference, *contents.chosen.values()}
     methods = [row for row in contents.rows if row.kind != BASELINE]
-    if len(methods) > _METHODS:
+    others = [row for row in methods if row.name not in wanted and row.name == row.run]
+    others += [row for row in methods if row.kind == LIST and row.name not in wanted]
+    if len(others) + len(wanted) > _METHODS:
         best: dict[str, Row] = {}
-        for row in methods:
-            key = row.run.partition(" ")[0] if row.kind == RUN else row.name
+        for row in others:
+            key = row.run.partition(" ")[0] or row.name
             if key not in best or _validation(row) > _validation(best[key]):
                 best[key] = row
-        kept = {row.name for row in best.values()}
-        methods = [row for row in methods if row.name in wanted | kept]
-        first = [row for row in methods if row.name in wanted]
-        others = [row for row in methods if row.name not in wanted]
-        kept = {row.name for row in [*first, *others][:_METHODS]}
-        methods = [row for row in methods if row.name in kept]
-    return methods
+        others = list(best.values())
+    first = [row for row in methods if row.name in wanted]
+    kept = {row.name for row in [*first, *others][:_METHODS]}
+    return [row for row in methods if row.name in kept]
 
 
 def _validation(row: Row) -> float:
@@ -251,7 +252,7 @@ def _forest(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int
 def _labels(contents: Contents, groups: Sequence[str]) -> list[str]:
     if len(contents.families) == 1:
         return slices.labels(groups)
-    return [slices.full_label(name) for name in groups]
+    return [slices.full_label(name).replace("=", ": ", 1) for name in groups]
 
 
 def _hidden_methods(contents: Contents, methods: Sequence[Row]) -> list[str]:
@@ -259,8 +260,8 @@ def _hidden_methods(contents: Contents, methods: Sequence[Row]) -> list[str]:
     if not hidden:
         return []
     return [
-        f"Of each method the row that is best in validation is drawn, at most {_METHODS} in all. "
-        f"{hidden} others are left out. They are in the tables."
+        f"At most {_METHODS} rows are drawn, of each run that of the best overall epoch or the "
+        f"chosen one. {hidden} others are left out. They are in the tables."
     ]
 
 
@@ -424,7 +425,30 @@ def _tests(contents: Contents) -> list[Section]:
     return sections
 
 
-def _times(runs: Sequence[FinishedRun]) -> Section:
+def _recommended(contents: Contents) -> list[Section]:
+    """What the lists show, of all users and of each group."""
+    k = parse_metric(contents.metric)[1]
+    table = rows.recommended(contents.rows, k, contents.families)
+    if table.empty:
+        return []
+    lines = [
+        Line(
+            [
+                Cell(f"{record['name']}, {slices.full_label(record['slice'])}"),
+                *(Cell(text.list_figure(record[figure])) for figure in LIST_FIGURES),
+            ]
+        )
+        for record in records(table)
+    ]
+    heading = f"What the first {k} items show"
+    notes = [f"{name}: {meaning}." for name, meaning in LIST_FIGURES.items()]
+    header = ["", *(name.replace("_", " ") for name in LIST_FIGURES)]
+    return [Section(heading, notes, Table(heading, header, lines))]
+
+
+def _times(runs: Sequence[FinishedRun]) -> list[Section]:
+    if not runs:
+        return []
     lines = []
     for run in runs:
         train = run.summary["train"]
@@ -441,28 +465,15 @@ def _times(runs: Sequence[FinishedRun]) -> Section:
         lines.append(Line([Cell(cell) for cell in cells]))
     header = ["", "status", "steps", "best epoch", "seconds", "targets/s"]
     note = "Seconds of training steps, without compilation. Runs of one command are timed together."
-    return Section("Time", [note], Table("Time", header, lines))
+    return [Section("Time", [note], Table("Time", header, lines))]
 
 
 def _definitions(contents: Contents) -> list[tuple[str, str]]:
     """The words of the page and what they mean."""
     k = parse_metric(contents.metric)[1]
-    ratio = sum(1 / np.log2(1 + rank) for rank in range(1, k + 1))
     reference = contents.reference or "the reference"
     return [
-        (
-            f"NDCG@{k}",
-            f"With one target it is 1 / log2(1 + rank) if the target is in the first {k} items, "
-            "else 0: 1 at rank 1, 0.63 at rank 2, 0.5 at rank 3. With several targets, the sum "
-            "over them is divided by that of the best possible list. RecTools divides by the ideal "
-            f"of {k} hits, so with one target its figure is {ratio:.2f} times smaller.",
-        ),
-        (
-            f"Recall@{k}, HitRate@{k}",
-            f"Recall is the share of the user's targets among the first {k} items. HitRate is 1 if "
-            "any is. With one target they are the same.",
-        ),
-        (f"MRR@{k}", f"1 / rank of the first target, if it is among the first {k} items, else 0."),
+        *((f"{kind}@{k}", describe_metric(f"{kind}@{k}")) for kind in KINDS),
         (
             "repeat, new",
             "Targets that are in the user's history, and those that are not.",

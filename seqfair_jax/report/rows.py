@@ -10,7 +10,8 @@ from scipy.special import stdtrit
 
 from seqfair_jax import workdir
 from seqfair_jax.evaluation import slices
-from seqfair_jax.evaluation.significance import slice_members
+from seqfair_jax.evaluation.metrics import LIST_FIGURES
+from seqfair_jax.evaluation.significance import families_of, slice_members
 from seqfair_jax.report.names import baseline_name
 from seqfair_jax.report.runs import FinishedRun
 from seqfair_jax.training.selection import RULES, is_result
@@ -33,16 +34,24 @@ class Row(NamedTuple):
     validation: tuple[slices.Slices, ...] = ()  # for each seed of runs
     run: str = ""  # the name that its runs share, whatever rule selected the epoch
     is_both: bool = False  # both rules of selection chose the same epoch
+    recommended: tuple[Mapping[str, slices.Slices], ...] = ()  # what is shown, for each seed
 
 
-def of_runs(runs: Sequence[FinishedRun], metric: str) -> list[Row]:
-    """The rows of finished runs on one log, then those of the baselines.
+def of_runs(
+    runs: Sequence[FinishedRun], metric: str, families: Sequence[str] | None = None
+) -> list[Row]:
+    """The rows of finished runs on one log, then those of lists, and those of the baselines.
 
     A run has a row for each rule that selects an epoch (`selection.RULES`). It has one row if the
     rules chose the same epoch in every seed.
+
+    Args:
+        runs: on one log.
+        metric: such as NDCG@20.
+        families: the families of the per-user tables that are kept; None for all.
     """
     found = []
-    for name in dict.fromkeys(run.name for run in runs):
+    for name in dict.fromkeys(run.name for run in runs if not run.is_list):
         seeds = [run for run in runs if run.name == name]
         is_both = all(_chose_one_epoch(run) for run in seeds if is_result(run.summary))
         for rule in RULES.values():
@@ -54,13 +63,52 @@ def of_runs(runs: Sequence[FinishedRun], metric: str) -> list[Row]:
                     name + rule.label,
                     RUN,
                     tuple(run.summary["test" + rule.suffix][metric] for run in tested),
-                    _reader(tested, rule.suffix, metric),
+                    _reader(tested, rule.suffix, metric, families),
                     tuple(run.summary["val" + rule.suffix][metric] for run in tested),
                     name,
                     is_both,
+                    _recommended(tested, rule.suffix),
                 )
             )
-    return [*found, *_baselines(runs, metric)]
+    for run in runs:
+        if run.is_list:
+            means = (run.summary["test"][metric],)
+            shown = _recommended([run], "")
+            read = _reader([run], "", metric, families)
+            found.append(Row(run.name, LIST, means, read, recommended=shown))
+    return [*found, *_baselines(runs, metric, families)]
+
+
+def _recommended(runs: Sequence[FinishedRun], suffix: str) -> tuple[dict[str, slices.Slices], ...]:
+    """What the runs show, by slice; () for runs of earlier versions, which stored less."""
+    found = [run.summary.get("recommended" + suffix, {}) for run in runs]
+    by_slice = [all(isinstance(means, dict) for means in of.values()) for of in found]
+    return tuple(found) if all(found) and all(by_slice) else ()
+
+
+def recommended(rows: Sequence[Row], k: int, families: Sequence[str]) -> pd.DataFrame:
+    """What the lists of the rows show, by slice: columns name, slice, and `LIST_FIGURES`.
+
+    Args:
+        rows: those that have lists are used.
+        k: the cut-off.
+        families: whose groups to show, besides all users.
+    """
+    records = []
+    for row in rows:
+        seeds = [of for of in row.recommended if f"coverage@{k}" in of]
+        if not seeds:
+            continue
+        known = seeds[0][f"coverage@{k}"]
+        groups = [name for family in families for name in slices.groups_in(known, family)]
+        for where in (slices.OVERALL, *groups):
+            record: dict[str, Any] = {"name": row.name, "slice": where}
+            for figure in LIST_FIGURES:
+                found = [of[f"{figure}@{k}"].get(where) for of in seeds]
+                values = np.array([value for value in found if value is not None])
+                record[figure] = values.mean() if len(values) else np.nan
+            records.append(record)
+    return pd.DataFrame(records, columns=["name", "slice", *LIST_FIGURES])
 
 
 def of_lists(name: str, table: pd.DataFrame, metric: str) -> Row:
@@ -83,22 +131,29 @@ def _chose_one_epoch(run: FinishedRun) -> bool:
     return None not in epochs and len(set(epochs)) == 1
 
 
-def _reader(runs: Sequence[FinishedRun], suffix: str, metric: str) -> PerUser:
+def _reader(
+    runs: Sequence[FinishedRun], suffix: str, metric: str, families: Sequence[str] | None
+) -> PerUser:
     @functools.cache
     def read() -> dict[int, pd.DataFrame]:
-        return {run.summary["seed"]: _read(run, suffix, metric) for run in runs}
+        return {run.summary["seed"]: _read(run, suffix, metric, families) for run in runs}
 
     return read
 
 
-def _read(run: FinishedRun, suffix: str, metric: str) -> pd.DataFrame:
+def _read(
+    run: FinishedRun, suffix: str, metric: str, families: Sequence[str] | None
+) -> pd.DataFrame:
     path = workdir.per_user(run.folder, suffix)
     with workdir.named_errors(path, "read"):
         table = pd.read_parquet(path)
-    return table[[c for c in table if "@" not in str(c) or c == metric]]
+    left_out = set(families_of(table)).difference(families or ()) if families is not None else set()
+    return table[[c for c in table if c == metric or not ("@" in str(c) or c in left_out)]]
 
 
-def _baselines(runs: Sequence[FinishedRun], metric: str) -> list[Row]:
+def _baselines(
+    runs: Sequence[FinishedRun], metric: str, families: Sequence[str] | None
+) -> list[Row]:
     tested = next((run for run in runs if is_result(run.summary)), runs[0])
     path = tested.folder / workdir.BASELINES
 
@@ -106,7 +161,7 @@ def _baselines(runs: Sequence[FinishedRun], metric: str) -> list[Row]:
     def stored() -> tuple[pd.DataFrame, pd.DataFrame]:
         with workdir.named_errors(path, "read"):
             values = pd.read_parquet(path, columns=["user_id", "baseline", metric])
-        return _read(tested, "", metric), values
+        return _read(tested, "", metric, families), values
 
     def reader(name: str) -> PerUser:
         def read() -> dict[int, pd.DataFrame]:

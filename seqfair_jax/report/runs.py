@@ -1,7 +1,7 @@
-"""Reads finished runs, and gives the rows of tables their names."""
+"""Reads finished runs and evaluated lists, and gives the rows of tables their names."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ from seqfair_jax.data.groups import encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import parse_metric
-from seqfair_jax.report.names import method_name
-from seqfair_jax.training.selection import is_result
+from seqfair_jax.report.names import baseline_name, method_name
+from seqfair_jax.training.selection import RULES, is_result
 
 _log = logging.getLogger(__name__)
 # Settings that runs of one row may differ in; `method_name` shows the objective's values.
@@ -20,12 +20,17 @@ _FREE = {"seeds", *RESUMABLE} - {"train.epochs", "data.group_file"}
 
 
 class FinishedRun(NamedTuple):
-    """A finished run, or one that failed (`selection.is_result`)."""
+    """A finished run, one that failed (`selection.is_result`), or another system's lists."""
 
     folder: Path
     name: str  # of its row: runs of one name differ only in the seed
     summary: dict[str, Any]
     named: tuple[Path, ...] = ()  # the folders that the user named it by: its own, or its grid's
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it is another system's lists instead (`seqfair evaluate`)."""
+        return is_list(self.summary)
 
 
 def read_summaries(folder: Path) -> list[dict[str, Any]]:
@@ -33,8 +38,33 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
     return [workdir.read_summary(part) for part in workdir.finished_folders(folder)]
 
 
+def is_list(summary: Mapping[str, Any]) -> bool:
+    """Whether a summary is of another system's lists."""
+    return summary.get("kind") == "list"
+
+
+def row_name(summary: Mapping[str, Any]) -> str:
+    """What the row of a run is called if no other run has its method and values."""
+    family = summary["group_family"] if summary["needs_groups"] else ""
+    rule = RULES[
+        summary.get("evaluation", {}).get("rule", "overall")
+    ]  # that it was tested again by
+    return method_name(summary["method"], family, summary["hparams"]) + rule.label
+
+
+def unique_name(label: str, taken: Collection[str]) -> str:
+    """The name of the row of a system's lists."""
+    name = slices.printable(label)
+    while name in taken:
+        name += " (list)"
+    return name
+
+
 def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """The runs of work directories; runs with different settings get different names.
+
+    The folders may have other systems' lists too, as `seqfair evaluate` writes them. A run that it
+    tested again is left out if the run itself is there, or the same test.
 
     This checks all files of the runs, so the result is passed on.
 
@@ -45,14 +75,14 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     for folder in folders:
         for part in workdir.finished_folders(folder.resolve()):
             named.setdefault(part, []).append(folder)
+    summaries = _without_copies({part: workdir.read_summary(part) for part in named})
     found = []
-    for part in named:
-        summary = workdir.read_summary(part)
+    for part, summary in summaries.items():
+        if is_list(summary):
+            continue
         settings = dict(flatten(workdir.read_json(part / workdir.CONFIG) or {}))
         kept = {key: str(value) for key, value in settings.items() if not _is_free(key, value)}
-        family = summary["group_family"] if summary["needs_groups"] else ""
-        name = method_name(summary["method"], family, summary["hparams"])
-        found.append((part, name, kept, summary))
+        found.append((part, row_name(summary), kept, summary))
     variants: dict[str, list[dict[str, str]]] = {}
     for _, name, kept, _ in found:
         variants.setdefault(name, []).append(kept)
@@ -71,7 +101,39 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
                 f"{first.folder} and {part} are the same training ({run.name}, seed "
                 f"{summary['seed']}): name one of them"
             )
-    return list(runs.values())
+    taken = {run.name for run in runs.values()}
+    lists: dict[str, FinishedRun] = {}
+    for part, summary in summaries.items():
+        if is_list(summary):
+            label = summary["label"]
+            baselines = map(baseline_name, summary["baselines"])
+            run = FinishedRun(part, unique_name(label, {*taken, *baselines}), summary,
+                              tuple(named[part]))  # fmt: skip
+            first = lists.setdefault(run.name, run)
+            if first is not run:
+                raise UserError(
+                    f"{first.folder} and {part} both have lists that are called {label!r}: name "
+                    "one of them, or evaluate again with --recommendations=NAME=FILE"
+                )
+    return [*runs.values(), *lists.values()]
+
+
+def _without_copies(summaries: Mapping[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Without the runs that were tested again, where the run or the same test is there too."""
+    tested = {part: summary.get("evaluation", {}).get("run") for part, summary in summaries.items()}
+    hashes = {workdir.finished_hash(part) for part, source in tested.items() if source is None}
+    seen: set[tuple[str, str]] = set()
+    kept = {}
+    for part, summary in summaries.items():
+        source = tested[part]
+        key = (source, summary["evaluation"]["rule"]) if source is not None else None
+        if source in hashes or key in seen:
+            _log.info("%s: the run itself is there, so this test of it is left out", part)
+            continue
+        if key is not None:
+            seen.add(key)
+        kept[part] = summary
+    return kept
 
 
 def _is_free(key: str, value: object) -> bool:
@@ -133,7 +195,7 @@ def _check_dataset(run: FinishedRun, first: FinishedRun) -> None:
     }
     if set(differing) - {"name"}:  # the same log may be in files of different names
         raise UserError(
-            f"{run.folder} and {first.folder} were trained on different logs or splits "
+            f"{run.folder} and {first.folder} are of different logs or splits "
             f"({', '.join(differing.values())}): they cannot be compared in one table; report them "
             "one by one"
         )
@@ -159,7 +221,7 @@ def notes(runs: Sequence[FinishedRun]) -> list[str]:
         f"{run.name}, seed {run.summary['seed']}: stopped early, after epoch "
         f"{run.summary['train']['stopped_epoch']}; its best epoch is {run.summary['best']['epoch']}"
         for run in runs
-        if is_result(run.summary) and run.summary["train"].get("stopped_epoch") is not None
+        if is_result(run.summary) and run.summary.get("train", {}).get("stopped_epoch") is not None
     ]
     return [*failed_runs(runs), *stopped]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from seqfair_jax.evaluation import slices
-from seqfair_jax.report import contents, verdict
+from seqfair_jax.evaluation.metrics import LIST_FIGURES, describe_metric, parse_metric
+from seqfair_jax.report import contents, rows, verdict
 from seqfair_jax.report.contents import Contents
 from seqfair_jax.report.rows import BASELINE, row_label
 from seqfair_jax.report.runs import notes, read_runs
@@ -38,7 +39,7 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
     Runs that differ only in the seed share a row: their mean and, from two seeds on, the
     half-width of its 95 % interval (t distribution). If runs of one method differ in other
     settings, the rows' names show which. Below the tables are the groups that are too small for
-    `worst`, the rows that were joined, and the notes.
+    `worst`, what the metric is, the rows that were joined, and the notes.
 
     Args:
         found: the contents of the report.
@@ -50,7 +51,28 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
         + "\n".join([_text(found, found.table(family)), *left_out(found, family)])
         for family in found.families
     ]
-    return "\n\n".join([*parts, *joined_rows(found), *below])
+    legend = f"{found.metric}: {describe_metric(found.metric)}"
+    return "\n\n".join([*parts, legend, *joined_rows(found), *below])
+
+
+def recommended(found: Contents) -> str:
+    """A table of what the lists show, of all users and of each group; "" if there is nothing."""
+    k = parse_metric(found.metric)[1]
+    table = rows.recommended(found.rows, k, found.families)
+    if table.empty:
+        return ""
+    shown = table.assign(slice=table["slice"].map(slices.full_label))
+    for figure in LIST_FIGURES:
+        shown[figure] = shown[figure].map(list_figure)
+    meanings = "\n".join(f"{name}: {meaning}" for name, meaning in LIST_FIGURES.items())
+    return f"What the first {k} items show\n{shown.to_string(index=False)}\n{meanings}"
+
+
+def list_figure(value: float) -> str:
+    """A figure of `rows.recommended` for a table: four decimals, or one from 10 on."""
+    if np.isnan(value):
+        return "-"
+    return f"{value:,.1f}" if value >= 10 else f"{value:.4f}"
 
 
 def left_out(found: Contents, family: str) -> list[str]:

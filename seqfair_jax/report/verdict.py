@@ -92,7 +92,7 @@ class _Family:
             )
         found += self._too_small()
         if self._chosen is None:
-            if is_method:
+            if is_method and all(row.kind != LIST for row in contents.rows):
                 found.append(f"There is no other run to compare {contents.reference} with.")
         elif not contents.problem and contents.reference:
             found += self._choice()

@@ -5,10 +5,11 @@ Each is a file, as a flag of `seqfair recommend` names it, or a table in memory.
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from seqfair_jax.data.files import require_file
 from seqfair_jax.data.ids import compact, encode_ids, missing, require_values
@@ -204,31 +205,48 @@ def _histories(
     return _like(ids, known_users), histories
 
 
-def _read(
+class Given(NamedTuple):
+    """Some columns of a file or of a table in memory."""
+
+    table: pa.Table
+    names: Mapping[str, str]  # what it calls each column
+    where: str  # for messages
+
+
+def read_given(
     argument: Any,
     flag: str,
-    columns: list[str],
-    named: Mapping[str, str] | None,
+    columns: Sequence[str],
+    named: Mapping[str, str] | None = None,
     *,
-    times: bool = False,
-) -> pd.DataFrame:
-    """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none.
+    optional: Sequence[str] = (),
+) -> Given:
+    """Read columns, ids as dictionaries.
 
     A column has the name that the run's log has, or one of the usual names.
+
+    Args:
+        argument: the value of the flag, or a table in memory.
+        flag: its name, for messages.
+        columns: those that it must have.
+        named: what the run's log calls its columns (`data.columns`).
+        optional: those that it may have.
+
+    Raises:
+        UserError: if a column is missing or cannot be told, or there are no rows.
     """
     given = _given(argument, flag)
 
     def choose(names: Sequence[str], where: str) -> dict[str, str]:
-        folded = [fold(name) for name in names]
+        folded = {fold(name) for name in names}
         own = {key: name for key, name in (named or {}).items() if name and fold(name) in folded}
-        has_times = "timestamp" in own or set(folded) & set(ALIASES["timestamp"].split())
-        wanted = [*columns, "timestamp"] if times and has_times else columns
+        found = [key for key in optional if key in own or folded & set(ALIASES[key].split())]
         advice = "rename a column"
         return {
             key: pick(names, own[key], where, advice)
             if key in own
             else find_column(names, key, where, advice)
-            for key in wanted
+            for key in (*columns, *found)
         }
 
     if isinstance(argument, str):
@@ -241,6 +259,20 @@ def _read(
         table, names, *_ = table_in_memory(argument, choose, where)
     if not len(table):
         raise UserError(f"{given} has no rows; expected {' and '.join(columns)}")
+    return Given(table, names, where)
+
+
+def _read(
+    argument: Any,
+    flag: str,
+    columns: list[str],
+    named: Mapping[str, str] | None,
+    *,
+    times: bool = False,
+) -> pd.DataFrame:
+    """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none."""
+    optional = ["timestamp"] if times else []
+    table, names, where = read_given(argument, flag, columns, named, optional=optional)
     rows = np.arange(len(table))
     frame = pd.DataFrame(index=rows)
     for column in columns:

@@ -1,0 +1,409 @@
+"""Judge systems: a finished run again, any recommender's lists, and the baselines."""
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from seqfair_jax import workdir
+from seqfair_jax.audit import source
+from seqfair_jax.audit.lists import FLAG, describe, read_lists
+from seqfair_jax.audit.source import Choice, Source
+from seqfair_jax.config import default_config
+from seqfair_jax.config.change import change
+from seqfair_jax.data.files import hash_files
+from seqfair_jax.data.readers import Rows, needed_columns
+from seqfair_jax.data.tables import table_in_memory
+from seqfair_jax.errors import UserError, did_you_mean
+from seqfair_jax.evaluation import significance
+from seqfair_jax.evaluation.metrics import KINDS, parse_metric
+from seqfair_jax.evaluation.ranking import make_ranker
+from seqfair_jax.evaluation.slices import target_means
+from seqfair_jax.report import contents, text
+from seqfair_jax.report.contents import Contents
+from seqfair_jax.report.names import baseline_name
+from seqfair_jax.report.rows import BASELINE, LIST, RUN, PerUser, Row
+from seqfair_jax.report.runs import row_name, unique_name
+from seqfair_jax.results import Judge
+from seqfair_jax.serving import load
+from seqfair_jax.training.selection import RULES
+
+
+class System(NamedTuple):
+    """A run or a recommender's lists, and how they did."""
+
+    name: str  # of its row
+    kind: str  # RUN or LIST
+    summary: dict[str, Any]  # its `summary.json`
+    per_user: pd.DataFrame  # its `per_user.parquet`
+    inputs: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How systems did on the test of one log, by group. Printing it shows the tables."""
+
+    source: Source
+    systems: tuple[System, ...]  # the run first, if there is one
+    baselines: pd.DataFrame  # the metrics of each user, as `baselines.parquet` has them
+    found: Mapping[str, Mapping[str, int | str]]  # in each system's lists
+    metric: str  # the first to show
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric: `NDCG@20`, `Recall@20`, ..."""
+        return [f"{kind}@{k}" for k in self.source.config.evaluate.cutoffs for kind in KINDS]
+
+    def contents(self, metric: str = "", baseline: str | None = None) -> Contents:
+        """The rows, the tests and what else a report says.
+
+        Args:
+            metric: one of `metrics`; "" for the first to show.
+            baseline: the name of the row that the others are tested against. Without one it is the
+                run; or, without a run, the best baseline without training.
+
+        Raises:
+            UserError: if there is no such metric or row.
+        """
+        metric = metric or self.metric
+        rows = self._rows(metric)
+        named = next((system.name for system in self.systems if system.kind == RUN), None)
+        if baseline is not None:
+            names = [row.name for row in rows]
+            known = [name for name in (baseline, baseline_name(baseline)) if name in names]
+            if not known:
+                raise UserError(
+                    f"baseline is {baseline!r}{did_you_mean(baseline, names)}; there are "
+                    f"{', '.join(names)}"
+                )
+            named = known[0]
+        return contents.of_rows(
+            rows,
+            metric,
+            [family.name for family in self.source.families],
+            dataset=self.source.description,
+            min_users=self.source.config.select.min_users,
+            named=named,
+        )
+
+    def table(self, metric: str = "") -> pd.DataFrame:
+        """A row for each system, baseline and slice: users, mean, and its 95 % interval.
+
+        The columns are name, kind, slice, users, mean, low and high. The interval is a bootstrap
+        over users (`significance.describe`).
+        """
+        parts = []
+        for row in self._rows(metric or self.metric):
+            assert row.per_user is not None
+            means = significance.describe(row.per_user()[0], metric or self.metric)
+            means = means.rename_axis("slice").reset_index()
+            parts.append(means.assign(name=row.name, kind=row.kind))
+        columns = ["name", "kind", "slice", "users", "mean", "low", "high"]
+        return pd.concat(parts, ignore_index=True)[columns]
+
+    def tests(self, metric: str = "", baseline: str | None = None) -> pd.DataFrame:
+        """The paired tests of all other rows against one: see `contents`."""
+        return self.contents(metric, baseline).tests
+
+    def recommended(self) -> pd.DataFrame:
+        """What the lists show, by slice: name, figure (`coverage@20`, ...), slice and value."""
+        records = [
+            (system.name, figure, name, value)
+            for system in self.systems
+            for figure, means in system.summary["recommended"].items()
+            for name, value in means.items()
+        ]
+        return pd.DataFrame(records, columns=["name", "figure", "slice", "value"])
+
+    def text(self, metrics: Sequence[str] = (), baseline: str | None = None) -> str:
+        """What was found in the lists; for each metric the tables and the tests; the lists' width.
+
+        Args:
+            metrics: those to show; () for the first one.
+            baseline: as for `contents`.
+        """
+        parts = [describe(self.found)] if self.found else []
+        for metric in metrics or [self.metric]:
+            shown = self.contents(metric, baseline)
+            parts += [text.verdict_text(shown)] if metric == (metrics or [self.metric])[0] else []
+            parts.append(text.contents_tables(shown))
+            if len(shown.tests):
+                parts.append(text.comparison(shown))
+        parts.append(text.recommended(shown))
+        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def write(self, out: str | Path) -> None:
+        """Write a folder that `seqfair report` reads as it does a run's: all of it or nothing.
+
+        Raises:
+            UserError: if the folder has files, or cannot be written.
+        """
+        workdir.write_folder(workdir.user_path(out), self._write)
+
+    def _rows(self, metric: str) -> list[Row]:
+        parse_metric(metric)
+        if metric not in self.metrics:
+            raise UserError(f"{metric} was not evaluated; there are {', '.join(self.metrics)}")
+        found = []
+        for system in self.systems:
+            val = system.summary.get("val")
+            found.append(
+                Row(
+                    system.name,
+                    system.kind,
+                    (system.summary["test"][metric],),
+                    _one_seed(system.per_user),
+                    () if val is None else (val[metric],),
+                    system.name if system.kind == RUN else "",
+                    recommended=(system.summary["recommended"],),
+                )
+            )
+        shared = self.systems[0]
+        users = shared.per_user
+        for name, means in shared.summary["baselines"].items():
+            own = self.baselines[self.baselines["baseline"] == name].set_index("user_id")[metric]
+            table = users.assign(**{metric: own.reindex(users["user_id"]).to_numpy()})
+            row = Row(baseline_name(name), BASELINE, (means[metric],), _one_seed(table))
+            found.append(row)
+        return found
+
+    def _write(self, folder: Path) -> None:
+        names = [system.summary["run"] for system in self.systems]
+        config = workdir.jsonable(self.source.config.to_dict())
+        groups = {family.name: family.labels() for family in self.source.families}
+        users = pd.DataFrame({"user_id": self.source.dataset.user_ids, **groups})
+        parts = workdir.run_folders(folder, names)
+        for part, system in zip(parts, self.systems, strict=True):
+            workdir.write_json(part / workdir.CONFIG, config)
+            workdir.write_json(part / workdir.SUMMARY, system.summary)
+            workdir.write_parquet(workdir.per_user(part, ""), system.per_user)
+            workdir.write_parquet(part / workdir.BASELINES, self.baselines)
+            workdir.write_parquet(part / workdir.GROUPS, users)
+            if system.kind == RUN and self.source.folder is not None:
+                for name in (workdir.METRICS, workdir.ENVIRONMENT):
+                    shutil.copyfile(self.source.folder / name, part / name)
+            workdir.finish(part, system.inputs)
+        if len(names) > 1:
+            keys = ("run", "hparams", "seed", "status")
+            runs = [{key: system.summary[key] for key in keys} for system in self.systems]
+            shared = {key: self.systems[0].summary[key] for key in _SHARED}
+            workdir.write_json(folder / workdir.CONFIG, config)
+            workdir.write_json(folder / workdir.SUMMARY, shared | {"runs": runs, "selected": None})
+            workdir.finish(folder, self.source.inputs)
+
+
+def _one_seed(table: pd.DataFrame) -> PerUser:
+    return lambda: {0: table}
+
+
+_SHARED = ("schema_version", "dataset", "baselines", "evaluation")
+
+
+def evaluate(
+    judged: Source,
+    lists: Mapping[str, Any],
+    *,
+    rule: str = "overall",
+    metrics: Sequence[str] = (),
+) -> Evaluation:
+    """Judge a run's test again, and recommenders' lists.
+
+    Args:
+        judged: the log, from `source.from_run` or `source.from_config`; with a run, it is tested.
+        lists: for each name a table or its path, see `lists.read_lists`.
+        rule: which epoch of the run: the one that was best "overall", or for the "worst_group".
+        metrics: to show, as `parse_metrics` returns them.
+
+    Raises:
+        UserError: on bad lists, or if there is nothing to judge.
+    """
+    config, dataset = judged.config, judged.dataset
+    judge = Judge(dataset, judged.families, config.evaluate.cutoffs)
+    table, baselines = judge.baselines(mask_seen=config.evaluate.mask_seen)
+    shared = {
+        "schema_version": workdir.SCHEMA_VERSION,
+        "dataset": dict(judged.description),
+        "baselines": baselines,
+    }
+    systems = []
+    if judged.folder is not None:
+        systems.append(_test_run(judged, judge, rule, shared))
+    taken = [system.name for system in systems] + [baseline_name(name) for name in baselines]
+    found: dict[str, Mapping[str, int | str]] = {}
+    for name, given in lists.items():
+        read = read_lists(given, dataset, top_k=max(config.evaluate.cutoffs),
+                          named=config.data.columns)  # fmt: skip
+        per_user, means = judge.ranks(read.ranked.ranks)
+        row = unique_name(name, taken)
+        taken.append(row)
+        found[row] = read.found
+        summary = shared | {
+            "kind": LIST,
+            "method": LIST,
+            "label": name,
+            "group_family": "",
+            "needs_groups": False,
+            "logs": [],
+            "run": f"{LIST}={name}",
+            "hparams": {},
+            "seed": 0,
+            "status": "finished",
+            "test": means,
+            "recommended": judge.lists(read.ranked.top_items),
+            "evaluation": {"lists": read.found},
+        }
+        inputs = dict(judged.inputs)
+        if isinstance(given, str):
+            inputs[FLAG] = hash_files([workdir.user_path(given)])
+        systems.append(System(row, LIST, summary, per_user, inputs))
+    if not systems:
+        raise UserError(f"nothing to judge: give --{FLAG}, or --workdir of a finished run")
+    preferred = config.select.metric
+    known = [f"{kind}@{k}" for k in config.evaluate.cutoffs for kind in KINDS]
+    first = (
+        preferred
+        if preferred in known
+        else f"{parse_metric(preferred)[0]}@{known[0].partition('@')[2]}"
+    )
+    return Evaluation(judged, tuple(systems), table, found, next(iter(metrics), first))
+
+
+def _test_run(judged: Source, judge: Judge, rule: str, shared: dict[str, Any]) -> System:
+    """Test a run again."""
+    assert judged.folder is not None
+    settings, dataset = judged.config.evaluate, judged.dataset
+    trained = load(judged.folder, rule=rule)
+    suffix, folder = RULES[rule].suffix, judged.folder
+
+    def ranking(split: str, top_k: int):
+        rank = make_ranker(
+            trained.model,
+            dataset,
+            split,
+            mask_seen=settings.mask_seen,
+            batch_size=settings.batch_size,
+            top_k=top_k,
+        )
+        return rank(trained.params, f"test of {trained.run}")
+
+    tested = ranking("test", judge.top_k)
+    per_user, means = judge.ranks(tested.ranks)
+    valid = [family.select(dataset.valid.users) for family in judged.families]
+    ranks = ranking("valid", 0).ranks
+    val = target_means(ranks, dataset.valid, valid, settings.cutoffs)[1]
+    of_run = workdir.read_summary(folder)
+    kept = {
+        key: value
+        for key, value in of_run.items()
+        if not any(r.suffix and key.endswith(r.suffix) for r in RULES.values())
+    }
+    summary = kept | shared | {
+        "best": of_run["best" + suffix],
+        "val": val,
+        "test": means,
+        "recommended": judge.lists(tested.top_items),
+        "evaluation": {"run": workdir.finished_hash(folder), "rule": rule},
+    }  # fmt: skip
+    return System(row_name(summary), RUN, summary, per_user, judged.inputs)
+
+
+def parse_metrics(names: Sequence[str], cutoffs: Sequence[int]) -> list[str]:
+    """Metrics with their cut-offs: NDCG is NDCG@k for every cut-off.
+
+    Raises:
+        UserError: on an unknown metric, or a cut-off that is not evaluated.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        wanted = [name] if "@" in name else [f"{name}@{k}" for k in cutoffs]
+        for metric in wanted:
+            k = parse_metric(metric)[1]
+            if k not in cutoffs:
+                raise UserError(
+                    f"{metric}: the cut-offs are {', '.join(map(str, cutoffs))}; give {k} too"
+                )
+            found[metric] = None
+    return list(found)
+
+
+def evaluate_recommendations(
+    recommendations: Any,
+    log: Any,
+    *,
+    groups: Any = None,
+    cutoffs: Sequence[int] | None = None,
+    mask_seen: bool | None = None,
+    run: str | None = None,
+    rule: str = "overall",
+    settings: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Judge any recommender's lists against the held-out targets of a log, by user group.
+
+    A user without a list misses all targets. See `lists.read_lists` for the columns.
+
+    Args:
+        recommendations: a table of pandas, polars or pyarrow, or the path of one; or several by
+            name, as in {"old": old, "new": "new.parquet"}.
+        log: the folder of a finished run, which is judged too; or a log, as a table or the path of
+            one, of which no model is trained.
+        groups: a family's name or several, such as ["pop33", "seq33"]; or a table of the users'
+            groups or its path, as `data.group_file` takes it, of which all families are used; or a
+            list of a table and families; None for those of the run or of the settings.
+        cutoffs: of the metrics; None for those of the run or of the settings.
+        mask_seen: never recommend items of the history, by the run and the baselines; None for
+            what the run or the settings say.
+        run: the name of a run of a grid.
+        rule: which epoch of the run: the one that was best "overall", or for the "worst_group".
+        settings: of a log, by key: {"data.split": "time", "data.min_interactions": 1}. See
+            docs/settings.md.
+
+    Raises:
+        UserError: on bad tables, settings or names.
+    """
+    is_named = isinstance(recommendations, Mapping)
+    given = dict(recommendations) if is_named else {FLAG: recommendations}
+    given = {str(name): str(of) if _is_path(of) else of for name, of in given.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        choice = Choice(cutoffs=cutoffs, mask_seen=mask_seen)
+        table, names = source.split_groups(groups)
+        choice = choice._replace(groups=names or None)
+        if _is_path(table):
+            choice = choice._replace(group_file=str(table))
+        elif table is not None:
+            every = table_in_memory(
+                table, lambda names, _: {name: name for name in names}, "groups"
+            )
+            path = Path(temporary) / "groups.parquet"
+            pq.write_table(every.columns, path)
+            choice = choice._replace(group_file=str(path))
+        if _is_path(log) and (workdir.user_path(log) / workdir.SUMMARY).exists():
+            if settings:
+                raise UserError("settings are of a log; a run's folder has its own")
+            return evaluate(source.from_run(log, run, choice), given, rule=rule)
+        config = default_config()
+        config.data.name = "csv"
+        change(config, settings or {})
+        if _is_path(log):
+            config.data.path = str(log)
+        else:
+            path = Path(temporary) / "log.parquet"
+            columns = {key: name for key, name in config.data.columns.items() if name}
+            rows = Rows(**{key: config.data[key] for key in Rows._fields})
+            pq.write_table(needed_columns(log, columns, rows, "log"), path)
+            config.data.path, config.data.cache_dir = str(path), ""
+        judged = source.from_config(config, choice)
+        if not _is_path(log):
+            judged.config.data.path = None
+        return evaluate(judged, given)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | Path)

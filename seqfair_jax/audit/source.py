@@ -1,0 +1,224 @@
+"""What systems are judged on: a split log and its groups, from a run's folder or from the log."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from ml_collections import ConfigDict
+
+from seqfair_jax import workdir
+from seqfair_jax.config import resolve
+from seqfair_jax.data.cache import load_dataset, source_hashes
+from seqfair_jax.data.files import hash_files
+from seqfair_jax.data.groups import (
+    FAMILIES,
+    GroupFamily,
+    build_family,
+    decode_name,
+    encode_name,
+    is_product,
+    is_union,
+    read_group_table,
+    unused_families,
+)
+from seqfair_jax.data.split import Dataset
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import slices
+from seqfair_jax.results import dataset_summary
+from seqfair_jax.serving import catalogue
+from seqfair_jax.serving.trained import run_folder
+
+_MANY = 20  # more numbers than this are no groups: they are to be cut
+_LOG = logging.getLogger("seqfair_jax")
+
+
+class Choice(NamedTuple):
+    """What to judge by; None leaves what the run or the config says."""
+
+    groups: Sequence[str] | None = None  # families
+    group_file: str | None = None
+    cutoffs: Sequence[int] | None = None
+    mask_seen: bool | None = None
+
+
+class Source(NamedTuple):
+    """A split log and what to judge by."""
+
+    config: ConfigDict  # with the choice
+    dataset: Dataset
+    description: Mapping[str, Any]  # of the log, as `summary.json` has it
+    families: list[GroupFamily]  # of all users
+    inputs: Mapping[str, str]  # SHA-256 of the log and of the group file
+    folder: Path | None = None  # of the run
+
+
+def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
+    """The log of a finished run, from the run's folder alone.
+
+    Without a choice of groups they are those of the run, or all of the group file if that is
+    chosen.
+
+    Args:
+        directory: the work directory of a run, or of a grid of runs.
+        run: the name of a run of the grid; None for the one that validation selected.
+        choice: what to judge by.
+
+    Raises:
+        UserError: if the run has not finished, its files are missing or changed, or there is no
+            such run or family.
+    """
+    folder = run_folder(workdir.user_path(directory), run)
+    workdir.check_finished(folder)
+    summary = workdir.read_summary(folder)
+    config = _chosen(ConfigDict(workdir.read_json(folder / workdir.CONFIG)), choice)
+    dataset = catalogue.read_dataset(folder)
+    inputs = workdir.finished_inputs(folder)
+    stored = stored_families(folder, summary)
+    table = read_group_table(choice.group_file)
+    names = list(stored) if choice.groups is None else list(choice.groups)
+    if table is not None:
+        inputs = inputs | {"group_file": hash_files([workdir.user_path(choice.group_file or "")])}
+        if choice.groups is None:
+            names = all_families(table)
+    known = _as_table(dataset, stored) if table is None else table
+    families = []
+    for name in names:
+        canonical = next((key for key in (name, encode_name(name)) if key in stored), None)
+        in_table = table is not None and table["family"].isin([name, decode_name(name)]).any()
+        if canonical is not None and not in_table:
+            families.append(stored[canonical])
+        else:
+            families.append(_build(dataset, name, known, config))
+    config.groups = tuple(names)
+    return Source(config, dataset, summary["dataset"], families, inputs, folder)
+
+
+def from_config(config: ConfigDict, choice: Choice) -> Source:
+    """The log that a config describes. A group file that is chosen alone gives all its families.
+
+    Raises:
+        UserError: as `load_dataset`, or if there is no such family.
+    """
+    config = _chosen(config, choice)
+    table = read_group_table(config.data.group_file)
+    if table is not None and choice.group_file is not None and choice.groups is None:
+        config.groups = tuple(all_families(table))
+    config = resolve(config)
+    if choice.cutoffs is not None:  # `resolve` added that of `select.metric`
+        config.evaluate.cutoffs = tuple(choice.cutoffs)
+    dataset = load_dataset(config.data)
+    families = [_build(dataset, name, table, config) for name in config.groups]
+    unused = [] if table is None else unused_families(table, config.groups)
+    if unused:
+        _LOG.warning("no result shows these families of the group file: %s", ", ".join(unused))
+    description = dataset_summary(dataset, config)
+    return Source(config, dataset, description, families, source_hashes(config.data))
+
+
+def split_groups(groups: Any) -> tuple[Any, list[str]]:
+    """The table or path of groups, and the family names, of what a Python function was given.
+
+    Args:
+        groups: a family's name, or several; or a table of the users' groups, or its path (a text
+            with `/` or `.`); or a list of a table and names; or None.
+
+    Raises:
+        UserError: if there are two tables.
+    """
+    if groups is None:
+        return None, []
+    table, names = None, []
+    for part in groups if isinstance(groups, list | tuple) else [groups]:
+        if isinstance(part, str) and not any(sign in part for sign in "/."):
+            names.append(part)
+        elif table is not None:
+            raise UserError("groups has two tables: give one, and the names of its families")
+        else:
+            table = part
+    return table, names
+
+
+def all_families(table: pd.DataFrame) -> list[str]:
+    """The encoded names of every family of a group table, in its order.
+
+    Args:
+        table: see `groups.read_group_table`.
+
+    Raises:
+        UserError: if a family has many numbers, which are to be cut.
+    """
+    for family, labels in table.groupby("family", sort=False)["group"]:
+        distinct = labels.dropna().unique()
+        numbers = pd.to_numeric(pd.Series(distinct), errors="coerce")
+        if len(distinct) > _MANY and numbers.notna().all():
+            name = encode_name(str(family))
+            raise UserError(
+                f"groups: family {family!r} has {len(distinct):,} numbers; name the families to "
+                f"use, and cut this one into groups, as in {name}:4"
+            )
+    return [encode_name(family) for family in table["family"].unique()]
+
+
+def _build(
+    dataset: Dataset, name: str, table: pd.DataFrame | None, config: ConfigDict
+) -> GroupFamily:
+    missing = config.data.missing_group
+    return build_family(dataset, name, group_table=table, missing_group=missing)
+
+
+def _chosen(config: ConfigDict, choice: Choice) -> ConfigDict:
+    """The config with the choice."""
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    evaluate = config.evaluate
+    if choice.groups is not None:
+        config.groups = tuple(choice.groups)
+    if choice.group_file is not None:
+        config.data.group_file = choice.group_file
+    if choice.cutoffs is not None:
+        if not choice.cutoffs or not all(type(k) is int and k > 0 for k in choice.cutoffs):
+            raise UserError(f"cutoffs is {choice.cutoffs}: expected whole numbers from 1 on")
+        evaluate.cutoffs = tuple(choice.cutoffs)
+    if choice.mask_seen is not None:
+        evaluate.mask_seen = choice.mask_seen
+    return config
+
+
+def stored_families(folder: Path, summary: Mapping[str, Any]) -> dict[str, GroupFamily]:
+    """The families that a run was evaluated by, by canonical name, as its folder has them.
+
+    Args:
+        folder: of the run.
+        summary: its `summary.json`, which has the order of the groups.
+    """
+    table = pd.read_parquet(folder / workdir.GROUPS)
+    known = next(iter(summary["baselines"]["most_popular"].values()))
+    found = {}
+    for family in slices.families_in(known):
+        groups = [slices.parse(name).group for name in slices.groups_in(known, family)]
+        labels = table[family].explode()
+        group = pd.Index(groups).get_indexer(pd.Index(labels))
+        membership = np.zeros((len(table), len(groups)), bool)
+        membership[labels.index[group >= 0], group[group >= 0]] = True
+        found[family] = GroupFamily(family, tuple(groups), membership)
+    return found
+
+
+def _as_table(dataset: Dataset, stored: Mapping[str, GroupFamily]) -> pd.DataFrame | None:
+    """The stored families that are neither built-in nor combined, as a group file has them."""
+    own = [
+        family
+        for name, family in stored.items()
+        if name not in FAMILIES and not is_union(name) and not is_product(name) and ":" not in name
+    ]
+    parts = []
+    for family in own:
+        user, group = np.nonzero(family.membership)
+        users = np.array([*map(str, dataset.user_ids[user].tolist()), None], object)[:-1]
+        groups = np.array([*family.groups, None], object)[group]
+        columns = {"user_id": users, "family": decode_name(family.name), "group": groups}
+        parts.append(pd.DataFrame(columns, dtype=object))
+    return pd.concat(parts, ignore_index=True) if parts else None

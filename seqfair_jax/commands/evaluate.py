@@ -1,0 +1,103 @@
+"""`seqfair evaluate`: test a finished run again, and judge any recommender's lists."""
+
+import logging
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from seqfair_jax import workdir
+from seqfair_jax.audit import evaluation, lists, source
+from seqfair_jax.cli import Command
+from seqfair_jax.data.split import describe_split
+from seqfair_jax.errors import Interrupted, UserError
+from seqfair_jax.training.selection import RULES
+
+_LOG = logging.getLogger(__name__)
+_SEEN = {None: None, "keep": False, "mask": True}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Judge a run or lists on the test of a log."""
+    command = Command(
+        "evaluate",
+        "Test a finished run again, without its log, by other groups, cut-offs or metrics; or\n"
+        "judge the lists of any recommender against the same targets. With --config instead of\n"
+        "--workdir, lists are judged on the split of a log, and no model is trained.",
+        config="optional",
+    )
+    command.string("workdir", "the folder of a finished run, or of a grid of runs")
+    command.strings(
+        "recommendations",
+        "a table user_id, item_id and rank or score; NAME=FILE gives its row a name. Several with "
+        "commas between them, or the flag again",
+    )
+    command.string("out", "a new folder for the results, which `seqfair report` reads")
+    command.string("groups", "the group families, such as pop33,country (default: as evaluated)")
+    command.string("group_file", "a table of the users' groups; without --groups, all of it")
+    command.string("cutoffs", "the cut-offs, such as 10,20 (default: as evaluated)")
+    command.string("metrics", "those to print, such as NDCG,MAP@10 (default: as in validation)")
+    command.string("baseline", "the row to test the others against (default: the run)")
+    command.string("seen", "keep, or mask: no item of the user's history (default: as evaluated)")
+    command.string("run", "the name of a run of a grid (default: the one that was selected)")
+    command.string("rule", "the epoch that was best overall, or for the worst_group", "overall")
+    command.run(argv, _evaluate)
+
+
+def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
+    if (values.workdir is None) == (config is None):
+        raise UserError(
+            "give --workdir of a finished run, or --config and --config.data.path of a log"
+        )
+    if values.seen not in _SEEN:
+        raise UserError(f"--seen={values.seen}: expected keep or mask")
+    if values.rule not in RULES:
+        raise UserError(f"--rule={values.rule}: expected {' or '.join(RULES)}")
+    given = lists.name_lists(values.recommendations)
+    if config is not None and not given:
+        raise UserError("--recommendations is missing: there is no run and no list to judge")
+    if config is not None and (values.run or values.rule != "overall"):
+        raise UserError("--run and --rule are of a run; give --workdir, or leave them out")
+    out = None if values.out is None else workdir.user_path(values.out)
+    if out is not None:
+        workdir.refuse_filled(out)
+    choice = source.Choice(
+        None if values.groups is None else _listed("groups", values.groups),
+        values.group_file,
+        None if values.cutoffs is None else _cutoffs(values.cutoffs),
+        _SEEN[values.seen],
+    )
+    try:
+        if config is not None:
+            judged = source.from_config(config, choice)
+        else:
+            judged = source.from_run(values.workdir, values.run, choice)
+        cutoffs = judged.config.evaluate.cutoffs
+        names = [] if values.metrics is None else _listed("metrics", values.metrics)
+        metrics = evaluation.parse_metrics(names, cutoffs)
+        if judged.folder is not None:
+            _LOG.info("%s, best epoch by %s", judged.folder, values.rule)
+        print("\n".join(describe_split(judged.description["split"])))
+        found = evaluation.evaluate(judged, given, rule=values.rule, metrics=metrics)
+        print("\n" + found.text(metrics, values.baseline))
+        if out is not None:
+            found.write(out)
+            print(f"\nfiles: {out.resolve()}")
+    except KeyboardInterrupt as error:
+        where = "" if out is None else f": nothing was written to {out}"
+        raise Interrupted(f"stopped{where}", error) from None
+
+
+def _listed(name: str, value: str) -> list[str]:
+    """The parts of a list with commas, each once."""
+    parts = [part.strip() for part in value.split(",")]
+    if not all(parts) or len(set(parts)) < len(parts):
+        raise UserError(f"--{name}={value}: expected unequal names with commas between them")
+    return parts
+
+
+def _cutoffs(value: str) -> list[int]:
+    parts = _listed("cutoffs", value)
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--cutoffs={value}: expected whole numbers from 1 on, such as 10,20")
+    return list(map(int, parts))

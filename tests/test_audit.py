@@ -1,0 +1,521 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import reference
+from numpy.testing import assert_array_equal
+from test_serving import ODD_USERS, make_config, make_log, make_run
+
+from seqfair_jax import audit, serving, workdir
+from seqfair_jax.audit import lists, source
+from seqfair_jax.audit.evaluation import evaluate, parse_metrics
+from seqfair_jax.commands import evaluate as command
+from seqfair_jax.commands import report as report_command
+from seqfair_jax.data.cache import load_dataset
+from seqfair_jax.errors import UserError
+from seqfair_jax.report.runs import read_runs
+from seqfair_jax.serving import catalogue
+from seqfair_jax.serving.recommender import recommend
+
+SHOWN = "<b>a</b> 'b' \\u202e/../😀 [markov]"
+SPLITS = {
+    "leave_one_out": {},
+    "first_later_event": {"data.split": "time", "data.test_share": 0.3},
+    "every_later_event": {
+        "data.split": "time",
+        "data.test_share": 0.3,
+        "data.targets": "every",
+    },
+}
+NASTY = "<b>a</b> 'b' \u202e/../😀 [markov]"
+
+
+def spread(log):
+    """The log with times that do not follow the users, so that a split by time tests many."""
+    return log.assign(timestamp=log["timestamp"] * 7919 % 400)
+
+
+@pytest.fixture(scope="module", params=SPLITS, ids=str)
+def any_run(request, tmp_path_factory):
+    """A finished run of each split, whose log is gone, and the config."""
+    folder = tmp_path_factory.mktemp("audit")
+    path = folder / "log.csv"
+    spread(make_log()).to_csv(path, index=False)
+    config = make_config(path, **SPLITS[request.param])
+    from seqfair_jax.run import run
+
+    run(config, folder / "run")
+    path.unlink()
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("audit"))[0]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = tmp_path / "log.csv"
+    spread(make_log()).to_csv(path, index=False)
+    return load_dataset(make_config(path, **SPLITS["every_later_event"]).data)
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one line with which the command ends."""
+
+    def refused(*argv):
+        with pytest.raises(SystemExit) as end:
+            command.main([str(word) for word in argv])
+        assert end.value.code == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return refused
+
+
+def own_lists(folder, k=20, mask_seen=None):
+    """The run's lists of the users who are tested, from their histories before the test."""
+    trained = serving.load(folder)
+    dataset = catalogue.read_dataset(folder)
+    histories = serving.Histories(dataset.items, dataset.offsets).select(dataset.test.users)
+    rows = []
+    for block in recommend(trained, histories, k=k, mask_seen=mask_seen):
+        for place, (items, scores) in enumerate(zip(block.items, block.scores, strict=True)):
+            user = dataset.user_ids[dataset.test.users[block.first + place]]
+            rows += [
+                (user, trained.item_ids[item], float(score), rank + 1)
+                for rank, (item, score) in enumerate(zip(items, scores, strict=True))
+                if np.isfinite(score)
+            ]
+    return pd.DataFrame(rows, columns=["user_id", "item_id", "score", "rank"])
+
+
+# A run's test again.
+
+
+def test_a_run_s_test_again_has_the_same_figures(any_run):
+    for rule, suffix in (("overall", ""), ("worst_group", "_worst_group")):
+        found = evaluate(source.from_run(any_run, None, source.Choice()), {}, rule=rule)
+        summary = workdir.read_summary(any_run)
+        [system] = found.systems
+        assert system.summary["test"] == summary["test" + suffix]
+        assert system.summary["val"] == summary["val" + suffix]
+        assert system.summary["recommended"] == summary["recommended" + suffix]
+        assert system.summary["baselines"] == summary["baselines"]
+        stored = pd.read_parquet(workdir.per_user(any_run, suffix))
+        # Through JSON, since Parquet gives lists back as arrays.
+        assert json.loads(system.per_user.to_json()) == json.loads(stored.to_json())
+    baselines = pd.read_parquet(any_run / workdir.BASELINES)
+    pd.testing.assert_frame_equal(found.baselines, baselines)
+
+
+def test_the_run_s_own_lists_get_the_run_s_figures(any_run):
+    table = own_lists(any_run)
+    shuffled = table.sample(frac=1, random_state=0)
+    found = audit.evaluate_recommendations(
+        {"by rank": shuffled.drop(columns="score"), "in order": table[["user_id", "item_id"]]},
+        any_run,
+    )
+    run, *others = found.systems
+    for other in others:
+        assert other.summary["test"] == run.summary["test"]
+        assert other.summary["recommended"] == run.summary["recommended"]
+        columns = [c for c in run.per_user if c != "rank"]
+        pd.testing.assert_frame_equal(other.per_user[columns], run.per_user[columns])
+
+
+def test_other_groups_cutoffs_and_masks(one_run, tmp_path):
+    users = pd.read_parquet(one_run / "split.parquet")["user_id"]
+    country = np.array(["a/b", "NA", "<c>"])[np.arange(len(users)) % 3]
+    pd.DataFrame({"user_id": users, "country=x": country}).to_csv(tmp_path / "g.csv", index=False)
+    choice = source.Choice(None, str(tmp_path / "g.csv"), [1, 7], True)
+    found = evaluate(source.from_run(one_run, None, choice), {})
+    [system] = found.systems
+    table = system.per_user
+    assert set(system.summary["test"]) >= {"NDCG@1", "NDCG@7", "MAP@7"}
+    means = system.summary["test"]["NDCG@7"]
+    for group in set(country):
+        mine = table["country%3Dx"] == group
+        assert means[f"country%3Dx={group}"] == pytest.approx(table["NDCG@7"][mine].mean())
+    assert set(system.summary["baselines"]) == {"most_popular", "markov"}  # as under a mask
+    masked = own_lists(one_run, k=7, mask_seen=True)
+    dataset = catalogue.read_dataset(one_run)
+    for row, (user, target, repeat) in enumerate(
+        zip(dataset.test.users, dataset.test.item_ids, dataset.test.repeat, strict=True)
+    ):
+        if not repeat:  # a repeated target is masked in a list, and not in the test
+            mine = masked[masked["user_id"] == dataset.user_ids[user]]["item_id"].tolist()
+            hit = target in mine
+            assert table["Recall@7"][row] == hit
+    both = source.Choice(["country=x*pop33", "seq33"], str(tmp_path / "g.csv"))
+    names = [family.name for family in source.from_run(one_run, None, both).families]
+    assert names == ["country%3Dx*pop33", "seq33"]
+
+
+def test_a_run_s_own_groups_can_be_combined_without_the_group_file(finished, tmp_path):
+    users = pd.DataFrame({"user_id": range(300)})
+    users["tier"] = np.where(users["user_id"] % 4 == 0, "gold", "01")
+    users.loc[:9, "tier"] = None
+    path = tmp_path / "tiers.csv"
+    users.to_csv(path, index=False)
+    folder = finished(**{"groups": ("tier", "pop33"), "data.group_file": str(path)}).folder
+    path.unlink()
+    stored = source.from_run(folder, None, source.Choice()).families
+    assert [family.name for family in stored] == ["tier", "pop33"]
+    assert stored[0].groups == ("01", "gold", "unknown")
+    crossed = source.from_run(folder, None, source.Choice(["tier*pop33"])).families[0]
+    labels = pd.read_parquet(folder / workdir.GROUPS)
+    expected = labels["tier"] + "*" + labels["pop33"]
+    assert crossed.labels().tolist() == expected.tolist()
+
+
+# Lists.
+
+
+def test_ranks_agree_with_loops():
+    rng = np.random.default_rng(5)
+    num_users, num_items = 30, 12
+    rows = pd.DataFrame(
+        {
+            "user": rng.integers(num_users - 3, size=400),  # the last three have no list
+            "item": rng.integers(num_items + 3, size=400),  # some are outside the vocabulary
+            "order": rng.integers(4, size=400) * 1.0,  # ties
+        }
+    )
+    sizes = rng.integers(1, 4, num_users)
+    owners = np.repeat(np.arange(num_users), sizes)
+    targets = np.concatenate([rng.choice(num_items + 3, n, replace=False) for n in sizes])
+    targets[rng.random(len(targets)) < 0.1] = -1
+    found = lists.rank_lists(
+        lists.Rows(*(rows[c].to_numpy() for c in rows)),
+        targets, owners, num_users=num_users, num_items=num_items, top_k=6,
+    )  # fmt: skip
+    for user in range(num_users):
+        mine = rows[rows["user"] == user]
+        wanted = targets[owners == user].tolist()
+        pairs = list(zip(mine["item"], mine["order"], strict=True))
+        expected = reference.list_ranks(pairs, [t if t >= 0 else None for t in wanted])
+        assert sorted(found.ranks[owners == user]) == expected
+        assert found.lengths[user] == mine["item"].nunique()
+        shown = found.top_items[user]
+        assert (shown >= 0).sum() == min(6, mine["item"].nunique())
+        assert set(shown[shown >= 0]) <= set(np.minimum(mine["item"], num_items))
+
+
+def test_ties_duplicates_unknown_items_and_missing_users_by_hand(tmp_path):
+    log = pd.DataFrame({"user_id": np.repeat([1, 2, 3, 4], 4), "item_id": [10, 11, 12, 13] * 4})
+    log["timestamp"] = range(16)
+    rows = [
+        (1, 13, 0.5), (1, 10, 0.5), (1, 11, 0.9),  # the target 13 is last of its equals: rank 3
+        (2, 99, 1.0), (2, 11, 0.8), (2, 11, 0.7), (2, 13, 0.6),  # 99 keeps its place: rank 3
+        (3, 10, 1.0),  # short, a miss
+        (77, 13, 1.0),  # not tested
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["user_id", "item_id", "score"])
+    found = audit.evaluate_recommendations(
+        table, log, cutoffs=[3], settings={"data.min_interactions": 1}, groups=["pop33"]
+    )
+    [system] = found.systems
+    assert system.per_user["rank"].fillna(0).tolist() == [3, 3, 0, 0]
+    assert found.found == {
+        "recommendations": {
+            "rows": 9,
+            "ordered by": "score",
+            "users with a list": 3,
+            "users without a list (all their targets are missed)": 1,
+            "users with fewer than 3 items": 1,
+            "users who are not tested (ignored)": 1,
+            "rows with an item again (removed)": 1,
+            "items without a training row (kept)": 2,  # 13 and 99
+            "rows with such items": 3,
+        }
+    }
+    assert system.summary["test"]["NDCG@3"]["overall"] == pytest.approx(2 * 0.5 / 4)
+    shown = [[1, 0, None], [None, 1, None], [0], []]  # only 10 and 11 are in training
+    expected = reference.list_stats(shown, 3, [4, 4], [4, 4], 4)
+    assert {
+        name: means["overall"] for name, means in system.summary["recommended"].items()
+    } == pytest.approx(expected)
+
+
+def test_a_target_outside_the_vocabulary_may_be_hit(dataset):
+    outside = np.flatnonzero(dataset.test.items < 0)
+    if not len(outside):
+        pytest.skip("every target is in the vocabulary")
+    at = outside[0]
+    user = dataset.user_ids[dataset.test.users[dataset.test.owners[at]]]
+    table = pd.DataFrame({"user_id": [user], "item_id": [dataset.test.item_ids[at]]})
+    ranks = lists.read_lists(table, dataset, top_k=5).ranked.ranks
+    assert_array_equal(np.flatnonzero(ranks), [at])
+
+
+def test_rank_wins_over_score_and_tables_of_any_kind(dataset, tmp_path):
+    users = dataset.user_ids[dataset.test.users]
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "Customer_ID": np.repeat(users, 5),
+            "sku": np.concatenate([rng.permutation(dataset.item_ids)[:5] for _ in users]),
+            "score": rng.random(5 * len(users)),
+            "Position": np.tile(rng.permutation(5) + 1, len(users)),
+        }
+    )
+    expected = lists.read_lists(table, dataset, top_k=5)
+    assert expected.found["ordered by"] == "Position"
+    inverted = table.assign(Position=6 - table["Position"])
+    inverted["score"] = -inverted.pop("Position")
+    paths = [tmp_path / f"t.{suffix}" for suffix in ("csv", "parquet", "jsonl", "tsv.gz")]
+    table.to_csv(paths[0], index=False)
+    table.to_parquet(paths[1])
+    table.to_json(paths[2], orient="records", lines=True)
+    table.to_csv(paths[3], index=False, sep="\t")
+    tables = [pa.Table.from_pandas(table), *map(str, paths)]
+    for other in tables:
+        found = lists.read_lists(other, dataset, top_k=5)
+        assert_array_equal(found.ranked.ranks, expected.ranked.ranks)
+        assert_array_equal(found.ranked.top_items, expected.ranked.top_items)
+        assert found.found == expected.found
+    by_score = lists.read_lists(table.drop(columns="Position"), dataset, top_k=5)
+    assert by_score.found["ordered by"] == "score"
+    in_order = lists.read_lists(table[["Customer_ID", "sku"]], dataset, top_k=5)
+    assert in_order.found["ordered by"] == "the order of the rows"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"rank": [1, 0]}, "the rank of data row 2 is 0; ranks are whole numbers from 1 on"),
+        ({"rank": [1.5, 1]}, "the rank of data row 1 is 1.5; ranks are whole numbers"),
+        ({"score": [0.1, np.inf]}, "the score of data row 2 is inf; expected a finite number"),
+        ({"score": [0.1, np.nan]}, "the score of data row 2 is .*; expected a finite number"),
+        ({"score": ["0.1", "high"]}, "the score of data row 2 is 'high'; expected a finite"),
+        ({"score": [0.1, "high"]}, "a column has values of several types"),
+        ({"user_id": ["u9", None]}, "1 rows have no user_id, the first of them data row 2"),
+        ({"user_id": ["x", "y"]}, "none of its 2 users is tested. Its first is 'x'"),
+        ({"position": [1, 2], "place": [1, 2]}, "position and place may each be the rank"),
+    ],
+)
+def test_bad_lists_are_refused(dataset, columns, message):
+    table = pd.DataFrame({"user_id": ["u9", "u9"], "item_id": ["i1", "i2"]} | columns)
+    with pytest.raises(UserError, match=message):
+        lists.read_lists(table, dataset, top_k=5)
+
+
+def test_the_names_of_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b=c.csv").write_text("")
+    assert lists.name_lists(["x/old.v2.csv.gz,new=y.parquet"]) == {
+        "old.v2": "x/old.v2.csv.gz", "new": "y.parquet",
+    } or lists.name_lists(["x/old.v2.csv.gz"])  # fmt: skip
+    assert lists.name_lists(["a,b=c.csv"]) == {"a,b=c": "a,b=c.csv"}
+    with pytest.raises(UserError, match=r"old.csv and new/old.csv are both called 'old'"):
+        lists.name_lists(["old.csv", "new/old.csv"])
+    for bad in ("", "=a.csv", "a=", "a.csv,,b.csv"):
+        with pytest.raises(UserError, match="expected FILE or NAME=FILE"):
+            lists.name_lists([bad])
+
+
+def test_metrics_by_name():
+    assert parse_metrics(["NDCG", "MAP@5"], [5, 10]) == ["NDCG@5", "NDCG@10", "MAP@5"]
+    with pytest.raises(UserError, match="the cut-offs are 5, 10; give 20 too"):
+        parse_metrics(["MRR@20"], [5, 10])
+    with pytest.raises(UserError, match="unknown metric"):
+        parse_metrics(["accuracy"], [5])
+
+
+# The command, its folder, and the report.
+
+
+@pytest.fixture(scope="module")
+def judged(one_run, tmp_path_factory):
+    """The folder of an evaluation of a run with two lists, and a page of everything."""
+    folder = tmp_path_factory.mktemp("judged")
+    own_lists(one_run).to_csv(folder / "own.csv", index=False)
+    popular = own_lists(one_run)
+    popular["item_id"] = np.resize(catalogue.read(one_run)[0][:20], len(popular))
+    popular.to_parquet(folder / "popular.parquet")
+    named = f"{NASTY}={folder / 'popular.parquet'}"
+    command.main(
+        [
+            f"--workdir={one_run}",
+            f"--recommendations={folder / 'own.csv'}",
+            f"--recommendations={named}",
+            f"--out={folder / 'out'}",
+            "--cutoffs=5,20",
+        ]
+    )
+    return folder / "out"
+
+
+def test_the_folder_is_read_as_runs_are(judged, one_run):
+    run, own, popular = read_runs([judged])
+    assert [x.is_list for x in (run, own, popular)] == [False, True, True]
+    assert own.summary["test"] == run.summary["test"]
+    assert popular.name == SHOWN
+    assert popular.summary["label"] == NASTY
+    assert {path.name for path in own.folder.iterdir()} == {
+        "summary.json", "config.json", "per_user.parquet", "baselines.parquet", "groups.parquet",
+        "finished.json",
+    }  # fmt: skip
+    assert [r.name for r in read_runs([one_run, judged])] == ["erm", "own", SHOWN]
+    assert [r.name for r in read_runs([judged, one_run])] == ["erm", "own", SHOWN]
+    assert read_runs([judged, one_run])[0].folder == one_run.resolve()
+    with pytest.raises(UserError, match="is the --out of seqfair evaluate and has no model"):
+        serving.load(judged)
+
+
+def test_a_report_of_runs_and_lists(judged, one_run, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    report_command.main([str(one_run), str(judged), f"--out={page}", "--metric=NDCG@5"])
+    printed = capsys.readouterr().out
+    assert "own" in printed
+    assert "NDCG@5: With one target it is 1 / log2(1 + rank)" in printed
+    written = page.read_text(encoding="utf-8")
+    assert "<b>a</b>" not in written
+    assert "&lt;b&gt;a&lt;/b&gt;" in written
+    assert "What the first 5 items show" in written
+
+
+def test_folders_of_other_groups_or_other_logs(judged, one_run, tmp_path, capsys, finished):
+    table = own_lists(one_run)
+    out = tmp_path / "fewer"
+    found = audit.evaluate_recommendations({"third": table}, one_run, groups=["seq2060", "pop33"])
+    found.write(out)
+    report_command.main([str(judged), str(out)])
+    printed = capsys.readouterr().out
+    assert "third" in printed
+    assert "pop33" in printed
+    assert "seq33" not in printed  # not of both
+    assert "No tests were made" not in printed
+    with pytest.raises(SystemExit):
+        report_command.main([str(judged), str(finished().folder)])
+    assert "are of different logs or splits" in capsys.readouterr().err
+
+
+def test_a_change_of_the_folder_is_found(judged, tmp_path):
+    copy = shutil.copytree(judged, tmp_path / "copy")
+    part = next(copy.glob("runs/list=own"))
+    (part / "per_user.parquet").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"per_user.parquet changed"):
+        read_runs([copy])
+
+
+def test_lists_of_a_log_without_any_run(tmp_path, capsys):
+    log = make_log()
+    log.to_csv(tmp_path / "log.csv", index=False)
+    users = log["user_id"].unique()
+    items = log["item_id"].value_counts().index[:20]
+    old = pd.DataFrame([(u, i) for u in users for i in items], columns=["user", "item"])
+    old.to_csv(tmp_path / "old.csv", index=False)
+    new = old.assign(score=np.resize([0.3, 0.1, 0.2], len(old)))
+    new.to_parquet(tmp_path / "new.parquet")
+    out = tmp_path / "audit"
+    command.main(
+        [
+            "--config=own_log", f"--config.data.path={tmp_path / 'log.csv'}",
+            "--config.data.min_interactions=1", "--config.data.cache_dir=",
+            "--config.select.min_users=1",
+            f"--recommendations={tmp_path / 'old.csv'}",
+            f"--recommendations={tmp_path / 'new.parquet'}",
+            f"--out={out}", "--metrics=NDCG,HitRate", "--baseline=old",
+        ]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "the order of the rows" in printed
+    assert "NDCG@20 against old" in printed
+    assert "HitRate@20 against old" in printed
+    assert "[markov]" in printed
+    old_row, new_row = read_runs([out])
+    assert (old_row.name, new_row.name) == ("old", "new")
+    report_command.main([str(out), f"--out={tmp_path / 'r.html'}"])
+    printed = capsys.readouterr().out
+    assert "old against the best baseline without training" in printed
+    assert "served worst under old" in printed or "lowest NDCG@20 under old" in printed
+    frame = audit.evaluate_recommendations(
+        {"old": old, "new": new}, log, settings={"data.min_interactions": 1, "select.min_users": 1}
+    )
+    assert [s.summary["test"] for s in frame.systems] == [
+        r.summary["test"] for r in (old_row, new_row)
+    ]
+
+
+def test_the_result_as_tables(one_run):
+    users = pd.DataFrame({"user_id": ODD_USERS, "plan": ["a", "b", "a", "b"]})
+    found = audit.evaluate_recommendations(own_lists(one_run), one_run, groups=users, cutoffs=[5])
+    table = found.table()
+    assert set(table["name"]) >= {"erm", "recommendations", "[markov]"}
+    sizes = table[table["name"] == "erm"].set_index("slice")["users"]
+    assert sizes["plan=a"] == sizes["plan=b"] == 2
+    assert sizes["plan=unknown"] == sizes["overall"] - 4
+    erm = table[(table["name"] == "erm") & (table["slice"] == "overall")].iloc[0]
+    assert erm["mean"] == pytest.approx(found.systems[0].summary["test"]["NDCG@5"]["overall"])
+    assert erm["low"] < erm["mean"] < erm["high"]
+    tests = found.tests(baseline="markov")
+    assert set(tests["name"]) >= {"erm", "recommendations", "[most_popular]"}
+    shown = found.recommended()
+    assert set(shown["figure"]) == {
+        f"{name}@5"
+        for name in ("coverage", "gini", "mean_popularity", "popularity_percentile", "novelty")
+    }
+    assert "test users" in str(found)
+    with pytest.raises(UserError, match=r"baseline is 'markof'.*markov"):
+        found.tests(baseline="markof")
+    with pytest.raises(UserError, match=r"NDCG@7 was not evaluated"):
+        found.table("NDCG@7")
+
+
+def test_a_run_of_a_grid_and_a_rule(finished, tmp_path, capsys):
+    folder = finished("cvar", **{"objective.alpha": (0.2, 0.9), "seeds": (0, 1)}).folder
+    names = [run["run"] for run in workdir.read_summary(folder)["runs"]]
+    out = tmp_path / "out"
+    command.main(
+        [f"--workdir={folder}", f"--run={names[-1]}", "--rule=worst_group", f"--out={out}"]
+    )
+    [part] = [p for p in workdir.finished_folders(folder) if p.name == workdir.path_name(names[-1])]
+    summary = workdir.read_summary(out)
+    assert summary["test"] == workdir.read_summary(part)["test_worst_group"]
+    assert "test_worst_group" not in summary
+    assert "cvar alpha=0.9, best worst group" in capsys.readouterr().out
+
+
+def test_bad_flags(refused, one_run, tmp_path):
+    own = f"--workdir={one_run}"
+    assert "give --workdir of a finished run, or --config" in refused("--cutoffs=5")
+    assert "give --workdir of a finished run, or --config" in refused(own, "--config=demo")
+    assert "expected whole numbers from 1 on" in refused(own, "--cutoffs=5,0")
+    assert "expected keep or mask" in refused(own, "--seen=all")
+    assert "expected overall or worst_group" in refused(own, "--rule=best")
+    assert "expected unequal names" in refused(own, "--groups=pop33,,seq33")
+    assert "unknown group family 'pop34' (did you mean 'pop33'?)" in refused(own, "--groups=pop34")
+    assert "no such file" in refused(own, "--recommendations=nothing.csv")
+    assert "--recommendations is missing" in refused("--config=own_log")
+    assert "has no run 'x'" in refused(own, "--run=x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    assert "has files" in refused(own, f"--out={tmp_path / 'full'}")
+    assert "baseline is 'erm2'" in refused(own, "--baseline=erm2")
+
+
+def test_a_folder_of_an_earlier_version(one_run, tmp_path):
+    copy = shutil.copytree(one_run, tmp_path / "copy")
+    split = pd.read_parquet(copy / workdir.SPLIT).drop(columns="test_history_items")
+    workdir.write_parquet(copy / workdir.SPLIT, split)
+    workdir.finish(copy, {})
+    with pytest.raises(UserError, match="an earlier version made this run"):
+        source.from_run(copy, None, source.Choice())
+
+
+def test_nothing_is_left_where_writing_fails(one_run, tmp_path, monkeypatch):
+    found = evaluate(source.from_run(one_run, None, source.Choice()), {})
+
+    def fail(folder, inputs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workdir, "finish", fail)
+    with pytest.raises(UserError, match="free some space"):
+        found.write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
