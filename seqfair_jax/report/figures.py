@@ -21,7 +21,7 @@ from seqfair_jax.evaluation.slices import printable
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _DASHES = ("", "6 2", "1.5 2")  # of lines, as SVG writes them: further lines of a colour
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^v<>p"
 _PANEL = (4.0, 2.3)  # inches
 _FOREST_WIDTH = 5.0  # inches
 _LINE, _BLOCK = 0.13, 0.2  # inches from method to method, and further to the next group

@@ -24,7 +24,7 @@ from seqfair_jax.report.runs import FinishedRun, failed_runs
 from seqfair_jax.training.selection import is_result
 
 _METHODS = 8  # in a figure
-_FOREST_LINES = 64
+_FOREST_LINES = 80
 _PANELS = 12  # of curves
 _TESTS = 600  # rows of the table of tests
 
@@ -139,16 +139,22 @@ def _shown_methods(contents: Contents) -> list[Row]:
     methods = [row for row in contents.rows if row.kind != BASELINE]
     others = [row for row in methods if row.name not in wanted and row.name == row.run]
     others += [row for row in methods if row.kind == LIST and row.name not in wanted]
-    if len(others) + len(wanted) > _METHODS:
+    first = [row for row in methods if row.name in wanted]
+    if len(others) + len(first) > _METHODS:
         best: dict[str, Row] = {}
         for row in others:
-            key = row.run.partition(" ")[0] or row.name
-            if key not in best or _validation(row) > _validation(best[key]):
-                best[key] = row
+            method = _method(row)
+            better = method not in best or _validation(row) > _validation(best[method])
+            if better and method not in map(_method, first):
+                best[method] = row
         others = list(best.values())
-    first = [row for row in methods if row.name in wanted]
     kept = {row.name for row in [*first, *others][:_METHODS]}
     return [row for row in methods if row.name in kept]
+
+
+def _method(row: Row) -> str:
+    """The name of a run's method, or of a list."""
+    return row.run.partition(" ")[0] or row.name
 
 
 def _validation(row: Row) -> float:
