@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 _HOME = {
     "Model": "seqfair_jax.api",
     "UserError": "seqfair_jax.errors",
+    "evaluate_recommendations": "seqfair_jax.audit.evaluation",
     "fit": "seqfair_jax.api",
     "load": "seqfair_jax.api",
 }
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from seqfair_jax.api import Model as Model
     from seqfair_jax.api import fit as fit
     from seqfair_jax.api import load as load
+    from seqfair_jax.audit.evaluation import evaluate_recommendations as evaluate_recommendations
     from seqfair_jax.errors import UserError as UserError
 else:
 
@@ -29,7 +31,7 @@ else:
         return value
 
 
-__all__ = ["Model", "UserError", "__version__", "fit", "load"]
+__all__ = ["Model", "UserError", "__version__", "evaluate_recommendations", "fit", "load"]
 
 
 def __dir__() -> list[str]:

@@ -25,14 +25,16 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from seqfair_jax import serving, workdir
+from seqfair_jax.audit import evaluation, source
 from seqfair_jax.cli import log_to_stderr
 from seqfair_jax.config import default_config, resolve
 from seqfair_jax.config.change import change
 from seqfair_jax.config.files import load_config
-from seqfair_jax.data.groups import encode_name, read_group_table
+from seqfair_jax.data.groups import read_group_table
 from seqfair_jax.data.readers import Rows, needed_columns
 from seqfair_jax.data.tables import table_in_memory
 from seqfair_jax.errors import Interrupted, UserError
+from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import contents, runs
 from seqfair_jax.run import run
 from seqfair_jax.serving import output, tables
@@ -41,7 +43,6 @@ from seqfair_jax.serving.trained import run_folder
 from seqfair_jax.training import selection
 
 _SEEN = {None: None, "keep": False, "mask": True}
-_MANY = 20  # more numbers than this are no groups: they are to be cut
 _BLOCK = 2**14  # users encoded at once
 _LOG = logging.getLogger("seqfair_jax")
 
@@ -246,6 +247,58 @@ class Model:
         blocks = output.as_tables(found, user_ids=user_ids, item_ids=trained.item_ids)
         return pa.concat_tables(table for _, table in blocks).to_pandas()
 
+    def evaluate(
+        self,
+        groups: Any = None,
+        cutoffs: int | Sequence[int] | None = None,
+        metrics: str | Sequence[str] | None = None,
+        *,
+        baselines: bool = False,
+    ) -> pd.DataFrame:
+        """The test again, by other groups or cut-offs, as `seqfair evaluate` does.
+
+        Args:
+            groups: as for `fit`; None for those of the run.
+            cutoffs: of the metrics; None for those of the run.
+            metrics: such as "NDCG" or "NDCG@20"; None for all.
+            baselines: add the rows of the baselines that need no training.
+
+        Returns:
+            A row for all users ("overall") and for each group with users; where each user has one
+            target, also for targets that are ("target=repeat") and are not ("target=new") in the
+            history. Columns: `model`, `slice`, `family`, `group`, `users`, then each metric. By
+            default they are the figures of `Model.summary`.
+
+        Raises:
+            UserError: on an unknown family or metric.
+        """
+        table, names = source.split_groups(groups)
+        with tempfile.TemporaryDirectory(prefix="seqfair_") as temporary:
+            path = None if table is None else _group_path(Path(temporary), table)
+            given = (cutoffs,) if isinstance(cutoffs, int) else cutoffs
+            choice = source.Choice(groups=names or None, group_file=path, cutoffs=given)
+            judged = source.from_run(self.folder, self._trained.run, choice)
+            found = evaluation.evaluate(judged, {}, rule=self._rule)
+        wanted = [metrics] if isinstance(metrics, str) else list(metrics or found.metrics)
+        chosen = evaluation.parse_metrics(wanted, judged.config.evaluate.cutoffs)
+        (system,) = found.systems
+        users = {name: len(of) for name, of in significance.slice_members(system.per_user).items()}
+        judged_models = {system.summary["method"]: system.summary["test"]}
+        judged_models |= system.summary["baselines"] if baselines else {}
+        return pd.DataFrame(
+            {
+                "model": model,
+                "slice": name,
+                "family": slices.parse(name).family,
+                "group": slices.parse(name).group,
+                "users": users[name],
+                **{metric: means[metric][name] for metric in chosen},
+            }
+            for model, means in judged_models.items()
+            for name in means[chosen[0]]  # the groups in the order of their family
+            if name in users
+        )
+
     def embeddings(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The vectors of the items and of the users; a score is their product.
 
@@ -363,7 +416,7 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
     Raises:
         UserError: if the folder has another log.
     """
-    table, names = _split_groups(groups)
+    table, names = source.split_groups(groups)
     checked = resolve(config)  # before anything is written
     if _is_path(log):
         config.data.path = os.fspath(log)
@@ -372,57 +425,17 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
         columns = {key: value for key, value in checked.data.columns.items() if value}
         stored = needed_columns(log, columns, rows, "log")
         config.data.path = str(_store_log(folder, stored))
-    if _is_path(table):
-        config.data.group_file = os.fspath(table)
-    elif table is not None:
-        config.data.group_file = str(_store_groups(folder, table))
-    if table is not None and not names:
-        names = _all_families(config.data.group_file)
+    if table is not None:
+        config.data.group_file = _group_path(folder, table)
+        frame = read_group_table(config.data.group_file)
+        assert frame is not None
+        names = names or source.all_families(frame)
     if names:
         config.groups = tuple(names)
 
 
-def _split_groups(groups: Any) -> tuple[Any, list[str]]:
-    """The table or path of `groups`, and the family names."""
-    if groups is None:
-        return None, []
-    is_list = isinstance(groups, list | tuple)
-    table, names = None, []
-    for part in groups if is_list else [groups]:
-        if isinstance(part, str) and not _is_path(part, pattern="/."):
-            names.append(part)
-        elif table is not None:
-            raise UserError("groups has two tables: give one, and the names of its families")
-        else:
-            table = part
-    return table, names
-
-
-def _is_path(value: Any, *, pattern: str = "") -> bool:
-    """Whether a value is a path; of texts those with a character of the pattern, or all."""
-    if isinstance(value, str):
-        return not pattern or any(character in value for character in pattern)
-    return isinstance(value, os.PathLike)
-
-
-def _all_families(path: str) -> list[str]:
-    """Every family of a group table, in order.
-
-    Raises:
-        UserError: if a family has many numbers, which are to be cut.
-    """
-    frame = read_group_table(path)
-    assert frame is not None
-    for family, labels in frame.groupby("family", sort=False)["group"]:
-        distinct = labels.dropna().unique()
-        numbers = pd.to_numeric(pd.Series(distinct), errors="coerce")
-        if len(distinct) > _MANY and numbers.notna().all():
-            name = encode_name(str(family))
-            raise UserError(
-                f"groups: family {family!r} has {len(distinct):,} numbers; name the families to "
-                f"use, and cut this one into groups: groups=[table, {name + ':4'!r}, ...]"
-            )
-    return [encode_name(family) for family in frame["family"].unique()]
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)
 
 
 # Tables in the work directory.
@@ -474,8 +487,13 @@ def _columns(table: pa.Table) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in table.schema)
 
 
-def _store_groups(folder: Path, table: Any) -> Path:
-    """Write the groups to `inputs/`; other groups get another name, so that they are seen."""
+def _group_path(folder: Path, table: Any) -> str:
+    """The path of a group file; a table is written to the folder's `inputs/`.
+
+    Other groups get another name, so that a finished run sees that they are others.
+    """
+    if _is_path(table):
+        return os.fspath(table)
     arrow = table_in_memory(table, lambda names, _: {name: name for name in names}, "groups")[0]
     sink = io.BytesIO()
     pq.write_table(arrow, sink)
@@ -483,7 +501,7 @@ def _store_groups(folder: Path, table: Any) -> Path:
     path = folder / workdir.INPUTS / f"groups-{digest}.parquet"
     if not path.is_file():
         workdir.write_file(path, lambda temporary: temporary.write_bytes(sink.getvalue()))
-    return path
+    return str(path)
 
 
 def _remove_other_groups(folder: Path, used: str | None) -> None:

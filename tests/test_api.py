@@ -16,6 +16,7 @@ import seqfair_jax
 from seqfair_jax import UserError, api, workdir
 from seqfair_jax.commands import recommend as recommend_command
 from seqfair_jax.errors import Interrupted
+from seqfair_jax.evaluation.metrics import KINDS
 from seqfair_jax.run import run
 
 LOG = make_log()
@@ -148,6 +149,19 @@ def test_other_groups_are_tested_again(tmp_path):
     assert len(list((tmp_path / "run/inputs").glob("groups-*"))) == 1
 
 
+def test_a_column_may_be_spelled_in_another_way_but_not_be_another_one(tmp_path):
+    log = LOG.rename(columns={"item_id": "Item-ID"}).assign(other=LOG.item_id.iloc[::-1].to_numpy())
+    log.to_csv(tmp_path / "log.csv", index=False)
+    path, column = tmp_path / "log.csv", "data.columns.item_id"
+    first = fit(path, settings={column: "Item-ID"}, workdir=tmp_path / "run")
+    for name in ("item_id", ""):
+        again = fit(path, settings={column: name}, workdir=tmp_path / "run")
+        assert again.summary["test"] == first.summary["test"]
+        assert again.config.data.columns.item_id == name
+    with pytest.raises(UserError, match="was trained on another log"):
+        fit(path, settings={column: "other"}, workdir=tmp_path / "run")
+
+
 def test_seeds_make_a_grid_and_the_model_is_the_selected_run():
     model = fit(seeds=(3, 1), epochs=2)
     assert list(model.runs["run"]) == ["seed=3", "seed=1"]
@@ -172,7 +186,7 @@ def test_seeds_make_a_grid_and_the_model_is_the_selected_run():
         ({"settings": {"data.path": "a.csv"}}, "data.path is in settings, but the log is given"),
         ({"objective": "grdo"}, "objective.name is 'grdo' .did you mean 'gdro'"),
         ({"groups": "pop3"}, "unknown group family 'pop3' .did you mean 'pop33'"),
-        ({"groups": USERS}, "family 'age' has 37 numbers; .*groups=.table, 'age:4', ...."),
+        ({"groups": USERS}, "family 'age' has 37 numbers; .* as in age:4"),
         ({"groups": [USERS, USERS]}, "groups has two tables"),
         ({"groups": "nowhere/users.csv"}, "no such file"),
         ({"groups": [7]}, "groups: expected a table of pandas, polars or pyarrow, found int"),
@@ -297,6 +311,41 @@ def test_the_products_of_the_embeddings_are_the_scores(model):
     found = lists.pivot_table(values="score", index="user_id", columns="item_id")
     scores = (users @ items.T).loc[found.index, found.columns]
     np.testing.assert_allclose(scores, found, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluate_gives_the_figures_of_the_run(model):
+    table = model.evaluate()
+    metrics = [f"{kind}@{k}" for k in (5, 20) for kind in KINDS]
+    assert list(table.columns) == ["model", "slice", "family", "group", "users", *metrics]
+    assert list(table.slice[:4]) == ["overall", "country=FR", "country=NL", "country=unknown"]
+    assert list(table.users[:4]) == [40, 20, 10, 10]
+    assert set(table.family) == {"", "country", "age:2", "pop33", "target"}
+    assert list(table.group[-5:]) == ["niche", "diverse", "popular", "repeat", "new"]
+    for metric in metrics:
+        expected = model.summary["test"][metric]
+        assert dict(zip(table.slice, table[metric], strict=True)) == {
+            name: expected[name] for name in table.slice
+        }
+
+
+def test_evaluate_by_other_groups_cutoffs_and_metrics(model, folder):
+    per_user = model.per_user.set_index("user_id")
+    plans = pd.DataFrame({"user_id": per_user.index, "plan": ["a", "b"] * 20})
+    table = model.evaluate(plans, cutoffs=7, metrics="Recall", baselines=True)
+    assert list(table.columns[5:]) == ["Recall@7"]
+    assert list(table.model.unique()) == [
+        "erm", "most_popular", "markov", "last_viewed", "interleaved",
+    ]  # fmt: skip
+    own = table[table.model == "erm"].set_index("slice")["Recall@7"]
+    hits = (per_user["rank"] <= 7).fillna(False).to_numpy(bool)
+    assert own["plan=a"] == hits[::2].mean()
+    assert own["plan=b"] == hits[1::2].mean()
+    assert set(model.evaluate([plans, "seq33"]).family) == {"", "seq33", "target"}
+    assert set(model.evaluate("country").group) == {"", "FR", "NL", "unknown", "repeat", "new"}
+    worst = seqfair_jax.load(folder, rule="worst_group").evaluate(metrics=["NDCG@5"])
+    assert worst["NDCG@5"][0] == model.summary["test_worst_group"]["NDCG@5"]["overall"]
+    with pytest.raises(UserError, match="unknown metric 'NDGC@20'"):
+        model.evaluate(metrics="NDGC@20")
 
 
 def test_what_a_model_has(model, folder):

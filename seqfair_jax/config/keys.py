@@ -101,13 +101,27 @@ _DATA = (
         kind=str,
         resumable=True,
     ),
+    # Resumable, since a name can be spelled in several ways; the log itself is compared.
     Setting(
-        "data.columns.user_id", "", "The user column. If empty, it is found by the usual names."
+        "data.columns.user_id",
+        "",
+        "The user column. If empty, it is found by the usual names.",
+        resumable=True,
     ),
-    Setting("data.columns.item_id", "", "The item column."),
-    Setting("data.columns.timestamp", "", "The time column."),
-    Setting("data.columns.event", "", "The column of events, which `data.events` selects from."),
-    Setting("data.columns.rating", "", "The column of ratings, for `data.min_rating`."),
+    Setting("data.columns.item_id", "", "The item column.", resumable=True),
+    Setting("data.columns.timestamp", "", "The time column.", resumable=True),
+    Setting(
+        "data.columns.event",
+        "",
+        "The column of events, which `data.events` selects from.",
+        resumable=True,
+    ),
+    Setting(
+        "data.columns.rating",
+        "",
+        "The column of ratings, for `data.min_rating`.",
+        resumable=True,
+    ),
     Setting(
         "data.delimiter",
         "",
