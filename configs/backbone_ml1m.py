@@ -4,9 +4,10 @@ The search of appendix B, by ERM's validation score.
 
     python -m seqfair_jax search --config=configs/backbone_ml1m.py --workdir=runs/backbone_ml1m
 
-`--dry_run` prints the 216 points. The paper chose dim 256, ff_dim 256, 3 blocks, 1 head, dropout
-0.5, batch size 256. With `:scale=small` it tries one setting after another, with a model that two
-cores train in minutes. To change a list: --config.search.grid.model.dropout=0.1,0.2
+It tries all 216 combinations; `--dry_run` prints the lists. The paper chose dim 256, ff_dim 256,
+3 blocks, 1 head, dropout 0.5, batch size 256. With `:scale=small` it draws 50 trials around a
+model that two cores train in minutes. To change a list:
+--config.search.space.model.dropout=0.1,0.2
 """
 
 from seqfair_jax.paper import plans, settings

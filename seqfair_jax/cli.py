@@ -50,6 +50,7 @@ class Command:
         config: bool | str = False,
         lists_settings: bool = False,
         program: str | None = None,
+        extend: Callable[[ConfigDict], None] | None = None,
     ):
         """Define the flags that every command has.
 
@@ -61,10 +62,13 @@ class Command:
                 not be given.
             lists_settings: its `--help` lists the shipped configs and every setting.
             program: how the command is started, if not by `seqfair NAME`.
+            extend: adds the command's own settings to a loaded config.
         """
         self._name, self._description, self._arguments = name, description, arguments
         self._program = program or f"seqfair {name}"
         self._takes_config, self._lists_settings = config, lists_settings
+        self._extend = extend
+        self.config_name: str | None = None  # what `--config` named
         self.flags = flags.FlagValues()
         flags.DEFINE_bool("help", False, "show this help", flag_values=self.flags)
 
@@ -79,6 +83,10 @@ class Command:
     def integer(self, name: str, help_text: str, default: int) -> None:
         """Define a flag with a whole number."""
         flags.DEFINE_integer(name, default, help_text, flag_values=self.flags)
+
+    def number(self, name: str, help_text: str, default: float) -> None:
+        """Define a flag with a number."""
+        flags.DEFINE_float(name, default, help_text, flag_values=self.flags)
 
     def bool(self, name: str, help_text: str) -> None:
         """Define a flag that is off by default."""
@@ -125,6 +133,9 @@ class Command:
         if self._takes_config and not (optional and not _names_config(argv)):
             path, argv = _take_config(argv)
             config = load_config(path)
+            self.config_name = path
+            if self._extend is not None:
+                self._extend(config)
             argv = _check_overrides(config, argv)
         try:
             if config is not None:

@@ -9,7 +9,9 @@ A work directory of one run:
 If its log or groups were a table from Python, they are in `inputs/`.
 
 A grid of runs has the same files for each run in `runs/NAME/`, and its own `summary.json`. A sweep
-or search has a work directory for each job in `jobs/NAME/`, and locks in `locks/`.
+has a work directory for each job in `jobs/NAME/`, and locks in `locks/`. A search has:
+
+    search.json study.db trials.csv search.md best.json trials/NUMBER/ locks/
 
 A file is written under a temporary name and then renamed, so it is whole or absent.
 """
@@ -38,6 +40,8 @@ CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.json", "env.json", "metrics.json
 GROUPS, SPLIT = "groups.parquet", "split.parquet"
 ITEMS, HISTORIES = "items.parquet", "histories.parquet"
 BASELINES = "baselines.parquet"
+SEARCH, STUDY = "search.json", "study.db"  # of a search: its settings, its trials
+TRIALS, RANKING, BEST = "trials.csv", "search.md", "best.json"  # and its results
 INPUTS = "inputs"  # tables that were given from Python
 LATEST_CHECKPOINT = Path("checkpoints", "latest")
 _FINISHED = "finished.json"  # written last: the hashes of the files above
@@ -118,8 +122,13 @@ def run_folders(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def job_folder(folder: Path, name: str) -> Path:
-    """The work directory of a sweep's or search's job."""
+    """The work directory of a sweep's job."""
     return folder / "jobs" / path_name(name)
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """The work directory of a search's trial."""
+    return folder / "trials" / str(number)
 
 
 def per_user(folder: Path, suffix: str) -> Path:

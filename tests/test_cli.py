@@ -29,7 +29,7 @@ from seqfair_jax.sweeps.search import default_search
 def get_config(arg=None):
     config = tiny()
     config.search = default_search()
-    config.search.grid.model = {{"dim": (8, 4)}}
+    config.search.space.model.dim = "8,4"
     if arg != "all":
         del config.sweep, config.search
     return config

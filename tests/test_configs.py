@@ -1,4 +1,3 @@
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +46,7 @@ def resolve_runs(config):
     if "sweep" in config:
         config = grid.split_sweep(config)[0]
     elif "search" in config:
-        config = search.split_search(config)[0]
+        config = search.split_search(config).base
     return resolve(config)
 
 
@@ -83,21 +82,21 @@ def test_every_sweep_is_valid_and_names_its_command(name):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_is_valid_and_names_its_command(name):
     assert f"python -m seqfair_jax search --config=configs/{name}.py" in docstring(name)
-    base, grid, order = search.split_search(load(name))
-    resolve(base)
+    plan = search.split_search(load(name))
+    resolve(plan.base)
     # Appendix B: every combination, stopped after 200 epochs without a better validation.
-    assert math.prod(map(len, grid.values())) == 216
-    assert base.train.early_stop_epochs == 200
-    assert not order
-    assert set(grid) == {
+    assert len(plan.first()) == 216
+    assert plan.base.train.early_stop_epochs == 200
+    assert (plan.sampler, plan.prune) == ("grid", False)
+    assert set(plan.space) == {
         "model.dim", "model.ff_dim", "model.num_blocks", "model.num_heads", "model.dropout",
         "train.batch_size",
     }  # fmt: skip
-    base, grid, order = search.split_search(load(name, "scale=small"))
-    base.update_from_flattened_dict({key: values[0] for key, values in grid.items()})
-    assert resolve(base).train.decay_steps == base.train.epochs * base.train.steps_per_epoch
-    assert set(order) == set(grid)
-    assert set(order) >= {"model.tie_embeddings", "model.init_scale", "train.learning_rate"}
+    plan = search.split_search(load(name, "scale=small"))
+    assert (plan.sampler, plan.prune) == ("tpe", True)
+    config = resolve(plan.config(plan.first()[0]))
+    assert config.train.decay_steps == config.train.epochs * config.train.steps_per_epoch
+    assert set(plan.space) >= {"model.tie_embeddings", "model.init_scale", "train.learning_rate"}
 
 
 @pytest.mark.parametrize(

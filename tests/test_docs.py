@@ -83,7 +83,7 @@ def check_config(config):
     if "sweep" in config:
         resolve(grid.split_sweep(config)[0])
     elif "search" in config:
-        resolve(search.split_search(config)[0])
+        resolve(search.split_search(config).base)
     else:
         resolve(config)
 
@@ -153,7 +153,7 @@ def known_keys():
 
 
 def _is_key(key):
-    key = re.sub(r"^search\.grid\.(?=.)", "", key)
+    key = re.sub(r"^search\.space\.(?=.)", "", key)
     return any(known == key or known.startswith(f"{key}.") for known in known_keys())
 
 
@@ -201,7 +201,7 @@ def test_the_page_of_settings_is_current():
 
 
 def test_every_setting_is_explained():
-    text = _read("docs/settings.md") + _read("docs/paper.md")
+    text = _read("docs/settings.md") + _read("docs/paper.md") + _read("docs/search.md")
     for key in known_keys():
         assert re.search(rf"^\| `{re.escape(key)}`(\\\*)? \|", text, re.MULTILINE), key
 
@@ -229,7 +229,7 @@ def test_the_settings_that_may_change_when_a_run_is_resumed():
         ("for m in erm gdr; do seqfair train --config=configs/demo.py:method=$m "
          "--workdir=DIR; done", "'gdr'"),
         ("seqfair search --config=configs/backbone_rr.py --workdir=DIR "
-         "--config.search.grid.model.width=64", "width"),
+         "--config.search.space.model.width=64", "width"),
         ("launch/local.sh 2 seqfair reproduce --config=configs/paper_rr.py --workdir=DIR "
          "--config.sweep.runs_per_call=1", "runs_per_call"),
         ("seqfair report --family=pop33", "names no folder"),
@@ -254,7 +254,7 @@ def test_a_bad_command_is_found(stubs, line, message):
         "--config.train.epoch=3",
         "--config.epochs.train",
         "sweep.runs_per_call",
-        "search.grid.model.width",
+        "search.space.model.width",
         "seqfair prepair",
         "python -m seqfair_jax.search",
         "configs/own_logs.py",

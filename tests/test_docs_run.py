@@ -69,7 +69,12 @@ _REPRODUCE = {
 SMALL = {
     "train": _TRAIN,
     "reproduce": _TRAIN | _REPRODUCE,
-    "search": _TRAIN,
+    "search": _TRAIN
+    | {
+        "trials": "1",
+        "config.search.space.model.dim": "8",
+        "config.search.space.model.num_blocks": "1",
+    },
     "benchmarks": _TRAIN | {"repeats": "1"},
 }
 # Values that replace those of a benchmark's flags, where it has them.

@@ -1,235 +1,527 @@
+import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
 
+import jax.numpy as jnp
+import numpy as np
 import pandas as pd
 import pytest
-from runs import small
-from sweeps import write_results
+from runs import rows_of, small, train_command, write_config
 
-from seqfair_jax.errors import DivergedError, UserError
-from seqfair_jax.sweeps import jobs
-from seqfair_jax.sweeps import search as search_module
-from seqfair_jax.sweeps.search import default_search, search
+from seqfair_jax import run as runs
+from seqfair_jax import workdir
+from seqfair_jax.config import flatten, resolve
+from seqfair_jax.config.files import load_config
+from seqfair_jax.errors import DivergedError, Interrupted, UserError
+from seqfair_jax.run import run
+from seqfair_jax.sweeps import study as studies
+from seqfair_jax.sweeps.search import (
+    add_defaults,
+    add_space,
+    empty_search,
+    search,
+    split_search,
+)
+from seqfair_jax.sweeps.search import (
+    train_command as printed_command,
+)
+
+RATES = {"train.learning_rate": "0.0001:0.1:log", "model.dropout": "0:0.5"}
 
 
-def tiny(one_by_one=(), **grid):
-    config = small(**{"train.epochs": 1, "model.dropout": 0.0})
-    config.search = default_search()
-    config.search.one_by_one = one_by_one
-    config.search.grid.model = grid or {"dim": (8, 4), "dropout": (0.0, 0.5)}
+def searchable(space=RATES, config=None, **settings):
+    """A tiny config that varies the settings of `space`, without recompilation where possible."""
+    config = config or small(**{"train.epochs": 2, "train.steps_per_epoch": 2})
+    config.search = empty_search()
+    add_space(config.search.space, space)
+    config.search.update(settings)
     return config
 
 
-def dims_and_epochs():
-    """Four points of two shapes, since the number of epochs is not compiled."""
-    config = tiny(dim=(8, 4))
-    config.search.grid.train = {"epochs": (1, 2)}
-    return config
+class Trainings:
+    """Stands in for `run.train`: scores by the config, without training."""
+
+    def __init__(self, score, epochs=2):
+        self.score, self.epochs, self.points = score, epochs, []
+
+    def __call__(self, config, folder, *, after_epoch):
+        config = resolve(config)
+        self.points.append((config.model.dropout, config.train.learning_rate))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        best = None
+        for epoch in range(1, config.train.epochs + 1):
+            scores = self.score(config, epoch)
+            overall, worst = scores if isinstance(scores, tuple) else (scores, scores)
+            record = {"epoch": epoch, "overall": overall, "worst_group": worst}
+            if best is None or overall > best["overall"]:
+                best = record
+            snapshot = made(epoch, {"overall": best, "worst_group": record})
+            if after_epoch(snapshot):
+                break
+        return None, snapshot
+
+
+def made(epoch, *bests, failed=(-1,)):
+    """What is read of a snapshot."""
+    return types.SimpleNamespace(
+        states=types.SimpleNamespace(failed_step=jnp.asarray(failed)),
+        progress=types.SimpleNamespace(epoch=epoch, best=list(bests)),
+    )
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    def replace(score):
+        found = Trainings(score)
+        monkeypatch.setattr(runs, "train", found)
+        monkeypatch.setattr(runs, "describe", lambda _: None)
+        monkeypatch.setattr("seqfair_jax.sweeps.search.build_experiment", lambda _: None)
+        return found
+
+    return replace
+
+
+def peak(config, epoch):
+    """Best at a rate of 0.01 and a dropout of 0.2; it rises with the epochs."""
+    distance = abs(np.log10(config.train.learning_rate) + 2) + abs(config.model.dropout - 0.2)
+    return float(np.exp(-distance)) * epoch / config.train.epochs
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("search")
-    return folder, search(dims_and_epochs(), folder)
+    """A real search of three trials, over two seeds."""
+    folder = tmp_path_factory.mktemp("search") / "run"
+    changes = {"train.epochs": 2, "train.steps_per_epoch": 2, "seeds": (0, 1)}
+    config = searchable({"train.epochs": "1,2,3"}, small(**changes), sampler="grid")
+    return folder, config, search(config, folder)
 
 
-def test_every_combination_is_ranked_by_validation(searched, capsys, monkeypatch):
-    folder, ranking = searched
-    assert set(zip(ranking["model.dim"], ranking["train.epochs"], strict=True)) == {
-        (8, 1), (8, 2), (4, 1), (4, 2)
-    }  # fmt: skip
-    assert ranking["val NDCG@20"].is_monotonic_decreasing
-    for _, row in ranking.iterrows():
-        name = f"model.dim={row['model.dim']:.0f},train.epochs={row['train.epochs']:.0f}"
-        rows = pd.read_json(folder / "jobs" / name / "metrics.jsonl", lines=True)
-        assert row["val NDCG@20"] == pytest.approx(rows["val/NDCG@20/overall"].max())
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "search.csv"), ranking, check_dtype=False)
-    assert not any("test" in column for column in ranking)
+def test_trials_are_ranked_by_validation(searched, capsys, monkeypatch):
+    folder, config, table = searched
+    assert table["trial"].tolist() == [0, 1, 2]
+    assert table["state"].tolist() == ["finished"] * 3
+    assert table["train.epochs"].tolist() == [1, 2, 3]
+    for _, row in table.iterrows():
+        best = [
+            max(row["val/NDCG@20/overall"] for row in rows_of(part))
+            for part in sorted((folder / "trials" / str(row["trial"]) / "runs").iterdir())
+        ]
+        assert len(best) == 2
+        assert row["val NDCG@20"] == pytest.approx(np.mean(best))
+        assert row["epochs"] == row["train.epochs"]
+    read = pd.read_csv(folder / "trials.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(read, table, check_dtype=False)
+    assert not any("test" in column for column in table)
+    assert not list(folder.rglob("per_user*"))
+    assert not list(folder.rglob("summary.json"))
+    # The best alone has checkpoints.
+    best = int(table["val NDCG@20"].idxmax())
+    assert [path.parent.name for path in folder.glob("trials/*/checkpoints")] == [str(best)]
+    assert json.loads((folder / "best.json").read_text())["trial"] == best
 
-    # The same command trains nothing again and prints the same.
-    monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("trained again"))
-    pd.testing.assert_frame_equal(search(dims_and_epochs(), folder), ranking)
-    best = ranking.iloc[0]
-    flags = (
-        f"--config.model.dim={best['model.dim']:.0f} "
-        f"--config.train.epochs={best['train.epochs']:.0f}"
+    # The same command trains nothing again.
+    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(search(config, folder), table)
+    assert (folder / "search.md").read_text() in capsys.readouterr().out
+
+
+def test_the_best_is_tested(searched, tmp_path, capsys):
+    folder, config, table = searched
+    target = tmp_path / "copy"
+    shutil.copytree(folder, target)
+    search(config, target, train_best=True)
+    best = target / "trials" / str(table["val NDCG@20"].idxmax())
+    assert workdir.is_finished(best)
+    assert "on the test targets" in capsys.readouterr().out
+    by_hand = small(
+        **{"train.epochs": int(table["train.epochs"][int(best.name)]),
+           "train.steps_per_epoch": 2, "seeds": (0, 1)}
+    )  # fmt: skip
+    run(by_hand, tmp_path / "by_hand")
+    for name in ("seed=0", "seed=1"):
+        tested, again = (
+            workdir.read_summary(part / "runs" / name) for part in (best, tmp_path / "by_hand")
+        )
+        assert tested["test"] == again["test"]
+
+
+def test_the_first_trial_has_the_configs_own_values(tmp_path, trainings):
+    found = trainings(peak)
+    config = searchable()
+    config.train.learning_rate = 0.00123456
+    table = search(config, tmp_path, trials_wanted=4)
+    assert found.points[0] == (0.0, 0.00123456)
+    assert len(set(found.points)) == 4
+    assert table["model.dropout"].tolist() == [point[0] for point in found.points]
+    # The others have three significant digits.
+    assert all(len(f"{rate:g}".strip("0.").split("e")[0]) <= 4 for _, rate in found.points[1:])
+
+
+def test_tpe_finds_the_peak(tmp_path, trainings):
+    trainings(peak)
+    table = search(searchable(), tmp_path, trials_wanted=18)
+    best = table.loc[table["val NDCG@20"].idxmax()]
+    assert 0.005 < best["train.learning_rate"] < 0.02
+    assert best["val NDCG@20"] > 0.8
+
+
+def test_a_resumed_search_tries_the_same_values(tmp_path, trainings):
+    whole = trainings(peak)
+    expected = search(searchable(), tmp_path / "whole", trials_wanted=12)
+    parts = trainings(peak)
+    for number in (1, 5, 12):
+        table = search(searchable(), tmp_path / "parts", trials_wanted=number)
+    assert parts.points == whole.points
+    unequal = ["seconds"]
+    pd.testing.assert_frame_equal(table.drop(columns=unequal), expected.drop(columns=unequal))
+    other = trainings(peak)
+    search(searchable(seed=1), tmp_path / "other", trials_wanted=3)
+    assert other.points[1:] != whole.points[1:3]
+
+
+class Killed(BaseException):
+    """The process ends, without any handler."""
+
+
+def test_a_killed_trial_is_tried_again(tmp_path, trainings):
+    whole = trainings(peak)
+    expected = search(searchable(), tmp_path / "whole", trials_wanted=4)
+    killed = trainings(peak)
+
+    def kill(config, epoch):
+        if len(killed.points) == 3 and epoch == 2:
+            raise Killed
+        return peak(config, epoch)
+
+    killed.score = kill
+    with pytest.raises(Killed):
+        search(searchable(), tmp_path / "killed", trials_wanted=4)
+    written = pd.read_csv(tmp_path / "killed" / "trials.csv")
+    assert written["trial"].tolist() == [0, 1]  # written after each trial
+    killed.score = peak
+    table = search(searchable(), tmp_path / "killed", trials_wanted=4)
+    assert killed.points == [*whole.points[:3], *whole.points[2:]]
+    assert table["val NDCG@20"].tolist() == expected["val NDCG@20"].tolist()
+
+
+def test_a_trial_that_kills_its_process_three_times_has_failed(tmp_path, trainings):
+    def kill(config, epoch):
+        if config.model.dropout == 0.5:
+            raise Killed
+        return peak(config, epoch)
+
+    trainings(kill)
+    config = searchable({"model.dropout": "0,0.5,0.2"}, sampler="grid")
+    for _ in range(3):
+        with pytest.raises(Killed):
+            search(config, tmp_path)
+    table = search(config, tmp_path)
+    assert table["state"].tolist() == ["finished", "failed", "finished"]
+    assert table["error"][1] == "its process ended without a result 3 times"
+
+
+def test_a_signal_leaves_the_trial_to_the_next_command(tmp_path, trainings):
+    config = searchable({"model.dropout": "0.1,0.2"}, sampler="grid")
+
+    def interrupt(config, epoch):
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    for _ in range(4):  # however often
+        trainings(interrupt)
+        with pytest.raises(SystemExit):
+            search(config, tmp_path)
+    trainings(peak)
+    assert search(config, tmp_path)["state"].tolist() == ["finished"] * 2
+
+
+def test_a_failing_trial_is_recorded(tmp_path, trainings, capsys):
+    def diverge(config, epoch):
+        if config.model.dropout == 0.5:
+            raise DivergedError("every run diverged | a *loss*")
+        return peak(config, epoch)
+
+    trainings(diverge)
+    config = searchable({"model.dropout": "0.1,0.5,0.2"}, sampler="grid")
+    table = search(config, tmp_path)
+    assert table["state"].tolist() == ["finished", "failed", "finished"]
+    assert table["error"][1] == "every run diverged | a *loss*"
+    assert r"trial 1 failed: every run diverged \| a \*loss\*" in capsys.readouterr().out
+    trainings(lambda *_: pytest.fail("trained again"))
+    search(config, tmp_path)
+
+    config = searchable({"model.dropout": "0.5"}, sampler="grid")
+    trainings(diverge)
+    with pytest.raises(SystemExit, match=r"no trial has a validation score\n  trial 0: every run"):
+        search(config, tmp_path / "none")
+
+
+def test_a_trial_with_a_diverged_seed_has_failed(tmp_path, monkeypatch, trainings):
+    record = {"epoch": 1, "overall": 0.9, "worst_group": 0.9}
+    bests = [{"overall": record, "worst_group": record}] * 2
+    trainings(peak)
+
+    def train(config, folder, *, after_epoch):
+        snapshot = made(1, *bests, failed=(-1, 7))
+        assert after_epoch(snapshot)
+        return None, snapshot
+
+    monkeypatch.setattr(runs, "train", train)
+    with pytest.raises(SystemExit, match="trial 0: diverged at step 7, 1 of 2 seeds"):
+        search(searchable(), tmp_path, trials_wanted=1)
+
+
+def test_a_trial_below_the_median_is_pruned(tmp_path, trainings):
+    """Five finish before any is pruned. The sixth is the worst at half of its training."""
+
+    def score(config, epoch):
+        return (0.1 if config.model.dropout == 0.5 else 0.3 + config.model.dropout) * epoch
+
+    values = "0.1,0.11,0.12,0.13,0.14,0.5,0.2"
+    found = trainings(score)
+    config = searchable({"model.dropout": values}, sampler="grid")
+    config.train.epochs = 4
+    table = search(config, tmp_path / "pruned")
+    assert table["state"].tolist() == ["finished"] * 5 + ["pruned", "finished"]
+    assert table["epochs"].tolist() == [4] * 5 + [2, 4]  # the first quarter is too early
+    assert len(found.points) == 7
+    config.search.prune = False
+    table = search(config, tmp_path / "whole")
+    assert table["epochs"].tolist() == [4] * 7
+
+
+def test_trainings_of_unequal_lengths_compare_at_the_same_share(tmp_path, trainings):
+    """At its second epoch of 8, the long training would be below those that have ended."""
+
+    def score(config, epoch):
+        return epoch / config.train.epochs * (1 + config.train.epochs / 100)
+
+    trainings(score)
+    config = searchable({"train.epochs": "2,3,4,5,6,8"}, sampler="grid")
+    assert search(config, tmp_path)["state"].tolist() == ["finished"] * 6
+
+
+def test_choice_by_the_worst_group(tmp_path, trainings):
+    scores = {0.1: (0.5, 0.1), 0.2: (0.4, 0.3), 0.3: (0.3, 0.2)}
+    trainings(lambda config, epoch: scores[config.model.dropout])
+    config = searchable({"model.dropout": "0.1,0.2,0.3"}, sampler="grid")
+    for by, best in (("overall", 0), ("worst_group", 1)):
+        search(config, tmp_path / by, by=by)
+        written = json.loads((tmp_path / by / "best.json").read_text())
+        assert (written["trial"], written["by"]) == (best, by)
+        first = (tmp_path / by / "search.md").read_text().splitlines()[4]
+        assert first.startswith(f"| {best} | ")
+    with pytest.raises(UserError, match=r"differ: --by \('overall' there, 'worst_group' now\)"):
+        search(config, tmp_path / "overall", by="worst_group")
+
+
+def test_equal_values_are_not_trained_twice(tmp_path, trainings):
+    found = trainings(peak)
+    table = search(searchable({"model.dropout": "0.1,0.2"}), tmp_path, trials_wanted=6)
+    assert len(table) == 6
+    assert len(found.points) == 2
+    assert table.groupby("model.dropout")["val NDCG@20"].nunique().tolist() == [1, 1]
+
+
+def test_the_time_ends_the_search_in_the_middle_of_a_trial(tmp_path, trainings, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("seqfair_jax.sweeps.search.time", types.SimpleNamespace(
+        monotonic=lambda: now[0]
+    ))  # fmt: skip
+
+    def slow(config, epoch):
+        now[0] += 1000
+        return peak(config, epoch)
+
+    found = trainings(slow)
+    table = search(searchable(), tmp_path, hours=1.2)  # 4,320 s: two trials and a half
+    assert table["state"].tolist() == ["finished", "finished", "unfinished"]
+    assert len(found.points) == 3
+    table = search(searchable(), tmp_path, hours=0.01)
+    assert table["state"].tolist() == ["finished", "finished", "unfinished"]
+    assert table["model.dropout"][2] == found.points[2][0]
+    with pytest.raises(SystemExit, match="no trial finished in the time"):
+        search(searchable(), tmp_path / "short", hours=0.1)
+
+
+def test_the_printed_command_trains_the_best(tmp_path, trainings):
+    file = write_config(tmp_path / "mine.py", small())
+    text = file.read_text().replace(
+        "    return config", "    config.train.decay_steps = config.train.get_ref('epochs') * 5\n"
+        "    return config"
+    )  # fmt: skip
+    file.write_text(text)
+    config = load_config(str(file))
+    config.seeds = (3, 4)
+    config = searchable({"train.epochs": "3,4", "model.dropout": "0.25"}, config, sampler="grid")
+    trainings(lambda config, epoch: config.train.epochs / 10)
+    search(config, tmp_path / "search", config_name=str(file))
+    best = json.loads((tmp_path / "search" / "best.json").read_text())
+    assert best["command"] == (
+        f"seqfair train --config={file} --config.seeds=3,4 --config.model.dropout=0.25 "
+        f"--config.train.epochs=4 --workdir={tmp_path / 'search' / 'best'}"
     )
-    assert f"Best: `{flags}`" in capsys.readouterr().out
-
-
-def result(score, *, worst=0.0, status="finished"):
-    """The part of a run's summary that the search reads."""
-    # No validation target of MovieLens is a repeat.
-    slices = {"overall": score, "target=repeat": None, "target=new": 0}
-    return {
-        "status": status,
-        "val": {"NDCG@20": slices},
-        "best": {"epoch": 1, "step": 3, "overall": score, "worst_group": worst},
-        "test": {},
-        "train": {"seconds": 1.0},
-    }
-
-
-def test_one_setting_after_another(tmp_path, monkeypatch):
-    scores = {(8, 0.0): 0.1, (8, 0.5): 0.3, (4, 0.5): 0.2, (16, 0.5): 0.4}
-    trained = []
-
-    def run(config, folder):
-        trained.append(folder.name)
-        write_results(folder, config, [result(scores[config.model.dim, config.model.dropout])])
-
-    monkeypatch.setattr(jobs, "run", run)
-    order = ("model.dropout", "model.dim")
-    ranking = search(tiny(order, dim=(8, 4, 16), dropout=(0.0, 0.5)), tmp_path)
-    assert trained == [
-        "model.dim=8,model.dropout=0.0", "model.dim=8,model.dropout=0.5",
-        "model.dim=4,model.dropout=0.5", "model.dim=16,model.dropout=0.5",
-    ]  # fmt: skip
-    assert ranking["val NDCG@20"].tolist() == [0.4, 0.3, 0.2, 0.1]
-    assert ranking["model.dim"].tolist() == [16, 8, 4, 8]
-    assert (
-        "| 16 | 0.5 | 0.4000 | 0.0000 | - | 0.0000 | 1 | 3 | 1 | 1 |"
-        in (tmp_path / "search.md").read_text()
-    )
-
-
-def test_failed_runs_are_not_ranked(tmp_path, monkeypatch, capsys):
-    """A failed run has the scores of its last epochs, which may be the highest."""
-    failed = {"status": "failed at step 2"}
-    runs = {
-        16: [result(0.3), result(0.2)],
-        8: [result(0.9), result(0.9, **failed)],  # lacks a seed that others have
-        4: [result(0.9, **failed), result(0.9, **failed)],
-        2: [result(0.4), result(0.3)],
-    }
-
-    def run(config, folder):
-        write_results(folder, config, runs[config.model.dim])
-
-    monkeypatch.setattr(jobs, "run", run)
-    config = tiny(dim=tuple(runs))
-    config.seeds = (0, 1)
-    ranking = search(config, tmp_path)
-    assert ranking["model.dim"].tolist() == [2, 16]
-    assert ranking["val NDCG@20"].tolist() == pytest.approx([0.35, 0.25])
-    assert ranking["seeds"].tolist() == [2, 2]
-    lines = (tmp_path / "search.md").read_text().splitlines()
-    left_out = [
-        "not ranked: model.dim=8 has 1 of 2 seeds", "not ranked: model.dim=4 has 0 of 2 seeds"
-    ]  # fmt: skip
-    assert [line for line in lines if line.startswith("not ranked")] == left_out
-    assert lines[-1].startswith("Best:")
-    printed = capsys.readouterr().out
-    assert all(line in printed for line in left_out)
-
-
-def test_a_failing_point_is_reported_when_the_others_are_done(searched, tmp_path, monkeypatch):
-    def run(config, folder):
-        if config.model.dim == 4:
-            raise DivergedError("diverged")
-        shutil.copytree(searched[0] / "jobs" / "model.dim=8,train.epochs=1", folder)
-
-    monkeypatch.setattr(jobs, "run", run)
-    with pytest.raises(SystemExit, match=r"1 of 2 jobs failed:\n  model.dim=4: diverged"):
-        search(tiny(dim=(4, 8)), tmp_path)
-    assert pd.read_csv(tmp_path / "search.csv")["model.dim"].tolist() == [8]
-
-
-def test_a_search_of_version_0_1_0_is_refused(tmp_path):
-    (tmp_path / "calls").mkdir()
-    with pytest.raises(UserError, match=r"version 0\.1\.0 made this sweep"):
-        search(tiny(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["calls"]
-
-
-def test_the_reasons_are_shown_where_every_point_fails(tmp_path, monkeypatch):
-    def run(config, folder):
-        raise DivergedError("diverged")
-
-    monkeypatch.setattr(jobs, "run", run)
-    with pytest.raises(SystemExit, match=r"no point .*\n1 of 1 jobs failed:\n  model.dim=8: div"):
-        search(tiny(dim=(8,)), tmp_path)
-
-
-def test_a_reference_follows_the_settings_of_each_point():
-    config = small()
-    config.train.decay_steps = config.train.get_ref("epochs") * 3
-    config.search = default_search()
-    config.search.grid.train = {"epochs": (2, 4)}
-    base, grid, _ = search_module.split_search(config)
-    points = search_module._combinations(grid)
-    assert [search_module._job(base, p).config.train.decay_steps for p in points] == [6, 12]
-    assert base.train.decay_steps == 6  # as it was
-
-
-def test_points_have_their_own_folders_whatever_their_values(tmp_path, monkeypatch):
-    columns = ("../../x", "a/b", "a:b", "..", "A", "a", "x" * 300)
-    config = tiny(dropout=(0.1234567, 0.1234568))
-    config.search.grid.data = {"columns": {"user_id": columns}}
-    monkeypatch.setattr(jobs, "run", lambda c, folder: write_results(folder, c, [result(0.5)]))
-    ranking = search(config, tmp_path / "deep" / "search")
-    assert len(ranking) == 2 * len(columns)
-    assert len(list((tmp_path / "deep" / "search" / "jobs").iterdir())) == 2 * len(columns)
-    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["search"]
-    assert set(ranking["model.dropout"]) == {0.1234567, 0.1234568}
-
-
-def test_only_the_plan(tmp_path, capsys):
-    assert search(tiny(), tmp_path / "none", dry_run=True).empty
-    assert capsys.readouterr().out.splitlines() == [
-        "model.dim=8,model.dropout=0.0",
-        "model.dim=8,model.dropout=0.5",
-        "model.dim=4,model.dropout=0.0",
-        "model.dim=4,model.dropout=0.5",
-        "4 points, 4 runs, at most 20 steps",
-    ]
-    search(tiny(("model.dim", "model.dropout")), tmp_path / "none", dry_run=True)
-    assert capsys.readouterr().out.splitlines() == [
-        "start: model.dim=8, model.dropout=0.0",
-        "then try model.dim: 8, 4",
-        "then try model.dropout: 0.0, 0.5",
-        "3 points, 3 runs, at most 15 steps",
-    ]
-    assert not (tmp_path / "none").exists()
+    assert best["config"]["train"]["decay_steps"] == 20
+    assert f"    {best['command']}\n" in (tmp_path / "search" / "search.md").read_text()
+    loaded = load_config(str(file))
+    loaded.update_from_flattened_dict({"seeds": (3, 4), "model.dropout": 0.25, "train.epochs": 4})
+    assert workdir.jsonable(resolve(loaded).to_dict()) == best["config"]
+    # Values with spaces are quoted.
+    loaded.data.title = "my log"
+    assert "'--config.data.title=my log'" in printed_command(loaded, str(file), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (small(), "no `search`"),
-        (tiny(dimension=(4,)), r"search\.grid\.model\.dimension is not a setting of a run"),
-        (tiny(dim=(4, 4)), r"search\.grid\.model\.dim is \[4, 4\]: expected unequal values"),
-        (tiny(dim=8), r"search\.grid\.model\.dim is 8: expected unequal values, each int"),
-        (tiny(dim=(8, 4.5)), r"search\.grid\.model\.dim is \[8, 4.5\]"),
-        (tiny(dropout=("a",)), r"expected unequal values, each int or float"),
-        (tiny(("model.dim",)), r"search\.one_by_one is \('model.dim',\): expected each setting"),
+        (searchable({}), r"search\.space is empty"),
+        (searchable({"model.width": "1,2"}), r"search\.space\.model\.width is not a setting"),
+        (searchable(sampler="grid"), r"dropout is '0:0\.5', but search\.sampler is grid"),
+        (searchable(sampler="bayes"), r"search\.sampler is 'bayes'"),
+        (searchable(seed=-1), r"search\.seed is -1"),
     ],
 )
 def test_bad_searches_are_named(config, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        search(config, tmp_path)
+        search(config, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
-def test_a_search_may_leave_settings_out():
-    config = tiny()
-    del config.search["one_by_one"]
-    _, _, order = search_module.split_search(config)
-    assert order == ()
-    del config.search["grid"]
-    with pytest.raises(UserError, match=r"search\.grid is empty"):
-        search_module.split_search(config)
-
-
-def test_unknown_settings_and_empty_grids_are_named(tmp_path):
-    config = tiny()
+def test_other_errors_of_a_user(tmp_path, trainings, monkeypatch):
+    trainings(peak)
+    config = searchable()
+    with pytest.raises(UserError, match=r"--by is 'worst'.*: expected overall or worst_group"):
+        search(config, tmp_path / "a", by="worst")
+    with pytest.raises(UserError, match="--trials is -1"):
+        search(config, tmp_path / "a", trials_wanted=-1)
+    config.search.unlock()
     config.search.points = 3
-    with pytest.raises(UserError, match=r"search\.points is not a setting; known: grid"):
-        search(config, tmp_path)
-    config.search = default_search()
-    config.search.grid.objective = {"step_size": (0.1, 0.2)}
-    with pytest.raises(UserError, match=r"search\.grid\.objective\.step_size: the setting is"):
-        search(config, tmp_path)
+    with pytest.raises(UserError, match=r"search\.points is not a setting; known: prune, sampler"):
+        search(config, tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"has other files and no search\.json"):
+        search(searchable(), tmp_path / "a")
+    search(searchable(), tmp_path / "b", trials_wanted=1)
+    with pytest.raises(UserError, match=r"search\.seed \(0 there, 5 now\)"):
+        search(searchable(seed=5), tmp_path / "b")
+    with pytest.raises(UserError, match=r"model\.dim \(8 there, 4 now\)"):
+        search(searchable(config=small(**{"model.dim": 4})), tmp_path / "b")
+    (tmp_path / "b" / "study.db").write_text("not a database, but text" * 100)
+    with pytest.raises(UserError, match=r"study\.db: the database of the search cannot be used"):
+        search(searchable(), tmp_path / "b")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "seqfair_jax.sweeps.study")
+    monkeypatch.delattr("seqfair_jax.sweeps.study")
+    with pytest.raises(UserError, match=r'needs optuna; pip install "seqfair_jax\[search\]"'):
+        search(searchable(), tmp_path / "c", trials_wanted=1)
+    assert not (tmp_path / "c").exists()
+
+
+def test_any_folder_name(tmp_path, trainings):
+    trainings(peak)
+    folder = tmp_path / "a {b} %20?x=1#y &"
+    search(searchable(), folder, trials_wanted=1)
+    assert (folder / "study.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_only_the_plan(tmp_path, capsys):
+    search(searchable(), tmp_path / "none", dry_run=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "model.dropout: 0 to 0.5",
+        "train.learning_rate: 0.0001 to 0.1, log scale",
+        "first: model.dropout=0, train.learning_rate=0.001",
+        "sampler tpe, 50 trials, seeds 0",
+    ]
+    config = searchable({"model.dim": "4,8", "model.dropout": "0,0.2,0.5"}, sampler="grid")
+    search(config, tmp_path / "none", dry_run=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "model.dim: 4, 8",
+        "model.dropout: 0, 0.2, 0.5",
+        "6 combinations",
+        "sampler grid, 6 trials, seeds 0",
+    ]
+    assert not (tmp_path / "none").exists()
+
+
+def test_any_config_can_be_searched():
+    config = small("cvar")
+    add_defaults(config)
+    plan = split_search(config)
+    assert {"train.learning_rate", "model.dim", "objective.alpha"} <= set(plan.space)
+    assert plan.first()[0]["model.dim"] == 8
+    # A config that names some settings has no others in its space.
     config = small()
-    config.search = default_search()
-    with pytest.raises(UserError, match=r"search\.grid is empty"):
-        search(config, tmp_path)
+    with config.unlocked():
+        config.search = {"space": {"model": {"dim": "4,8"}}}
+    add_defaults(config)
+    assert set(split_search(config).space) == {"model.dim"}
+    assert config.search.sampler == "tpe"
+    assert "train.learning_rate" in dict(flatten(config.search.space.to_dict()))
+
+
+def test_a_reference_follows_the_settings_of_each_trial():
+    config = small()
+    config.train.decay_steps = config.train.get_ref("epochs") * 3
+    plan = split_search(searchable({"train.epochs": "2,4"}, config, sampler="grid"))
+    assert [resolve(plan.config(p)).train.decay_steps for p in plan.first()] == [6, 12]
+    assert plan.base.train.decay_steps == 6  # as it was
+
+
+def test_two_processes_never_work_on_one_trial(tmp_path):
+    plan = split_search(searchable())
+    options = {"sampler": "tpe", "seed": 0, "prune": True, "first": plan.first()}
+    with (
+        studies.opened(tmp_path, plan.space, **options) as one,
+        studies.opened(tmp_path, plan.space, **options) as other,
+    ):
+        with one.claim(2) as first, other.claim(2) as second:
+            assert (first.number, second.number) == (0, 1)
+            with one.claim(2) as third:
+                assert third is None
+            other.finish(second, 0.5, {"overall": 0.5})
+        with other.claim(2) as again:  # the first claim ended without a result
+            assert again.number == 0
+            assert again.params == first.params
+        assert one.best().number == 1
+
+
+def search_command(file, folder, trials):
+    command = train_command(file, folder)
+    command[command.index("train")] = "search"
+    return [*command, f"--trials={trials}", "--config.search.space.model.dim=",
+            "--config.search.space.model.num_blocks="]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sigkill_and_two_processes(tmp_path):
+    file = write_config(tmp_path / "mine.py", small(**{"train.epochs": 2}))
+    folder = tmp_path / "search"
+    command = search_command(file, folder, 6)
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in victim.stdout:
+        if re.match("trial 1: model", line):
+            break
+    time.sleep(1)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    victim.stdout.close()
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    table = pd.read_csv(folder / "trials.csv")
+    assert table["trial"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert set(table["state"]) <= {"finished", "pruned"}
+    begun = [re.findall(r"^trial (\d): model", text, re.MULTILINE) for text in printed]
+    assert sorted(begun[0] + begun[1]) == ["1", "2", "3", "4", "5"]
+    assert all(begun)

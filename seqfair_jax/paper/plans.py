@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from seqfair_jax.data.groups import PRODUCT, UNION
 from seqfair_jax.paper.settings import at_paper_size
 from seqfair_jax.sweeps.grid import default_sweep
-from seqfair_jax.sweeps.search import default_search
+from seqfair_jax.sweeps.search import add_space, empty_search
 
 DataSet = Callable[[str, str | None], ConfigDict]  # one of `settings`
 
@@ -50,51 +50,36 @@ def backbone(data_set: DataSet, arg: str | None) -> ConfigDict:
     """The search for a data set's model by ERM's validation score, for `seqfair search`.
 
     At the paper's size it tries every combination of appendix B, and stops a run after 200 epochs
-    without a better validation NDCG@20. `scale=small` tries one setting after another and trains
-    for a few epochs.
+    without a better validation NDCG@20. `scale=small` draws from lists around the small model, and
+    trains for a few epochs.
     """
     config = data_set("erm", arg)
-    config.search = default_search()
+    config.search = empty_search()
     if at_paper_size(arg):
         config.train.early_stop_epochs = 200
-        config.search.grid = ConfigDict(
-            {
-                "model": {
-                    "dim": (128, 256),
-                    "ff_dim": (128, 256),
-                    "num_blocks": (1, 2, 3),
-                    "num_heads": (1, 2, 4),
-                    "dropout": (0.1, 0.2, 0.5),
-                },
-                "train": {"batch_size": (128, 256)},
-            }
-        )
-        return config
-    config.train.epochs = 5
-    config.search.grid = ConfigDict(
-        {
-            "model": {
-                "dim": (64, 32, 96),
-                "num_blocks": (2, 1, 3),
-                "num_heads": (1, 2),
-                "dropout": (0.2, 0.1, 0.4),
-                "tie_embeddings": (True, False),
-                "init_scale": (0.05, 0.02, 0.2, 0.4),
-            },
-            "train": {"learning_rate": (5e-3, 2.5e-3, 1e-2)},
+        config.search.sampler = "grid"
+        config.search.prune = False
+        texts = {
+            "model.dim": "128,256",
+            "model.ff_dim": "128,256",
+            "model.num_blocks": "1,2,3",
+            "model.num_heads": "1,2,4",
+            "model.dropout": "0.1,0.2,0.5",
+            "train.batch_size": "128,256",
         }
-    )
-    config.search.one_by_one = (
-        "train.learning_rate",
-        "model.dropout",
-        "model.init_scale",
-        "model.tie_embeddings",
-        "model.num_heads",
-        "model.num_blocks",
-        "model.dim",
-    )
-    if config.data.name == "ml1m":  # near the best values of Retailrocket, and more epochs
-        config.train.epochs = 6
-        config.search.grid.model.init_scale = (0.1, 0.05, 0.2)
-        config.search.grid.train.learning_rate = (1e-2, 5e-3, 2e-2)
+    else:
+        config.train.epochs = 5
+        texts = {
+            "model.dim": "32,64,96",
+            "model.num_blocks": "1,2,3",
+            "model.num_heads": "1,2",
+            "model.dropout": "0:0.5",
+            "model.tie_embeddings": "true,false",
+            "model.init_scale": "0.02:0.5:log",
+            "train.learning_rate": "0.002:0.02:log",
+        }
+        if config.data.name == "ml1m":
+            config.train.epochs = 6
+            texts["train.learning_rate"] = "0.004:0.04:log"
+    add_space(config.search.space, texts)
     return config

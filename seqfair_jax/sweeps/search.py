@@ -1,259 +1,528 @@
-"""Backbone search: trains one method over a grid of settings and ranks them by validation.
+"""Search for the settings that validate best: trains one trial after another, by Optuna.
 
-Settings may change the model's shape, so each point of the grid is a job. Start the command
-several times to share the work.
+Start the command several times to share the work. No trial is tested: only validation counts.
 """
 
 import copy
 import itertools
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from seqfair_jax import run as runs
 from seqfair_jax import workdir
-from seqfair_jax.config import flatten, resolve
+from seqfair_jax.config import check_resumable, flatten, resolve
+from seqfair_jax.config.files import load_config
+from seqfair_jax.config.keys import settings
 from seqfair_jax.errors import UserError, did_you_mean
-from seqfair_jax.evaluation.slices import NEW, OVERALL, REPEAT
-from seqfair_jax.report import text
-from seqfair_jax.report.runs import read_summaries
-from seqfair_jax.sweeps import jobs
-from seqfair_jax.training import selection
+from seqfair_jax.settings import Setting, build, whole
+from seqfair_jax.sweeps import trials
+from seqfair_jax.sweeps.space import (
+    Choices,
+    Space,
+    as_settings,
+    default_texts,
+    own_value,
+    parse_space,
+    shown,
+)
+from seqfair_jax.training.experiment import build_experiment
+from seqfair_jax.training.progress import Snapshot
+from seqfair_jax.training.selection import RULES
 
-Point = dict[str, Any]  # a value for each setting of the grid, by its dotted name
-_FORMATS = {"epoch": "{:.0f}", "step": "{:.0f}", "seconds": "{:.0f}", "seeds": "{}"}
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+    from seqfair_jax.sweeps.study import Study
+
+DEFAULT_TRIALS = 50
+Point = dict[str, Any]  # a value for each setting of the space, by its dotted name
+_log = logging.getLogger(__name__)
+
+
+def search_settings() -> tuple[Setting, ...]:
+    """The settings of a search, but for its space."""
+    return (
+        Setting(
+            "search.sampler",
+            "tpe",
+            "How values are chosen: by the results so far (`tpe`), at random, or every combination "
+            "of the lists (`grid`).",
+            choices=("tpe", "random", "grid"),
+        ),
+        Setting("search.seed", 0, "The seed of the sampler.", whole(0)),
+        Setting(
+            "search.prune",
+            True,
+            "Stop a trial whose validation score is below the median of the others at the same "
+            "share of the training.",
+        ),
+    )
 
 
 def default_search() -> ConfigDict:
-    """An empty search: give `grid` a list of values for each setting, under the setting's name."""
-    return ConfigDict(
-        {
-            "grid": ConfigDict(),
-            # The search starts from the first value of every list and tries the settings in this
-            # order, keeping the best value of each; empty: it tries every combination.
-            "one_by_one": (),
+    """The settings of a search with the default space (`space.default_texts`)."""
+    search = build(search_settings()).search
+    search.space = ConfigDict()
+    add_space(search.space, default_texts())
+    return search
+
+
+def empty_search() -> ConfigDict:
+    """The settings of a search with an empty space: assign texts to `search.space.model.dim`."""
+    search = default_search()
+    for part in search.space.values():
+        for key in part:
+            part[key] = ""
+    return search
+
+
+def add_space(space: ConfigDict, texts: Mapping[str, str]) -> None:
+    """Put the texts of a space, by dotted name, into `search.space`."""
+    with space.unlocked():
+        for key, text in texts.items():
+            part, name = key.split(".")
+            if part not in space:
+                space[part] = ConfigDict()
+            space[part][name] = text
+
+
+def add_defaults(config: ConfigDict) -> None:
+    """Add what a config lacks of the settings of a search, so that it can be searched."""
+    with config.unlocked():
+        if "search" not in config:
+            config.search = default_search()
+            return
+        default = default_search()
+        for key, value in default.items():
+            if key not in config.search:
+                config.search[key] = value
+        texts = dict(flatten(default.space.to_dict()))
+        known = dict(flatten(config.search.space.to_dict()))
+        add_space(config.search.space, {key: "" for key in texts if key not in known})
+
+
+class Plan(NamedTuple):
+    """A search as its config says."""
+
+    base: ConfigDict  # of the runs, with its references
+    space: Space
+    own: Point  # the config's own values; of those that are not in the space, the nearest
+    texts: dict[str, str]  # the space as it was written
+    sampler: str
+    seed: int
+    prune: bool
+
+    def config(self, point: Mapping[str, Any]) -> ConfigDict:
+        """The runs' config at a point, with its references."""
+        config = copy.deepcopy(self.base)
+        config.update_from_flattened_dict(as_settings(point))
+        return config
+
+    def first(self) -> list[Point]:
+        """The points that are tried first: the config's own values, or the whole grid."""
+        if self.sampler == "grid":
+            lists = [part.options for part in self.space.values() if isinstance(part, Choices)]
+            return [dict(zip(self.space, v, strict=True)) for v in itertools.product(*lists)]
+        return [self.own]
+
+    def point(self, drawn: Mapping[str, Any]) -> Point:
+        """What the sampler drew, with short numbers; the config's own values stay as they are."""
+        return {
+            key: drawn[key]
+            if isinstance(part, Choices) or drawn[key] == self.own[key]
+            else part.rounded(drawn[key])
+            for key, part in self.space.items()
         }
-    )
 
 
-def search(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) -> pd.DataFrame:
-    """Train every point and write `search.csv` and `search.md`, best validation first.
-
-    Finished points are skipped, interrupted ones are resumed, and failed ones are listed at the
-    end. Points that lack a seed are listed below the table. Test figures are neither used nor
-    shown.
-
-    Args:
-        config: with a `search` (`default_search`).
-        directory: the search's folder.
-        dry_run: print the points and train nothing.
-
-    Returns:
-        the ranking, one row for each point: the settings, then the validation metric at each
-        run's best epoch, its worst group, that epoch and step, and the seconds, each a mean over
-        seeds. Empty with `dry_run`.
+def split_search(config: ConfigDict) -> Plan:
+    """Check a search's config.
 
     Raises:
-        UserError: on a bad setting, or results made by another config.
-        SystemExit: if points failed, naming them; after SIGINT or SIGTERM.
+        UserError: on a bad setting, a bad space (`space.parse_space`), an empty one, or a range
+            in the space of a grid.
     """
+    # References stay unresolved: `train.decay_steps` must follow each trial's `train.epochs`.
+    base = copy.deepcopy(config)
+    base.unlock()
+    if "sweep" in base:
+        raise UserError("the config has a `sweep`, which is for seqfair reproduce; use another")
+    add_defaults(base)
+    given = base.search
+    del base["search"]
+    known = default_search()
+    for key in given:
+        if key not in known:
+            raise UserError(
+                f"search.{key} is not a setting{did_you_mean(key, known)}; known: "
+                f"{', '.join(known)}"
+            )
+    for setting in search_settings():
+        setting.require(given[setting.key.removeprefix("search.")])
+    texts = {key: text for key, text in flatten(given.space.to_dict()) if text != ""}
+    resolved = resolve(base)
+    space = parse_space(texts, resolved)
+    if not space:
+        raise UserError(
+            "search.space is empty: give some setting values, such as "
+            "--config.search.space.model.dropout=0:0.5"
+        )
+    if given.sampler == "grid":
+        for key, part in space.items():
+            if not isinstance(part, Choices):
+                raise UserError(
+                    f"search.space.{key} is {texts[key]!r}, but search.sampler is grid: expected a "
+                    "list of values, or another sampler"
+                )
+    own = {key: part.nearest(own_value(resolved, key)) for key, part in space.items()}
+    return Plan(base, space, own, texts, given.sampler, given.seed, given.prune)
+
+
+class Budget(NamedTuple):
+    """How long a search goes on."""
+
+    trials: int | None  # of all processes and of earlier commands together
+    deadline: float | None  # of this process, by `time.monotonic`
+
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def search(
+    config: ConfigDict,
+    directory: str | Path,
+    *,
+    by: str = "overall",
+    trials_wanted: int = 0,
+    hours: float = 0.0,
+    train_best: bool = False,
+    dry_run: bool = False,
+    config_name: str | None = None,
+) -> pd.DataFrame:
+    """Try settings until the trials or the time are used up, and write what was found.
+
+    Writes `trials.csv`, `search.md` and `best.json` after each trial. A trial that was interrupted
+    goes on from its checkpoint. One that fails is recorded.
+
+    Args:
+        config: of a run; its `search` (`default_search`) says what varies.
+        directory: the search's folder.
+        by: what a trial is judged by, the best epoch's "overall" or "worst_group" validation score,
+            averaged over the seeds.
+        trials_wanted: of all processes and earlier calls together; 0 for 50, or for no limit if
+            there are `hours`, or for every point of a grid.
+        hours: of this call; 0 for no limit.
+        train_best: test the best trial at the end.
+        dry_run: print the space and train nothing.
+        config_name: what `--config` named, for the printed command line.
+
+    Returns:
+        the trials (`trials.table`). Empty with `dry_run`.
+
+    Raises:
+        UserError: on a bad setting, without Optuna, or if other settings made the folder.
+        SystemExit: if no trial has a result; after SIGINT or SIGTERM.
+    """
+    if by not in RULES:
+        raise UserError(f"--by is {by!r}{did_you_mean(by, RULES)}: expected {' or '.join(RULES)}")
+    if trials_wanted < 0 or not 0 <= hours < math.inf:
+        raise UserError(
+            f"--trials is {trials_wanted} and --hours is {hours}: expected 0 or more; 0 is no limit"
+        )
     workdir.refuse_old_sweep(workdir.user_path(directory))
-    base, grid, order = split_search(config)
+    plan = split_search(config)
+    first = plan.first()
+    limit = trials_wanted or (None if hours else DEFAULT_TRIALS)
+    if plan.sampler == "grid":
+        limit = min(trials_wanted or len(first), len(first))
     if dry_run:
-        _print_points(base, grid, order)
+        _print_plan(plan, first, limit)
         return pd.DataFrame()
+    try:
+        from seqfair_jax.sweeps import study as studies
+    except ImportError as error:
+        raise UserError(
+            f'seqfair search needs {error.name}; pip install "seqfair_jax[search]"'
+        ) from None
     folder = workdir.create(directory)
-    metric = base.select.metric
-    # By the job's name.
-    points: dict[str, Point] = {}
-    planned: dict[str, jobs.Job] = {}
-    results: dict[str, list[dict[str, Any]]] = {}  # each job is read once: that checks its files
-    errors: dict[str, str] = {}
-
-    def train(new: Sequence[Point]) -> tuple[list[tuple[Point, dict[str, Any]]], list[str]]:
-        of_points = [_job(base, point) for point in new]
-        points.update({job.name: point for job, point in zip(of_points, new, strict=True)})
-        planned.update({job.name: job for job in of_points})
-        errors.update(jobs.work(of_points, folder))
-        for job in jobs.done(list(planned.values()), folder):
-            if job.name not in results:
-                summaries = read_summaries(workdir.job_folder(folder, job.name))
-                results[job.name] = list(filter(selection.is_result, summaries))
-        in_order = {name: results[name] for name in planned if name in results}
-        return _rank(points, in_order, metric)
-
-    if order:
-        best = {key: values[0] for key, values in grid.items()}
-        for key in order:
-            ranked, left_out = train([best | {key: value} for value in grid[key]])
-            best = ranked[0][0] if ranked else best
-    else:
-        ranked, left_out = train(_combinations(grid))
-    failed = jobs.failures(errors, list(planned.values()), folder)
-    if not ranked:
-        raise SystemExit(f"no point of the search has a validation score\n{failed}")
-    table = pd.DataFrame([point | figures for point, figures in ranked])
-    with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
-        workdir.remove_unfinished(folder)
-        _write(table, ranked[0][0], left_out, base, folder)
-    print("\n" + workdir.read_text(folder / "search.md"))
-    if failed:
-        raise SystemExit(failed)
+    _check_folder(plan, by, folder)
+    runs.describe(
+        build_experiment(resolve(plan.config(first[0])))
+    )  # a bad log ends the search here
+    budget = Budget(limit, time.monotonic() + 3600 * hours if hours else None)
+    with studies.opened(
+        folder, plan.space, sampler=plan.sampler, seed=plan.seed, prune=plan.prune, first=first
+    ) as study:
+        _work(plan, study, folder, by, budget, config_name)
+        table = _write(plan, study, folder, by, config_name)
+        best = study.best()
+        if best is None:
+            raise SystemExit(_nothing(table))
+        print("\n" + workdir.read_text(folder / workdir.RANKING))
+        if train_best:
+            _test_best(plan, study, folder)
     return table
 
 
-def split_search(config: ConfigDict) -> tuple[ConfigDict, dict[str, tuple], tuple[str, ...]]:
-    """A search's config as the runs' own config, the grid by dotted names, and the order.
+def _work(
+    plan: Plan, study: "Study", folder: Path, by: str, budget: Budget, name: str | None
+) -> None:
+    """Train trials until the budget is used up."""
+    began, before = time.monotonic(), study.count()
+    while not budget.is_over():
+        with study.claim(budget.trials) as trial:
+            if trial is None:
+                return
+            print(f"\ntrial {trial.number}: {_listed(plan.point(trial.params))}", flush=True)
+            outcome = _train(plan, study, trial, folder, by, budget)
+        _write(plan, study, folder, by, name)
+        line = [f"trial {trial.number}: {outcome}"]
+        best = study.best()
+        if best is not None:
+            line.append(f"best so far {best.value:.4f} (trial {best.number})")
+        line.append(_time_left(budget, study.count(), time.monotonic() - began, before))
+        print("; ".join(filter(None, line)), flush=True)
 
-    Raises:
-        UserError: on an unknown setting, a list that is empty, repeats a value or has one of
-            another type than the setting, or a `one_by_one` that is not the grid's settings.
+
+def _time_left(budget: Budget, done: int, seconds: float, before: int) -> str:
+    """How many trials there are, and about how long it takes."""
+    found = []
+    if budget.trials is not None and before < done < budget.trials:
+        found.append(seconds / (done - before) * (budget.trials - done))
+    if budget.deadline is not None:
+        found.append(max(budget.deadline - time.monotonic(), 0))
+    of = "" if budget.trials is None else f" of {budget.trials}"
+    left = f", about {min(found) / 60:.0f} min left" if found else ""
+    return f"{done}{of} trials{left}"
+
+
+class _Watch:
+    """Reports each epoch's score to the study, and stops a trial that is pruned or out of time."""
+
+    def __init__(self, trial: "Trial", by: str, epochs: int, budget: Budget):
+        self._trial, self._by, self._epochs, self._budget = trial, by, epochs, budget
+        self.is_pruned = self.is_late = False
+
+    def __call__(self, snapshot: Snapshot) -> bool:
+        from seqfair_jax.sweeps import study
+
+        figures = figures_of(snapshot)
+        if figures is None:
+            return True  # a seed failed, so the trial has no mean to compare
+        epoch = snapshot.progress.epoch
+        score = figures[self._by][self._by]
+        should_stop = study.report(self._trial, round(100 * epoch / self._epochs), score)
+        if epoch < self._epochs:
+            self.is_pruned = should_stop
+            self.is_late = not should_stop and self._budget.is_over()
+        return self.is_pruned or self.is_late
+
+
+def figures_of(snapshot: Snapshot) -> dict[str, dict[str, float]] | None:
+    """For each rule, the validation figures of the epoch that it chose, averaged over seeds.
+
+    None if a seed's run failed: means over other seeds do not compare.
     """
-    # References stay unresolved: `train.decay_steps` must follow each point's `train.epochs`.
-    base = copy.deepcopy(config)
-    base.unlock()
-    if "search" not in base:
-        raise UserError("the config has no `search`: use one that has, --config=backbone_rr")
-    settings = base.search
-    del base["search"]
-    unknown = sorted(set(settings) - set(default_search()))
-    if unknown:
-        raise UserError(
-            f"search.{unknown[0]} is not a setting{did_you_mean(unknown[0], default_search())}; "
-            f"known: {', '.join(default_search())}"
+    found: dict[str, dict[str, float]] = {}
+    if (np.asarray(snapshot.states.failed_step) >= 0).any():
+        return None
+    for rule in RULES:
+        chosen = [best[rule] for best in snapshot.progress.best]
+        if any(record is None for record in chosen):
+            return None
+        rows = pd.DataFrame(chosen)
+        found[rule] = {str(key): float(value) for key, value in rows.mean().items()}
+    return found
+
+
+def _train(
+    plan: Plan, study: "Study", trial: "Trial", folder: Path, by: str, budget: Budget
+) -> str:
+    """Train a trial and record its result; returns it in words."""
+    twin = study.twin(trial)
+    if twin is not None:
+        figures = twin.user_attrs[trials.FIGURES]
+        study.finish(trial, figures[by], figures | {"seconds": 0.0})
+        return f"{figures[by]:.4f}, the same values as trial {twin.number}"
+    began = time.monotonic()
+    try:
+        config = resolve(plan.config(plan.point(trial.params)))
+        watch = _Watch(trial, by, config.train.epochs, budget)
+        _, snapshot = runs.train(
+            config, workdir.trial_folder(folder, trial.number), after_epoch=watch
         )
-    for key, value in default_search().items():
-        if key not in settings:
-            settings[key] = value
-    known = dict(flatten(base.to_dict()))
-    grid = dict(flatten(settings.grid.to_dict()))
-    for key, values in grid.items():
-        _check_values(key, values, known)
-    if not grid:
-        raise UserError("search.grid is empty: give a list of values for some setting")
-    # On the command line `a,b` becomes one string, and no value becomes an empty one.
-    order = tuple(part for name in settings.one_by_one for part in str(name).split(",") if part)
-    if order and sorted(order) != sorted(grid):
-        raise UserError(
-            f"search.one_by_one is {order}: expected each setting of the grid once, "
-            f"{tuple(grid)}, or nothing to try every combination"
-        )
-    return base, {key: tuple(values) for key, values in grid.items()}, order
+    except UserError as error:  # any other exception is a bug, and stops the work
+        study.fail(trial, str(error))
+        return f"failed: {error}"
+    except SystemExit:
+        study.pause(trial)
+        raise
+    found = figures_of(snapshot)
+    if found is None:
+        failed = np.asarray(snapshot.states.failed_step)
+        message = f"diverged at step {failed.max()}, {(failed >= 0).sum()} of {len(failed)} seeds"
+        study.fail(trial, message)
+        return message
+    done = snapshot.progress.epoch
+    figures = {
+        **found[by],
+        "epochs": done,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    score = found[by][by]
+    words = f"{plan.base.select.metric} {score:.4f} in {figures['seconds']:.0f} s"
+    if watch.is_late:
+        study.pause(trial)
+        return f"out of time after epoch {done} of {config.train.epochs}; the same command resumes"
+    if watch.is_pruned:
+        study.prune(trial, figures)
+        return f"{words}, stopped after epoch {done} of {config.train.epochs}"
+    study.finish(trial, score, figures)
+    return words
 
 
-def _check_values(key: str, values: Any, known: Mapping[str, Any]) -> None:
-    if key not in known:
-        raise UserError(
-            f"search.grid.{key} is not a setting of a run{did_you_mean(key, known)}: name it as in "
-            "config.py, such as model.dim"
-        )
-    setting = known[key]
-    if not isinstance(setting, int | float | str):
-        raise UserError(f"search.grid.{key}: the setting is {setting!r}, expected a single value")
-    kinds = (int, float) if isinstance(setting, float) else (type(setting),)
-    if (
-        not isinstance(values, list)
-        or not values
-        or any(type(value) not in kinds for value in values)
-        or len(set(values)) < len(values)
-    ):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"search.grid.{key} is {values!r}: expected unequal values, each {wanted}")
+def _write(plan: Plan, study: "Study", folder: Path, by: str, name: str | None) -> pd.DataFrame:
+    """Write the results so far, and remove the checkpoints of trials that are not the best."""
+    with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
+        workdir.remove_unfinished(folder)
+        found, best = study.trials(), study.best()
+        points = [plan.point(trial.params) for trial in found]
+        table = trials.table(found, points, plan.base.select.metric)
+        workdir.write_text(folder / workdir.TRIALS, table.to_csv(index=False))
+        command = None
+        if best is not None:
+            point = plan.point(best.params)
+            config = plan.config(point)
+            command = name and train_command(config, name, folder / "best")
+            workdir.write_json(
+                folder / workdir.BEST,
+                {
+                    "trial": best.number,
+                    "by": by,
+                    "metric": plan.base.select.metric,
+                    "score": best.value,
+                    "settings": point,
+                    "config": workdir.jsonable(resolve(config).to_dict()),
+                    "command": command,
+                },
+            )
+        title = f"{plan.base.data.name}: {plan.base.objective.name}"
+        page = trials.page(table, list(plan.space), title=title, by=by, command=command)
+        workdir.write_text(folder / workdir.RANKING, page)
+        for trial in found:
+            part = workdir.trial_folder(folder, trial.number)
+            is_best = best is not None and trial.number == best.number
+            is_open = trials.state(trial) == trials.UNFINISHED
+            is_tested = part.is_dir() and workdir.is_finished(part)
+            if not (is_best or is_open or is_tested):
+                shutil.rmtree(part / "checkpoints", ignore_errors=True)
+    return table
 
 
-def _combinations(grid: Mapping[str, tuple]) -> list[Point]:
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+def _test_best(plan: Plan, study: "Study", folder: Path) -> None:
+    """Test the best trial, in the last process that works on the search."""
+    if any(trials.state(trial) == trials.UNFINISHED for trial in study.trials()):
+        print("not tested: some trials are unfinished; the process that ends last tests")
+        return
+    best = study.best()
+    assert best is not None
+    with study.lock(best.number, wait=True):
+        runs.run(plan.config(plan.point(best.params)), workdir.trial_folder(folder, best.number))
 
 
-def _job(base: ConfigDict, point: Point) -> jobs.Job:
-    config = copy.deepcopy(base)
-    config.update_from_flattened_dict(point)
-    name = ",".join(f"{key}={value}" for key, value in point.items())
-    return jobs.Job(name, config.objective.name, None, resolve(config))
-
-
-def _rank(
-    points: Mapping[str, Point], results: Mapping[str, list[dict[str, Any]]], metric: str
-) -> tuple[list[tuple[Point, dict[str, Any]]], list[str]]:
-    """The points and their figures, best first; and a line for each point that lacks a seed.
+def train_command(config: ConfigDict, name: str, directory: Path) -> str:
+    """The command line that trains a config.
 
     Args:
-        points: by the job's name.
-        results: the summaries of each finished job's runs that did not fail.
-        metric: such as NDCG@20.
+        config: with its references.
+        name: of the config that it was made from, as for `--config`.
+        directory: the work directory to name.
     """
-    whole = selection.candidates(results)
-    ranked = [(points[name], _figures(results[name], metric)) for name in whole]
-    ranked.sort(key=lambda pair: -pair[1][f"val {metric}"])
-    most = max(map(len, results.values()), default=0)
-    left_out = [
-        f"not ranked: {name} has {len(found)} of {most} seeds"
-        for name, found in results.items()
-        if name not in whole and most
-    ]
-    return ranked, left_out
+    start = load_config(name)
+    with start.unlocked():
+        for key in ("search", "sweep"):
+            if key in start:
+                del start[key]
+    target = dict(flatten(config.to_dict()))
+    words = ["seqfair", "train", f"--config={name}"]
+    # One after another, since a setting may follow an earlier one.
+    for key in [setting.key for setting in settings()]:
+        value = target.get(key)
+        if key in target and dict(flatten(start.to_dict())).get(key) != value:
+            listed = value if isinstance(value, list) else [value]
+            words.append(f"--config.{key}={','.join(map(shown, listed))}")
+            start.update_from_flattened_dict({key: tuple(value) if listed is value else value})
+    return shlex.join([*words, f"--workdir={directory}"])
 
 
-def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """What the ranking shows of a point."""
-    slices = [run["val"][metric] for run in runs]
-    worst = [selection.score(run, "worst_group", epoch_of="overall") for run in runs]
-    return {
-        f"val {metric}": _mean(part[OVERALL] for part in slices),
-        "worst group": _mean(worst),
-        "repeat": _mean(part[REPEAT] for part in slices),
-        "new": _mean(part[NEW] for part in slices),
-        "epoch": _mean(run["best"]["epoch"] for run in runs),
-        "step": _mean(run["best"]["step"] for run in runs),
-        "seconds": _mean(run["train"]["seconds"] for run in runs),
-        "seeds": len(runs),
+def _check_folder(plan: Plan, by: str, folder: Path) -> None:
+    """Write the settings of the search, or compare them with those of the folder."""
+    path = folder / workdir.SEARCH
+    runs_settings = workdir.jsonable(resolve(plan.base).to_dict())
+    own = {
+        "by": by,
+        "sampler": plan.sampler,
+        "seed": plan.seed,
+        "prune": plan.prune,
+        "space": plan.texts,
     }
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    found = [value for value in values if value is not None]  # a slice may hold no user
-    return float(np.mean(found)) if found else math.nan
-
-
-def _write(
-    ranking: pd.DataFrame, best: Point, left_out: Sequence[str], base: ConfigDict, folder: Path
-) -> None:
-    rows = [
-        [_cell(str(column), value, is_setting=column in best) for column, value in row.items()]
-        for row in ranking.to_dict("records")
+    with workdir.lock(workdir.job_lock(folder, "ask"), wait=True):
+        saved = workdir.read_json(path)
+        if saved is None:
+            if {p.name for p in folder.iterdir() if not workdir.is_unfinished(p)} - {"locks"}:
+                raise UserError(
+                    f"--workdir={folder} has other files and no {path.name}; name an empty folder"
+                )
+            workdir.write_json(path, {"search": own, "runs": runs_settings})
+            return
+    check_resumable(saved["runs"], runs_settings, str(path))
+    old, new = dict(flatten(saved["search"])), dict(flatten(own))
+    changed = [
+        f"{'--by' if key == 'by' else f'search.{key}'} "
+        f"({old.get(key)!r} there, {new.get(key)!r} now)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
     ]
-    flags_text = " ".join(f"--config.{key}={value}" for key, value in best.items())
-    page = (
-        f"# {base.data.name}: {base.objective.name} by validation, best first\n\n"
-        f"{text.markdown_table(list(map(str, ranking)), rows)}\n\n"
-        + "".join(f"{text.escape_markdown(line)}\n\n" for line in left_out)
-        + f"Best: `{flags_text}`\n"
-    )
-    workdir.write_text(folder / "search.csv", ranking.to_csv(index=False))
-    workdir.write_text(folder / "search.md", page)
+    if changed:
+        raise UserError(
+            f"{path} was made by another search; these differ: {'; '.join(changed)}. Use another "
+            "--workdir, or the same settings as before"
+        )
 
 
-def _cell(column: str, value: Any, *, is_setting: bool) -> str:
-    if is_setting:
-        return str(value)
-    return "-" if np.isnan(value) else _FORMATS.get(column, "{:.4f}").format(value)
-
-
-def _print_points(base: ConfigDict, grid: Mapping[str, tuple], order: Sequence[str]) -> None:
-    if order:
-        start = {key: values[0] for key, values in grid.items()}
-        print("start: " + ", ".join(f"{key}={value}" for key, value in start.items()))
-        for key in order:
-            print(f"then try {key}: {', '.join(map(str, grid[key]))}")
-        count = 1 + sum(len(values) - 1 for values in grid.values())
+def _print_plan(plan: Plan, first: Sequence[Point], limit: int | None) -> None:
+    for key, part in plan.space.items():
+        print(f"{key}: {part}")
+    if plan.sampler == "grid":
+        print(f"{len(first)} combinations")
     else:
-        points = _combinations(grid)
-        for point in points:
-            print(_job(base, point).name)
-        count = len(points)
-    steps = count * len(base.seeds) * base.train.epochs * base.train.steps_per_epoch
-    print(f"{count} points, {count * len(base.seeds)} runs, at most {steps:,} steps")
+        print(f"first: {_listed(first[0])}")
+    of = "no limit of trials" if limit is None else f"{limit} trials"
+    print(f"sampler {plan.sampler}, {of}, seeds {', '.join(map(str, plan.base.seeds))}")
+
+
+def _listed(point: Point) -> str:
+    return ", ".join(f"{key}={shown(value)}" for key, value in point.items())
+
+
+def _nothing(table: pd.DataFrame) -> str:
+    """The message where no trial has a result."""
+    if table.empty or (table["state"] == trials.UNFINISHED).all():
+        return "no trial finished in the time; give more --hours: the same command resumes"
+    failed = table[table["state"] == trials.FAILED]
+    lines = [
+        f"  trial {number}: {error}"
+        for number, error in zip(failed["trial"], failed["error"], strict=True)
+    ]
+    return "\n".join(["no trial has a validation score", *lines])
