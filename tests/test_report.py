@@ -402,7 +402,7 @@ def test_many_families_and_methods_are_folded(tmp_path):
     page = write_page(folders, tmp_path / "report.html")
     assert "3 more group families: verdict and tables" in page.summaries
     source = (tmp_path / "report.html").read_text()
-    assert "8 others are left out. They are in the tables." in source
+    assert "The tables have 8 more." in source
     assert set(page.legend) == {"erm", "cvar alpha=0.9", "overall, validation", "overall, test",
                                 *(f"f{i}/worst, {part}" for i in range(4)
                                   for part in ("validation", "test")),

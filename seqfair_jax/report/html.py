@@ -267,7 +267,7 @@ def _hidden_methods(contents: Contents, methods: Sequence[Row]) -> list[str]:
         return []
     return [
         f"At most {_METHODS} rows are drawn, of each run that of the best overall epoch or the "
-        f"chosen one. {hidden} others are left out. They are in the tables."
+        f"chosen one. The tables have {hidden} more."
     ]
 
 
