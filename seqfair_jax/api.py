@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from seqfair_jax import serving, workdir
 from seqfair_jax.audit import evaluation, source
 from seqfair_jax.cli import log_to_stderr
-from seqfair_jax.config import default_config, resolve
+from seqfair_jax.config import default_config, flatten, resolve
 from seqfair_jax.config.change import change
 from seqfair_jax.config.files import load_config
 from seqfair_jax.data.groups import read_group_table
@@ -87,7 +87,7 @@ def fit(
         UserError: on bad input; as `run.run`. Nothing is trained.
         KeyboardInterrupt: after an interrupt, with the state saved in `workdir`.
     """
-    chosen = _settings(log, objective, config, seeds, epochs, settings or {})
+    chosen = _settings(config, settings or {}, log, objective, groups, seeds, epochs)
     folder = Path(tempfile.mkdtemp(prefix="seqfair_")) if workdir is None else workdir
     model = None
     try:
@@ -121,7 +121,7 @@ def load(folder: str | Path, *, run: str | None = None, rule: str = "overall") -
     Raises:
         UserError: if the run has not finished or failed, or its files are missing or changed.
     """
-    path = workdir.user_path(folder)
+    path = workdir.user_path(folder).absolute()
     return Model(serving.load(path, run=run, rule=rule), path, run_folder(path, run), rule)
 
 
@@ -160,7 +160,9 @@ class Model:
     @property
     def config(self) -> ConfigDict:
         """The settings, as `fit` takes them; a copy."""
-        return copy.deepcopy(self._trained.config)
+        config = copy.deepcopy(self._trained.config)
+        change(config, dict(flatten(config.to_dict())))  # JSON has no tuples
+        return config
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -275,7 +277,7 @@ class Model:
         table, names = source.split_groups(groups)
         with tempfile.TemporaryDirectory(prefix="seqfair_") as temporary:
             path = None if table is None else _group_path(Path(temporary), table)
-            given = (cutoffs,) if isinstance(cutoffs, int) else cutoffs
+            given = (int(cutoffs),) if isinstance(cutoffs, int | np.integer) else cutoffs
             choice = source.Choice(groups=names or None, group_file=path, cutoffs=given)
             judged = source.from_run(self.folder, self._trained.run, choice)
             found = evaluation.evaluate(judged, {}, rule=self._rule)
@@ -380,12 +382,13 @@ class Model:
 
 
 def _settings(
+    config: str | ConfigDict | None,
+    settings: Mapping[str, Any],
     log: Any,
     objective: str | None,
-    config: str | ConfigDict | None,
+    groups: Any,
     seeds: Any,
     epochs: Any,
-    settings: Mapping[str, Any],
 ) -> ConfigDict:
     """The settings, but for those that name the log and the groups."""
     if config is None and log is None:
@@ -394,19 +397,21 @@ def _settings(
         chosen = copy.deepcopy(config)  # with its references, such as that of train.decay_steps
     else:
         chosen = default_config() if config is None else load_config(config)
+    named = {"objective.name": objective, "seeds": seeds, "train.epochs": epochs}
+    taken = named | {
+        "data.path": log,
+        "data.name": log,
+        "groups": groups,
+        "data.group_file": groups,
+    }
+    both = [key for key, value in taken.items() if value is not None and key in settings]
+    if both:
+        raise UserError(f"{both[0]} is given twice: by an argument of fit and in settings")
     if log is not None:
         is_public = _is_path(log) and chosen.data.name in ("retailrocket", "ml1m")
         change(chosen, {} if is_public else {"data.name": "csv"})
-    named = {"objective.name": objective, "seeds": seeds, "train.epochs": epochs}
-    named = {key: value for key, value in named.items() if value is not None}
-    both = sorted(set(named) & set(settings))
-    if both:
-        raise UserError(f"{both[0]} is given twice: by its own argument and in settings")
-    taken = {"data.path": "log", "data.name": "log"} if log is not None else {}
-    for key, argument in taken.items():
-        if key in settings:
-            raise UserError(f"{key} is in settings, but the log is given by `{argument}`")
-    change(chosen, {**named, **settings})
+    change(chosen, {key: value for key, value in named.items() if value is not None})
+    change(chosen, settings)
     return chosen
 
 
@@ -418,20 +423,20 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
     """
     table, names = source.split_groups(groups)
     checked = resolve(config)  # before anything is written
+    found: dict[str, Any] = {}
     if _is_path(log):
-        config.data.path = os.fspath(log)
+        found["data.path"] = os.fspath(log)
     elif log is not None:
         rows = Rows(**{key: checked.data[key] for key in Rows._fields})
         columns = {key: value for key, value in checked.data.columns.items() if value}
         stored = needed_columns(log, columns, rows, "log")
-        config.data.path = str(_store_log(folder, stored))
+        found["data.path"] = str(_store_log(folder, stored))
     if table is not None:
-        config.data.group_file = _group_path(folder, table)
-        frame = read_group_table(config.data.group_file)
+        found["data.group_file"] = _group_path(folder, table)
+        frame = read_group_table(found["data.group_file"])
         assert frame is not None
         names = names or source.all_families(frame)
-    if names:
-        config.groups = tuple(names)
+    change(config, found | ({"groups": names} if names else {}))
 
 
 def _is_path(value: Any) -> bool:

@@ -96,7 +96,7 @@ def test_nothing_is_changed_and_all_of_a_table_is_used(model):
     pd.testing.assert_frame_equal(users, USERS[["user_id", "country"]])
     assert chosen.to_json() == before
     assert settings == {"evaluate.cutoffs": [5], "select.metric": "NDCG@5"}
-    assert list(fitted.config.groups) == ["country"]
+    assert fitted.config.groups == ("country",)
     assert fitted.summary["method"] == "gdro"
     assert fitted.summary["group_family"] == "country"
     assert "NDCG@5" in fitted.summary["test"]
@@ -120,6 +120,9 @@ def test_tables_of_other_libraries_resume_the_run(folder, model, kind):
     assert again.summary == model.summary
     assert (folder / "summary.json").stat().st_mtime_ns == written
     assert sorted(path.name[:6] for path in (folder / "inputs").iterdir()) == ["groups", "log.pa"]
+    again = fit(config=model.config, groups=GROUPS, workdir=folder)
+    assert again.summary == model.summary
+    assert (folder / "summary.json").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,8 @@ def test_seeds_make_a_grid_and_the_model_is_the_selected_run():
         ({"settings": {"model": 8}}, "model is a group of settings"),
         ({"settings": {"model.dim": "8"}}, "model.dim is '8': expected a whole number"),
         ({"epochs": 2, "settings": {"train.epochs": 3}}, "train.epochs is given twice"),
-        ({"settings": {"data.path": "a.csv"}}, "data.path is in settings, but the log is given"),
+        ({"settings": {"data.path": "a.csv"}}, "data.path is given twice"),
+        ({"groups": "seq33", "settings": {"groups": ("pop33",)}}, "groups is given twice"),
         ({"objective": "grdo"}, "objective.name is 'grdo' .did you mean 'gdro'"),
         ({"groups": "pop3"}, "unknown group family 'pop3' .did you mean 'pop33'"),
         ({"groups": USERS}, "family 'age' has 37 numbers; .* as in age:4"),
@@ -344,8 +348,14 @@ def test_evaluate_by_other_groups_cutoffs_and_metrics(model, folder):
     assert set(model.evaluate("country").group) == {"", "FR", "NL", "unknown", "repeat", "new"}
     worst = seqfair_jax.load(folder, rule="worst_group").evaluate(metrics=["NDCG@5"])
     assert worst["NDCG@5"][0] == model.summary["test_worst_group"]["NDCG@5"]["overall"]
-    with pytest.raises(UserError, match="unknown metric 'NDGC@20'"):
-        model.evaluate(metrics="NDGC@20")
+    for arguments, message in (
+        ({"metrics": "NDGC@20"}, "unknown metric 'NDGC@20'"),
+        ({"metrics": "NDCG@7"}, "NDCG@7: the cut-offs are 5, 20"),
+        ({"cutoffs": 0}, "cutoffs"),
+        ({"groups": "countr"}, "unknown group family 'countr' .did you mean 'country'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.evaluate(**arguments)
 
 
 def test_what_a_model_has(model, folder):

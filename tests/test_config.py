@@ -1,10 +1,21 @@
 """The ranges of settings, the shared recipe, and names that keep unequal values apart."""
 
+import json
 import math
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from seqfair_jax.config import check_resumable, default_config, format_value, plan_runs, resolve
+from seqfair_jax.config import (
+    check_resumable,
+    default_config,
+    flatten,
+    format_value,
+    plan_runs,
+    resolve,
+)
+from seqfair_jax.config.change import change
 from seqfair_jax.errors import UserError
 
 
@@ -135,3 +146,20 @@ def test_only_what_the_objective_reads_must_be_the_same_to_resume():
         check_resumable(saved(alpha=(0.7,)), new, "config.json")
     with pytest.raises(UserError, match="objective.name .'tilted' there, 'cvar' now"):
         check_resumable(saved(name="tilted"), new, "config.json")
+
+
+def test_a_change_keeps_what_follows_from_the_setting():
+    config = default_config()
+    change(config, {"train.epochs": np.int64(12), "seeds": 3, "evaluate.cutoffs": [5, 10]})
+    assert config.train.decay_steps == 12 * config.train.steps_per_epoch
+    assert (config.seeds, config.evaluate.cutoffs) == ((3,), (5, 10))
+    assert type(config.train.epochs) is int
+    with pytest.raises(UserError, match="train is a group of settings: set one of"):
+        change(config, {"train": 3})
+
+
+def test_a_config_that_json_stored_is_a_config_again():
+    config = default_config()
+    stored = ConfigDict(json.loads(json.dumps(config.to_dict())))
+    change(stored, dict(flatten(stored.to_dict())))
+    assert resolve(stored).to_dict() == resolve(config).to_dict()

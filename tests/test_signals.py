@@ -30,3 +30,17 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, 
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_a_second_interrupt_does_not_end_an_interactive_session(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    monkeypatch.setattr(signals.sys, "ps1", ">>> ", raising=False)
+    with catch_signals() as requested:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert requested() == signal.SIGINT
+        assert "still stopping" in capsys.readouterr().err
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [128 + signal.SIGTERM]

@@ -27,7 +27,9 @@ def change(config: ConfigDict, values: Mapping[str, Any]) -> None:
         elif isinstance(place[name], list | tuple) and not isinstance(value, tuple):
             value = (value,)
         value = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
-        with place.ignore_type():
+        with place.ignore_type(), place.unlocked():
+            if isinstance(place[name], list):  # from JSON; a list field would stay a list
+                del place[name]
             place[name] = value
 
 
