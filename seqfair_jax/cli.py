@@ -69,6 +69,7 @@ class Command:
         self._takes_config, self._lists_settings = config, lists_settings
         self._extend = extend
         self.config_name: str | None = None  # what `--config` named
+        self._repeatable: set[str] = set()
         self.flags = flags.FlagValues()
         flags.DEFINE_bool("help", False, "show this help", flag_values=self.flags)
 
@@ -78,6 +79,7 @@ class Command:
 
     def strings(self, name: str, help_text: str) -> None:
         """Define a flag that may be given several times; its value is a list."""
+        self._repeatable.add(name)
         flags.DEFINE_multi_string(name, [], help_text, flag_values=self.flags)
 
     def integer(self, name: str, help_text: str, default: int) -> None:
@@ -162,14 +164,17 @@ class Command:
         names = [word.lstrip("-").partition("=")[0] for word in argv if word.startswith("-")]
         names = [name if name in self.flags else name.removeprefix("no") for name in names]
         for name in self.flags:
-            if names.count(name) > 1 and not isinstance(self.flags[name].value, list):
+            if names.count(name) > 1 and name not in self._repeatable:
                 raise UserError(f"--{name} is given {names.count(name)} times, expected once")
 
     def _help(self, argv: list[str]) -> str:
         usage = f"usage: {self._program}"
         if self._takes_config:
-            named = "--config=NAME_OR_FILE [--config.KEY=VALUE ...]"
-            usage += f" [{named}]" if self._takes_config == "optional" else f" {named}"
+            usage += (
+                " [--config=NAME_OR_FILE ...]"
+                if self._takes_config == "optional"
+                else " --config=NAME_OR_FILE [--config.KEY=VALUE ...]"
+            )
         usage += " [flags]" + (f" {self._arguments}" if self._arguments else "")
         lines = [usage, "", textwrap.fill(self._description, 79), "", "flags:"]
         if self._takes_config:

@@ -448,11 +448,12 @@ def test_every_command_has_help(capsys):
             assert end.value.code == 0
             out = capsys.readouterr().out
             assert out.startswith(f"usage: seqfair {name} ")
-            assert ("--config.KEY: " in out) == (name in WITH_CONFIG)
+            takes_config = name in {*WITH_CONFIG, "evaluate"}
+            assert ("--config.KEY: " in out) == takes_config
             assert "--workdir: " in out or name not in WITH_CONFIG
             assert max(map(len, out.splitlines())) < 80
             assert ("`seqfair train --help` lists them" in " ".join(out.split())) == (
-                name in WITH_CONFIG and name != "train"
+                takes_config and name != "train"
             )
     __main__.main([])
     assert capsys.readouterr().out == overview

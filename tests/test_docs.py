@@ -68,7 +68,8 @@ def check_call(arguments):
                 raise DocsError(f"{arguments}: {error}") from None
         for command, flags, rest in parsed:
             try:
-                if "workdir" in flags:
+                # `evaluate` takes a run or a log.
+                if "workdir" in flags and (arguments[0] != "evaluate" or rest is None):
                     command.required("workdir")
                 if hasattr(rest, "to_dict"):
                     check_config(rest)
