@@ -343,7 +343,10 @@ def test_the_time_ends_the_search_in_the_middle_of_a_trial(tmp_path, trainings, 
     table = search(searchable(), tmp_path, hours=1.2)  # 4,320 s: two trials and a half
     assert table["state"].tolist() == ["finished", "finished", "unfinished"]
     assert len(found.points) == 3
-    table = search(searchable(), tmp_path, hours=0.01)
+    tested = []
+    monkeypatch.setattr(runs, "run", lambda config, folder: tested.append(folder.name))
+    table = search(searchable(), tmp_path, hours=0.01, train_best=True)
+    assert tested == [str(table["val NDCG@20"].idxmax())]
     assert table["state"].tolist() == ["finished", "finished", "unfinished"]
     assert table["model.dropout"][2] == found.points[2][0]
     with pytest.raises(SystemExit, match="no trial finished in the time"):
@@ -486,7 +489,9 @@ def test_two_processes_never_work_on_one_trial(tmp_path):
             assert (first.number, second.number) == (0, 1)
             with one.claim(2) as third:
                 assert third is None
+            assert one.others_work()
             other.finish(second, 0.5, {"overall": 0.5})
+        assert not one.others_work()
         with other.claim(2) as again:  # the first claim ended without a result
             assert again.number == 0
             assert again.params == first.params

@@ -303,8 +303,9 @@ def _time_left(budget: Budget, done: int, seconds: float, before: int) -> str:
     if budget.deadline is not None:
         found.append(max(budget.deadline - time.monotonic(), 0))
     of = "" if budget.trials is None else f" of {budget.trials}"
+    noun = "trial" if done == 1 and not of else "trials"
     left = f", about {min(found) / 60:.0f} min left" if found else ""
-    return f"{done}{of} trials{left}"
+    return f"{done}{of} {noun}{left}"
 
 
 class _Watch:
@@ -432,8 +433,8 @@ def _write(plan: Plan, study: "Study", folder: Path, by: str, name: str | None) 
 
 def _test_best(plan: Plan, study: "Study", folder: Path) -> None:
     """Test the best trial, in the last process that works on the search."""
-    if any(trials.state(trial) == trials.UNFINISHED for trial in study.trials()):
-        print("not tested: some trials are unfinished; the process that ends last tests")
+    if study.others_work():
+        print("not tested: another process still works on a trial; the last one to end tests")
         return
     best = study.best()
     assert best is not None

@@ -79,6 +79,14 @@ class Study:
         """Lock a trial against other processes (`workdir.lock`)."""
         return workdir.lock(workdir.job_lock(self._folder, f"trial-{number}"), wait=wait)
 
+    def others_work(self) -> bool:
+        """Whether another process works on a trial."""
+        for found in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            with self.lock(found.number) as is_free:
+                if not is_free:
+                    return True
+        return False
+
     def pause(self, trial: Trial) -> None:
         """Leave a trial to the next process: this one was told to end."""
         trial.set_user_attr(_PAUSED, True)
