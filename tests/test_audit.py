@@ -396,6 +396,21 @@ def test_folders_of_other_groups_or_other_logs(judged, one_run, tmp_path, capsys
     assert "are of different logs or splits" in capsys.readouterr().err
 
 
+def test_two_lists_of_one_name(judged, one_run, tmp_path):
+    found = audit.evaluate_recommendations({"own": own_lists(one_run)}, one_run)
+    found.write(tmp_path / "again")
+    with pytest.raises(UserError, match="both have lists that are called 'own'"):
+        read_runs([judged, tmp_path / "again"])
+    found = audit.evaluate_recommendations(
+        {"erm": own_lists(one_run), "[markov]": own_lists(one_run)}, one_run
+    )
+    assert [system.name for system in found.systems] == ["erm", "erm (list)", "[markov] (list)"]
+    found.write(tmp_path / "like_others")
+    assert [run.name for run in read_runs([tmp_path / "like_others"])] == [
+        "erm", "erm (list)", "[markov] (list)",
+    ]  # fmt: skip
+
+
 def test_a_change_of_the_folder_is_found(judged, tmp_path):
     copy = shutil.copytree(judged, tmp_path / "copy")
     part = next(copy.glob("runs/list=own"))
@@ -469,7 +484,7 @@ def test_the_result_as_tables(one_run):
 
 
 def test_a_run_of_a_grid_and_a_rule(finished, tmp_path, capsys):
-    folder = finished("cvar", **{"objective.alpha": (0.2, 0.9), "seeds": (0, 1)}).folder
+    folder = finished("cvar", **{"objective.alpha": (0.2, 0.9)}).folder
     names = [run["run"] for run in workdir.read_summary(folder)["runs"]]
     out = tmp_path / "out"
     command.main(

@@ -127,15 +127,14 @@ class Evaluation:
             metrics: those to show; () for the first one.
             baseline: as for `contents`.
         """
+        every = [self.contents(metric, baseline) for metric in metrics or [self.metric]]
         parts = [describe(self.found)] if self.found else []
-        for metric in metrics or [self.metric]:
-            shown = self.contents(metric, baseline)
-            parts += [text.verdict_text(shown)] if metric == (metrics or [self.metric])[0] else []
+        parts.append(text.verdict_text(every[0]))
+        for shown in every:
             parts.append(text.contents_tables(shown))
             if len(shown.tests):
                 parts.append(text.comparison(shown))
-        parts.append(text.recommended(shown))
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, text.recommended(every[0])])
 
     def __str__(self) -> str:
         return self.text()

@@ -177,10 +177,10 @@ def recommendation_stats(
         shown = top_items[:, :k]
         shown = shown[shown >= 0]
         known = shown[shown < num_items]
-        exposure = np.sort(np.bincount(known, minlength=num_items))
-        place = np.arange(1, num_items + 1)
+        exposure = np.sort(np.unique(known, return_counts=True)[1])  # others are 0 and come first
+        place = np.arange(num_items - len(exposure) + 1, num_items + 1)
         gini = ((2 * place - num_items - 1) * exposure).sum() / (num_items * max(len(known), 1))
-        found[f"coverage@{k}"] = np.count_nonzero(exposure) / num_items if len(shown) else None
+        found[f"coverage@{k}"] = len(exposure) / num_items if len(shown) else None
         found[f"gini@{k}"] = float(gini) if len(known) else None
         for name, values, of in (
             ("mean_popularity", items.rows, shown),
