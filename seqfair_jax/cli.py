@@ -81,6 +81,7 @@ class Command:
         """Define a flag that may be given several times; its value is a list."""
         self._repeatable.add(name)
         flags.DEFINE_multi_string(name, [], help_text, flag_values=self.flags)
+        self.flags[name].help = help_text  # absl adds a sentence
 
     def integer(self, name: str, help_text: str, default: int) -> None:
         """Define a flag with a whole number."""
