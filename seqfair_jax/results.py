@@ -60,7 +60,9 @@ def test(
         "logs": [log._asdict() for log in method.logs],
         "baselines": baselines,
     }
-    tester = _Tester(experiment)
+    if snapshot.progress.init_from:
+        shared["init_from"] = snapshot.progress.init_from
+    tester = _Tester(experiment, judge)
     states, progress = snapshot.states, snapshot.progress
     summaries = []
     for r, part in enumerate(workdir.run_folders(folder, experiment.names)):

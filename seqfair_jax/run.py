@@ -19,11 +19,13 @@ from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
 from seqfair_jax.results import dataset_summary, test
 from seqfair_jax.serving import catalogue
-from seqfair_jax.training import checkpoint
+from seqfair_jax.serving.trained import load_source
+from seqfair_jax.training import checkpoint, warm_start
 from seqfair_jax.training.experiment import Experiment, build_experiment
 from seqfair_jax.training.loop import fit
 from seqfair_jax.training.progress import Snapshot
 from seqfair_jax.training.resume import restore
+from seqfair_jax.training.warm_start import Source
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def train(
     folder = workdir.create(directory)
     with _exclusive(folder):
         settings = _check_folder(config, folder)
+        source = _load_source(config, folder)
         experiment = build_experiment(config)
         return experiment, _train(experiment, folder, settings, source, after_epoch)
 
@@ -99,6 +102,7 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
         print(text.tables([folder], config.select.metric))
         return workdir.read_summary(folder)
     inputs = source_hashes(config.data)
+    source = _load_source(config, folder)
     experiment = build_experiment(config)
     describe(experiment)
     snapshot = _train(experiment, folder, settings, source)
@@ -121,14 +125,27 @@ def _check_folder(config: ConfigDict, folder: Path) -> dict[str, Any]:
     return settings
 
 
+def _load_source(config: ConfigDict, folder: Path) -> Source | None:
+    """The run to start from; None if there is none, or a checkpoint to resume from."""
+    path = config.train.init_from
+    if not path or checkpoint.exists(folder / workdir.LATEST_CHECKPOINT):
+        return None
+    source = load_source(path)
+    warm_start.check_model(source, config.model)  # before the log is read
+    return source
+
+
 def _train(
     experiment: Experiment,
     folder: Path,
     settings: dict[str, Any],
+    source: Source | None,
     after_epoch: Callable[[Snapshot], bool] | None = None,
 ) -> Snapshot:
     """Train from the newest checkpoint, after the files that say what is trained."""
-    snapshot = restore(experiment, folder)
+    snapshot = restore(experiment, folder, source)
+    if snapshot.progress.init_from:
+        print("\n".join(warm_start.describe(snapshot.progress.init_from)))
     folders = workdir.run_folders(folder, experiment.names)
     # Results of fewer epochs or other cut-offs must not stay beside the new config.
     for part in dict.fromkeys([folder, *folders]):

@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 
+from absl import flags
+from ml_collections import ConfigDict
+
 from seqfair_jax.cli import Command
+from seqfair_jax.errors import UserError
 from seqfair_jax.run import run
 
 
@@ -16,4 +20,17 @@ def main(argv: Sequence[str]) -> None:
         lists_settings=True,
     )
     command.string("workdir", "where the run's files go (required)")
-    command.run(argv, lambda flags, config: run(config, command.required("workdir")))
+    command.string("init_from", "the same as --config.train.init_from")
+
+    def work(flags: flags.FlagValues, config: ConfigDict) -> None:
+        folder = command.required("workdir")
+        if flags.init_from:
+            if config.train.init_from not in ("", flags.init_from):
+                raise UserError(
+                    f"--init_from is {flags.init_from}, but --config.train.init_from is "
+                    f"{config.train.init_from}: give one of them"
+                )
+            config.train.init_from = flags.init_from
+        run(config, folder)
+
+    command.run(argv, work)

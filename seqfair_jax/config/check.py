@@ -1,6 +1,7 @@
 """Checks a config."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,9 @@ def _normalise(config: ConfigDict) -> None:
             part[key] = words if key == "groups" else tuple(filter(None, words))
     data = config.data
     data.delimiter = {"tab": "\t", "\\t": "\t"}.get(data.delimiter, data.delimiter)
+    if isinstance(config.train.init_from, str) and config.train.init_from:
+        # A shell's completion appends a slash, and a run resumes only from the same path.
+        config.train.init_from = str(Path(config.train.init_from))
 
 
 def _check_data(data: ConfigDict) -> None:

@@ -285,6 +285,11 @@ def _objective() -> tuple[Setting, ...]:
 
 
 _TRAIN = (
+    Setting(
+        "train.init_from",
+        "",
+        "The folder of a finished run to start from. If empty, parameters are random.",
+    ),
     Setting("train.batch_size", 128, "The number of users in a batch.", whole(1)),
     Setting(
         "train.epochs",

@@ -17,6 +17,7 @@ from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.training import checkpoint, selection
+from seqfair_jax.training.warm_start import Source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +81,32 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
         user_ids=user_ids,
         histories=histories,
         mask_seen=config.evaluate.mask_seen,
+    )
+
+
+def load_source(directory: str) -> Source:
+    """Load a finished run as one that a training starts from: its best epoch overall.
+
+    Args:
+        directory: the work directory of a run, or of a grid of runs, of which `load` selects one.
+
+    Raises:
+        UserError: naming `train.init_from`, for the same reasons as `load`.
+    """
+    try:
+        trained = load(directory)
+        folder = run_folder(workdir.user_path(directory), None)
+        summary, dataset = workdir.read_summary(folder), catalogue.read_dataset(folder)
+    except UserError as error:
+        raise UserError(f"train.init_from is {directory}, which cannot be used: {error}") from None
+    return Source(
+        folder=directory,
+        run=trained.run,
+        rule="overall",
+        epoch=summary["best"]["epoch"],
+        model=trained.config.model.to_dict(),
+        params=trained.params,
+        dataset=dataset,
     )
 
 

@@ -166,6 +166,11 @@ def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | 
     return None
 
 
+def exists(directory: Path) -> bool:
+    """Whether there is a step in `directory`, whole or not."""
+    return bool(_steps(directory))
+
+
 def latest_progress(directory: Path) -> dict[str, Any] | None:
     """The JSON object of the newest step, not checked; None where it cannot be read."""
     steps = _steps(directory)

@@ -25,6 +25,7 @@ class Progress:
     epoch: int = 0  # done and validated
     timed_targets: int = 0  # of all runs in the seconds below; compilation counts in neither
     seconds: float = 0.0
+    init_from: dict[str, Any] | None = None  # the run that it started from: `warm_start`
 
 
 class Snapshot(NamedTuple):

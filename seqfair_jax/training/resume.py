@@ -15,17 +15,25 @@ from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.progress import Progress, Snapshot
 from seqfair_jax.training.selection import RULES
-from seqfair_jax.training.step import KEY_IMPL, initial_states
+from seqfair_jax.training.step import KEY_IMPL, initial_states, with_params
+from seqfair_jax.training.warm_start import Source, warm_start, warn_of_trained_targets
 
 _log = logging.getLogger(__name__)
 
 
-def restore(experiment: Experiment, folder: Path) -> Snapshot:
+def restore(experiment: Experiment, folder: Path, source: Source | None = None) -> Snapshot:
     """The newest checkpoint in the run's folder, or the state before the first step.
+
+    Args:
+        experiment: the runs.
+        folder: the work directory.
+        source: the finished run to start from; None for random parameters. A checkpoint has all
+            that is needed of it, so with one it is not read.
 
     Raises:
         UserError: if the checkpoint has another shape, log or groups, or more epochs than the
-            config asks for; if none is whole; or if a finished run has none.
+            config asks for; if none is whole; if a finished run has none; or if `source` has
+            other ids.
     """
     stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
     if stored is not None:
@@ -35,6 +43,11 @@ def restore(experiment: Experiment, folder: Path) -> Snapshot:
         seeds=[run.seed for run in experiment.runs],
         num_groups=experiment.num_groups,
     )
+    init_from = None
+    if source is not None and stored is None:
+        params, init_from = warm_start(source, experiment.dataset, states.params)
+        warn_of_trained_targets(init_from, experiment.dataset)
+        states = with_params(experiment.task, states, params)
     # Copies, since a segment donates the states' buffers.
     best = {name: jax.tree.map(jnp.copy, states.params) for name in RULES}
     found = checkpoint.load_latest(
@@ -51,6 +64,7 @@ def restore(experiment: Experiment, folder: Path) -> Snapshot:
             best=[dict.fromkeys(RULES) for _ in experiment.runs],
             stopped=[None] * len(experiment.runs),
             targets=[0] * len(experiment.runs),
+            init_from=init_from,
         )
         return Snapshot(states, best, progress)
     tree, stored = found

@@ -121,6 +121,11 @@ def initial_states(task: Task, *, seeds: Sequence[int], num_groups: int) -> Trai
     return jax.jit(functools.partial(lax.map, create))(jnp.asarray(seeds, jnp.uint32))
 
 
+def with_params(task: Task, states: TrainState, params: Any) -> TrainState:
+    """States before the first step with other parameters [R, ...], and a new optimiser."""
+    return states._replace(params=params, opt_state=jax.vmap(task.optimizer.init)(params))
+
+
 def empty_totals(task: Task, num_groups: int) -> Totals:
     """Totals of no steps."""
     aux = jax.eval_shape(

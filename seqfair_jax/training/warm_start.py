@@ -1,0 +1,228 @@
+"""Start a run from the parameters of a finished one, whose log has grown since: a warm start.
+
+Shape letters: R runs, V vocabulary, D width, L window.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from seqfair_jax.data.groups import training_rows
+from seqfair_jax.data.split import Dataset, Targets
+from seqfair_jax.errors import UserError
+
+# What the parameters' shapes and meaning depend on; max_len may be smaller than before.
+_SHAPES = ("dim", "ff_dim", "num_blocks", "num_heads", "tie_embeddings")
+_TABLES = ("item_embedding", "output_embedding")  # [V, D], a row for each item
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A finished run that another run starts from."""
+
+    folder: str  # as the user gave it
+    run: str  # the run's name
+    rule: str  # which of its epochs
+    epoch: int
+    model: Mapping[str, Any]  # its model's settings
+    params: Any
+    dataset: Dataset  # its split log
+
+
+def check_model(source: Source, model: Mapping[str, Any]) -> None:
+    """Refuse a source whose parameters do not fit a model.
+
+    Args:
+        source: the finished run.
+        model: the settings of the new run's model.
+
+    Raises:
+        UserError: naming every setting that differs, with both values.
+    """
+    differ = [key for key in _SHAPES if source.model[key] != model[key]]
+    # Position 0 is the newest token, so a shorter window keeps its positions.
+    differ += ["max_len"] * (model["max_len"] > source.model["max_len"])
+    if differ:
+        values = "; ".join(
+            f"model.{key} ({source.model[key]} there, {model[key]} now)" for key in differ
+        )
+        raise UserError(
+            f"train.init_from is {source.folder}, whose parameters do not fit this model: "
+            f"{values}. Use the same values (model.max_len may be smaller), or train without "
+            "train.init_from"
+        )
+
+
+def warm_start(source: Source, dataset: Dataset, params: Any) -> tuple[Any, dict[str, Any]]:
+    """The parameters that runs start from, and what is known of the source.
+
+    A known item keeps its vectors. Let m and s be the mean and the standard deviation of the
+    source's vectors in one dimension of a table; a new item starts at m + s * z, where z is
+    standard normal. All other parameters are those of the source.
+
+    Args:
+        source: the finished run; it passed `check_model`.
+        dataset: the new run's split log.
+        params: random parameters of each run, [R, ...], whose tables z is made from. They are not
+            changed.
+
+    Returns:
+        parameters [R, ...] in new buffers, and a JSON object: the source's folder, run, epoch, log
+        and parameters, and how many items and users are known, new or gone.
+
+    Raises:
+        UserError: if the ids are of another kind than those of the source, or no item is known.
+    """
+    old = source.dataset
+    _check_kind(source, "items", old.item_ids, dataset.item_ids)
+    _check_kind(source, "users", old.user_ids, dataset.user_ids)
+    items, users = _places(old.item_ids, dataset.item_ids), _places(old.user_ids, dataset.user_ids)
+    known, known_users = int((items >= 0).sum()), int((users >= 0).sum())
+    if not known:
+        raise UserError(
+            f"train.init_from is {source.folder}, which knows none of the {len(items):,} items of "
+            "this log; name a run on an earlier state of the same log"
+        )
+    trained_targets = {
+        part: int(_trained_on(old, dataset, targets, items, users).sum())
+        for part, targets in (("validation", dataset.valid), ("test", dataset.test))
+    }
+
+    def start(path: Any, new: jax.Array, trained: np.ndarray) -> jax.Array:
+        name = path[-1].key
+        if name in _TABLES:
+            return _tables(new, jnp.asarray(trained), items)
+        if name == "position_embedding":
+            trained = trained[: new.shape[1]]
+        # A copy, since the training donates its parameters' buffers.
+        return jnp.array(jnp.broadcast_to(trained, new.shape), copy=True)
+
+    record = {
+        "folder": source.folder,
+        "run": source.run,
+        "rule": source.rule,
+        "epoch": source.epoch,
+        "log_hash": old.log_hash,
+        "parameters": parameters_hash(source.params),
+        "known_items": known,
+        "new_items": len(items) - known,
+        "left_items": len(old.item_ids) - known,
+        "known_users": known_users,
+        "new_users": len(users) - known_users,
+        "left_users": len(old.user_ids) - known_users,
+        "trained_validation_targets": trained_targets["validation"],
+        "trained_test_targets": trained_targets["test"],
+    }
+    return jax.tree_util.tree_map_with_path(start, params, source.params), record
+
+
+def _tables(new: jax.Array, trained: jax.Array, places: np.ndarray) -> jax.Array:
+    """The item vectors of every run, f32[R, V, D].
+
+    Args:
+        new: f32[R, V, D], normal.
+        trained: f32[old V, D].
+        places: i64[V] rows of `trained`, -1 for new items.
+    """
+    # With model.init_scale=0 all noise is 0, and new items start at the mean.
+    noise = new / jnp.maximum(new.std(axis=(1, 2), keepdims=True), jnp.finfo(new.dtype).tiny)
+    drawn = trained.mean(axis=0)[None, None] + trained.std(axis=0)[None, None] * noise
+    return jnp.where(places[None, :, None] >= 0, trained[np.maximum(places, 0)][None], drawn)
+
+
+def parameters_hash(params: Any) -> str:
+    """SHA-256 of the names, types, shapes and values of parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {array.dtype.name}{list(array.shape)}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def describe(record: Mapping[str, Any]) -> list[str]:
+    """What a run started from, in sentences.
+
+    Args:
+        record: the object that `warm_start` returned.
+    """
+    items = record["known_items"] + record["new_items"]
+    users = record["known_users"] + record["new_users"]
+    return [
+        f"Training starts from {record['folder']} ({record['run']}, epoch {record['epoch']}).",
+        f"It knows {record['known_items']:,} of the {items:,} items; {record['new_items']:,} are "
+        f"new, and {record['left_items']:,} of its items are not in this log.",
+        f"It knows {record['known_users']:,} of the {users:,} users; {record['new_users']:,} are "
+        f"new, and {record['left_users']:,} of its users are not in this log.",
+    ]
+
+
+def warn_of_trained_targets(record: Mapping[str, Any], dataset: Dataset) -> None:
+    """Warn if the source was trained on rows that this run holds out."""
+    found = record["trained_validation_targets"], record["trained_test_targets"]
+    if any(found):
+        _log.warning(
+            "%s was trained on %s of the %s validation targets and on %s of the %s test targets, "
+            "so the scores on them are too high; hold out later rows (data.split=time), or "
+            "validate all users (data.valid_users=0)",
+            record["folder"],
+            *(f"{n:,}" for n in (found[0], len(dataset.valid.items))),
+            *(f"{n:,}" for n in (found[1], len(dataset.test.items))),
+        )
+
+
+def _check_kind(source: Source, what: str, old: np.ndarray, new: np.ndarray) -> None:
+    kinds = ["text" if ids.dtype == object else "whole numbers" for ids in (old, new)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"train.init_from is {source.folder}, where the ids of {what} are {kinds[0]}; in this "
+            f"log they are {kinds[1]}, so none of them can be found there. Write the ids as before "
+            "(one id that is not a whole number makes all of them text), or train without "
+            "train.init_from"
+        )
+
+
+def _places(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Where each new id is among the old ones, -1 where it is not: i64[len(new)]."""
+    return pd.Index(old).get_indexer(pd.Index(new))
+
+
+def _trained_on(
+    old: Dataset, new: Dataset, targets: Targets, items: np.ndarray, users: np.ndarray
+) -> np.ndarray:
+    """Which targets are rows that the old run was trained on: bool[m].
+
+    Rows carry no time here. But if the old run was trained on more rows of a user and an item than
+    the new run, the others are held out now, so a target of this user and item is one of them.
+
+    Args:
+        old, new: the split logs.
+        targets: of the new one.
+        items, users: the places of the new ids among the old ones.
+    """
+    num_items = len(new.item_ids)
+    now = np.full(len(old.item_ids), -1)
+    now[items[items >= 0]] = np.flatnonzero(items >= 0)
+    users_now = np.full(len(old.user_ids), -1)
+    users_now[users[users >= 0]] = np.flatnonzero(users >= 0)
+    old_users, old_items = training_rows(old)
+    before = users_now[old_users] * num_items + now[old_items]
+    before = before[(users_now[old_users] >= 0) & (now[old_items] >= 0)]
+    new_users, new_items = training_rows(new)
+    after = new_users.astype(np.int64) * num_items + new_items
+    rows = np.concatenate([before, after])
+    pairs, inverse = np.unique(rows, return_inverse=True)
+    excess = np.bincount(inverse[: len(before)], minlength=len(pairs))
+    excess = excess - np.bincount(inverse[len(before) :], minlength=len(pairs))
+    owners = targets.users[targets.owners].astype(np.int64)
+    return (targets.items >= 0) & np.isin(owners * num_items + targets.items, pairs[excess > 0])
