@@ -478,6 +478,18 @@ def test_a_reference_follows_the_settings_of_each_trial():
     assert plan.base.train.decay_steps == 6  # as it was
 
 
+def test_a_config_with_a_search_trains(tmp_path, trainings):
+    """So the command that a search prints works for its config too."""
+    config = load_config("backbone_rr:scale=small")
+    assert "search" in config
+    assert resolve(config) == resolve(split_search(config).base)
+    assert "search" in config
+    trainings(peak)
+    search(config, tmp_path, trials_wanted=1, config_name="backbone_rr:scale=small")
+    command = json.loads((tmp_path / "best.json").read_text())["command"]
+    assert command == f"seqfair train --config=backbone_rr:scale=small --workdir={tmp_path}/best"
+
+
 def test_two_processes_never_work_on_one_trial(tmp_path):
     plan = split_search(searchable())
     options = {"sampler": "tpe", "seed": 0, "prune": True, "first": plan.first()}

@@ -25,6 +25,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     config.unlock()
+    if "search" in config:  # it says what `seqfair search` varies, and is no setting of a run
+        del config["search"]
     # An objective may have been registered since the config was made.
     for key, value in objectives.default_settings().items():
         if key not in config.objective:
