@@ -7,6 +7,7 @@ pages name small files, which `write_files` writes, and settings that decide the
 """
 
 import ast
+import contextlib
 import glob
 import re
 import runpy
@@ -19,11 +20,12 @@ import pandas as pd
 import pytest
 from ml_collections import ConfigDict
 from pages import PAGES, ROOT, Block, code_blocks, commands, page_id, write_stubs
+from runs import small as small_config
 
-import seqfair_jax
+from benchmarks import common
 from seqfair_jax import __main__ as seqfair
-from seqfair_jax import api
 from seqfair_jax.data.synthetic import default_settings, generate
+from seqfair_jax.objectives import registry
 
 # Pages whose commands `make test` runs. `make test-all` runs the others too.
 QUICK = (
@@ -76,9 +78,11 @@ SMALL = {
         "config.search.space.model.num_blocks": "1",
     },
     "benchmarks": _TRAIN | {"repeats": "1"},
+    "benchmarks.softmax_loss": {"items": "300", "tokens": "64"},
+    "benchmarks.scaling": {"only": "items", "sizes": "100,200"},
 }
 # Values that replace those of a benchmark's flags, where it has them.
-SMALLER = {"steps": "1", "rows": "2000", "users": "300", "items": "80", "sizes": "100"}
+SMALLER = {"steps": "1", "rows": "2000", "users": "300", "items": "80"}
 
 # Names that a page's Python code uses and does not define.
 NAMES = {
@@ -99,6 +103,11 @@ def is_python(block):
     return any(isinstance(node, ast.Call | ast.Import | ast.ImportFrom) for node in ast.walk(tree))
 
 
+def is_shell(block):
+    """Whether a code block that is not Python calls the package or Python."""
+    return block.language in ("", "sh") and re.search(r"\bseqfair\b|\bpython3?\b", block.text)
+
+
 def is_call(words):
     """Whether a command line starts the package, a benchmark, an example or the tests."""
     return words[0] == "seqfair" or (
@@ -116,7 +125,7 @@ def steps(page, stubs):
     for block in code_blocks(page.read_text(encoding="utf-8")):
         if is_python(block):
             yield _dedented(block.text)
-        elif re.search(r"\bseqfair\b|\bpython3?\b", block.text) and block.language in ("", "sh"):
+        elif is_shell(block):
             yield from filter(is_call, commands(block.text, stubs))
 
 
@@ -133,7 +142,8 @@ def small(words):
         case [_, "-m", "seqfair_jax.main", *flags]:
             name, added = "train", SMALL["train"]
         case [_, "-m", name, *flags] if name.startswith("benchmarks."):
-            added, smaller = SMALL["benchmarks"], SMALLER
+            added = SMALL["benchmarks"] | SMALL.get(name, {})
+            smaller = SMALLER
         case _:
             raise AssertionError(f"{words}: neither run here nor listed in NOT_RUN")
     if "--help" in flags or name == "--help":
@@ -145,15 +155,6 @@ def small(words):
         if key not in added
     ]
     return name, [*kept, *(f"--{key}={value}" for key, value in added.items())]
-
-
-def small_fit(*args, settings=None, **arguments):
-    """`seqfair_jax.fit` with the settings of the train command in `SMALL`."""
-    settings = dict(settings or {})
-    for key, value in _TRAIN.items():
-        key = key.removeprefix("config.")
-        settings[key] = ast.literal_eval(value) if value else ""
-    return api.fit(*args, settings=settings, **arguments)
 
 
 def write_files(folder):
@@ -191,8 +192,8 @@ def write_files(folder):
         plan=rng.choice(["free", "paid"], len(users)),
     ).to_csv(folder / "groups.csv", index=False)
 
-    for name in ("DIR", "PATH"):  # the layouts of Retailrocket and MovieLens-1M
-        (folder / name).mkdir()
+    for name in ("DIR", "PATH", "third_party_data/retailrocket", "third_party_data/ml-1m"):
+        (folder / name).mkdir(parents=True)  # the layouts of Retailrocket and MovieLens-1M
         pd.DataFrame(
             {
                 "timestamp": 1000 * seconds,
@@ -222,7 +223,9 @@ class Runner:
         if name.startswith("benchmarks."):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", [name, *flags])
-                runpy.run_module(name, run_name="__main__")
+                patch.setitem(common._PEAK_SIZE, "cpu", 64)
+                patch.setattr(common, "_SIZING_STEPS", 8)
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
             return
         arguments = [path for flag in flags for path in _expanded(flag)]
         values = dict(flag.removeprefix("--").split("=", 1) for flag in arguments if "=" in flag)
@@ -238,6 +241,15 @@ class Runner:
             shutil.copytree(values["workdir"], self._trained[key])
         if "out" in values:
             assert Path(values["out"]).exists()
+
+
+@contextlib.contextmanager
+def as_in_a_new_process():
+    """Forget the objectives that a command's config file registers."""
+    before = dict(registry._methods)
+    yield
+    registry._methods.clear()
+    registry._methods.update(before)
 
 
 def _expanded(word):
@@ -264,26 +276,36 @@ def runner(tmp_path_factory):
     return Runner(tmp_path_factory.mktemp("trained"))
 
 
+def _pages():
+    for page in PAGES:
+        blocks = code_blocks(page.read_text(encoding="utf-8"))
+        if any(is_python(block) or is_shell(block) for block in blocks):
+            yield _page(page)
+
+
 def _page(page):
     marks = () if page_id(page) in QUICK else pytest.mark.slow
     return pytest.param(page, id=page_id(page), marks=marks)
 
 
-@pytest.mark.parametrize("page", [_page(page) for page in PAGES])
+@pytest.mark.parametrize("page", list(_pages()))
 def test_the_code_of_a_page_runs(page, files, stubs, runner, tmp_path, monkeypatch):
     folder = tmp_path / "page"
     shutil.copytree(files, folder, symlinks=True)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))  # the code may add to it
     modules = set(sys.modules)
-    monkeypatch.setattr(seqfair_jax, "fit", small_fit)
     names = {"__name__": "page"}
     exec(NAMES.get(page_id(page), ""), names)
     for step in steps(page, stubs):
         if isinstance(step, str):
-            exec(compile(step, page_id(page), "exec"), names)
+            with monkeypatch.context() as patch:  # what `fit` and `run` train is small too
+                for place in ("config", "api"):
+                    patch.setattr(f"seqfair_jax.{place}.default_config", small_config)
+                exec(compile(step, page_id(page), "exec"), names)
         elif not not_run(step):
-            runner.command(step)
+            with as_in_a_new_process():
+                runner.command(step)
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]  # of a folder that another page may write differently
