@@ -44,6 +44,7 @@ NOT_RUN = {
     "seqfair export --format=onnx":
         "it needs the extra `onnx`; tests/test_export.py runs it where that is installed",
     "python -m pytest": "it is this command",
+    "--config.data.path=ml-100k.inter.gz": "it needs MovieLens-100K",
 }  # fmt: skip
 
 _TRAIN = {

@@ -403,21 +403,22 @@ def test_the_training_does_not_change_the_source(logs, tmp_path):
 
 def test_it_reaches_the_score_from_scratch_in_less_than_half_the_steps(logs, tmp_path):
     recipe = {
-        "data.split": "time",
         "train.learning_rate": 0.01,
-        "train.steps_per_epoch": 20,
+        "train.epochs": 8,
+        "train.steps_per_epoch": 10,
         "train.batch_size": 16,
         "model.dim": 16,
         "model.ff_dim": 16,
     }
-    run(config_of(logs / "yesterday.csv", **recipe, **{"train.epochs": 8}), tmp_path / "old")
-    scratch = run(config_of(logs / "today.csv", **recipe, **{"train.epochs": 8}), tmp_path / "a")
-    change = {"train.init_from": str(tmp_path / "old"), "train.epochs": 3}
-    warm = run(warm_config(logs, **recipe, **change), tmp_path / "b")
+    run(config_of(logs / "yesterday.csv", **recipe), tmp_path / "old")
+    scratch = run(config_of(logs / "today.csv", **recipe), tmp_path / "scratch")
+    recipe |= {"train.init_from": str(tmp_path / "old"), "train.epochs": 3}
+    warm = run(warm_config(logs, **recipe), tmp_path / "warm")
     score = scratch["val"]["NDCG@20"]["overall"]
-    assert score > 1.5 * scratch["baselines"]["most_popular"]["NDCG@20"]["overall"]
     assert warm["train"]["steps"] < scratch["train"]["steps"] / 2
     assert warm["val"]["NDCG@20"]["overall"] >= score
+    # Random parameters do not reach it in these steps.
+    assert all(row["val/NDCG@20/overall"] < score for row in rows_of(tmp_path / "scratch")[:3])
 
 
 def test_the_flag_is_a_short_form_of_the_setting(logs, tmp_path, monkeypatch, capsys):
