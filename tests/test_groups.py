@@ -127,7 +127,7 @@ def test_a_union_has_the_groups_of_its_families():
     chosen = union.select(np.array([1]))
     assert [part.membership.shape for part in chosen.parts] == [(1, 3), (1, 9)]
     assert pop.parts == (pop,)
-    require_partition(union, "gdro", dataset.user_ids)  # each part is one
+    require_partition(union, "gdro", dataset.user_ids, others=())  # each part is one
     with pytest.raises(UserError, match="'pop33&pop33' names one family twice"):
         build_family(dataset, "pop33&pop33")
 
@@ -143,11 +143,13 @@ def test_groups_from_a_file(tmp_path):
     assert family.membership.tolist() == [[True, True], [False, True], [False, False]]
     assert family.overlapping
     assert family.labels().tolist() == [["old", "young"], ["young"], []]
-    with pytest.raises(UserError, match="gdro needs every user in exactly one group.*1, 3"):
-        require_partition(family, "gdro", np.array([1, 2, 3]))
+    with pytest.raises(
+        UserError, match="gdro needs every user in exactly one group.*1, 3.*: erm, own$"
+    ):
+        require_partition(family, "gdro", np.array([1, 2, 3]), others=["erm", "own"])
     union = build_family(split(), "pop33&age", group_table=own, missing_group="leave_out")
     with pytest.raises(UserError, match="in family 'age' 2 users are in none or several: 1, 3"):
-        require_partition(union, "gdro", np.array([1, 2, 3]))
+        require_partition(union, "gdro", np.array([1, 2, 3]), others=())
     with pytest.raises(UserError, match="none of family 'age'.s users is in the log"):
         build_family(split(log([1, 2, 3], users=["x"])), "age", group_table=own)
 
@@ -299,7 +301,7 @@ def test_users_without_a_value_are_unknown_or_left_out(tmp_path, caplog):
         family = build_family(split(), "age", group_table=own)
     assert family.labels().tolist() == ["old", "unknown", "unknown"]
     assert family.groups == ("old", "unknown")
-    require_partition(family, "gdro", np.array([1, 2, 3]))
+    require_partition(family, "gdro", np.array([1, 2, 3]), others=["erm", "own"])
     assert "age: 2 of 3 users have no value in data.group_file; they are in group 'unknown'" in (
         caplog.text
     )
@@ -309,7 +311,7 @@ def test_users_without_a_value_are_unknown_or_left_out(tmp_path, caplog):
     assert family.labels().tolist() == ["old", None, None]
     assert "age: 2 of 3 users have no value in data.group_file; they are in no group" in caplog.text
     with pytest.raises(UserError, match="in none or several: 2, 3"):
-        require_partition(family, "gdro", np.array([1, 2, 3]))
+        require_partition(family, "gdro", np.array([1, 2, 3]), others=["erm", "own"])
 
 
 def test_the_file_s_own_unknown_group_takes_the_others_in(tmp_path):

@@ -48,7 +48,17 @@ def test_a_run_whose_scores_are_not_finite_fails_alone(axis, tmp_path, monkeypat
     assert "test" not in failed
 
 
-def test_a_single_run_whose_scores_are_not_finite_is_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("objective", "advice"),
+    [
+        ("erm", "train.learning_rate, or"),
+        ("sdro", "train.learning_rate or other values of objective.step_size and "
+         "objective.stream_rate, or"),
+    ],
+)  # fmt: skip
+def test_a_single_run_whose_scores_are_not_finite_is_an_error(
+    objective, advice, tmp_path, monkeypatch
+):
     def diverged(experiment):
         def validate(params, name):
             raise DivergedError("a score is not finite")
@@ -56,8 +66,11 @@ def test_a_single_run_whose_scores_are_not_finite_is_an_error(tmp_path, monkeypa
         return validate
 
     monkeypatch.setattr(loop, "make_validation", diverged)
-    with pytest.raises(DivergedError, match=r"every run diverged.*score.*seed=0 at step 5"):
-        run(small(), tmp_path)
+    with pytest.raises(
+        DivergedError, match=r"every run diverged.*score.*seed=0 at step 5"
+    ) as found:
+        run(small(objective), tmp_path)
+    assert f"Try a smaller {advice} set train.clip_norm" in str(found.value)
 
 
 def test_a_run_that_diverges_late_keeps_its_best_epoch_and_is_not_in_the_table(

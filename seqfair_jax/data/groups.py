@@ -366,8 +366,16 @@ def cut_by_rows(key: np.ndarray, rows: np.ndarray, cuts: tuple[Fraction, ...]) -
     return group
 
 
-def require_partition(family: GroupFamily, method: str, user_ids: np.ndarray) -> None:
+def require_partition(
+    family: GroupFamily, method: str, user_ids: np.ndarray, *, others: Sequence[str]
+) -> None:
     """Refuse a family in which some user is not in exactly one group; a union, in each part.
+
+    Args:
+        family: that the objective uses.
+        method: the objective, for the message.
+        user_ids: of the log, for the message.
+        others: the objectives that need no groups, for the message.
 
     Raises:
         UserError: naming how many and the first of them.
@@ -378,8 +386,9 @@ def require_partition(family: GroupFamily, method: str, user_ids: np.ndarray) ->
             raise UserError(
                 f"objective {method} needs every user in exactly one group, but in family "
                 f"{part.name!r} {len(wrong)} users are in none or several: "
-                f"{', '.join(map(str, wrong[:5]))}{', ...' if len(wrong) > 5 else ''}. Use another "
-                "family, or erm, cb, cvar or chi2, which need no groups"
+                f"{', '.join(map(str, wrong[:5]))}{', ...' if len(wrong) > 5 else ''}. Set "
+                "objective.group_family to another family, or objective.name to one that needs no "
+                f"groups: {', '.join(others)}"
             )
 
 

@@ -107,7 +107,8 @@ def build_experiment(config: ConfigDict) -> Experiment:
     name = config.objective.name
     method = objectives.find(name)
     if method.needs_groups:
-        require_partition(loss_family, name, dataset.user_ids)
+        others = [known for known, other in objectives.METHODS.items() if not other.needs_groups]
+        require_partition(loss_family, name, dataset.user_ids, others=others)
     judged_groups(loss_family.select(dataset.valid.users), min_users=config.select.min_users)
     # A method without groups would be the mean of copies of itself.
     parts = loss_family.parts if method.needs_groups else (loss_family,)

@@ -262,9 +262,11 @@ def _report_failures(experiment: Experiment, snapshot: Snapshot, known: np.ndarr
         steps = ", ".join(
             f"{name} at step {step}" for name, step in zip(names, failed, strict=True)
         )
+        reads = [f"objective.{name}" for name in experiment.task.objective.method.reads]
+        values = f" or other values of {' and '.join(reads)}" if reads else ""
         raise DivergedError(
             f"every run diverged: a loss, gradient, parameter or score was not finite ({steps}). "
-            "Try a smaller train.learning_rate or objective.step_size, or set train.clip_norm"
+            f"Try a smaller train.learning_rate{values}, or set train.clip_norm"
         )
 
 
