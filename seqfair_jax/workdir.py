@@ -287,10 +287,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if there is none, another version wrote it, or it is damaged.
     """
-    with named_errors(folder, "read the folder"):
-        if not folder.is_dir():
-            found = "is a file" if folder.exists() else "does not exist"
-            raise UserError(f"{folder} {found}; name the --workdir of a run that has finished")
+    require_folder(folder)
     refuse_old_sweep(folder)
     summary = read_json(folder / SUMMARY)
     if summary is None:
@@ -302,6 +299,18 @@ def read_summary(folder: Path) -> dict[str, Any]:
             f"{SCHEMA_VERSION}; train in a new --workdir, or use the version that made it"
         )
     return summary
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a path that is no folder.
+
+    Raises:
+        UserError: if it is a file, does not exist, or cannot be read.
+    """
+    with named_errors(folder, "read the folder"):
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise UserError(f"{folder} {found}; name the --workdir of a run that has finished")
 
 
 def refuse_old_sweep(folder: Path) -> None:

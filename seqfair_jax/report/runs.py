@@ -229,19 +229,20 @@ def notes(runs: Sequence[FinishedRun]) -> list[str]:
 def finished_only(folders: Sequence[Path]) -> list[Path]:
     """The folders whose runs have finished; a warning names each of the others.
 
+    Files are left out too, so a pattern may match them.
+
     Raises:
         UserError: if a folder does not exist, or none has finished.
     """
-    finished = []
+    finished = [folder for folder in folders if workdir.is_finished(folder)]
     for folder in folders:
-        if not folder.exists():
-            raise UserError(f"{folder} does not exist; name the --workdir of a run")
-        if workdir.is_finished(folder):
-            finished.append(folder)
-        else:
-            _log.warning("%s is left out: it has no finished run", slices.printable(str(folder)))
+        if not finished or not folder.exists():
+            workdir.require_folder(folder)
     if not finished:
         raise UserError("no folder has a finished run; run the training commands again")
+    for folder in folders:
+        if folder not in finished:
+            _log.warning("%s is left out: it has no finished run", slices.printable(str(folder)))
     return finished
 
 
