@@ -63,7 +63,7 @@ def fit(
 
     Args:
         log: a table of pandas, polars or pyarrow, or the path of a file, a folder or a pattern.
-            Column names are found as in files (docs/own_log.md). None: the log of `config`.
+            Column names are found as in files (docs/log.md). None: the log of `config`.
         objective: such as "erm", "gdro" or "cvar"; None for that of `config`, by default "erm".
         groups: who is judged, and who a group objective helps: family names such as "pop33" or
             ["plan", "age:4"]; or a table of your own groups; or its path (a text with `/` or `.`);
