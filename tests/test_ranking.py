@@ -35,15 +35,19 @@ def make_model(dataset):
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 @pytest.mark.parametrize("mask_seen", [False, True])
-def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, monkeypatch):
+@pytest.mark.parametrize("top_k", [3, 20])  # of 20 some are masked
+def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, top_k, monkeypatch):
     monkeypatch.setattr(ranking, "_TOKENS", 64)  # several batches to encode
     dataset = make_dataset()
     model, params = make_model(dataset)
-    rank = ranking.make_ranker(model, dataset, split, mask_seen=mask_seen, batch_size=4, top_k=3)
+    rank = ranking.make_ranker(
+        model, dataset, split, mask_seen=mask_seen, batch_size=4, top_k=top_k
+    )
     test = split == "test"
     targets = dataset.test if test else dataset.valid
     found = rank(params, "x")
     tree = jax.tree.map(np.float64, params["params"])
+    short = False
     for place, (user, target) in enumerate(zip(targets.users, targets.items, strict=True)):
         start, stop = dataset.offsets[user : user + 2]
         history = dataset.items[start : stop if test else start + dataset.train_lengths[user]]
@@ -54,7 +58,10 @@ def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, monkeypa
         expected = 0 if target < 0 else reference.rank_ties_last(scores, target, masked)
         assert found.ranks[place] == expected
         allowed = [i for i in np.argsort(-scores) if i not in masked]
-        np.testing.assert_array_equal(found.top_items[place], allowed[:3])
+        shown = [*allowed[:top_k], *[-1] * (top_k - len(allowed))]
+        np.testing.assert_array_equal(found.top_items[place], shown)
+        short |= len(allowed) < top_k
+    assert short == (mask_seen and top_k == 20)
 
 
 def ranker(model, dataset):

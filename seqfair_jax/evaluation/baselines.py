@@ -6,6 +6,7 @@ Shape letters: n users of a split, m targets of all of them, V catalogue, k leng
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from seqfair_jax.data.groups import training_rows
 from seqfair_jax.data.split import Dataset, Targets
@@ -137,8 +138,8 @@ def _newest_first(owner, place, history, num_users: int, k: int) -> np.ndarray:
 
 def _each_once(lists: np.ndarray, k: int) -> np.ndarray:
     """Drop repeats and empty places from each row, keep the first k."""
-    same = lists[:, :, None] == lists[:, None, :]
-    again = np.tril(same, -1).any(axis=2)
+    rows = np.arange(len(lists))[:, None] * (lists.max(initial=0) + 2)
+    again = pd.Series((rows + lists - _NONE).ravel()).duplicated().to_numpy().reshape(lists.shape)
     empty = again | (lists == _NONE)
     order = np.argsort(empty, axis=1, kind="stable")
     return np.take_along_axis(np.where(empty, _NONE, lists), order, axis=1)[:, :k]

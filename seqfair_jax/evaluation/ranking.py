@@ -45,7 +45,7 @@ class Ranking(NamedTuple):
     """Where each user's targets are in the ranking, and what is recommended."""
 
     ranks: np.ndarray  # i32[m], 1-based; 0 for a target outside the vocabulary
-    top_items: np.ndarray  # i32[n, k], best first
+    top_items: np.ndarray  # i32[n, k], best first; -1 where fewer than k items are not masked
 
 
 def make_ranker(
@@ -179,8 +179,8 @@ def rank_targets(
         top_k: k, how many of the best items to return; 0 for none (it costs a partial sort).
 
     Returns:
-        ranks i32[m], 0 for a target outside the vocabulary; top items i32[n, k]; and a bool[]:
-        whether every score was finite.
+        The ranks and the top items as `Ranking` has them, and a bool[]: whether every score was
+        finite.
     """
     encode = functools.partial(encode_newest, model, params, queries.sequences)
     hidden = lax.map(encode, queries.encode_batches).reshape(-1, model.dim)
@@ -190,7 +190,8 @@ def rank_targets(
         encoded_at, targets, seen_rows, seen_items = batch
         scores, finite = score_items(model, hidden[encoded_at], table, seen_rows, seen_items)
         ranks = _count_ranks(scores, targets)
-        top_items = lax.top_k(scores, top_k)[1]
+        best, top_items = lax.top_k(scores, top_k)
+        top_items = jnp.where(best > -jnp.inf, top_items, -1)  # a masked item is not recommended
         return ranks, top_items.astype(jnp.int32), finite
 
     scored = [lax.map(score, block) for block in queries.blocks]
