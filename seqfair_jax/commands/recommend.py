@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     command = Command(
         "recommend",
         "Write the k best items of each user by a finished run. Needs the run's folder, not its\n"
-        "log. Tables may have any format of a log (docs/own_log.md).",
+        "log. Tables may have any format of a log (docs/log.md).",
     )
     command.string("workdir", "the folder of a finished run, or of a grid of runs (required)")
     command.string("out", "the file to write: .parquet, .csv or .jsonl (required)")
