@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from benchmarks.common import Steps, matmul_timer, peak_memory_gb, print_table, run, spread
+from seqfair_jax.data.split import csr_offsets
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.serving import TrainedModel
-from seqfair_jax.serving.catalogue import Histories, csr_offsets, whole_histories
+from seqfair_jax.serving.catalogue import Histories, whole_histories
 from seqfair_jax.serving.output import write_lists
 from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.training.step import initial_states

@@ -11,6 +11,7 @@ from test_serving import ODD_USERS, lists_of, make_run
 
 from seqfair_jax import __main__, serving
 from seqfair_jax.commands import recommend
+from seqfair_jax.errors import UserError
 from seqfair_jax.serving import tables
 
 COLUMNS = ["user_id", "item_id", "score", "rank"]
@@ -216,6 +217,12 @@ def test_only_and_exclude(call, trained, tmp_path, capsys):
 )
 def test_a_bad_flag_is_one_line(flags, message, refused):
     assert message in refused(*flags)
+
+
+def test_a_message_shows_an_integer_id_as_the_log_has_it():
+    table = pd.DataFrame({"item_id": [99]})
+    with pytest.raises(UserError, match=r"none of its 1 items .*, whose first is 3; give items"):
+        tables.read_items(table, "only", np.array([3, 4]))
 
 
 @pytest.mark.parametrize(

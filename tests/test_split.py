@@ -178,6 +178,15 @@ def test_the_hash_tells_logs_apart():
     assert split(logs[0][::-1]).log_hash == split(logs[0]).log_hash  # sorted by user and time
 
 
+def test_more_rows_than_the_device_can_count_are_refused(monkeypatch):
+    frame = log([1, 2, 1], [2, 1, 1])
+    monkeypatch.setattr("seqfair_jax.data.split._MOST_ROWS", 6)
+    assert split(frame).counts["interactions"] == 6
+    monkeypatch.setattr("seqfair_jax.data.split._MOST_ROWS", 5)
+    with pytest.raises(UserError, match="6 rows are left after filtering, and 5 are the most"):
+        split(frame)
+
+
 # --- The filter ---
 
 

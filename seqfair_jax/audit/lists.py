@@ -4,14 +4,13 @@ Shape letters: R rows, n users who are tested, m targets of all of them, V vocab
 the longest list that is looked at.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from seqfair_jax.data.files import title_of
 from seqfair_jax.data.ids import encode_ids, require_values
 from seqfair_jax.data.readers import finite_numbers
 from seqfair_jax.data.split import Dataset
@@ -60,7 +59,7 @@ def split_argument(argument: str) -> dict[str, str]:
         name, equals, path = part.partition("=")
         if not equals or user_path(part).is_file():
             path = part
-            name = re.sub(r"(?<=.)(\.[A-Za-z]\w*)+$", "", Path(part).name) or part
+            name = title_of(part) or part
         if not path or not name.strip():
             raise UserError(f"--{FLAG}={argument}: expected FILE or NAME=FILE, found {part!r}")
         _add(found, name, path)
@@ -136,8 +135,8 @@ def read_lists(
     if (of_user < 0).all():
         raise UserError(
             f"{where}: none of its {len(of_user):,} users is tested. Its first is "
-            f"{distinct['user_id'][0]!r}, and the first who is tested is {tested[0]!r}; give lists "
-            "of the log's users"
+            f"{distinct['user_id'].item(0)!r}, and the first who is tested is "
+            f"{tested.item(0)!r}; give lists of the log's users"
         )
     users = of_user[places["user_id"]]
     kept = users >= 0

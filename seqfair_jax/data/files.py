@@ -139,6 +139,11 @@ def require_file(path: Path, setting: str) -> None:
             raise UserError(f"{setting}: no such file; it would be {path.absolute()}")
 
 
+def title_of(path: str) -> str:
+    """A file's name without its endings: `old` for runs/old.csv.gz, "" where there is no name."""
+    return re.sub(r"(?<=.)(\.[A-Za-z]\w*)+$", "", PurePosixPath(path).name)
+
+
 def log_title(data: ConfigDict) -> str:
     """What tables and reports call a log: `data.title`, or the name of its file without endings.
 
@@ -147,8 +152,7 @@ def log_title(data: ConfigDict) -> str:
     """
     title = data.title or data.name
     if not data.title and data.name == "csv" and data.path:
-        name = PurePosixPath(data.path).name
-        title = re.sub(r"(?<=.)(\.[A-Za-z]\w*)+$", "", name) or name
+        title = title_of(data.path)
     return "".join(c if c.isprintable() else " " for c in title).strip() or data.name
 
 

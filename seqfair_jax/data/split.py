@@ -23,8 +23,14 @@ from seqfair_jax.errors import UserError
 SPLITS = ("leave_one_out", "time", "files")
 TARGETS = ("first", "every")  # which later events of a user are judged
 MIN_ROWS = 3  # of leave-one-out: one to train on, one to validate on, one to test on
+_MOST_ROWS = 2**31 - 2  # places of rows are int32 on the device
 _TRAIN, _VALID, _TEST = range(3)
 _BELOW_CORE = "- below data.min_interactions"
+
+
+def csr_offsets(sizes: np.ndarray) -> np.ndarray:
+    """Where each part starts, and where the last one ends: i64[n + 1] of parts i[n]."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +68,7 @@ class Targets:
         left = sizes > 0
         return Targets(
             self.users[left],
-            _csr_offsets(sizes[left]),
+            csr_offsets(sizes[left]),
             self.items[keep],
             self.item_ids[keep],
             self.repeat[keep],
@@ -366,8 +372,16 @@ def _build(
     Args:
         valid_users: i[n], ascending: those whose validation rows are judged.
         every: judge every distinct item of a part, else the first row of each user.
+
+    Raises:
+        UserError: if there are more rows than the device can count.
     """
     user, item, part = rows.user, rows.item, rows.part
+    if len(user) > _MOST_ROWS:
+        raise UserError(
+            f"{name}: {len(user):,} rows are left after filtering, and {_MOST_ROWS:,} are the most "
+            "that can be used; leave old rows out (data.since), or raise data.min_interactions"
+        )
     num_users, num_items = len(rows.user_ids), len(rows.item_ids)
     same_user = np.concatenate([[False], user[1:] == user[:-1]])
     tied = same_user & np.concatenate([[False], rows.time[1:] == rows.time[:-1]])
@@ -394,7 +408,7 @@ def _build(
         users, sizes = np.unique(user[at], return_counts=True)
         return Targets(
             users.astype(np.int32),
-            _csr_offsets(sizes),
+            csr_offsets(sizes),
             place[item[at]],
             rows.item_ids[item[at]],
             repeat[at],
@@ -413,10 +427,10 @@ def _build(
         user_ids=rows.user_ids,
         item_ids=rows.item_ids[known],
         items=place[item[history]],
-        offsets=_csr_offsets(by_user(history)),
+        offsets=csr_offsets(by_user(history)),
         train_lengths=by_user(part == _TRAIN).astype(np.int32),
         later_items=place[item[later]],
-        later_offsets=_csr_offsets(by_user(later)),
+        later_offsets=csr_offsets(by_user(later)),
         num_rows=np.bincount(user, minlength=num_users).astype(np.int32),
         valid=valid,
         test=test,
@@ -478,10 +492,6 @@ def _vocabulary_first(
     if any(table.dtype == object for table in tables):
         tables = [np.array([*map(str, table.tolist()), None], object)[:-1] for table in tables]
     return moved, np.concatenate(tables)
-
-
-def _csr_offsets(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
 def _sizes(log: Log) -> dict[str, int]:

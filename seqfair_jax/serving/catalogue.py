@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from seqfair_jax import workdir
-from seqfair_jax.data.split import Dataset, Targets
+from seqfair_jax.data.split import Dataset, Targets, csr_offsets
 from seqfair_jax.errors import UserError
 
 
@@ -32,11 +32,6 @@ class Histories(NamedTuple):
         offsets = csr_offsets(lengths)
         rows = np.arange(offsets[-1]) + np.repeat(self.offsets[users] - offsets[:-1], lengths)
         return Histories(self.items[rows], offsets)
-
-
-def csr_offsets(lengths: np.ndarray) -> np.ndarray:
-    """Where each part starts, and where the last one ends: i64[U + 1]."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def whole_histories(dataset: Dataset) -> Histories:

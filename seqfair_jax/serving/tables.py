@@ -14,10 +14,11 @@ import pyarrow as pa
 from seqfair_jax.data.files import require_file
 from seqfair_jax.data.ids import compact, encode_ids, missing, require_values
 from seqfair_jax.data.readers import ALIASES, find_column
+from seqfair_jax.data.split import csr_offsets
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import parse_times
 from seqfair_jax.errors import UserError
-from seqfair_jax.serving.catalogue import Histories, csr_offsets
+from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.workdir import user_path
 
 _LOG = logging.getLogger(__name__)
@@ -305,7 +306,7 @@ def _distinct(
     if (places < 0).all():
         raise UserError(
             f"{_given(argument, flag)}: none of its {len(ids):,} {what}, whose first is "
-            f"{known[0]!r}; {advice}"
+            f"{known.item(0)!r}; {advice}"
         )
     return ids, places
 
