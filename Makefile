@@ -33,7 +33,7 @@ docs: .venv/.installed
 
 # The page of all settings, from the package.
 settings: .venv/.installed
-	$(BIN)/python -c 'from seqfair_jax.config.help import page; print(page(), end="")' > docs/settings.md.new
+	PYTHONPATH=tests $(BIN)/python -c 'import pages; print(pages.settings_page(), end="")' > docs/settings.md.new
 	mv docs/settings.md.new docs/settings.md
 
 .venv/.installed: pyproject.toml constraints.txt

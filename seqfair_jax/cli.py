@@ -8,7 +8,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -22,6 +22,7 @@ from seqfair_jax.config.change import locate
 from seqfair_jax.config.files import load_config
 from seqfair_jax.config.keys import settings
 from seqfair_jax.errors import Interrupted, UserError
+from seqfair_jax.settings import Setting
 from seqfair_jax.training.environment import processor
 
 _HELP = ("--help", "-h", "-help", "--helpfull")
@@ -50,6 +51,7 @@ class Command:
         config: bool | str = False,
         lists_settings: bool = False,
         program: str | None = None,
+        own_settings: Callable[[], Sequence[Setting]] = tuple,
         extend: Callable[[ConfigDict], None] | None = None,
     ):
         """Define the flags that every command has.
@@ -62,12 +64,14 @@ class Command:
                 not be given.
             lists_settings: its `--help` lists the shipped configs and every setting.
             program: how the command is started, if not by `seqfair NAME`.
-            extend: adds the command's own settings to a loaded config.
+            own_settings: that a config may have for this command, beside those of a run. Its
+                `--help` lists them.
+            extend: adds to a loaded config what it lacks of them.
         """
         self._name, self._description, self._arguments = name, description, arguments
         self._program = program or f"seqfair {name}"
         self._takes_config, self._lists_settings = config, lists_settings
-        self._extend = extend
+        self._own_settings, self._extend = own_settings, extend
         self.config_name: str | None = None  # what `--config` named
         self._repeatable: set[str] = set()
         self.flags = flags.FlagValues()
@@ -135,10 +139,8 @@ class Command:
         optional = self._takes_config == "optional"
         if self._takes_config and not (optional and not _names_config(argv)):
             path, argv = _take_config(argv)
-            config = load_config(path)
+            config = self._load(path)
             self.config_name = path
-            if self._extend is not None:
-                self._extend(config)
             argv = _check_overrides(config, argv)
         try:
             if config is not None:
@@ -148,7 +150,8 @@ class Command:
             rest = self.flags([self._program, *argv])[1:]
         except (flags.Error, ValueError) as error:
             hint = f" (see: {self._program} --help)"
-            message = _expected_type(error, config) or " ".join(str(error).split()) + hint
+            known = (*settings(), *self._own_settings())
+            message = _expected_type(error, config, known) or " ".join(str(error).split()) + hint
             raise UserError(message) from None
         self._check_repeated(argv)
         for name in self.flags:
@@ -160,6 +163,12 @@ class Command:
                 f"unexpected argument {rest[0]!r}: flags are --NAME=VALUE, and {_LISTS}"
             )
         return self.flags, (config if self._takes_config else rest)
+
+    def _load(self, path: str) -> ConfigDict:
+        config = load_config(path)
+        if self._extend is not None:
+            self._extend(config)
+        return config
 
     def _check_repeated(self, argv: Sequence[str]) -> None:
         names = [word.lstrip("-").partition("=")[0] for word in argv if word.startswith("-")]
@@ -180,6 +189,7 @@ class Command:
         lines = [usage, "", textwrap.fill(self._description, 79), "", "flags:"]
         if self._takes_config:
             where = "below" if self._lists_settings else "`seqfair train --help` lists them"
+            where += ", and those of this command are below" * bool(self._own_settings())
             lines += [
                 *_wrapped(
                     "--config: the name of a shipped config, such as own_log, or the path of "
@@ -198,16 +208,23 @@ class Command:
                 f" (default: {flag.default})" if flag.default not in (None, False, "", []) else ""
             )
             lines += _wrapped(f"--{name}: {flag.help}{default}")
+        listed = settings() if self._lists_settings else self._own_settings()
         if self._lists_settings:
             lines += ["", "shipped configs:", help.shipped_configs()]
-            if any(word.partition("=")[0] in ("--config", "-config") for word in argv):
-                name, _ = _take_config(argv)
-                values = dict(flatten(load_config(name).to_dict()))
-                lines += ["", f"settings, with the values of --config={name}:"]
-                lines += ["", help.settings_text(values)]
-            else:
-                lines += ["", "settings, with their defaults:", "", help.settings_text()]
+        if listed:
+            lines += ["", *self._settings_help(listed, argv)]
         return "\n".join(lines)
+
+    def _settings_help(self, listed: Sequence[Setting], argv: list[str]) -> Iterator[str]:
+        if any(word.partition("=")[0] in ("--config", "-config") for word in argv):
+            name, _ = _take_config(argv)
+            values = dict(flatten(self._load(name).to_dict()))
+            if all(setting.key in values for setting in listed):
+                yield f"settings, with the values of --config={name}:"
+                yield f"\n{help.settings_text(listed, values)}"
+                return
+        yield "settings, with their defaults:"
+        yield f"\n{help.settings_text(listed)}"
 
 
 def use_compilation_cache() -> None:
@@ -276,7 +293,9 @@ def _check_overrides(config: ConfigDict, argv: list[str]) -> list[str]:
     return quoted
 
 
-def _expected_type(error: Exception, config: ConfigDict | None) -> str | None:
+def _expected_type(
+    error: Exception, config: ConfigDict | None, known: Iterable[Setting]
+) -> str | None:
     """The message for a setting whose value has another type; None for other errors."""
     match = re.match(r"flag --config\.([\w.]+)=", str(error))
     if match is None or config is None or not isinstance(error, flags.IllegalFlagValueError):
@@ -286,8 +305,8 @@ def _expected_type(error: Exception, config: ConfigDict | None) -> str | None:
     *parts, last = match[1].split(".")
     for part in parts:
         setting = setting[part]
-    declared = {known.key: known.expected for known in settings()}
-    kind = setting.get_type(last)  # of a sweep's or a search's own setting
+    declared = {one.key: one.expected for one in known}
+    kind = setting.get_type(last)  # of another command's own setting
     return f"{given}: expected {declared.get(match[1]) or _TYPES.get(kind, kind.__name__)}"
 
 

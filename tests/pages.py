@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from seqfair_jax.config import help
+from seqfair_jax.config.keys import settings
+from seqfair_jax.sweeps.grid import sweep_settings
+from seqfair_jax.sweeps.search import search_settings
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
@@ -24,6 +29,11 @@ _INDENTED = re.compile(r"(?:\A|\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 _STUB = """#!/bin/sh
 exec {python} -ISc 'import json, sys; print(json.dumps(sys.argv[1:]))' {name} "$@"
 """
+
+
+def settings_page():
+    """The text of docs/settings.md."""
+    return help.page([*settings(), *search_settings(), *sweep_settings()])
 
 
 class DocsError(Exception):

@@ -18,6 +18,8 @@ from seqfair_jax.config import resolve
 from seqfair_jax.config.files import load_config, shipped, summary
 from seqfair_jax.config.keys import settings
 from seqfair_jax.errors import Interrupted, UserError
+from seqfair_jax.sweeps.grid import sweep_settings
+from seqfair_jax.sweeps.search import search_settings
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"""
@@ -459,9 +461,9 @@ def test_every_command_has_help(capsys):
     assert capsys.readouterr().out == overview
 
 
-def help_of(capsys, *argv):
+def help_of(capsys, *argv, command=train):
     with pytest.raises(SystemExit) as end:
-        train.main([*argv, "--help"])
+        command.main([*argv, "--help"])
     assert end.value.code == 0
     return capsys.readouterr().out
 
@@ -484,6 +486,28 @@ def test_help_with_a_config_shows_its_values(capsys, config_file):
     assert "  objective.name (here: gdro; " in out
     assert "  train.epochs (here: 1000; " in out
     assert "  train.epochs (here: 2; " in help_of(capsys, f"--config={config_file}")
+
+
+def test_search_and_reproduce_list_their_own_settings(capsys):
+    for command, own in ((search, search_settings()), (reproduce, sweep_settings())):
+        out = help_of(capsys, command=command)
+        assert re.findall(r"^  (\S+) \(default", out, re.MULTILINE) == [one.key for one in own]
+    assert "  search.prune (here: false; " in help_of(
+        capsys, "--config=backbone_rr", command=search
+    )
+    assert "  search.prune (here: true; " in help_of(capsys, "--config=own_log", command=search)
+    assert "  sweep.radius (here: 1; " in help_of(capsys, "--config=paper_rr", command=reproduce)
+    # A config without a sweep.
+    out = help_of(capsys, "--config=own_log", command=reproduce)
+    assert "  sweep.radius (default: 0.1,1; " in out
+
+
+def test_the_message_of_a_wrong_type_says_what_a_command_s_own_setting_takes(
+    capsys, tmp_path, config_file
+):
+    flags = (f"--config={config_file}:all", "--config.search.seed=x", f"--workdir={tmp_path}")
+    line = refused(capsys, search.main, flags)
+    assert line.endswith("expected a whole number, 0 or more")
 
 
 def test_an_unknown_command_is_one_line():

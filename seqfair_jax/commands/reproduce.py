@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from seqfair_jax.cli import Command
 from seqfair_jax.paper.reproduce import reproduce
+from seqfair_jax.sweeps.grid import sweep_settings
 
 
 def main(argv: Sequence[str]) -> None:
@@ -13,6 +14,7 @@ def main(argv: Sequence[str]) -> None:
         "Train the paper's sweep on a data set, choose by validation, test, and write tables,\n"
         "figures and claims. Start the command several times to share the work.",
         config=True,
+        own_settings=sweep_settings,
     )
     command.string("workdir", "the sweep's folder (required)")
     command.bool("dry_run", "print the plan and its cost, and train nothing")

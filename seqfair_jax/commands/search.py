@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from seqfair_jax.cli import Command
-from seqfair_jax.sweeps.search import add_defaults, search
+from seqfair_jax.sweeps.search import add_defaults, search, search_settings
 
 
 def main(argv: Sequence[str]) -> None:
@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> None:
         "--config.search.space.train.learning_rate=0.001:0.1:log is a range, and\n"
         "--config.search.space.model.dim=32,64 a list. An empty one leaves the setting as it is.",
         config=True,
+        own_settings=search_settings,
         extend=add_defaults,
     )
     command.string("workdir", "the search's folder (required)")

@@ -2,11 +2,11 @@
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from seqfair_jax.config.files import shipped, summary
-from seqfair_jax.config.keys import PARTS, settings
+from seqfair_jax.config.keys import PARTS
 from seqfair_jax.config.runs import format_value
 from seqfair_jax.settings import Setting
 
@@ -18,14 +18,15 @@ def shipped_configs() -> str:
     return "\n".join(f"  {name:<13}  {_plain(summary(path))}" for name, path in shipped().items())
 
 
-def settings_text(values: Mapping[str, Any] | None = None) -> str:
-    """Every setting with its value, what it may be, and what it means, for a terminal.
+def settings_text(settings: Iterable[Setting], values: Mapping[str, Any] | None = None) -> str:
+    """Settings with their value, what it may be, and what it means, for a terminal.
 
     Args:
+        settings: in the order of a part (`keys.PARTS`).
         values: a config's values by dotted key; by default the defaults.
     """
     lines = []
-    for title, members in _by_part():
+    for title, members in _by_part(settings):
         lines += ["", f"{title}:"]
         for setting in members:
             if values is None:
@@ -46,21 +47,22 @@ def settings_text(values: Mapping[str, Any] | None = None) -> str:
     return "\n".join(lines[1:])
 
 
-def page() -> str:
-    """The text of docs/settings.md."""
+def page(settings: Iterable[Setting]) -> str:
+    """The text of docs/settings.md, for all settings."""
     lines = [
         "# Settings",
         "",
-        "<!-- Written by `make settings` from seqfair_jax/config/keys.py. Do not edit. -->",
+        "<!-- Written by `make settings` from the package. Do not edit. -->",
         "",
-        "This page lists every setting of a run. `seqfair train --help` prints the same list. With",
-        "`--config=NAME` it prints the values of that config instead of the defaults.",
+        "This page lists every setting of a run, and below them those of a search and of a sweep.",
+        "`seqfair train --help`, `seqfair search --help` and `seqfair reproduce --help` print the",
+        "same. With `--config=NAME` they print the values of that config instead of the defaults.",
         "",
         "Set a value with `--config.KEY=VALUE`. A list has commas and no spaces:",
         "`--config.seeds=0,1,2`. An unknown key is an error that names the closest known key.",
         "Paths may start with `~`. A setting marked with \\* may differ when a run is resumed.",
     ]
-    for title, members in _by_part():
+    for title, members in _by_part(settings):
         lines += ["", f"## {title}", ""]
         lines += ["| key | default | values | meaning |", "|---|---|---|---|"]
         for setting in members:
@@ -80,10 +82,13 @@ def shown_default(setting: Setting) -> str:
     return _shown(setting.default) if setting.shown is None else setting.shown
 
 
-def _by_part() -> Iterator[tuple[str, list[Setting]]]:
-    known = settings()
+def _by_part(settings: Iterable[Setting]) -> Iterator[tuple[str, list[Setting]]]:
+    members: dict[str, list[Setting]] = {}
+    for setting in settings:
+        members.setdefault(setting.key.rpartition(".")[0], []).append(setting)
     for part, title in PARTS.items():
-        yield title, [setting for setting in known if setting.key.rpartition(".")[0] == part]
+        if part in members:
+            yield title, members[part]
 
 
 def _shown(value: object) -> str:

@@ -14,7 +14,7 @@ from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 from seqfair_jax.settings import Check, Setting, above, between, build, number, whole
 
 DATA_NAMES = ("retailrocket", "ml1m", "csv", "synthetic")
-_NUMBERS = Check(
+UNEQUAL_NUMBERS = Check(
     "unequal numbers",
     lambda values: (
         all(isinstance(value, numbers.Real) and not isinstance(value, bool) for value in values)
@@ -49,6 +49,8 @@ PARTS = {
     "train": "Training",
     "select": "The choice of epochs",
     "evaluate": "The test",
+    "search": "A search",  # `sweeps.search`
+    "sweep": "A sweep",  # `sweeps.grid`
 }
 
 
@@ -273,7 +275,7 @@ def _objective() -> tuple[Setting, ...]:
                 f"objective.{name}",
                 (hparam.default,),
                 hparam.help,
-                _NUMBERS._replace(expected=f"unequal numbers {hparam.range}"),
+                UNEQUAL_NUMBERS._replace(expected=f"unequal numbers {hparam.range}"),
             )
             for name, hparam in objectives.hparams().items()
         ),

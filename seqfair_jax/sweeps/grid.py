@@ -15,37 +15,66 @@ from ml_collections import ConfigDict
 
 from seqfair_jax import objectives, workdir
 from seqfair_jax.config import default_config, format_value, resolve
+from seqfair_jax.config.keys import UNEQUAL_NUMBERS
 from seqfair_jax.data.groups import FAMILIES, family_parts, is_union
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.objectives import METHODS
+from seqfair_jax.settings import Setting, build, whole
 from seqfair_jax.sweeps.jobs import Job
 
 
-def default_sweep() -> ConfigDict:
-    """The paper's methods and families, and each hyperparameter's values to search.
+def sweep_settings() -> tuple[Setting, ...]:
+    """The settings of a sweep: by default the paper's methods and families.
 
-    The values of a hyperparameter are those that its objective declares. `split_sweep` adds a
-    hyperparameter that was registered later.
+    The values of a hyperparameter are those that its objective declares.
     """
-    return ConfigDict(
-        {
-            "methods": ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
-            "families": FAMILIES,  # group methods train on each; all methods are evaluated by each
-            # Beyond the paper: products of families, pop33*seq33, and the mean of the objectives
-            # of several, pop33&seq33. These methods train on them, with the first seed and the
-            # values chosen for the first family.
-            "intersections": (),
-            "intersection_methods": ("gdro", "sdro"),
-            "one_seed_methods": (),  # train with the first seed only
-            # So many seeds try every value, the others only the chosen one; 0: all seeds try all.
-            "choice_seeds": 0,
-            **{
-                name: hparam.search or (hparam.default,)
-                for name, hparam in objectives.hparams().items()
-            },
-            "runs_per_job": 0,  # 0: as many as the device's memory holds
-        }
+    return (
+        Setting(
+            "sweep.methods",
+            ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar"),
+            "The methods to train. `erm` must be among them.",
+        ),
+        Setting(
+            "sweep.families",
+            FAMILIES,
+            "The families that group methods train on, and that all methods are evaluated by.",
+        ),
+        # Beyond the paper.
+        Setting(
+            "sweep.intersections",
+            (),
+            "Intersections to train on too, such as `pop33*seq33` or `pop33&seq33`, with the first "
+            "seed and the values chosen for the first family.",
+        ),
+        Setting("sweep.intersection_methods", ("gdro", "sdro"), "The methods that train on them."),
+        Setting("sweep.one_seed_methods", (), "Methods that train with the first seed only."),
+        Setting(
+            "sweep.choice_seeds",
+            0,
+            "How many seeds try every value. The others train the chosen values. 0: all try all.",
+            whole(0),
+        ),
+        *(
+            Setting(
+                f"sweep.{name}",
+                hparam.search or (hparam.default,),
+                f"The values of `objective.{name}` to try.",
+                UNEQUAL_NUMBERS,
+            )
+            for name, hparam in objectives.hparams().items()
+        ),
+        Setting(
+            "sweep.runs_per_job",
+            0,
+            "The most runs that train together. 0: as many as the device's memory holds.",
+            whole(0),
+        ),
     )
+
+
+def default_sweep() -> ConfigDict:
+    """The defaults of `sweep_settings`. `split_sweep` adds hyperparameters registered later."""
+    return build(sweep_settings()).sweep
 
 
 def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
@@ -62,25 +91,24 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
         raise UserError("the config has no `sweep`: use one that has, --config=paper_rr")
     sweep = base.sweep
     del base["sweep"]
-    known = default_sweep()
+    known = {setting.key.removeprefix("sweep."): setting for setting in sweep_settings()}
     for key in sweep:
         if key not in known:
             hint = did_you_mean(key, known)
             raise UserError(f"sweep.{key} is not a setting{hint}; known: {', '.join(known)}")
-    for key in known:
+    for key, setting in known.items():
         if key not in sweep:
-            sweep[key] = known[key]
-        if isinstance(known[key], tuple) and known[key] and not tuple(sweep[key]):
+            sweep[key] = setting.default
+        if isinstance(sweep[key], list):
+            sweep[key] = tuple(sweep[key])
+        if setting.default and sweep[key] == ():
             raise UserError(f"sweep.{key} is empty: give at least one")
+        setting.require(sweep[key])
     names = ("methods", "families", "intersections", "intersection_methods", "one_seed_methods")
     for key in names:  # `--config.sweep.methods=erm,cvar` is one string
         sweep[key] = tuple(part for name in sweep[key] for part in str(name).split(",") if part)
         if len(set(sweep[key])) < len(sweep[key]):
             raise UserError(f"sweep.{key} is {sweep[key]}: expected each name once")
-    for key in objectives.hparams():
-        are_numbers = all(type(value) in (int, float) for value in sweep[key])
-        if not are_numbers or len(set(sweep[key])) < len(sweep[key]):
-            raise UserError(f"sweep.{key} is {sweep[key]}: expected unequal numbers")
     for key in ("methods", "intersection_methods", "one_seed_methods"):
         for method in sweep[key]:
             if method not in METHODS:
@@ -113,9 +141,7 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
             raise UserError(
                 f"objective.{key} is {base.objective[key]}: a sweep ignores it; set sweep.{key}"
             )
-    if sweep.runs_per_job < 0:
-        raise UserError(f"sweep.runs_per_job is {sweep.runs_per_job}: expected 0 or more")
-    if not 0 <= sweep.choice_seeds <= len(base.seeds):
+    if sweep.choice_seeds > len(base.seeds):
         raise UserError(
             f"sweep.choice_seeds is {sweep.choice_seeds}: expected 0 to {len(base.seeds)}, the "
             "number of seeds"

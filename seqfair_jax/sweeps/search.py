@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 def search_settings() -> tuple[Setting, ...]:
-    """The settings of a search, but for its space."""
+    """The settings of a search, but for its space (`space.default_texts`)."""
     return (
         Setting(
             "search.sampler",
