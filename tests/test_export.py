@@ -231,6 +231,20 @@ def test_a_program_that_differs_is_found(trained, folder):
         export.check(folder, trained, load=Other)
 
 
+def test_a_program_of_a_fixed_shape_is_checked_on_the_items_that_it_reads(trained, tmp_path):
+    """An older item is not masked there."""
+
+    class Fixed(exported.Model):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.settings["shape"] = [3, 6]
+
+    masked = dataclasses.replace(trained, mask_seen=True)
+    write(masked, tmp_path / "out")
+    assert np.diff(trained.histories.offsets).max() > 6
+    assert export.check(tmp_path / "out", masked, load=Fixed) == 16
+
+
 def test_scores_that_are_not_finite_are_refused(trained, tmp_path):
     broken = with_params(trained, lambda params: jax.tree.map(lambda x: x * np.nan, params))
     write(broken, tmp_path / "out")

@@ -33,6 +33,13 @@ class Histories(NamedTuple):
         rows = np.arange(offsets[-1]) + np.repeat(self.offsets[users] - offsets[:-1], lengths)
         return Histories(self.items[rows], offsets)
 
+    def newest(self, count: int) -> "Histories":
+        """At most the `count` newest items of each history."""
+        lengths = np.minimum(np.diff(self.offsets), count)
+        offsets = csr_offsets(lengths)
+        rows = np.arange(offsets[-1]) + np.repeat(self.offsets[1:] - offsets[1:], lengths)
+        return Histories(self.items[rows], offsets)
+
 
 def whole_histories(dataset: Dataset) -> Histories:
     """Each user's known items of all rows, test rows included."""

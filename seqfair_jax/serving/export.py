@@ -261,6 +261,8 @@ def check(folder: Path, trained: TrainedModel, *, load: Callable = exported.Mode
     num_users = min(_CHECKED_USERS, len(trained.user_ids))
     users = np.linspace(0, len(trained.user_ids) - 1, num_users).astype(np.int64)
     histories = trained.histories.select(users)
+    if shape := model.settings["shape"]:  # of older items the program masks none
+        histories = histories.newest(shape[1])
     ids = trained.item_ids[histories.items].tolist()
     rows = [ids[a:b] for a, b in itertools.pairwise(histories.offsets)]
     expected = np.concatenate([b.scores for b in recommend(trained, histories, k=model.max_k)])
