@@ -270,11 +270,10 @@ def test_a_log_that_grew_holds_out_no_row_that_was_trained_on(logs, caplog, kind
         assert "test targets, so the scores on them are too high" in caplog.text
 
 
-@pytest.mark.parametrize("axis", ["map", "vmap"])
-def test_a_resumed_run_needs_the_old_folder_no_more(logs, tmp_path, monkeypatch, axis):
-    """A grid, stopped in the second epoch: resumed, it equals the uninterrupted bit for bit."""
+def test_a_resumed_run_needs_the_old_folder_no_more(logs, tmp_path, monkeypatch):
+    """Runs side by side, stopped in the second epoch: resumed, it equals the uninterrupted bit for bit."""
     shutil.copytree(logs / "old", tmp_path / "old")
-    change = {"train.init_from": str(tmp_path / "old"), "seeds": (0, 1), "train.runs_axis": axis}
+    change = {"train.init_from": str(tmp_path / "old"), "seeds": (0, 1), "train.runs_axis": "vmap"}
     config = warm_config(logs, "gdro", **DROPOUT, **change, **{"train.segment_seconds": 0.0})
     whole = run(config, tmp_path / "whole")
     save = resume.Saver.save
@@ -404,7 +403,7 @@ def test_the_training_does_not_change_the_source(logs, tmp_path):
 def test_it_reaches_the_score_from_scratch_in_less_than_half_the_steps(logs, tmp_path):
     recipe = {
         "train.learning_rate": 0.01,
-        "train.epochs": 8,
+        "train.epochs": 6,
         "train.steps_per_epoch": 10,
         "train.batch_size": 16,
         "model.dim": 16,
@@ -412,13 +411,13 @@ def test_it_reaches_the_score_from_scratch_in_less_than_half_the_steps(logs, tmp
     }
     run(config_of(logs / "yesterday.csv", **recipe), tmp_path / "old")
     scratch = run(config_of(logs / "today.csv", **recipe), tmp_path / "scratch")
-    recipe |= {"train.init_from": str(tmp_path / "old"), "train.epochs": 3}
+    recipe |= {"train.init_from": str(tmp_path / "old"), "train.epochs": 2}
     warm = run(warm_config(logs, **recipe), tmp_path / "warm")
     score = scratch["val"]["NDCG@20"]["overall"]
     assert warm["train"]["steps"] < scratch["train"]["steps"] / 2
     assert warm["val"]["NDCG@20"]["overall"] >= score
     # Random parameters do not reach it in these steps.
-    assert all(row["val/NDCG@20/overall"] < score for row in rows_of(tmp_path / "scratch")[:3])
+    assert all(row["val/NDCG@20/overall"] < score for row in rows_of(tmp_path / "scratch")[:2])
 
 
 def test_the_flag_is_a_short_form_of_the_setting(logs, tmp_path, monkeypatch, capsys):
