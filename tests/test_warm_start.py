@@ -271,7 +271,7 @@ def test_a_log_that_grew_holds_out_no_row_that_was_trained_on(logs, caplog, kind
 
 
 def test_a_resumed_run_needs_the_old_folder_no_more(logs, tmp_path, monkeypatch):
-    """Runs side by side, stopped in the second epoch: resumed, it equals the uninterrupted bit for bit."""
+    """Runs side by side, stopped in the second epoch, equal the uninterrupted bit for bit."""
     shutil.copytree(logs / "old", tmp_path / "old")
     change = {"train.init_from": str(tmp_path / "old"), "seeds": (0, 1), "train.runs_axis": "vmap"}
     config = warm_config(logs, "gdro", **DROPOUT, **change, **{"train.segment_seconds": 0.0})
