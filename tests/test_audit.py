@@ -514,6 +514,18 @@ def test_bad_flags(refused, one_run, tmp_path):
     assert "baseline is 'erm2'" in refused(own, "--baseline=erm2")
 
 
+def test_arguments_of_a_run_and_of_a_log_are_told_apart(one_run, tmp_path):
+    table, log = own_lists(one_run), make_log()
+    with pytest.raises(UserError, match="settings are of a log, and .* is the folder of a run"):
+        audit.evaluate_recommendations(table, one_run, settings={"data.split": "time"})
+    for changes in ({"run": "seed=0"}, {"rule": "worst_group"}):
+        with pytest.raises(UserError, match="run and rule are of a run, and log is no folder"):
+            audit.evaluate_recommendations(table, log, **changes)
+    (tmp_path / workdir.CONFIG).write_text("{}")
+    with pytest.raises(UserError, match="no summary.json; name the --workdir of a run that has finished"):
+        audit.evaluate_recommendations(table, tmp_path)
+
+
 def test_a_folder_of_an_earlier_version(one_run, tmp_path):
     copy = shutil.copytree(one_run, tmp_path / "copy")
     split = pd.read_parquet(copy / workdir.SPLIT).drop(columns="test_history_items")

@@ -21,7 +21,7 @@ from seqfair_jax.data.readers import Rows, needed_columns
 from seqfair_jax.data.tables import table_in_memory
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation import significance
-from seqfair_jax.evaluation.metrics import KINDS, parse_metric
+from seqfair_jax.evaluation.metrics import metric_names, parse_metric
 from seqfair_jax.evaluation.ranking import make_ranker
 from seqfair_jax.evaluation.slices import target_means
 from seqfair_jax.report import contents, text
@@ -57,7 +57,7 @@ class Evaluation:
     @property
     def metrics(self) -> list[str]:
         """Every metric: `NDCG@20`, `Recall@20`, ..."""
-        return [f"{kind}@{k}" for k in self.source.config.evaluate.cutoffs for kind in KINDS]
+        return metric_names(self.source.config.evaluate.cutoffs)
 
     def contents(self, metric: str = "", baseline: str | None = None) -> Contents:
         """The rows, the tests and what else a report says.
@@ -265,14 +265,10 @@ def evaluate(
         systems.append(System(row, LIST, summary, per_user, inputs))
     if not systems:
         raise UserError(f"nothing to judge: give --{FLAG}, or --workdir of a finished run")
-    preferred = config.select.metric
-    known = [f"{kind}@{k}" for k in config.evaluate.cutoffs for kind in KINDS]
-    first = (
-        preferred
-        if preferred in known
-        else f"{parse_metric(preferred)[0]}@{known[0].partition('@')[2]}"
-    )
-    return Evaluation(judged, tuple(systems), table, found, next(iter(metrics), first))
+    kind, k = parse_metric(config.select.metric)
+    cutoffs = config.evaluate.cutoffs
+    preferred = f"{kind}@{k if k in cutoffs else cutoffs[0]}"
+    return Evaluation(judged, tuple(systems), table, found, next(iter(metrics), preferred))
 
 
 def _test_run(judged: Source, judge: Judge, rule: str, shared: dict[str, Any]) -> System:
@@ -359,8 +355,8 @@ def evaluate_recommendations(
         cutoffs: of the metrics; None for those of the run or of the settings.
         mask_seen: never recommend items of the history, by the run and the baselines; None for
             what the run or the settings say.
-        run: the name of a run of a grid.
-        rule: which epoch of the run: the one that was best "overall", or for the "worst_group".
+        run: of a folder with a grid, the name of a run.
+        rule: which epoch of a run: the one that was best "overall", or for the "worst_group".
         settings: of a log, by key: {"data.split": "time", "data.min_interactions": 1}. See
             docs/settings.md.
 
@@ -383,10 +379,12 @@ def evaluate_recommendations(
             path = Path(temporary) / "groups.parquet"
             pq.write_table(every.columns, path)
             choice = choice._replace(group_file=str(path))
-        if _is_path(log) and (workdir.user_path(log) / workdir.SUMMARY).exists():
+        if _is_path(log) and (workdir.user_path(log) / workdir.CONFIG).exists():
             if settings:
-                raise UserError("settings are of a log; a run's folder has its own")
+                raise UserError(f"settings are of a log, and {log} is the folder of a run")
             return evaluate(source.from_run(log, run, choice), given, rule=rule)
+        if run is not None or rule != "overall":
+            raise UserError("run and rule are of a run, and log is no folder of a run")
         config = default_config()
         config.data.name = "csv"
         change(config, settings or {})

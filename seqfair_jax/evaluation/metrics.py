@@ -38,6 +38,11 @@ def parse_metric(name: str) -> tuple[str, int]:
     return kind, int(cutoff)
 
 
+def metric_names(cutoffs: Sequence[int]) -> list[str]:
+    """Every kind at every cut-off: 'NDCG@10', 'Recall@10', ..."""
+    return [f"{kind}@{k}" for k in cutoffs for kind in KINDS]
+
+
 def describe_metric(name: str) -> str:
     """What a metric is, as sentences for readers of a table.
 
