@@ -38,11 +38,10 @@ from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import contents, runs
 from seqfair_jax.run import run
 from seqfair_jax.serving import output, tables
-from seqfair_jax.serving.recommender import encode_users, recommend
+from seqfair_jax.serving.recommender import encode_users, parse_seen, recommend
 from seqfair_jax.serving.trained import run_folder
 from seqfair_jax.training import selection
 
-_SEEN = {None: None, "keep": False, "mask": True}
 _BLOCK = 2**14  # users encoded at once
 _LOG = logging.getLogger("seqfair_jax")
 
@@ -228,8 +227,7 @@ class Model:
                 out with a warning.
         """
         trained = self._trained
-        if seen not in _SEEN:
-            raise UserError(f"seen is {seen!r}: expected 'keep', 'mask' or None")
+        mask_seen = parse_seen(seen, f"seen is {seen!r}")
         for name, value in (("k", k), ("batch_size", batch_size)):
             is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if value is not None and not (is_number and value >= 1):
@@ -242,7 +240,7 @@ class Model:
             trained,
             histories,
             k=int(k),
-            mask_seen=_SEEN[seen],
+            mask_seen=mask_seen,
             candidates=candidates,
             batch_size=batch_size,
         )

@@ -295,7 +295,7 @@ def test_recommend_masks_and_chooses_items(model):
         ({"a": "i3"}, {}, "the history 'i3' is text"),
         (None, {"k": 0}, "k is 0: expected a whole number"),
         (None, {"k": 2.5}, "k is 2.5"),
-        (None, {"seen": True}, "seen is True: expected 'keep', 'mask' or None"),
+        (None, {"seen": True}, "seen is True: expected keep or mask"),
         (None, {"only": ["nothing"]}, "only: none of its 1 items"),
         (None, {"only": ["i3"], "exclude": ["i3"]}, "exclude: no item is left"),
     ],

@@ -11,10 +11,10 @@ from seqfair_jax.audit import evaluation, lists, source
 from seqfair_jax.cli import Command
 from seqfair_jax.data.split import describe_split
 from seqfair_jax.errors import Interrupted, UserError
+from seqfair_jax.serving.recommender import parse_seen
 from seqfair_jax.training.selection import RULES
 
 _LOG = logging.getLogger(__name__)
-_SEEN = {None: None, "keep": False, "mask": True}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,8 +49,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
         raise UserError(
             "give --workdir of a finished run, or --config and --config.data.path of a log"
         )
-    if values.seen not in _SEEN:
-        raise UserError(f"--seen={values.seen}: expected keep or mask")
+    mask_seen = parse_seen(values.seen, f"--seen={values.seen}")
     if values.rule not in RULES:
         raise UserError(f"--rule={values.rule}: expected {' or '.join(RULES)}")
     given = lists.name_lists(values.recommendations)
@@ -65,7 +64,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
         None if values.groups is None else _listed("groups", values.groups),
         values.group_file,
         None if values.cutoffs is None else _cutoffs(values.cutoffs),
-        _SEEN[values.seen],
+        mask_seen,
     )
     try:
         if config is not None:

@@ -12,10 +12,9 @@ from seqfair_jax.cli import Command
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.serving import TrainedModel, load, output, tables
 from seqfair_jax.serving.catalogue import Histories
-from seqfair_jax.serving.recommender import recommend
+from seqfair_jax.serving.recommender import parse_seen, recommend
 
 _LOG = logging.getLogger(__name__)
-_SEEN = {None: None, "keep": False, "mask": True}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,8 +46,7 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         raise UserError(f"--out={out} is a folder; name a file")
     if values.k < 1 or values.batch_size < 0:
         raise UserError(f"--k={values.k}, --batch_size={values.batch_size}: expected 1 or more")
-    if values.seen not in _SEEN:
-        raise UserError(f"--seen={values.seen}: expected keep or mask")
+    mask_seen = parse_seen(values.seen, f"--seen={values.seen}")
     if values.users and values.histories:
         raise UserError("--users and --histories are both given; give one of them")
     try:
@@ -70,7 +68,7 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
             trained,
             histories,
             k=values.k,
-            mask_seen=_SEEN[values.seen],
+            mask_seen=mask_seen,
             candidates=candidates,
             batch_size=values.batch_size or None,
         )

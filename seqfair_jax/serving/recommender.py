@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from seqfair_jax.errors import DivergedError
+from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.ranking import (
     encode_newest,
     fill_batches,
@@ -35,6 +35,22 @@ class Lists(NamedTuple):
     first: int  # place of the first of the n users
     items: np.ndarray  # i32[n, k] positions in the vocabulary
     scores: np.ndarray  # f32[n, k]; -inf behind the end of a shorter list
+
+
+def parse_seen(seen: str | None, given: str) -> bool | None:
+    """The argument `mask_seen` of `recommend` for a choice of "keep" or "mask"; None as evaluated.
+
+    Args:
+        seen: the choice.
+        given: what messages call it.
+
+    Raises:
+        UserError: if it is another.
+    """
+    known = {None: None, "keep": False, "mask": True}
+    if seen not in known:
+        raise UserError(f"{given}: expected keep or mask")
+    return known[seen]
 
 
 def recommend(

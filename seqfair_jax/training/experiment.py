@@ -60,7 +60,7 @@ class Experiment:
     @property
     def train_lengths(self) -> np.ndarray:
         """Real targets of each user in training, i32[U]: rows, at most L - 1."""
-        return np.minimum(self.dataset.train_lengths, self.task.model.max_len - 1)
+        return np.asarray(self.data.sequences.lengths)
 
     def make_ranker(self, split: str, *, top_k: int) -> Callable[[Any, str], Ranking]:
         """`ranking.make_ranker` of this model, log and these evaluation settings."""
