@@ -22,11 +22,11 @@ def benchmark(config, *, repeats):
         began = time.perf_counter()
         judge.ranks(rank(params, "benchmark").ranks)
         times.append(time.perf_counter() - began)
-    users, model = len(experiment.dataset.user_ids), experiment.task.model
+    users, model = len(experiment.dataset.test.users), experiment.task.model
     print_table(
         [
             {
-                "users": users,
+                "users who are tested": users,
                 "items": model.num_items,
                 "dim": model.dim,
                 "seconds": spread(times[1:], "{:.2f}"),

@@ -29,6 +29,7 @@ from seqfair_jax.errors import UserError
 
 _ARRAYS, _PROGRESS, _MANIFEST = "arrays", "progress.json", "manifest.json"
 _TEMPORARY, _REPLACED = ".unfinished-", ".replaced-"
+_KEPT = 2  # steps; the newest may be damaged
 
 
 class CorruptCheckpointError(UserError):
@@ -138,10 +139,10 @@ def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
     return tree, json.loads((path / _PROGRESS).read_text())
 
 
-def save_step(directory: Path, step: int, tree: Any, progress: dict[str, Any], *, keep: int = 2):
-    """`save` to `directory/step` and remove all but the newest `keep` steps."""
+def save_step(directory: Path, step: int, tree: Any, progress: dict[str, Any]):
+    """`save` to `directory/step` and remove all but the newest `_KEPT` steps."""
     save(directory / str(step), tree, progress)
-    for old in _steps(directory)[keep:]:
+    for old in _steps(directory)[_KEPT:]:
         shutil.rmtree(directory / str(old), ignore_errors=True)
 
 

@@ -87,15 +87,14 @@ def is_result(summary: Mapping[str, Any], rule: str = "overall") -> bool:
     return summary["status"] == _FINISHED and "test" + RULES[rule].suffix in summary
 
 
-def score(summary: Mapping[str, Any], rule: str, *, epoch_of: str | None = None) -> float:
-    """The validation score by which a rule ranks a run.
+def score(summary: Mapping[str, Any], rule: str) -> float:
+    """The validation score by which a rule ranks a run: that of its own best epoch.
 
     Args:
         summary: of the run.
         rule: a key of `RULES`.
-        epoch_of: the rule whose best epoch is scored; by default `rule` itself.
     """
-    return summary["best" + RULES[epoch_of or rule].suffix][rule]
+    return summary["best" + RULES[rule].suffix][rule]
 
 
 def candidates(found: Mapping[Key, Sized]) -> list[Key]:
