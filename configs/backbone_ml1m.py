@@ -2,7 +2,7 @@
 
 The search of appendix B, by ERM's validation score.
 
-    python -m seqfair_jax search --config=configs/backbone_ml1m.py --workdir=runs/backbone_ml1m
+    seqfair search --config=backbone_ml1m --workdir=runs/backbone_ml1m
 
 It tries all 216 combinations; `--dry_run` prints the lists. The paper chose dim 256, ff_dim 256,
 3 blocks, 1 head, dropout 0.5, batch size 256. With `:scale=small` it draws 50 trials around a

@@ -2,7 +2,7 @@
 
 The search of appendix B, by ERM's validation score.
 
-    python -m seqfair_jax search --config=configs/backbone_rr.py --workdir=runs/backbone_rr
+    seqfair search --config=backbone_rr --workdir=runs/backbone_rr
 
 It tries all 216 combinations; `--dry_run` prints the lists. The paper chose dim 256, ff_dim 256,
 3 blocks, 1 head, dropout 0.2, batch size 128. With `:scale=small` it draws 50 trials around a

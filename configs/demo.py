@@ -2,7 +2,7 @@
 
 A training takes less than half a minute on two cores.
 
-    python -m seqfair_jax.main --config=configs/demo.py:method=gdro --workdir=runs/demo/gdro
+    seqfair train --config=demo:method=gdro --workdir=runs/demo/gdro
 
 `make demo` trains ERM, Group DRO and CVaR on it, prints one table and recommends by Group DRO.
 """

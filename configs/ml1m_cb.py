@@ -5,9 +5,9 @@ Published test NDCG@20 by group:
     pop33 0.123 / 0.109 / 0.126, overall 0.121
     seq33 0.136 / 0.078 / 0.081, overall 0.121
 
-    python -m seqfair_jax.main --config=configs/ml1m_cb.py --workdir=runs/ml1m_cb
+    seqfair train --config=ml1m_cb --workdir=runs/ml1m_cb
 
-Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_cb.py:groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_cb:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

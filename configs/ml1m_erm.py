@@ -5,9 +5,9 @@ Published test NDCG@20 by group:
     pop33 0.189 / 0.179 / 0.208, overall 0.196
     seq33 0.220 / 0.139 / 0.132, overall 0.198
 
-    python -m seqfair_jax.main --config=configs/ml1m_erm.py --workdir=runs/ml1m_erm
+    seqfair train --config=ml1m_erm --workdir=runs/ml1m_erm
 
-Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_erm.py:groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_erm:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

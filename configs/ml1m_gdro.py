@@ -5,12 +5,12 @@ Published test NDCG@20 by group:
     pop33 0.194 / 0.184 / 0.211, overall 0.201
     seq33 0.222 / 0.148 / 0.143, overall 0.202
 
-    python -m seqfair_jax.main --config=configs/ml1m_gdro.py --workdir=runs/ml1m_gdro
+    seqfair train --config=ml1m_gdro --workdir=runs/ml1m_gdro
 
 The paper chooses eta on validation. This trains its grid:
 --config.objective.step_size=0.001,0.005,0.01,0.05,0.1
 
-Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_gdro.py:groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_gdro:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

@@ -5,9 +5,9 @@ Published test NDCG@20 by group:
     pop33 0.188 / 0.180 / 0.208, overall 0.196
     seq33 0.218 / 0.135 / 0.132, overall 0.196
 
-    python -m seqfair_jax.main --config=configs/ml1m_ipw.py --workdir=runs/ml1m_ipw
+    seqfair train --config=ml1m_ipw --workdir=runs/ml1m_ipw
 
-Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_ipw.py:groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: ml1m_ipw:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

@@ -1,10 +1,10 @@
 """Your own log: a table of users, items and times.
 
-    python -m seqfair_jax.main --config=configs/own_log.py:method=cvar --workdir=runs/mine \
+    seqfair train --config=own_log:method=cvar --workdir=runs/mine \
         --config.data.path=log.csv --config.data.columns.user_id=customer
 
-Train `method=erm` and `method=cvar` (which needs no groups), and compare both with the baselines
-in the same table. `python -m seqfair_jax report DIR DIR` prints both in one table.
+Train `method=erm` and `method=cvar`, which needs no groups. `seqfair report DIR DIR` prints both in
+one table with the baselines.
 
 Useful keys: data.columns.* (what the file calls its columns), data.min_interactions (5),
 data.group_file (your own groups), groups, seeds, evaluate.mask_seen (True

@@ -2,9 +2,9 @@
 
 Figure 2 too: 85 runs, trained, chosen, tested.
 
-    python -m seqfair_jax reproduce --config=configs/paper_ml1m.py --workdir=runs/paper_ml1m
+    seqfair reproduce --config=paper_ml1m --workdir=runs/paper_ml1m
 
-`--dry_run` prints the plan. Arguments follow a colon, as in paper_ml1m.py:scale=small (see
+`--dry_run` prints the plan. Arguments follow a colon, as in paper_ml1m:scale=small (see
 `seqfair_jax.paper.settings`); group methods train on each family of `groups`. To change the
 sweep, set its lists, as in --config.sweep.alpha=0.3,0.5.
 """

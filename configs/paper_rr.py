@@ -2,9 +2,9 @@
 
 Figure 1 too: 85 runs, trained, chosen, tested.
 
-    python -m seqfair_jax reproduce --config=configs/paper_rr.py --workdir=runs/paper_rr
+    seqfair reproduce --config=paper_rr --workdir=runs/paper_rr
 
-`--dry_run` prints the plan. Arguments follow a colon, as in paper_rr.py:scale=small (see
+`--dry_run` prints the plan. Arguments follow a colon, as in paper_rr:scale=small (see
 `seqfair_jax.paper.settings`); group methods train on each family of `groups`. To change the
 sweep, set its lists, as in --config.sweep.alpha=0.3,0.5.
 """

@@ -5,9 +5,9 @@ Published test NDCG@20 by group:
     pop33 0.214 / 0.210 / 0.240, overall 0.225
     seq33 0.191 / 0.337 / 0.229, overall 0.225
 
-    python -m seqfair_jax.main --config=configs/rr_erm.py --workdir=runs/rr_erm
+    seqfair train --config=rr_erm --workdir=runs/rr_erm
 
-Arguments (`seqfair_jax.paper.settings`) follow a colon: rr_erm.py:groups=pop2060,scale=small
+Arguments (`seqfair_jax.paper.settings`) follow a colon: rr_erm:groups=pop2060,scale=small
 """
 
 from seqfair_jax.paper import settings

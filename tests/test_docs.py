@@ -21,7 +21,7 @@ from pages import (
 
 from seqfair_jax import __main__ as seqfair
 from seqfair_jax import cli
-from seqfair_jax.config import RESUMABLE, default_config, flatten, resolve
+from seqfair_jax.config import default_config, flatten, resolve
 from seqfair_jax.errors import UserError
 from seqfair_jax.sweeps import grid, search
 
@@ -214,15 +214,6 @@ def test_every_setting_is_explained():
     text = _read("docs/settings.md")
     for key in known_keys() - {"search.space"}:  # its keys are those of a run
         assert re.search(rf"^\| `{re.escape(key)}`(\\\*)? \|", text, re.MULTILINE), key
-
-
-def test_the_settings_that_may_change_when_a_run_is_resumed():
-    (listed,) = re.findall(
-        r"^Some settings may change when you resume: (.*?)\. Any",
-        _read("docs/train.md"),
-        re.MULTILINE | re.DOTALL,
-    )
-    assert re.findall(r"`([\w.]+)`", listed) == list(RESUMABLE)
 
 
 @pytest.mark.parametrize(
