@@ -401,12 +401,12 @@ def test_two_lists_of_one_name(judged, one_run, tmp_path):
     with pytest.raises(UserError, match="both have lists that are called 'own'"):
         read_runs([judged, tmp_path / "again"])
     found = audit.evaluate_recommendations(
-        {"erm": own_lists(one_run), "[markov]": own_lists(one_run)}, one_run
+        {"ERM": own_lists(one_run), "[markov]": own_lists(one_run)}, one_run
     )
-    assert [system.name for system in found.systems] == ["erm", "erm (list)", "[markov] (list)"]
+    assert [system.name for system in found.systems] == ["ERM", "ERM (list)", "[markov] (list)"]
     found.write(tmp_path / "like_others")
     assert [run.name for run in read_runs([tmp_path / "like_others"])] == [
-        "erm", "erm (list)", "[markov] (list)",
+        "ERM", "ERM (list)", "[markov] (list)",
     ]  # fmt: skip
 
 
@@ -447,8 +447,8 @@ def test_lists_of_a_log_without_any_run(tmp_path, capsys):
     assert (old_row.name, new_row.name) == ("old", "new")
     report_command.main([str(out), f"--out={tmp_path / 'r.html'}"])
     printed = capsys.readouterr().out
-    assert "old against the best baseline without training" in printed
-    assert "served worst under old" in printed or "lowest NDCG@20 under old" in printed
+    assert "old is compared with the baseline without training that is best for each" in printed
+    assert "- With old, group " in printed
     frame = audit.evaluate_recommendations(
         {"old": old, "new": new}, log, settings={"data.min_interactions": 1, "select.min_users": 1}
     )
@@ -468,6 +468,8 @@ def test_the_result_as_tables(one_run):
     erm = table[(table["name"] == "ERM") & (table["slice"] == "overall")].iloc[0]
     assert erm["mean"] == pytest.approx(found.systems[0].summary["test"]["NDCG@5"]["overall"])
     assert erm["low"] < erm["mean"] < erm["high"]
+    # A run may be named by its method, as everywhere else.
+    assert found.contents(baseline="erm").reference == "ERM"
     tests = found.tests(baseline="markov")
     assert set(tests["name"]) >= {"ERM", "recommendations", "[most_popular]"}
     shown = found.recommended()

@@ -200,7 +200,7 @@ def test_the_report_of_real_runs(folders, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", source)
     gdro = workdir.read_summary(folders[2])["test"][NDCG]
-    row = "gdro (pop33) step_size=0.01"
+    row = "GDRO (pop33, step_size 0.01)"
     for table, column, name in (
         (0, "overall", "overall"),
         (0, "niche", "pop33=niche"),
@@ -212,7 +212,7 @@ def test_the_report_of_real_runs(folders, tmp_path):
     headings = list(map(html.unescape, re.findall(r"<h2>(.*)</h2>", source)))
     logs = [log.title for name in ("cvar", "gdro") for log in METHODS[name].logs]
     assert headings == [
-        "Verdict", f"{NDCG} by pop33", f"{NDCG} by seq33", "Difference from erm by group",
+        "Verdict", f"{NDCG} by pop33", f"{NDCG} by seq33", "Difference from ERM by group",
         "Training", *logs, "Hyperparameters", "Details",
     ]  # fmt: skip
     assert list(page.settings) == list(map(str, folders))
@@ -229,11 +229,11 @@ def test_the_command_prints_the_tables_and_the_tests(folders, tmp_path, capsys):
     arguments = [str(folder) for folder in folders]
     command.main([*arguments, "--family=seq33", f"--baseline={folders[0]}", f"--out={out}"])
     printed = capsys.readouterr().out
-    assert "Verdict by seq33:\n- Group " in printed
+    assert "Verdict by seq33:\n- With ERM, group " in printed
     assert "\nsynthetic, NDCG@20 on the test targets, seq33\n" in printed
     sizes = next(line for line in printed.splitlines() if line.startswith("test users"))
     assert sum(map(int, sizes.split()[2:5])) == int(sizes.split()[5]) > 100
-    assert "NDCG@20 against erm: paired t-test" in printed
+    assert "NDCG@20 against ERM: paired t-test" in printed
     assert "seq33=short" in printed
     assert "pop33=" not in printed
     assert printed.endswith(f"report: {out}\n")
@@ -244,16 +244,16 @@ def test_a_comparison_with_a_baseline(tmp_path):
     erm = write_run(tmp_path / "erm")
     cvar = write_run(tmp_path / "cvar", "cvar", shift=0.05)
     rows = compare_folders([cvar], erm, NDCG).set_index(["name", "slice"])
-    row = rows.loc["cvar alpha=0.5", "pop33=niche"]
+    row = rows.loc["CVaR (alpha 0.5)", "pop33=niche"]
     assert row[["users", "star"]].tolist() == [USERS / 2, True]
     assert row[["difference", "low", "high"]].tolist() == pytest.approx([0.05] * 3)
     same = tmp_path / "cvar" / ".." / "erm"
     page = write_page([erm, cvar, same], tmp_path / "report.html", baseline=erm)
     assert list(page.settings) == [str(same), str(cvar)]
-    assert page.cell(0, "cvar alpha=0.5", "niche") == f"{row['mean']:.4f}*"
+    assert page.cell(0, "CVaR (alpha 0.5)", "niche") == f"{row['mean']:.4f}*"
     assert page.cell(0, "test users", "niche") == "12"
-    assert page.cell(1, "cvar alpha=0.5, pop33=niche", "difference") == "+0.0500*"
-    assert page.cell(1, "cvar alpha=0.5, target=new", "users") == "16"
+    assert page.cell(1, "CVaR (alpha 0.5), pop33=niche", "difference") == "+0.0500*"
+    assert page.cell(1, "CVaR (alpha 0.5), target=new", "users") == "16"
     both = [write_run(tmp_path / f"alpha{x}", "cvar", hparams={"alpha": x}) for x in (0.2, 0.4)]
     grid = tmp_path / "grid"
     for folder, name in zip(both, ("a", "b"), strict=True):
@@ -263,13 +263,13 @@ def test_a_comparison_with_a_baseline(tmp_path):
         {"schema_version": workdir.SCHEMA_VERSION, "runs": [{"run": "a"}, {"run": "b"}]},
     )
     workdir.finish(grid, {})
-    with pytest.raises(UserError, match=r"has several methods: cvar alpha=0.2, cvar alpha=0.4"):
+    with pytest.raises(UserError, match=r"several methods: CVaR \(alpha 0.2\), CVaR \(alpha 0.4\)"):
         compare_folders([erm], grid, NDCG)
     with pytest.raises(UserError, match="no other method that succeeded"):
         compare_folders([erm], erm, NDCG)
     # A grid and a run of it: the run is the baseline, the others are compared with it.
     rows = compare_folders([grid], grid / "runs" / "b", NDCG)
-    assert set(rows["name"]) == {"cvar alpha=0.2"}
+    assert set(rows["name"]) == {"CVaR (alpha 0.2)"}
 
 
 def test_stars_are_by_q_and_baselines_may_be_best(tmp_path):
@@ -280,7 +280,7 @@ def test_stars_are_by_q_and_baselines_may_be_best(tmp_path):
         "report.html").read_text().partition("</table>")[0])  # fmt: skip
     assert ("best", "0.1250", "") in marks  # markov's, whose difference from ERM may be by chance
     assert ("second", "0.1000", "*") in marks
-    assert page.cell(0, "cvar alpha=0.5", "overall") == "0.1000*"
+    assert page.cell(0, "CVaR (alpha 0.5)", "overall") == "0.1000*"
     found = contents.build(runs.read_runs([erm, cvar]), NDCG)
     tests = found.tests
     assert (tests["star"] == (tests["q"] < 0.05)).all()
@@ -292,18 +292,18 @@ def test_one_row_where_both_rules_chose_the_same_epoch(tmp_path):
            for i in (0, 1)]  # fmt: skip
     made = contents.build(runs.read_runs([*one, *two]), NDCG)
     assert [(row.name, row.is_both) for row in made.rows] == [
-        ("erm", True),
-        ("cvar alpha=0.5", False),
-        ("cvar alpha=0.5, best worst group", False),  # the epochs of seed 1 differ
+        ("ERM", True),
+        ("CVaR (alpha 0.5)", False),
+        ("CVaR (alpha 0.5), best worst group", False),  # the epochs of seed 1 differ
         ("[most_popular]", False),
     ]
     assert set(made.tests["name"][made.tests["kind"] == rows.RUN]) == {
-        "cvar alpha=0.5", "cvar alpha=0.5, best worst group",
+        "CVaR (alpha 0.5)", "CVaR (alpha 0.5), best worst group",
     }  # fmt: skip
     printed = text.tables([*one, *two], NDCG)
     assert printed.endswith(
         "one row where the best overall epoch and the best epoch of the worst group are the same: "
-        "erm"
+        "ERM"
     )
 
 
@@ -319,7 +319,7 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     assert "worst ignores groups with fewer than 5 test users: e (4)" in printed
     values = np.linspace(0, 0.9, USERS)
     means = [values[i::5].mean() for i in range(5)]
-    assert page.cell(0, "erm", "worst") == f"{min(means[:4]):.4f}"
+    assert page.cell(0, "ERM", "worst") == f"{min(means[:4]):.4f}"
 
 
 def test_a_folder_without_a_finished_run_is_left_out(tmp_path, capsys):
@@ -332,7 +332,7 @@ def test_a_folder_without_a_finished_run_is_left_out(tmp_path, capsys):
         f"WARNING: {path} is left out: it has no finished run"
         for path in (cvar, tmp_path / "report.html")
     ]
-    assert "\nerm " in printed
+    assert "\nERM " in printed
     assert "cvar" not in printed
     with pytest.raises(SystemExit, match="1"):
         command.main([str(cvar)])
@@ -354,7 +354,7 @@ def test_the_forest_plot_has_the_figures_of_the_tests(tmp_path):
     found = runs.read_runs(folders)
     made = contents.build(found, NDCG)
     methods = html_report._shown_methods(made)
-    assert [row.name for row in methods] == ["erm", "cvar alpha=0.5", "chi2 radius=0.5"]
+    assert [row.name for row in methods] == ["ERM", "CVaR (alpha 0.5)", "chi2 (radius 0.5)"]
     drawn = []
 
     def forest(groups, intervals):
@@ -374,7 +374,7 @@ def test_the_forest_plot_has_the_figures_of_the_tests(tmp_path):
     wanted = [
         tests.loc[(where, name)]
         for where in ("overall", "tier=$a_b$", "tier=b", "tier=c")
-        for name in ("cvar alpha=0.5", "chi2 radius=0.5")
+        for name in ("CVaR (alpha 0.5)", "chi2 (radius 0.5)")
     ]
     assert len(points) == len(segments) == len(wanted) == 8
     for point, segment, test in zip(points, segments, wanted, strict=True):
@@ -402,13 +402,15 @@ def test_many_families_and_methods_are_folded(tmp_path):
     page = write_page(folders, tmp_path / "report.html")
     assert "3 more group families: verdict and tables" in page.summaries
     source = (tmp_path / "report.html").read_text()
-    assert "The tables have 8 more." in source
-    assert set(page.legend) == {"erm", "cvar alpha=0.9", "overall, validation", "overall, test",
+    # One row of each run is drawn, and of many values the one that is best in validation.
+    assert "The figures show at most 8 rows. CVaR (alpha 0.1), " in source
+    assert "CVaR (alpha 0.6) and 2 more are only in the tables." in source
+    assert set(page.legend) == {"ERM", "CVaR (alpha 0.9)", "overall, validation", "overall, test",
                                 *(f"f{i}/worst, {part}" for i in range(4)
                                   for part in ("validation", "test")),
                                 *given["f0"]}  # fmt: skip
     assert not any("6g0" in alt for alt in page.images)
-    assert page.cell(6, "erm", "6g0") != "-"
+    assert page.cell(6, "ERM", "6g0") != "-"
     printed = text.verdict_text(contents.build(runs.read_runs(folders), NDCG))
     assert "Verdict by f3:" in printed
     assert "Verdict by f4:" not in printed
@@ -461,18 +463,65 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(tmp_path):
     ]  # fmt: skip
     fast = change_config(tmp_path / "0", tmp_path / "fast", learning_rate=0.5)
     printed = text.tables([*parts, fast], NDCG)
-    lines = [line for line in printed.splitlines() if line.startswith("erm")]
+    lines = [line for line in printed.splitlines() if line.startswith("ERM")]
     assert [re.split(r" +0\.\d{4}", line, maxsplit=1)[0] for line in lines] == [
-        "erm train.learning_rate=0.001 (2 seeds)",
-        "erm train.learning_rate=0.5",
+        "ERM (train.learning_rate 0.001), 2 seeds",
+        "ERM (train.learning_rate 0.5)",
     ]
     # Means 0.45 and 0.55: their mean, and t(0.975, 1) * 0.0707 / sqrt(2) = 12.706 * 0.05.
     assert "0.5000±0.6353" in lines[0]
-    with pytest.raises(UserError, match=r"are the same training \(erm, seed 0\)"):
+    with pytest.raises(UserError, match=r"are the same training \(ERM, seed 0\)"):
         text.tables([tmp_path / "0", write_run(tmp_path / "again")], NDCG)
     # Another seed of the baseline's method belongs to the baseline.
     with pytest.raises(UserError, match="no other method that succeeded"):
         compare_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "0", NDCG)
+
+
+def test_differences_over_seeds_by_hand(tmp_path, capsys):
+    # Every user rises by these amounts, so each group does: the differences by seed are
+    # 0.1 - 0, 0.3 - 0.1 and 0.2 - 0.15. Seeds 5 and 7 have no partner.
+    shifts = {"erm": {0: 0.0, 1: 0.1, 2: 0.15, 5: 0.9}, "cvar": {2: 0.2, 0: 0.1, 1: 0.3, 7: -0.4}}
+    folders = {
+        name: [write_run(tmp_path / f"{name}{seed}", name, seed=seed, shift=shift)
+               for seed, shift in of.items()]
+        for name, of in shifts.items()
+    }  # fmt: skip
+    single = write_run(tmp_path / "gdro", "gdro", seed=1)
+    every = [*folders["erm"], *folders["cvar"], single]
+    reference = folders["erm"][0]
+    found = contents.build(runs.read_runs(every), NDCG, baseline=reference)
+    table = found.seed_table("pop33")
+    assert table["name"].unique().tolist() == ["CVaR (alpha 0.5)"]
+    assert table["slice"].tolist() == ["pop33=niche", "pop33=popular", "overall"]
+    assert (table["seeds"] == 3).all()
+    change = np.array([0.1, 0.2, 0.05])
+    half = 4.302653 * np.sqrt(((change - change.mean()) ** 2).sum() / 2) / np.sqrt(3)
+    assert table["difference"].tolist() == pytest.approx([change.mean()] * 3)
+    assert table["half"].tolist() == pytest.approx([half] * 3, rel=1e-6)
+    command.main([*map(str, every), f"--baseline={reference}", f"--out={tmp_path / 'r.html'}"])
+    printed = capsys.readouterr().out
+    cells = ["+0.1167 ± 0.1897"] * 3
+    assert f"\nCVaR (alpha 0.5), 3 seeds {' '.join(cells)}\n" in printed
+    assert "NDCG@20 minus that of ERM with the same seed, pop33: mean over seeds ±" in printed
+    assert all(sentence in printed for sentence in text.SEEDS_AND_USERS)
+    # Every user rises, so the test over users is sure of it. The seeds are not.
+    assert "q below 0.001. Over 3 seeds: +0.1167 ± 0.1897, so it may not be found" in printed
+    page = Page(tmp_path / "r.html")
+    assert "Difference from ERM over seeds, by pop33" in page.summaries
+    [over] = [rows for rows in page.tables if "seeds" in rows[0]]
+    assert over[1] == ["CVaR (alpha 0.5), pop33=niche", "3", cells[0]]
+    # A baseline has no seed, so it is compared with the mean of all of ERM's.
+    tests = found.tests.set_index(["name", "slice"])
+    mean = 0.45 + np.mean(list(shifts["erm"].values()))
+    assert tests.loc[("[most_popular]", "overall"), "difference"] == pytest.approx(0.125 - mean)
+
+
+def test_no_table_over_seeds_without_two_of_both(tmp_path):
+    erm = [write_run(tmp_path / f"erm{i}", seed=i) for i in (0, 1)]
+    cvar = [write_run(tmp_path / f"cvar{i}", "cvar", seed=i, shift=0.1) for i in (1, 2)]
+    found = contents.build(runs.read_runs([*erm, *cvar]), NDCG, baseline=erm[0])
+    assert found.over_seeds.empty
+    assert "seeds" not in text.comparison(found)
 
 
 def test_every_run_must_have_what_is_shown(tmp_path):
@@ -496,6 +545,17 @@ def test_every_run_must_have_what_is_shown(tmp_path):
     workdir.finish(cvar, {})
     with pytest.raises(UserError, match=r"different logs or splits \(log_hash def and abc\)"):
         text.tables([erm, cvar], NDCG)
+    counts = {"users": 1, "items": 2, "interactions": 3, "train_interactions": 4}
+    summary["dataset"] |= counts | {"log_hash": "0123456789abcdef" * 4, "split": {"kind": "time"}}
+    workdir.write_json(cvar / workdir.SUMMARY, summary)
+    workdir.finish(cvar, {})
+    with pytest.raises(UserError) as error:
+        text.tables([erm, cvar], NDCG)
+    assert (
+        "(log_hash 0123456789ab… and abc, users 1 and 24, items 2 and 30, interactions 3 and "
+        in (str(error.value))
+    )
+    assert "1234 and 2 more): they cannot be compared" in str(error.value)
 
 
 def test_groups_that_a_run_lacks_are_a_dash(tmp_path):
@@ -508,15 +568,17 @@ def test_groups_that_a_run_lacks_are_a_dash(tmp_path):
     page = write_page(grid, tmp_path / "report.html")
     found = {row[0]: row[1:5] for row in page.tables[0]}
     assert found[""] == ["x", "y", "z", "w"]
-    assert [cell == "-" for cell in found["cvar alpha=0.2"]] == [False, False, True, True]
-    assert [cell == "-" for cell in found["cvar alpha=0.4"]] == [True, False, False, True]
-    assert [cell == "-" for cell in found["gdro (tier) step_size=0.5 (2 seeds)"]] == [
+    assert [cell == "-" for cell in found["CVaR (alpha 0.2)"]] == [False, False, True, True]
+    assert [cell == "-" for cell in found["CVaR (alpha 0.4)"]] == [True, False, False, True]
+    assert [cell == "-" for cell in found["GDRO (tier, step_size 0.5), 2 seeds"]] == [
         False, True, True, False,
     ]  # fmt: skip
     line = next(
-        line for line in text.tables(grid, NDCG).splitlines() if line.startswith("cvar alpha=0.4 ")
+        line
+        for line in text.tables(grid, NDCG).splitlines()
+        if line.startswith("CVaR (alpha 0.4) ")
     )
-    assert line.split()[2] == "-"
+    assert line.removeprefix("CVaR (alpha 0.4) ").split()[0] == "-"
     with pytest.raises(UserError, match="tier of user 0 is not the baseline's"):
         compare_folders(grid[:2], grid[0], NDCG)
     assert "No tests were made. " in (tmp_path / "report.html").read_text()
@@ -535,23 +597,23 @@ def test_failed_runs_are_listed_and_count_nowhere(tmp_path):
     page = write_page([*good, *bad, erm], tmp_path / "report.html", baseline=erm)
     source = (tmp_path / "report.html").read_text()
     assert re.findall("<li>(.*)</li>", source)[:2] == [
-        "cvar alpha=0.6, seed 0: failed at step 7, not in the table",
-        "cvar alpha=0.2, seed 1: failed in x, not in the table",
+        "CVaR (alpha 0.6), seed 0: failed at step 7, not in the table",
+        "CVaR (alpha 0.2), seed 1: failed in x, not in the table",
     ]
     assert [row[0] for row in page.tables[0]] == [
-        "", "test users", "cvar alpha=0.2", "cvar alpha=0.4", "erm", "[most_popular]",
+        "", "test users", "CVaR (alpha 0.2)", "CVaR (alpha 0.4)", "ERM", "[most_popular]",
     ]  # fmt: skip
-    assert page.cell(0, "cvar alpha=0.2", "overall") == "0.4700*"
-    assert not any("alpha=0.6" in row[0] for row in page.tables[1])
-    assert page.cell(-1, "cvar alpha=0.6, seed=0", "status") == "failed at step 7"
-    assert page.cell(-1, "cvar alpha=0.6, seed=0", "best epoch") == "-"
-    assert not any("alpha=0.6" in alt for alt in page.images)
+    assert page.cell(0, "CVaR (alpha 0.2)", "overall") == "0.4700*"
+    assert not any("alpha 0.6" in row[0] for row in page.tables[1])
+    assert page.cell(-1, "CVaR (alpha 0.6), seed=0", "status") == "failed at step 7"
+    assert page.cell(-1, "CVaR (alpha 0.6), seed=0", "best epoch") == "-"
+    assert not any("alpha 0.6" in alt for alt in page.images)
     assert [label for label in page.legend if "alpha" in label] == [
-        "cvar alpha=0.2", "cvar alpha=0.4",  # of the forest plot
-        "cvar alpha=0.2", "cvar alpha=0.4",  # of the curves
+        "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the forest plot
+        "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the curves
     ]  # fmt: skip
     printed = text.tables([*good, *bad], NDCG)
-    assert "cvar alpha=0.6, seed 0: failed at step 7" in printed
+    assert "CVaR (alpha 0.6), seed 0: failed at step 7" in printed
     with pytest.raises(UserError, match="no run that succeeded"):
         compare_folders(good, bad[0], NDCG)
     write_page(bad[:1], tmp_path / "only.html")  # a page of nothing but a failed run
@@ -611,7 +673,7 @@ def test_names_from_data_are_shown_as_they_are_and_never_are_markup(tmp_path):
     assert page.tables[0][0] == ["", *sorted(shown, key=shown.index), "overall", "worst",
                                  "repeat", "new"]  # fmt: skip
     assert page.tables[1][0][1:3] == ["target=new", "old"]
-    row = "gdro (R&D <i>*) step_size=0.5"
+    row = "GDRO (R&D <i>*, step_size 0.5)"
     assert page.cell(0, row, r"tab\there\x07") != "-"
     assert page.cell(2, f"{row}, R&D <i>*=<b>VIP</b>", "users") == "2"
     assert str(erm) in page.settings
@@ -681,8 +743,8 @@ def test_markdown_shows_names_as_they_are():
         r"| \~\~x\~\~ |"
     )
     assert row == "| x " + "| **1** " * len(names) + "|"
-    assert text.escape_markdown("gdro (pop33&seq33) [most_popular]") == (
-        "gdro (pop33&seq33) [most_popular]"
+    assert text.escape_markdown("GDRO (pop33&seq33) [most_popular]") == (
+        "GDRO (pop33&seq33) [most_popular]"
     )
 
 
@@ -739,15 +801,21 @@ def test_the_command_reads_every_run_once(tmp_path, monkeypatch, capsys):
 def test_the_three_forms_of_a_method_s_name():
     family, values = encode_name("R&D") + "*pop33", {"step_size": 0.01, "stream_rate": 0.1}
     assert names.method_name("sdro", family, values) == (
-        "sdro (R&D*pop33) step_size=0.01, stream_rate=0.1"
+        "SDRO (R&D*pop33, step_size 0.01, stream_rate 0.1)"
     )
     key = names.method_name("sdro", family, values, form="key")
     assert key == "sdro(R%26D*pop33)"
     assert names.decode_key(key) == "sdro(R&D*pop33)"
     assert names.method_name("sdro", family, form="paper") == "SDRO_R&D×pop33"
     assert [names.method_name("erm", form=form) for form in ("report", "key", "paper")] == [
-        "erm", "erm", "ERM",
+        "ERM", "erm", "ERM",
     ]  # fmt: skip
+    own = {"method": "own", "label": "Own DRO", "needs_groups": False, "group_family": "",
+           "hparams": {"power": 2.0}}  # fmt: skip
+    assert names.of_summary(own, ["model.dim 8"]) == "Own DRO (power 2, model.dim 8)"
+    del own["label"]  # an earlier version stored none
+    assert names.of_summary(own) == "own (power 2)"
+    assert names.of_summary(own | {"method": "cvar", "hparams": {}}) == "CVaR"
     assert names.method_name("[markov]", form="paper") == names.baseline_name("markov")
     assert names.is_baseline("[markov]")
     assert not names.is_baseline("erm")

@@ -25,7 +25,7 @@ from seqfair_jax.training.experiment import build_experiment
 def test_every_objective_from_log_to_table(method, finished):
     folder, summary, printed = finished(method)
     assert files_of(folder) == FILES
-    assert any(line.startswith(f"{method} ") for line in printed.splitlines())
+    assert any(line.startswith(METHODS[method].label) for line in printed.splitlines())
     table = pd.read_parquet(folder / "per_user.parquet")
     assert list(table.columns[:4]) == ["user_id", "target_item_id", "repeat", "rank"]
     means = summary["test"]["NDCG@20"]
@@ -54,7 +54,7 @@ def test_a_finished_run_prints_its_table_again(finished, capsys):
     assert again == workdir.jsonable(summary)
     table = capsys.readouterr().out
     assert table.startswith("synthetic, NDCG@20 on the test targets, pop33\n")
-    lines = [line for line in table.splitlines() if line.startswith("erm")]
+    lines = [line for line in table.splitlines() if line.startswith("ERM")]
     assert len(lines) == 2  # of two families; one epoch is the best by both rules
     assert printed.endswith(f"\n{table}\nfiles: {folder}\n")
 
@@ -117,16 +117,16 @@ def test_a_grid_of_runs(tmp_path, capsys):
 
 def test_early_stopping_ends_the_run(tmp_path, capsys, caplog):
     """The rate is too low to change a rank, so the second epoch is no better than the first."""
+    caplog.set_level("INFO")
     changes = {"train.epochs": 30, "train.early_stop_epochs": 1, "train.learning_rate": 1e-12}
     summary = run(small(**changes), tmp_path)
     assert [row["epoch"] for row in rows_of(tmp_path)] == [1, 2]
     assert (summary["best"]["epoch"], summary["train"]["stopped_epoch"]) == (1, 2)
     assert (summary["train"]["steps"], summary["status"]) == (10, "finished")
-
     logged = "seed=0 stopped after epoch 2: no better validation NDCG@20 in 1 epochs"
     assert [r.getMessage() for r in caplog.records if "stopped" in r.getMessage()] == [logged]
     last = capsys.readouterr().out.split("\n\n")[-2]
-    assert last == "erm, seed 0: stopped early, after epoch 2; its best epoch is 1"
+    assert last == "ERM, seed 0: stopped early, after epoch 2; its best epoch is 1"
 
 
 def test_training_without_the_test_is_resumed_and_tested(tmp_path):
@@ -146,6 +146,7 @@ def test_training_without_the_test_is_resumed_and_tested(tmp_path):
     whole = run(config, tmp_path / "whole")
     assert summary["test"] == whole["test"]
     assert [row["epoch"] for row in rows_of(tmp_path / "parts")] == [1, 2]
+
 
 def test_a_diverged_run_is_an_error(tmp_path):
     with pytest.raises(DivergedError, match=r"every run diverged.*learning_rate"):
@@ -172,8 +173,8 @@ def test_one_diverged_run_does_not_affect_the_others(axis, tmp_path, monkeypatch
     assert not (folder / "seed=1" / "per_user.parquet").exists()
     assert [row["epoch"] for row in rows_of(folder / "seed=0")] == [1, 2]
     table = text.tables([tmp_path / "two"], "NDCG@20")
-    assert any(line.startswith("erm ") for line in table.splitlines())
-    assert "erm, seed 1: failed at step 0, not in the table" in table
+    assert any(line.startswith("ERM ") for line in table.splitlines())
+    assert "ERM, seed 1: failed at step 0, not in the table" in table
 
 
 def test_a_signal_during_the_last_validation_stops_before_the_test(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from scipy import stats
 
 from seqfair_jax.data.groups import RESERVED_NAMES, encode_name
 from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import significance
 from seqfair_jax.evaluation.significance import compare, gap
 
 
@@ -231,3 +232,48 @@ def test_the_gap_between_two_groups_is_welchs():
     assert_allclose(found, [a.mean() - b.mean(), *interval])
     assert gap(np.ones(3), np.zeros(2)) == (1, 1, 1)
     assert np.isnan(gap(np.ones(1), np.zeros(2))[1:]).all()
+
+
+def test_the_interval_of_many_users_is_t_and_near_the_bootstrap(monkeypatch):
+    n = significance.BOOTSTRAP_UP_TO + 2
+    before, after = draw(n)
+    after[: n // 2] = before[: n // 2]  # far from normal: half of the users do not differ
+    tables = {"a": {0: per_user(after)}}, {0: per_user(before)}
+    found = compare(*tables, "NDCG@20").set_index("slice")
+    t = stats.ttest_1samp(after - before, 0)
+    assert_allclose(found.loc["overall", ["low", "high"]].astype(float), t.confidence_interval())
+    assert_allclose(found.loc["overall", "p"], t.pvalue)
+    own = significance.describe(per_user(after), "NDCG@20").loc["overall"]
+    interval = stats.ttest_1samp(after, 0).confidence_interval()
+    assert_allclose(own[["low", "high"]], interval)
+    monkeypatch.setattr(significance, "BOOTSTRAP_UP_TO", n)
+    drawn = compare(*tables, "NDCG@20").set_index("slice")
+    width = found.loc["overall", "high"] - found.loc["overall", "low"]
+    for end in ("low", "high"):
+        assert drawn.loc["overall", end] == pytest.approx(found.loc["overall", end], abs=width / 20)
+        assert drawn.loc["overall", end] != found.loc["overall", end]
+        # Smaller groups have the bootstrap in both.
+        assert drawn.loc["pop33=niche", end] == found.loc["pop33=niche", end]
+
+
+def test_groups_as_categories_are_those_of_their_names():
+    before, after = draw()
+    groups = ["niche", None, "popular"] * 10
+    plain = [per_user(values, groups=groups) for values in (after, before)]
+    expected = compare({"a": {0: plain[0]}}, {0: plain[1]}, "NDCG@20")
+    assert expected["slice"].tolist()[-2:] == ["pop33=niche", "pop33=popular"]
+    # Parquet numbers the names in the order of each file, and may know names that nobody has.
+    orders = (["popular", "niche"], ["none", "niche", "popular"])
+    made = [
+        table.assign(pop33=pd.Categorical(table["pop33"], order))
+        for table, order in zip(plain, orders, strict=True)
+    ]
+    pd.testing.assert_frame_equal(compare({"a": {0: made[0]}}, {0: made[1]}, "NDCG@20"), expected)
+    shuffled = made[0].sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(compare({"a": {0: shuffled}}, {0: made[1]}, "NDCG@20"), expected)
+    for user, other in ((1, "niche"), (2, None), (3, "none")):
+        bad = plain[0]["pop33"].tolist()
+        bad[user] = other
+        wrong = plain[0].assign(pop33=pd.Categorical(bad))
+        with pytest.raises(UserError, match=f"pop33 of user u{user} is not the baseline's"):
+            compare({"a": {0: wrong}}, {0: made[1]}, "NDCG@20")

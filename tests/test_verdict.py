@@ -76,9 +76,9 @@ def worst(means, group, name):
     values = table[METRIC].to_numpy()
     found = gap(values[inside], values[~inside], confidence=1 - 0.05 / 3)
     return (
-        f"Group {group} is served worst under {name}: NDCG@20 {means[group]:.4f} for its "
-        f"{SIZES[group]} test users and {values[~inside].mean():.4f} for the others, difference "
-        f"{found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}."
+        f"With {name}, group {group} is served worst: NDCG@20 is {means[group]:.4f} for its "
+        f"{SIZES[group]} test users and {values[~inside].mean():.4f} for the other users, "
+        f"difference {found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}."
     )
 
 
@@ -87,16 +87,17 @@ def test_a_method_that_helps_the_worst_and_costs_others():
     told, made = sentences([*runs(erm=ERM, gdro=gdro), *baselines()])
     assert told == [
         worst(ERM, "niche", "erm"),
-        "Too small to judge, with fewer than 10 test users: tiny (2).",
+        "Not judged, because they have fewer than 10 test users: tiny (2).",
         f"gdro raises NDCG@20 for all users from 0.4467 (erm) to 0.4933, "
         f"{effect(made, 'gdro', 'overall')}.",
         "gdro raises NDCG@20 for niche from 0.2000 (erm) to 0.3000, difference +0.1000, 95 % "
         "interval +0.1000 to +0.1000, q below 0.001.",
-        "It costs popular (-0.0500, -0.0500 to -0.0500).",
-        "gdro against the best baseline without training of each group, with the difference and "
-        f"its 95 % interval: better for niche ([markov], +0.2000, +0.2000 to +0.2000); worse for "
-        "popular ([markov], -0.1500, -0.1500 to -0.1500); no difference was found for all users "
-        f"([markov], {overall(made)}) and middle ([markov], 0.0000, 0.0000 to 0.0000).",
+        "gdro lowers NDCG@20 for popular (-0.0500, 95 % interval -0.0500 to -0.0500).",
+        "gdro is compared with the baseline without training that is best for each group. It is "
+        "better for niche ([markov], +0.2000, 95 % interval +0.2000 to +0.2000). It is worse for "
+        "popular ([markov], -0.1500, 95 % interval -0.1500 to -0.1500). No difference was found "
+        f"for all users ([markov], {overall(made)}) and middle ([markov], 0.0000, 95 % interval "
+        "0.0000 to 0.0000).",
     ]
     assert made.reference == "erm"
     assert made.subjects == {"tier": "gdro"}
@@ -104,7 +105,7 @@ def test_a_method_that_helps_the_worst_and_costs_others():
 
 def overall(made):
     found = made.baseline_tests["gdro"].set_index(["name", "slice"]).loc[("[markov]", "overall")]
-    return f"{found['difference']:+.4f}, {found['low']:+.4f} to {found['high']:+.4f}"
+    return f"{found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
 
 
 def test_no_difference_is_said_with_its_figures():
@@ -115,15 +116,15 @@ def test_no_difference_is_said_with_its_figures():
     ]
     told, made = sentences(found)
     assert told[0].startswith(
-        "Group middle has the lowest NDCG@20 under erm, but no difference from the other users was "
-        "found: NDCG@20 0.4000 for its 18 test users and 0.4000 for the others, difference "
+        "With erm, group middle has the lowest NDCG@20, but no difference from the other users was "
+        "found: NDCG@20 is 0.4000 for its 18 test users and 0.4000 for the other users, difference "
     )
     assert told[2:] == [
         f"For all users, no difference between cvar and erm was found: "
         f"{effect(made, 'cvar', 'overall')}.",
         f"For middle, no difference between cvar and erm was found: "
         f"{effect(made, 'cvar', 'tier=middle')}.",
-        "No loss from cvar was found in another group by tier.",
+        "For the other groups of tier, no loss from cvar was found.",
     ]
     assert not any("equal" in sentence for sentence in told)
 
@@ -146,8 +147,10 @@ def test_without_erm_the_reference_is_the_best_baseline():
 def test_one_run_is_compared_with_the_baselines():
     told, made = sentences([*runs(erm=ERM), *baselines()])
     assert told[2] == "There is no other run to compare erm with."
-    assert told[3].startswith("erm against the best baseline without training of each group")
-    assert "better for niche ([markov], +0.1000, +0.1000 to +0.1000)" in told[3]
+    assert told[3].startswith(
+        "erm is compared with the baseline without training that is best for "
+    )
+    assert "better for niche ([markov], +0.1000, 95 % interval +0.1000 to +0.1000)" in told[3]
     assert len(told) == 4
     assert made.chosen == {}
 
@@ -164,8 +167,8 @@ def test_the_method_is_chosen_in_validation_and_not_in_the_test():
     told, made = sentences(found)
     assert made.chosen == {"tier": "b"}
     assert told[2] == (
-        "Of the 3 rows besides erm, b is the best in validation for its worst group. The "
-        "sentences below are about it."
+        "The next sentences are about b. Of the 3 rows other than erm, it has the highest NDCG@20 "
+        "for its worst group in validation."
     )
 
 
@@ -180,7 +183,7 @@ def test_groups_that_cannot_be_judged():
     assert (
         told[0] == "Only group niche has at least 10 test users, so no group can be called worst."
     )
-    assert told[1] == "Too small to judge, with fewer than 10 test users: tiny (2)."
+    assert told[1] == "Not judged, because they have fewer than 10 test users: tiny (2)."
 
 
 def test_the_worst_ignores_groups_that_are_too_small():
@@ -227,7 +230,7 @@ def test_rows_that_cannot_be_compared():
     told, made = sentences(found)
     assert told == [
         worst(ERM, "niche", "erm"),
-        "Too small to judge, with fewer than 10 test users: tiny (2).",
+        "Not judged, because they have fewer than 10 test users: tiny (2).",
     ]
     [note] = verdict.notes(made)
     assert note.startswith("No tests were made. cvar: target_item_id of user 0 is not the baseline")
@@ -244,3 +247,29 @@ def test_all_users_are_told_once_for_several_families():
     first, second = (told.sentences for told in verdict.verdicts(made))
     assert sum("For all users" in sentence for sentence in first) == 1
     assert not any("For all users" in sentence for sentence in second)
+
+
+def seeds(name, shifts):
+    """A row with the figures of several seeds, which differ by a constant."""
+    one = row(name, rows.RUN, ERM)
+    tables = {seed: next(iter(one.per_user().values())) for seed in shifts}
+    shifted = {seed: t.assign(**{METRIC: t[METRIC] + shifts[seed]}) for seed, t in tables.items()}
+    means = tuple({k: v + shift for k, v in one.means[0].items()} for shift in shifts.values())
+    return one._replace(means=means, per_user=lambda: shifted, seeds=tuple(shifts))
+
+
+def test_what_the_seeds_say_stands_behind_a_difference():
+    erm, steady, shaky = (
+        seeds("erm", {0: 0.0, 1: 0.1}),
+        seeds("steady", {0: 0.1, 1: 0.201}),
+        seeds("shaky", {1: 0.1, 0: 0.2}),
+    )
+    # Of two seeds, half of the interval is 12.706 times half of their distance.
+    told, _ = sentences([erm, steady])
+    assert told[2].endswith(", q below 0.001. Over 2 seeds: +0.1005 ± 0.0064.")
+    told, _ = sentences([erm, shaky])
+    assert told[2].endswith(
+        ", q below 0.001. Over 2 seeds: +0.1000 ± 1.2706, so it may not be found with other seeds."
+    )
+    told, _ = sentences([erm, shaky._replace(seeds=(2, 3))])
+    assert not any("seeds" in sentence for sentence in told)

@@ -64,8 +64,9 @@ class Evaluation:
 
         Args:
             metric: one of `metrics`; "" for the first to show.
-            baseline: the name of the row that the others are tested against. Without one it is the
-                run; or, without a run, the best baseline without training.
+            baseline: the name of the row that the others are tested against, such as "old" or
+                "markov", or the run's method, such as "erm". Without one it is the run; or,
+                without a run, the best baseline without training.
 
         Raises:
             UserError: if there is no such metric or row.
@@ -75,7 +76,9 @@ class Evaluation:
         named = next((system.name for system in self.systems if system.kind == RUN), None)
         if baseline is not None:
             names = [row.name for row in rows]
-            known = [name for name in (baseline, baseline_name(baseline)) if name in names]
+            methods = {s.summary["method"]: s.name for s in self.systems if s.kind == RUN}
+            wanted = (baseline, baseline_name(baseline), methods.get(baseline))
+            known = [name for name in wanted if name in names]
             if not known:
                 raise UserError(
                     f"baseline is {baseline!r}{did_you_mean(baseline, names)}; there are "
@@ -94,8 +97,8 @@ class Evaluation:
     def table(self, metric: str = "") -> pd.DataFrame:
         """A row for each system, baseline and slice: users, mean, and its 95 % interval.
 
-        The columns are name, kind, slice, users, mean, low and high. The interval is a bootstrap
-        over users (`significance.describe`).
+        The columns are name, kind, slice, users, mean, low and high. The interval is over
+        users (`significance.describe`).
         """
         parts = []
         for row in self._rows(metric or self.metric):
@@ -224,8 +227,8 @@ def evaluate(
     Raises:
         UserError: on bad lists, or if there is nothing to judge.
     """
-    config, dataset = judged.config, judged.dataset
-    judge = Judge(dataset, judged.families, config.evaluate.cutoffs)
+    config = judged.config
+    judge = Judge(judged.dataset, judged.families, config.evaluate.cutoffs)
     table, baselines = judge.baselines(mask_seen=config.evaluate.mask_seen)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
@@ -238,37 +241,46 @@ def evaluate(
     taken = [system.name for system in systems] + [baseline_name(name) for name in baselines]
     found: dict[str, Mapping[str, int | str]] = {}
     for name, given in lists.items():
-        read = read_lists(given, dataset, top_k=max(config.evaluate.cutoffs),
-                          named=config.data.columns)  # fmt: skip
-        per_user, means = judge.ranks(read.ranked.ranks)
         row = unique_name(name, taken)
         taken.append(row)
-        found[row] = read.found
-        summary = shared | {
-            "kind": LIST,
-            "method": LIST,
-            "label": name,
-            "group_family": "",
-            "needs_groups": False,
-            "logs": [],
-            "run": f"{LIST}={name}",
-            "hparams": {},
-            "seed": 0,
-            "status": "finished",
-            "test": means,
-            "recommended": judge.lists(read.ranked.top_items),
-            "evaluation": {"lists": read.found},
-        }
-        inputs = dict(judged.inputs)
-        if isinstance(given, str):
-            inputs[FLAG] = hash_files([workdir.user_path(given)])
-        systems.append(System(row, LIST, summary, per_user, inputs))
+        systems.append(_judge_lists(judged, judge, given, name, row, shared))
+        found[row] = systems[-1].summary["evaluation"]["lists"]
     if not systems:
         raise UserError(f"nothing to judge: give --{FLAG}, or --workdir of a finished run")
     kind, k = parse_metric(config.select.metric)
     cutoffs = config.evaluate.cutoffs
     preferred = f"{kind}@{k if k in cutoffs else cutoffs[0]}"
     return Evaluation(judged, tuple(systems), table, found, next(iter(metrics), preferred))
+
+
+def _judge_lists(
+    judged: Source, judge: Judge, given: Any, name: str, row: str, shared: dict[str, Any]
+) -> System:
+    """Judge one recommender's lists."""
+    settings = judged.config.evaluate
+    read = read_lists(
+        given, judged.dataset, top_k=max(settings.cutoffs), named=judged.config.data.columns
+    )
+    per_user, means = judge.ranks(read.ranked.ranks)
+    summary = shared | {
+        "kind": LIST,
+        "method": LIST,
+        "label": name,
+        "group_family": "",
+        "needs_groups": False,
+        "logs": [],
+        "run": f"{LIST}={name}",
+        "hparams": {},
+        "seed": 0,
+        "status": "finished",
+        "test": means,
+        "recommended": judge.lists(read.ranked.top_items),
+        "evaluation": {"lists": read.found},
+    }
+    inputs = dict(judged.inputs)
+    if isinstance(given, str):
+        inputs[FLAG] = hash_files([workdir.user_path(given)])
+    return System(row, LIST, summary, per_user, inputs)
 
 
 def _test_run(judged: Source, judge: Judge, rule: str, shared: dict[str, Any]) -> System:

@@ -63,7 +63,7 @@ def page(table: pd.DataFrame) -> str:
         name for name in dict.fromkeys(table["slice"]) if not is_product(slices.parse(name).family)
     ]
     parts = [
-        "Differences (first minus second), with the percentile bootstrap 95 % interval over users; "
+        "Differences (first minus second), with the 95 % interval over users; "
         "\\* two-sided paired t-test over users, p < 0.05. A user's value is its mean over the "
         "seeds that both have, so the interval covers other users, not other seeds.\n"
     ]

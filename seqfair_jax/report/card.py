@@ -65,11 +65,7 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
         fence=text.Markdown("```"),
         dataset=summary["dataset"],
         split=describe_split(split),
-        method=names.method_name(
-            summary["method"],
-            summary["group_family"] if summary["needs_groups"] else "",
-            summary["hparams"],
-        ),
+        method=names.of_summary(summary),
         summary=summary,
         best=summary["best" + suffix],
         rule=rule,
@@ -93,6 +89,7 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
             if name in found and found[name].users < SMALL_GROUP
         ],
         small_group=SMALL_GROUP,
+        bootstrap_up_to=significance.BOOTSTRAP_UP_TO,
         period=[with_date(split[key]) for key in ("first_time", "last_time")],
         families=[slices.family_label(family) for family in families],
         popularity=_popularity(folder, summary["recommended" + suffix]),

@@ -37,6 +37,7 @@ class Contents(NamedTuple):
     chosen: dict[str, str]  # by family the name of a row; none if there is no other method
     subjects: dict[str, str]  # by family the name of a row
     baseline_tests: dict[str, pd.DataFrame]  # by subject: it minus each baseline
+    over_seeds: pd.DataFrame  # `rows.over_seeds` against the reference
 
     def row(self, name: str) -> Row:
         """The row of a name."""
@@ -49,6 +50,12 @@ class Contents(NamedTuple):
     def table(self, family: str) -> pd.DataFrame:
         """`rows.numbers` of a family."""
         return rows.numbers(self.rows, family, self.sizes, min_users=self.min_users)
+
+    def seed_table(self, family: str) -> pd.DataFrame:
+        """`over_seeds` of a family's groups and of all users; the slices in the tables' order."""
+        shown = [*slices.groups_in(self.sizes, family), slices.OVERALL]
+        found = self.over_seeds[self.over_seeds["slice"].isin(shown)]
+        return found.sort_values("slice", key=lambda names: names.map(shown.index), kind="stable")
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -138,7 +145,7 @@ def of_rows(
     sizes = rows.slice_sizes(found)
     contents = Contents(
         metric, dataset, list(families), list(found), sizes, min_users, "", _no_tests(), "", {},
-        {}, {},
+        {}, {}, rows.over_seeds([], Row("", BASELINE, ())),
     )  # fmt: skip
     reference = _reference(found, named, erm)
     chosen: dict[str, str] = {}
@@ -171,7 +178,8 @@ def of_rows(
         if named is not None:
             raise
         return contents._replace(problem=str(error))
-    return contents._replace(tests=tests, baseline_tests=against)
+    over_seeds = rows.over_seeds(found, reference)
+    return contents._replace(tests=tests, baseline_tests=against, over_seeds=over_seeds)
 
 
 def _succeeded(found: Sequence[Row], run: FinishedRun) -> bool:

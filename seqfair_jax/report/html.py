@@ -17,6 +17,7 @@ from seqfair_jax.config import format_value
 from seqfair_jax.data.split import describe_split
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import KINDS, LIST_FIGURES, describe_metric, parse_metric
+from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO
 from seqfair_jax.report import figures, names, rows, text, verdict
 from seqfair_jax.report.contents import LEVEL, Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST, Row
@@ -121,7 +122,12 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
             *_curves(results, shown, styles),
             *_grids(results, shown),
         ],
-        details=[*_tests(contents), *_recommended(contents), *_times(trained)],
+        details=[
+            *_tests(contents),
+            *_over_seeds(contents),
+            *_recommended(contents),
+            *_times(trained),
+        ],
         definitions=_definitions(contents),
         settings=_settings(runs),
         version=__version__,
@@ -154,7 +160,7 @@ def _shown_methods(contents: Contents) -> list[Row]:
 
 def _method(row: Row) -> str:
     """The name of a run's method, or of a list."""
-    return row.run.partition(" ")[0] or row.name
+    return row.run.partition(" (")[0] or row.name
 
 
 def _validation(row: Row) -> float:
@@ -238,13 +244,13 @@ def _forest(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int
     ]
     notes = [
         f"Each point is a method's mean {contents.metric} minus that of {contents.reference}, for "
-        "the users of a group, with its 95 % interval. The number behind a group is that of its "
-        f"test users. A filled point has q < {LEVEL:g}."
+        "the users of a group, with its 95 % interval. The number after a group's name says how "
+        f"many test users it has. A filled point has q < {LEVEL:g}."
     ]
     if left_out:
         notes.append(
-            f"The {each} worst served groups of a family are drawn, and {left_out} others are left "
-            "out. They are in the tables."
+            f"The figure shows the {each} groups of each family that are served worst. The other "
+            f"{left_out} are only in the tables."
         )
     notes += _hidden_methods(contents, methods)
     title = f"Difference from {contents.reference} by group"
@@ -262,13 +268,18 @@ def _labels(contents: Contents, groups: Sequence[str]) -> list[str]:
 
 
 def _hidden_methods(contents: Contents, methods: Sequence[Row]) -> list[str]:
-    hidden = sum(row.kind != BASELINE for row in contents.rows) - len(methods)
+    shown = {row.name for row in methods}
+    hidden = [row for row in contents.rows if row.kind != BASELINE and row.name not in shown]
     if not hidden:
         return []
+    runs = {row.run for row in methods}
+    is_second = all(row.run and row.run in runs for row in hidden)  # the run's other row is shown
     return [
-        f"At most {_METHODS} rows are drawn, of each run that of the best overall epoch or the "
-        f"chosen one. The tables have {hidden} more."
-    ]
+        ("The figures show one row for each run. " if is_second else
+         f"The figures show at most {_METHODS} rows. ")
+        + f"{verdict.listed([row.name for row in hidden])} {'is' if len(hidden) == 1 else 'are'} "
+        "only in the tables."
+    ]  # fmt: skip
 
 
 def _worst_first(contents: Contents, family: str) -> list[str]:
@@ -330,8 +341,10 @@ def _curves(
     legend = [(run, figures.style(numbers[run])) for run in by_name]
     notes = [f"Mean {contents.metric} of the validation users after each epoch, over the seeds."]
     if left_out:
-        notes.append(f"The {each} worst served groups of a family are shown, of {left_out} others "
-                     "none.")  # fmt: skip
+        notes.append(
+            f"The figures show the {each} groups of each family that are served worst. The other "
+            f"{left_out} have no figure."
+        )
     sections = [Section("Training", notes, legend=legend, images=images)] if images else []
     for log in dict.fromkeys(log for run in shown for log in names.logs(run.summary)):
         images = []
@@ -367,7 +380,7 @@ def _grids(runs: Sequence[FinishedRun], contents: Contents) -> list[Section]:
     for run in runs:
         for key, value in run.summary["hparams"].items():
             # The row's name without this value.
-            method = run.name.replace(f"{key}={format_value(value)}", key, 1)
+            method = run.name.replace(names.setting_text(key, format_value(value)), key, 1)
             for part in ("val", "test"):
                 means = run.summary[part][metric]
                 for name in shown:
@@ -427,6 +440,36 @@ def _tests(contents: Contents) -> list[Section]:
                 "others."
             )
         header = ["", "users", "difference", "95 % interval", "p", "q"]
+        sections.append(Section(heading, notes, Table(heading, header, lines)))
+    return sections
+
+
+def _over_seeds(contents: Contents) -> list[Section]:
+    """The differences from the reference over seeds, by family."""
+    sections = []
+    for family in contents.families:
+        table = contents.seed_table(family)
+        if table.empty:
+            continue
+        lines = [
+            Line(
+                [
+                    Cell(f"{row['name']}, {slices.full_label(row['slice'])}"),
+                    Cell(f"{row['seeds']}"),
+                    Cell(verdict.over_seeds(row["difference"], row["half"])),
+                ]
+            )
+            for row in records(table.sort_values("name", kind="stable"))
+        ]
+        heading = (
+            f"Difference from {contents.reference} over seeds, by {slices.family_label(family)}"
+        )
+        notes = [
+            f"{contents.metric} minus that of {contents.reference} with the same seed: the mean "
+            "over seeds, and half of its 95 % interval (t distribution).",
+            *text.SEEDS_AND_USERS,
+        ]
+        header = ["", "seeds", "difference ± half of the interval"]
         sections.append(Section(heading, notes, Table(heading, header, lines)))
     return sections
 
@@ -492,14 +535,15 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
         (
             "±",
             "Half of the 95 % interval of a mean over seeds (t distribution). It covers other "
-            "seeds, not other users.",
+            "seeds, not other users. Of a difference it is over the seeds that both sides have.",
         ),
         (
             "95 % interval",
-            "Of a difference: percentile bootstrap over users, 2,000 resamples. It covers other "
-            "users, not other seeds: with several seeds, a user's value is its mean over the seeds "
-            "that both sides have. Of the worst group against the other users: Welch's t, widened "
-            "for the choice among the groups (Bonferroni).",
+            "Of a difference: percentile bootstrap over users, 2,000 resamples. For more than "
+            f"{BOOTSTRAP_UP_TO:,} users it is the paired t interval, which is then nearly the "
+            "same. It covers other users, not other seeds: with several seeds, a user's value is "
+            "its mean over the seeds that both sides have. Of the worst group against the other "
+            "users: Welch's t, widened for the choice among the groups (Bonferroni).",
         ),
         (
             "p, q",

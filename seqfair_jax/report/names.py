@@ -1,6 +1,6 @@
 """What the rows of all tables are called: methods and baselines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqfair_jax.config import format_value
@@ -15,6 +15,8 @@ def method_name(
     hparams: Mapping[str, float] | None = None,
     *,
     form: str = "report",
+    label: str | None = None,
+    settings: Sequence[str] = (),
 ) -> str:
     """A method, the family of its loss, and in a report its values.
 
@@ -22,16 +24,38 @@ def method_name(
         method: the name of an objective, or of a baseline.
         family: of the loss, canonical; "" for a method without groups.
         hparams: the values of the method's hyperparameters.
-        form: "report": `gdro (pop33) step_size=0.01`. "key": `gdro(pop33)`, with the canonical
+        form: "report": `GDRO (pop33, step_size 0.01)`. "key": `gdro(pop33)`, with the canonical
             name of the family. "paper": `GDRO_pop33`.
+        label: of the method, for an objective that may not be registered here; None for that of
+            the registered one.
+        settings: `setting_text` of further settings, for "report".
     """
     if form == "key":
         return f"{method}({family})" if family else method
-    if form == "paper":
+    if label is None:
         label = METHODS[method].label if method in METHODS else method
+    if form == "paper":
         return f"{label}_{slices.family_label(family, times='×')}" if family else label
-    shown = f"{method} ({slices.family_label(family)})" if family else method
-    return " ".join(filter(None, [shown, values_text(hparams or {})]))
+    values = [setting_text(key, format_value(value)) for key, value in (hparams or {}).items()]
+    parts = [*([slices.family_label(family)] if family else []), *values, *settings]
+    return f"{label} ({', '.join(parts)})" if parts else label
+
+
+def of_summary(summary: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
+    """The "report" form of a run's `method_name`, from its `summary.json`."""
+    family = summary["group_family"] if summary["needs_groups"] else ""
+    return method_name(
+        summary["method"],
+        family,
+        summary["hparams"],
+        label=summary.get("label"),  # not in summaries of earlier versions
+        settings=settings,
+    )
+
+
+def setting_text(key: str, value: object) -> str:
+    """A setting in the name of a row: `step_size 0.01`."""
+    return f"{key} {value}"
 
 
 def values_text(hparams: Mapping[str, float]) -> str:

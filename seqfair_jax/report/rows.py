@@ -6,18 +6,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from scipy.special import stdtrit
 
 from seqfair_jax import workdir
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import LIST_FIGURES
-from seqfair_jax.evaluation.significance import families_of, slice_members
+from seqfair_jax.evaluation.significance import KEYS, families_of, slice_members
 from seqfair_jax.report.names import baseline_name
 from seqfair_jax.report.runs import FinishedRun
 from seqfair_jax.training.selection import RULES, is_result
 
 RUN, BASELINE, LIST = "run", "baseline", "list"
-# A per-user table has the columns of `per_user.parquet`.
+# The seed of what no seed trained. No run has it, so the mean of a run's seeds is compared with it.
+_NO_SEED = -1
+# A per-user table has the columns of `per_user.parquet` that a report needs.
 PerUser = Callable[[], Mapping[int, pd.DataFrame]]
 
 
@@ -35,6 +38,7 @@ class Row(NamedTuple):
     run: str = ""  # the name that its runs share, whatever rule selected the epoch
     is_both: bool = False  # both rules of selection chose the same epoch
     recommended: tuple[Mapping[str, slices.Slices], ...] = ()  # what is shown, for each seed
+    seeds: tuple[int, ...] = ()  # of `means`; () for what no seed trained
 
 
 def of_runs(
@@ -68,6 +72,7 @@ def of_runs(
                     name,
                     is_both,
                     _recommended(tested, rule.suffix),
+                    tuple(run.summary["seed"] for run in tested),
                 )
             )
     for run in runs:
@@ -122,7 +127,7 @@ def of_lists(name: str, table: pd.DataFrame, metric: str) -> Row:
     values = table[metric].to_numpy(np.float64)
     members = slice_members(table)
     means: slices.Slices = {key: float(values[at].mean()) for key, at in members.items()}
-    return Row(slices.printable(name), LIST, (means,), lambda: {0: table})
+    return Row(slices.printable(name), LIST, (means,), lambda: {_NO_SEED: table})
 
 
 def _chose_one_epoch(run: FinishedRun) -> bool:
@@ -136,7 +141,9 @@ def _reader(
 ) -> PerUser:
     @functools.cache
     def read() -> dict[int, pd.DataFrame]:
-        return {run.summary["seed"]: _read(run, suffix, metric, families) for run in runs}
+        seeds = [_NO_SEED if run.is_list else run.summary["seed"] for run in runs]
+        tables = [_read(run, suffix, metric, families) for run in runs]
+        return dict(zip(seeds, tables, strict=True))
 
     return read
 
@@ -144,11 +151,16 @@ def _reader(
 def _read(
     run: FinishedRun, suffix: str, metric: str, families: Sequence[str] | None
 ) -> pd.DataFrame:
+    """The columns of a per-user table that a report needs; the group names are categories."""
     path = workdir.per_user(run.folder, suffix)
+    with workdir.named_errors(path, "read"), pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+    found = families_of(schema.names)
+    if families is not None:
+        found = [family for family in found if family in families]
+    wanted = [name for name in (*KEYS, metric, *found) if name in schema.names]
     with workdir.named_errors(path, "read"):
-        table = pd.read_parquet(path)
-    left_out = set(families_of(table)).difference(families or ()) if families is not None else set()
-    return table[[c for c in table if c == metric or not ("@" in str(c) or c in left_out)]]
+        return pq.read_table(path, columns=wanted, read_dictionary=found).to_pandas()
 
 
 def _baselines(
@@ -158,16 +170,20 @@ def _baselines(
     path = tested.folder / workdir.BASELINES
 
     @functools.cache
-    def stored() -> tuple[pd.DataFrame, pd.DataFrame]:
+    def stored() -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
         with workdir.named_errors(path, "read"):
             values = pd.read_parquet(path, columns=["user_id", "baseline", metric])
-        return _read(tested, "", metric, families), values
+        by_name = {str(name): part for name, part in values.groupby("baseline")}
+        return _read(tested, "", metric, families), by_name
 
     def reader(name: str) -> PerUser:
+        @functools.cache
         def read() -> dict[int, pd.DataFrame]:
             users, values = stored()
-            own = values[values["baseline"] == name].set_index("user_id")[metric]
-            return {0: users.assign(**{metric: own.reindex(users["user_id"]).to_numpy()})}
+            own = values[name]
+            if not own["user_id"].reset_index(drop=True).equals(users["user_id"]):
+                own = own.set_index("user_id").reindex(users["user_id"])
+            return {_NO_SEED: users.assign(**{metric: own[metric].to_numpy()})}
 
         return read
 
@@ -176,6 +192,43 @@ def _baselines(
         Row(baseline_name(name), BASELINE, (means[metric],), reader(name) if has_users else None)
         for name, means in tested.summary["baselines"].items()
     ]
+
+
+def over_seeds(found: Sequence[Row], reference: Row) -> pd.DataFrame:
+    """Each row minus the reference: the mean over the seeds that both have, if at least two.
+
+    Of seed s, d_s is the mean metric of the row's run minus that of the reference's run. Shown are
+    the mean d of the n seeds and t(0.975, n - 1) sd / sqrt(n), where sd is their standard
+    deviation.
+
+    Returns:
+        columns name, slice, seeds, difference, half: the half-width of the 95 % interval.
+    """
+    theirs = dict(zip(reference.seeds, reference.means, strict=bool(reference.seeds)))
+    records = []
+    for row in found:
+        pairs = [
+            (own, theirs[seed])
+            for seed, own in zip(row.seeds, row.means, strict=bool(row.seeds))
+            if seed in theirs
+        ]
+        if row is reference or len(pairs) < 2:
+            continue
+        for name in pairs[0][0]:
+            values = [(own.get(name), other.get(name)) for own, other in pairs]
+            change = [a - b for a, b in values if a is not None and b is not None]
+            if slices.parse(name).statistic or len(change) < len(pairs):
+                continue
+            records.append(
+                {
+                    "name": row.name,
+                    "slice": name,
+                    "seeds": len(change),
+                    "difference": float(np.mean(change)),
+                    "half": half_width(np.array(change)),
+                }
+            )
+    return pd.DataFrame(records, columns=["name", "slice", "seeds", "difference", "half"])
 
 
 def slice_sizes(rows: Sequence[Row]) -> dict[str, int]:
@@ -262,4 +315,4 @@ def half_width(values: np.ndarray) -> float:
 
 def row_label(name: str, seeds: int) -> str:
     """A row's name and, for a mean over several seeds, their number."""
-    return f"{name} ({seeds} seeds)" if seeds > 1 else name
+    return f"{name}, {seeds} seeds" if seeds > 1 else name

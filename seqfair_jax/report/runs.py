@@ -11,11 +11,12 @@ from seqfair_jax.data.groups import encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import parse_metric
-from seqfair_jax.report.names import baseline_name, method_name
+from seqfair_jax.report.names import baseline_name, of_summary, setting_text
 from seqfair_jax.training.selection import RULES, is_result
 
 _log = logging.getLogger(__name__)
-# Settings that runs of one row may differ in; `method_name` shows the objective's values.
+_SHOWN, _LONG = 4, 40  # differences in a message, and characters of a value
+# Settings that runs of one row may differ in; `row_name` shows the objective's values.
 _FREE = {"seeds", *RESUMABLE} - {"train.epochs", "data.group_file"}
 
 
@@ -43,13 +44,10 @@ def is_list(summary: Mapping[str, Any]) -> bool:
     return summary.get("kind") == "list"
 
 
-def row_name(summary: Mapping[str, Any]) -> str:
-    """What the row of a run is called if no other run has its method and values."""
-    family = summary["group_family"] if summary["needs_groups"] else ""
-    rule = RULES[
-        summary.get("evaluation", {}).get("rule", "overall")
-    ]  # that it was tested again by
-    return method_name(summary["method"], family, summary["hparams"]) + rule.label
+def row_name(summary: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
+    """What the row of a run is called; `settings` tell it from others of its method and values."""
+    rule = summary.get("evaluation", {}).get("rule", "overall")  # that it was tested again by
+    return of_summary(summary, settings) + RULES[rule].label
 
 
 def unique_name(label: str, taken: Collection[str]) -> str:
@@ -89,11 +87,11 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     runs: dict[tuple, FinishedRun] = {}
     for part, name, kept, summary in found:
         differing = [
-            f"{key}={kept[key]}"
+            setting_text(key, kept[key])
             for key in kept
             if any(other.get(key) != kept[key] for other in variants[name])
         ]
-        shown = slices.printable(" ".join([name, *differing]))
+        shown = slices.printable(row_name(summary, differing))
         run = FinishedRun(part, shown, summary, tuple(named[part]))
         first = runs.setdefault((run.name, summary["seed"]), run)
         if first is not run:
@@ -139,7 +137,7 @@ def _without_copies(summaries: Mapping[Path, dict[str, Any]]) -> dict[Path, dict
 def _is_free(key: str, value: object) -> bool:
     """Whether runs of one row may differ in a setting.
 
-    They may in the objective's lists, which are hyperparameters: `method_name` shows those that the
+    They may in the objective's lists, which are hyperparameters: `row_name` shows those that the
     run reads. The others depend on which objectives were registered.
     """
     return key in _FREE or (key.startswith("objective.") and isinstance(value, list))
@@ -187,18 +185,31 @@ def shared_families(runs: Sequence[FinishedRun], metric: str, family: str | None
 
 
 def _check_dataset(run: FinishedRun, first: FinishedRun) -> None:
-    ours, others = run.summary["dataset"], first.summary["dataset"]
+    ours, others = (dict(flatten(of.summary["dataset"])) for of in (run, first))
     differing = {
-        key: f"{key} {ours.get(key)} and {others.get(key)}"
+        key: f"{key} {_short(ours.get(key))} and {_short(others.get(key))}"
         for key in (ours | others)
         if ours.get(key) != others.get(key)
     }
     if set(differing) - {"name"}:  # the same log may be in files of different names
         raise UserError(
             f"{run.folder} and {first.folder} are of different logs or splits "
-            f"({', '.join(differing.values())}): they cannot be compared in one table; report them "
-            "one by one"
+            f"({_first(list(differing.values()))}): they cannot be compared in one table; report "
+            "them one by one"
         )
+
+
+def _first(differences: Sequence[str]) -> str:
+    """The first differences, and how many more there are: a log's hash differs with all counts."""
+    more = len(differences) - _SHOWN
+    shown = ", ".join(differences[:_SHOWN])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _short(value: object) -> str:
+    """A value of `dataset` in a message: a hash is told by its first digits, as runs print it."""
+    shown = "none" if value is None else str(value)
+    return shown if len(shown) <= _LONG else f"{shown[:12]}…"
 
 
 def _baseline(summary: dict[str, Any]) -> dict[str, slices.Slices]:

@@ -9,13 +9,19 @@ import pandas as pd
 
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import LIST_FIGURES, describe_metric, parse_metric
+from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO
 from seqfair_jax.report import contents, rows, verdict
-from seqfair_jax.report.contents import Contents
+from seqfair_jax.report.contents import Contents, records
 from seqfair_jax.report.rows import BASELINE, row_label
 from seqfair_jax.report.runs import notes, read_runs
 
 FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
 USERS = "test users"  # the row of the group sizes
+SEEDS_AND_USERS = (
+    "An interval over seeds says what to expect if the models are trained again with other seeds, "
+    "on the same log and for the same users.",
+    "An interval over users says what to expect of these trained models for other users.",
+)
 
 # What Markdown would read as markup: an underscore between letters is none, a bracket only before
 # the target of a link, an ampersand only in an entity, a colon only in an emoji's name.
@@ -123,10 +129,38 @@ def comparison(found: Contents) -> str:
         float_format="{:.2g}".format,
         formatters=dict.fromkeys(("difference", "low", "high"), "{:+.4f}".format),
     )
+    intervals = (
+        f"bootstrap 95 % interval (t above {BOOTSTRAP_UP_TO:,} users)"
+        if rows["users"].gt(BOOTSTRAP_UP_TO).any()
+        else "bootstrap 95 % interval"
+    )
+    head = (
+        f"{found.metric} against {found.reference}: paired t-test over users, {intervals}, q after "
+        "Benjamini-Hochberg over the methods and over the baselines (* q < 0.05)"
+    )
+    by_seed = [seed_comparison(found, family) for family in found.families]
+    return "\n\n".join([f"{head}\n{text}", *filter(None, by_seed)])
+
+
+def seed_comparison(found: Contents, family: str) -> str:
+    """The differences over seeds as text; "" without two seeds of the reference and another row."""
+    table = found.seed_table(family)
+    if table.empty:
+        return ""
+    columns = list(dict.fromkeys(table["slice"]))
+    cells: dict[str, dict[str, str]] = {}
+    for row in records(table):
+        of_row = cells.setdefault(row_label(row["name"], row["seeds"]), {})
+        of_row[row["slice"]] = verdict.over_seeds(row["difference"], row["half"])
+    lines = [["", *slices.labels(columns)]]
+    for name, at in cells.items():
+        lines.append([name, *(at.get(column, "-") for column in columns)])
+    shown = pd.DataFrame(lines[1:], columns=lines[0])
+    shown[""] = shown[""].str.ljust(shown[""].str.len().max())
     return (
-        f"{found.metric} against {found.reference}: paired t-test over users, bootstrap 95 % "
-        "interval, q after Benjamini-Hochberg over the methods and over the baselines (* q < 0.05)"
-        f"\n{text}"
+        f"{found.metric} minus that of {found.reference} with the same seed, "
+        f"{slices.family_label(family)}: mean over seeds ± half of its 95 % interval (t)\n"
+        f"{shown.to_string(index=False)}\n{' '.join(SEEDS_AND_USERS)}"
     )
 
 

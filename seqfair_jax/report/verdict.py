@@ -11,7 +11,7 @@ from seqfair_jax.report.contents import Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST
 
 _NAMED = 6  # groups that a sentence names
-_NONE = "no difference was found for"
+_BETTER, _WORSE, _NONE = "It is better for", "It is worse for", "No difference was found for"
 
 
 class Verdict(NamedTuple):
@@ -47,8 +47,8 @@ def notes(contents: Contents) -> list[str]:
     both = [row.name for row in contents.rows if row.is_both]
     if both:
         found.append(
-            f"In {_listed(both)}, the best overall epoch and the best epoch of the worst group are "
-            "the same in every seed, so there is one row for both."
+            f"In every seed of {listed(both)}, the epoch that is best for all users is also best "
+            "for the worst group. So there is one row for both."
         )
     return found
 
@@ -71,7 +71,7 @@ class _Family:
         """All of them, in order."""
         contents = self._contents
         if not contents.sizes:
-            return ["No run succeeded, so there is nothing to say."]
+            return ["No run succeeded, so there is no verdict."]
         reference = contents.row(contents.reference) if contents.reference else None
         # Who is served worst is said of ERM or the named run; of a baseline nobody asks it.
         is_method = reference is not None and reference.kind != BASELINE
@@ -113,8 +113,8 @@ class _Family:
         }
         worst = min(means, key=lambda name: (np.isnan(means[name]), means[name]))
         label, users = self._label[worst], self._contents.sizes[worst]
-        start = f"{self._metric} {means[worst]:.4f} for its {users:,} test users"
-        plain = f"Group {label} is served worst under {of}: {start}."
+        start = f"{self._metric} is {means[worst]:.4f} for its {users:,} test users"
+        plain = f"With {of}, group {label} is served worst: {start}."
         if row.per_user is None:
             return worst, plain
         tables = row.per_user()
@@ -126,11 +126,11 @@ class _Family:
         # The worst of several groups is chosen by the same users: Bonferroni.
         confidence = 1 - 0.05 / len(self._judged)
         gap = significance.gap(values[members], others, confidence=confidence)
-        end = f"{start} and {others.mean():.4f} for the others, {_effect(gap._asdict())}."
+        end = f"{start} and {others.mean():.4f} for the other users, {_effect(gap._asdict())}."
         if gap.high < 0:
-            return worst, f"Group {label} is served worst under {of}: {end}"
+            return worst, f"With {of}, group {label} is served worst: {end}"
         return worst, (
-            f"Group {label} has the lowest {self._metric} under {of}, but no difference from the "
+            f"With {of}, group {label} has the lowest {self._metric}, but no difference from the "
             f"other users was found: {end}"
         )
 
@@ -140,8 +140,8 @@ class _Family:
             return []
         sizes = [f"{self._label[name]} ({self._contents.sizes[name]:,})" for name in small]
         return [
-            f"Too small to judge, with fewer than {self._contents.min_users} test users: "
-            f"{_listed(sizes)}."
+            f"Not judged, because they have fewer than {self._contents.min_users} test users: "
+            f"{listed(sizes)}."
         ]
 
     def _choice(self) -> list[str]:
@@ -150,10 +150,11 @@ class _Family:
         others = [row for row in contents.rows if row.validation and row.run != compared]
         if len(others) < 2:
             return []
-        scope = f"besides {contents.reference}" if self._is_run(contents.reference) else "trained"
+        is_run = self._is_run(contents.reference)
+        scope = f"rows other than {contents.reference}" if is_run else "trained rows"
         return [
-            f"Of the {len(others)} rows {scope}, {self._chosen} is the best in validation "
-            "for its worst group. The sentences below are about it."
+            f"The next sentences are about {self._chosen}. Of the {len(others)} {scope}, it has "
+            f"the highest {self._metric} for its worst group in validation."
         ]
 
     def _is_run(self, name: str) -> bool:
@@ -176,13 +177,13 @@ class _Family:
         gains = [where for where in others if at[where]["star"] and at[where]["difference"] > 0]
         losses = [where for where in others if at[where]["star"] and at[where]["difference"] < 0]
         if gains:
-            found.append(f"{name} also raises it for {self._effects(gains, at)}.")
+            found.append(f"{name} raises {self._metric} for {self._effects(gains, at)}.")
         if losses:
-            found.append(f"It costs {self._effects(losses, at)}.")
+            found.append(f"{name} lowers {self._metric} for {self._effects(losses, at)}.")
         elif others:
             found.append(
-                f"No loss from {name} was found in {'another' if worst else 'any'} group by "
-                f"{self._family}."
+                f"For the {'other ' if worst else ''}groups of {self._family}, no loss from {name} "
+                "was found."
             )
         return found
 
@@ -191,31 +192,43 @@ class _Family:
         if not row["star"]:
             return (
                 f"For {label}, no difference between {name} and {reference} was found: "
-                f"{_effect(row)}."
+                f"{_effect(row)}.{self._seeds(name, where, row)}"
             )
         verb = "raises" if row["difference"] > 0 else "lowers"
         return (
             f"{name} {verb} {self._metric} for {label} from {row['baseline']:.4f} ({reference}) to "
-            f"{row['mean']:.4f}, {_effect(row)}."
+            f"{row['mean']:.4f}, {_effect(row)}.{self._seeds(name, where, row)}"
         )
 
+    def _seeds(self, name: str, where: str, row: dict[str, Any]) -> str:
+        """What the seeds say of a difference, or nothing."""
+        table = self._contents.over_seeds
+        found = records(table[(table["name"] == name) & (table["slice"] == where)])
+        if not found:
+            return ""
+        [over] = found
+        told = f" Over {over['seeds']} seeds: {over_seeds(over['difference'], over['half'])}"
+        if row["star"] and abs(over["difference"]) <= over["half"]:
+            told += ", so it may not be found with other seeds"
+        return f"{told}."
+
     def _effects(self, names: Sequence[str], at: dict[str, dict[str, Any]]) -> str:
-        return _listed([f"{self._label[name]} ({_short(at[name])})" for name in names])
+        return listed([f"{self._label[name]} ({_short(at[name])})" for name in names])
 
     def _baselines(self, subject: str) -> list[str]:
         """The subject against the best baseline of each group."""
         best = best_baselines(self._contents, subject, [slices.OVERALL, *self._judged])
-        parts: dict[str, list[str]] = {"better for": [], "worse for": [], _NONE: []}
+        parts: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _NONE: []}
         for where, row in best.items():
-            part = "better for" if row["difference"] > 0 else "worse for"
+            part = _BETTER if row["difference"] > 0 else _WORSE
             told = f"{self._label[where]} ({row['name']}, {_short(row)})"
             parts[part if row["star"] else _NONE].append(told)
-        sentences = [f"{part} {_listed(told)}" for part, told in parts.items() if told]
+        sentences = [f"{part} {listed(told)}." for part, told in parts.items() if told]
         if not sentences:
             return []
         return [
-            f"{subject} against the best baseline without training of each group, with the "
-            f"difference and its 95 % interval: {'; '.join(sentences)}."
+            f"{subject} is compared with the baseline without training that is best for each "
+            f"group. {' '.join(sentences)}"
         ]
 
 
@@ -244,11 +257,11 @@ def _effect(row: dict[str, Any]) -> str:
 
 
 def _short(row: dict[str, Any]) -> str:
-    """`+0.0123, +0.0010 to +0.0236`."""
+    """`+0.0123, 95 % interval +0.0010 to +0.0236`."""
     shown = signed(row["difference"])
     if np.isnan(row["low"]):
         return shown
-    return f"{shown}, {signed(row['low'])} to {signed(row['high'])}"
+    return f"{shown}, 95 % interval {signed(row['low'])} to {signed(row['high'])}"
 
 
 def signed(value: float) -> str:
@@ -257,7 +270,12 @@ def signed(value: float) -> str:
     return shown if float(shown) else "0.0000"
 
 
-def _listed(names: Sequence[str]) -> str:
+def over_seeds(difference: float, half: float) -> str:
+    """A mean difference over seeds, and half of its 95 % interval: `+0.0449 ± 0.0060`."""
+    return f"{signed(difference)} ± {half:.4f}"
+
+
+def listed(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = len(names) - _NAMED
     if more > 1:
