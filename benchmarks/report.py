@@ -18,8 +18,8 @@ from benchmarks.common import print_table
 from seqfair_jax import workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.data.groups import GroupFamily
-from seqfair_jax.evaluation.metrics import rank_metrics
-from seqfair_jax.evaluation.slices import slice_means
+from seqfair_jax.data.split import Targets
+from seqfair_jax.evaluation.slices import target_means
 from seqfair_jax.report import contents, html, runs, text
 
 _FAMILIES = {"pop33": ("niche", "diverse", "popular"), "seq33": ("short", "medium", "long")}
@@ -34,18 +34,18 @@ def write_run(folder: Path, number: int, users: int) -> None:
         for name, groups in _FAMILIES.items()
     ]
     repeat = rng.random(users) < 0.4
-    targets = rng.integers(10_000, size=users)
+    items = rng.integers(10_000, size=users)
+    targets = Targets(np.arange(users), np.arange(users + 1), items, items, repeat)
     rng = np.random.default_rng(1 + number)
 
     def draw(mean: float):
         ranks = rng.geometric(1 / mean, users)
-        values = rank_metrics(ranks, (20,), np.arange(users + 1))
-        return ranks, values, slice_means(values, families, repeat)
+        return ranks, *target_means(ranks, targets, families, (20,))
 
     ranks, values, means = draw(40 + number)
     baselines = {name: draw(60) for name in _BASELINES}
     ids = np.arange(users)
-    shared = {"user_id": ids, "target_item_id": targets, "repeat": repeat, "rank": ranks}
+    shared = {"user_id": ids, "target_item_id": items, "repeat": repeat, "rank": ranks}
     labels = {family.name: family.labels() for family in families}
     workdir.write_parquet(workdir.per_user(folder, ""), pd.DataFrame(shared | values | labels))
     parts = [pd.DataFrame({"user_id": ids, **of, "baseline": name})

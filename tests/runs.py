@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from seqfair_jax.config import default_config, flatten
+from seqfair_jax.evaluation import slices
 from seqfair_jax.run import run
 
 FILES = {
@@ -47,6 +48,15 @@ def small(method="erm", **changes):
     config.select.min_users = 1
     config.update_from_flattened_dict(changes)
     return config
+
+
+def means_of(values, families, repeat):
+    """The means of users with one target each, with those of repeated and of new targets."""
+    found = slices.slice_means(values, families)
+    for metric, value in values.items():
+        for name, users in ((slices.REPEAT, repeat), (slices.NEW, ~repeat)):
+            found[metric][name] = float(value[users].mean())
+    return found
 
 
 class Finished(NamedTuple):

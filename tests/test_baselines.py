@@ -50,14 +50,13 @@ def test_real_baselines(real_data):
     dataset = load_dataset(config)
 
     def figures(split, mask_seen=False, families=()):
-        repeat = dataset.test.repeat if split == "test" else dataset.valid.repeat
         groups = [build_family(dataset, name) for name in families]
         return {
             name: {
                 part: value and round(value, 3)
-                for part, value in slices.slice_means(
-                    metrics.rank_metrics(ranks, [20]), groups, repeat
-                )["NDCG@20"].items()
+                for part, value in slices.slice_means(metrics.rank_metrics(ranks, [20]), groups)[
+                    "NDCG@20"
+                ].items()
             }
             for name, ranks in baseline_ranks(dataset, split, mask_seen=mask_seen).items()
         }

@@ -5,12 +5,12 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
+from runs import means_of
 
 from seqfair_jax.config import default_config
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import GroupFamily, build_family, encode_name
 from seqfair_jax.errors import UserError
-from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.slices import printable
 from seqfair_jax.paper import layouts, render, tables
 from seqfair_jax.paper.choice import Entry
@@ -147,7 +147,7 @@ def entry(method, families, *, loss_family="", shift=0.0, seeds=(0,), drop=()):
     per_user, summaries = {}, []
     for seed in seeds:
         values = {NDCG: np.full(USERS, 0.1 + 0.1 * seed + shift) + noise}
-        found = slices.slice_means(values, built, repeat)
+        found = means_of(values, built, repeat)
         found = {NDCG: {name: x for name, x in found[NDCG].items() if name not in drop}}
         summaries.append({"test": found, "baselines": {"markov": found}, "seed": seed})
         per_user[seed] = pd.DataFrame(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from runs import small
+from runs import means_of, small
 
 from seqfair_jax import workdir
 from seqfair_jax.commands import report as command
@@ -67,8 +67,8 @@ def write_run(
         GroupFamily(name, groups, users[:, None] % len(groups) == np.arange(len(groups)))
         for name, groups in families.items()
     ]
-    means = slices.slice_means(values, built, repeat)
-    baseline = slices.slice_means({NDCG: np.full(USERS, 0.125)}, built, repeat)
+    means = means_of(values, built, repeat)
+    baseline = means_of({NDCG: np.full(USERS, 0.125)}, built, repeat)
     table = pd.DataFrame(
         {
             "user_id": users,

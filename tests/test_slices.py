@@ -55,12 +55,11 @@ def test_labels_are_as_the_user_wrote_them():
 
 def test_means_by_hand():
     value = np.array([1.0, 0.5, 0.0, 0.25])
-    repeat = np.array([True, True, False, False])
     groups = family("f", ("a", "b", "none"), [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
-    means = slices.slice_means({"NDCG@20": value}, [groups], repeat)["NDCG@20"]
+    means = slices.slice_means({"NDCG@20": value}, [groups])["NDCG@20"]
     assert means == {
         "overall": 0.4375, "f=a": 0.75, "f=b": 0.25, "f=none": None,
-        "f/min": 0.25, "f/max": 0.75, "f/gap": 0.5, "target=repeat": 0.75, "target=new": 0.125,
+        "f/min": 0.25, "f/max": 0.75, "f/gap": 0.5,
     }  # fmt: skip
     assert slices.worst_group(means, groups, min_users=1) == 0.25
     assert slices.judged_groups(groups, min_users=2) == ["a", "b"]

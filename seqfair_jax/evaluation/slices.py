@@ -137,27 +137,19 @@ def target_means(
 
 
 def slice_means(
-    values: dict[str, np.ndarray],
-    families: Sequence[GroupFamily],
-    repeat: np.ndarray | None = None,
+    values: dict[str, np.ndarray], families: Sequence[GroupFamily]
 ) -> dict[str, Slices]:
     """Means of per-user metrics over all users and each group.
 
     Args:
         values: f[U] a metric.
         families: memberships bool[U, G] of the same users.
-        repeat: bool[U], of users with one target, whether it is in the user's history. It adds
-            'target=repeat' and 'target=new'.
 
     Returns:
         For each metric the means by slice: 'overall', 'pop33=niche', ..., 'pop33/min', '/max' and
         '/gap' (their difference) over the family's groups. The mean over no user is None.
     """
-    means = {metric: _slices(value, families) for metric, value in values.items()}
-    if repeat is not None:
-        for metric, value in values.items():
-            means[metric] |= {REPEAT: _mean(value[repeat]), NEW: _mean(value[~repeat])}
-    return means
+    return {metric: _slices(value, families) for metric, value in values.items()}
 
 
 def list_means(
