@@ -11,7 +11,7 @@ from typing import NamedTuple
 from seqfair_jax.config import help
 from seqfair_jax.config.keys import settings
 from seqfair_jax.sweeps.grid import sweep_settings
-from seqfair_jax.sweeps.search import search_settings
+from seqfair_jax.sweeps.search_plan import search_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

@@ -19,14 +19,14 @@ from seqfair_jax.config.files import load_config, shipped, summary
 from seqfair_jax.config.keys import settings
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.sweeps.grid import sweep_settings
-from seqfair_jax.sweeps.search import search_settings
+from seqfair_jax.sweeps.search_plan import search_settings
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"""
 import sys
 sys.path.append({str(ROOT / "tests")!r})
 from sweeps import tiny
-from seqfair_jax.sweeps.search import default_search
+from seqfair_jax.sweeps.search_plan import default_search
 
 def get_config(arg=None):
     config = tiny()

@@ -8,7 +8,7 @@ import pytest
 from seqfair_jax.config import default_config, parse_arguments, plan_runs, resolve
 from seqfair_jax.config.files import load_config
 from seqfair_jax.errors import UserError
-from seqfair_jax.sweeps import grid, search
+from seqfair_jax.sweeps import grid, search_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -47,7 +47,7 @@ def resolve_runs(config):
     if "sweep" in config:
         config = grid.split_sweep(config)[0]
     elif "search" in config:
-        config = search.split_search(config).base
+        config = search_plan.split_search(config).base
     return resolve(config)
 
 
@@ -83,7 +83,7 @@ def test_every_sweep_is_valid_and_names_its_command(name):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_is_valid_and_names_its_command(name):
     assert f"seqfair search --config={name} " in docstring(name)
-    plan = search.split_search(load(name))
+    plan = search_plan.split_search(load(name))
     resolve(plan.base)
     # Appendix B: every combination, stopped after 200 epochs without a better validation.
     assert len(plan.first()) == 216
@@ -93,7 +93,7 @@ def test_every_search_is_valid_and_names_its_command(name):
         "model.dim", "model.ff_dim", "model.num_blocks", "model.num_heads", "model.dropout",
         "train.batch_size",
     }  # fmt: skip
-    plan = search.split_search(load(name, "scale=small"))
+    plan = search_plan.split_search(load(name, "scale=small"))
     assert (plan.sampler, plan.prune) == ("tpe", True)
     config = resolve(plan.config(plan.first()[0]))
     assert config.train.decay_steps == config.train.epochs * config.train.steps_per_epoch

@@ -23,7 +23,7 @@ from seqfair_jax import __main__ as seqfair
 from seqfair_jax import cli
 from seqfair_jax.config import default_config, flatten, resolve
 from seqfair_jax.errors import UserError
-from seqfair_jax.sweeps import grid, search
+from seqfair_jax.sweeps import grid, search_plan
 
 PACKAGE = ROOT / "seqfair_jax"
 
@@ -93,7 +93,7 @@ def check_config(config):
     if "sweep" in config:
         resolve(grid.split_sweep(config)[0])
     elif "search" in config:
-        resolve(search.split_search(config).base)
+        resolve(search_plan.split_search(config).base)
     else:
         resolve(config)
 
@@ -159,7 +159,7 @@ def known_keys():
     """Every setting of a run, a sweep and a search."""
     keys = {key for key, _ in flatten(default_config().to_dict())}
     keys |= {f"sweep.{key}" for key in grid.default_sweep()}
-    return keys | {f"search.{key}" for key in search.default_search()}
+    return keys | {f"search.{key}" for key in search_plan.default_search()}
 
 
 def _is_key(key):

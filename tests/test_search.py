@@ -21,16 +21,9 @@ from seqfair_jax.config.files import load_config
 from seqfair_jax.errors import DivergedError, Interrupted, UserError
 from seqfair_jax.run import run
 from seqfair_jax.sweeps import study as studies
-from seqfair_jax.sweeps.search import (
-    add_defaults,
-    add_space,
-    empty_search,
-    search,
-    split_search,
-)
-from seqfair_jax.sweeps.search import (
-    train_command as printed_command,
-)
+from seqfair_jax.sweeps.search import search
+from seqfair_jax.sweeps.search import train_command as printed_command
+from seqfair_jax.sweeps.search_plan import add_defaults, add_space, empty_search, split_search
 
 RATES = {"train.learning_rate": "0.0001:0.1:log", "model.dropout": "0:0.5"}
 

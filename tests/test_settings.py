@@ -10,7 +10,7 @@ from seqfair_jax.config.keys import PARTS, settings
 from seqfair_jax.errors import UserError
 from seqfair_jax.settings import Setting, above, between, build, number, whole
 from seqfair_jax.sweeps.grid import sweep_settings
-from seqfair_jax.sweeps.search import search_settings
+from seqfair_jax.sweeps.search_plan import search_settings
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from seqfair_jax.cli import Command
-from seqfair_jax.sweeps.search import add_defaults, search, search_settings
+from seqfair_jax.sweeps.search import search
+from seqfair_jax.sweeps.search_plan import add_defaults, search_settings
 
 
 def main(argv: Sequence[str]) -> None:

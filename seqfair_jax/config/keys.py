@@ -49,7 +49,7 @@ PARTS = {
     "train": "Training",
     "select": "The choice of epochs",
     "evaluate": "The test",
-    "search": "A search",  # `sweeps.search`
+    "search": "A search",  # `sweeps.search_plan`
     "sweep": "A sweep",  # `sweeps.grid`
 }
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from seqfair_jax.data.groups import PRODUCT, UNION
 from seqfair_jax.paper.settings import at_paper_size
 from seqfair_jax.sweeps.grid import default_sweep
-from seqfair_jax.sweeps.search import add_space, empty_search
+from seqfair_jax.sweeps.search_plan import add_space, empty_search
 
 DataSet = Callable[[str, str | None], ConfigDict]  # one of `settings`
 
