@@ -50,6 +50,7 @@ class Command:
         arguments: str = "",
         config: bool | str = False,
         lists_settings: bool = False,
+        program: str | None = None,
         own_settings: Callable[[], Sequence[Setting]] = tuple,
         extend: Callable[[ConfigDict], None] | None = None,
     ):
@@ -62,12 +63,13 @@ class Command:
             config: the command takes `--config` and `--config.KEY=VALUE`; "optional" if it need
                 not be given.
             lists_settings: its `--help` lists the shipped configs and every setting.
+            program: how the command is started, if not by `seqfair NAME` (of benchmarks).
             own_settings: that a config may have for this command, beside those of a run. Its
                 `--help` lists them.
             extend: adds to a loaded config what it lacks of them.
         """
         self._name, self._description, self._arguments = name, description, arguments
-        self._program = f"seqfair {name}"
+        self._program = program or f"seqfair {name}"
         self._takes_config, self._lists_settings = config, lists_settings
         self._own_settings, self._extend = own_settings, extend
         self.config_name: str | None = None  # what `--config` named
