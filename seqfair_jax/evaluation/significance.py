@@ -105,7 +105,7 @@ def compare(
     return result
 
 
-def describe(table: pd.DataFrame, metric: str, *, seed: int = 0) -> pd.DataFrame:
+def describe(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The mean of a per-user metric in each slice, with its 95 % interval over users.
 
     The intervals are as in `compare`: bootstrap, and t for many users.
@@ -113,7 +113,6 @@ def describe(table: pd.DataFrame, metric: str, *, seed: int = 0) -> pd.DataFrame
     Args:
         table: a per-user table (`per_user.parquet`).
         metric: a column, such as NDCG@20.
-        seed: of the bootstrap.
 
     Returns:
         columns users, mean, low, high by slice, for each slice with at least one user. The interval
@@ -122,7 +121,7 @@ def describe(table: pd.DataFrame, metric: str, *, seed: int = 0) -> pd.DataFrame
     values = table[metric].to_numpy(np.float64)
     rows = {}
     for name, members in slice_members(table).items():
-        [low], [high] = _intervals(values[members][:, None], seed)
+        [low], [high] = _intervals(values[members][:, None], seed=0)
         mean = values[members].mean()
         rows[name] = {"users": len(members), "mean": mean, "low": low, "high": high}
     return pd.DataFrame.from_dict(rows, orient="index")
