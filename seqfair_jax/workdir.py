@@ -240,7 +240,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def finished_hash(folder: Path) -> str:
-    """The SHA-256 of a finished run's `finished.json`: the same for a copy, and for no other run."""
+    """The SHA-256 of a run's `finished.json`: the same for a copy, and for no other run."""
     return sha256(folder / _FINISHED)
 
 

@@ -15,7 +15,7 @@ def change(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
     Args:
         config: a run's.
-        values: by key, such as {"model.dim": 128}. A list or a single value stands for a tuple.
+        values: by key, such as {"model.dim": 128}. A list or a single value is taken as a tuple.
 
     Raises:
         UserError: on an unknown key (the closest is named), or the key of a group of settings.

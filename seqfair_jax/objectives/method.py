@@ -120,7 +120,7 @@ class Method(NamedTuple):
     """
 
     name: str  # in settings, tables and file names: small letters, digits and _
-    label: str  # in the paper's tables
+    label: str  # in reports and the paper's tables
     make: Callable[..., Formula]
     hparams: tuple[HParam, ...] = ()
     options: tuple[Option, ...] = ()

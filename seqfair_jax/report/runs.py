@@ -34,11 +34,6 @@ class FinishedRun(NamedTuple):
         return is_list(self.summary)
 
 
-def read_summaries(folder: Path) -> list[dict[str, Any]]:
-    """The summaries of a work directory's runs."""
-    return [workdir.read_summary(part) for part in workdir.finished_folders(folder)]
-
-
 def is_list(summary: Mapping[str, Any]) -> bool:
     """Whether a summary is of another system's lists."""
     return summary.get("kind") == "list"
@@ -207,7 +202,7 @@ def _first(differences: Sequence[str]) -> str:
 
 
 def _short(value: object) -> str:
-    """A value of `dataset` in a message: a hash is told by its first digits, as runs print it."""
+    """A value of `dataset` in a message: of a hash its first digits, as runs print it."""
     shown = "none" if value is None else str(value)
     return shown if len(shown) <= _LONG else f"{shown[:12]}…"
 
@@ -227,7 +222,7 @@ def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def notes(runs: Sequence[FinishedRun]) -> list[str]:
-    """What stands below the tables: a line for each run that failed or stopped early."""
+    """The notes below the tables: a line for each run that failed or stopped early."""
     stopped = [
         f"{run.name}, seed {run.summary['seed']}: stopped early, after epoch "
         f"{run.summary['train']['stopped_epoch']}; its best epoch is {run.summary['best']['epoch']}"

@@ -95,7 +95,7 @@ def left_out(found: Contents, family: str) -> list[str]:
 
 
 def joined_rows(found: Contents) -> list[str]:
-    """A sentence on the rows that stand for both rules of selection, or none."""
+    """A sentence on the rows that are of both rules of selection; none if there is no such row."""
     both = [row.name for row in found.rows if row.is_both]
     if not both:
         return []
@@ -197,7 +197,7 @@ def best_places(values: Iterable[float], is_method: Iterable[bool]) -> list[int]
 
 
 def users_cell(found: Contents, name: str) -> str:
-    """How many test users a slice has; "" for a statistic, or where nobody knows."""
+    """How many test users a slice has; "" for a statistic, or where it is not known."""
     size = found.sizes.get(name)
     return "" if size is None else f"{size:,}"
 

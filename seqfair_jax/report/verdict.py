@@ -25,10 +25,10 @@ def verdicts(contents: Contents) -> list[Verdict]:
     """For each family who is served worst, whether a method helps them, and what it costs whom.
 
     A difference counts if its q is below 0.05. Otherwise the sentence says that none was found, and
-    gives the difference and its interval all the same.
+    still gives the difference and its interval.
     """
     found = []
-    said: set[tuple[str, str]] = set()  # pairs whose difference over all users was told
+    said: set[tuple[str, str]] = set()  # pairs whose difference over all users has a sentence
     for family in contents.families:
         found.append(Verdict(family, _Family(contents, family, said).sentences()))
     return found
@@ -73,7 +73,7 @@ class _Family:
         if not contents.sizes:
             return ["No run succeeded, so there is no verdict."]
         reference = contents.row(contents.reference) if contents.reference else None
-        # Who is served worst is said of ERM or the named run; of a baseline nobody asks it.
+        # The first sentence is about ERM or the named run, never about a baseline.
         is_method = reference is not None and reference.kind != BASELINE
         of = contents.reference if is_method else self._subject
         found = []

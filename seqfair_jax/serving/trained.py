@@ -130,8 +130,8 @@ def run_folder(folder: Path, run: str | None) -> Path:
     workdir.check_finished(folder)
     if "evaluation" in summary:
         raise UserError(
-            f"{folder} is the --out of seqfair evaluate and has no model; name the --workdir of the "
-            "run itself"
+            f"{folder} is the --out of seqfair evaluate and has no model; name the --workdir of "
+            "the run itself"
         )
     runs = summary.get("runs", [summary])
     names = [found["run"] for found in runs]
