@@ -6,7 +6,6 @@ Shape letters: n users of a split, m targets of all of them, V catalogue, k leng
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from seqfair_jax.data.groups import training_rows
 from seqfair_jax.data.split import Dataset, Targets
@@ -138,8 +137,10 @@ def _newest_first(owner, place, history, num_users: int, k: int) -> np.ndarray:
 
 def _each_once(lists: np.ndarray, k: int) -> np.ndarray:
     """Drop repeats and empty places from each row, keep the first k."""
-    rows = np.arange(len(lists))[:, None] * (lists.max(initial=0) + 2)
-    again = pd.Series((rows + lists - _NONE).ravel()).duplicated().to_numpy().reshape(lists.shape)
+    by_item = np.argsort(lists, axis=1, kind="stable")
+    ordered = np.take_along_axis(lists, by_item, axis=1)
+    again = np.zeros(lists.shape, bool)
+    np.put_along_axis(again, by_item[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
     empty = again | (lists == _NONE)
     order = np.argsort(empty, axis=1, kind="stable")
     return np.take_along_axis(np.where(empty, _NONE, lists), order, axis=1)[:, :k]
