@@ -23,7 +23,7 @@ from seqfair_jax import __main__ as seqfair
 from seqfair_jax import cli
 from seqfair_jax.config import default_config, flatten, resolve
 from seqfair_jax.errors import UserError
-from seqfair_jax.sweeps import grid, search_plan
+from seqfair_jax.sweeps import grid, search_plan, space
 
 PACKAGE = ROOT / "seqfair_jax"
 
@@ -204,6 +204,16 @@ def test_the_layout_names_files_that_exist():
     assert len(paths) > 40
     for path in paths:
         check_path(path)
+
+
+def test_the_default_space_of_a_search_is_in_its_page():
+    listed = dict(
+        re.findall(r"^\| `([\w.]+)` \| .* \| `(.*)` \|$", _read("docs/search.md"), re.MULTILINE)
+    )
+    default = {key: text for key, text in space.default_texts().items() if text}
+    assert listed == {key: text for key, text in default.items() if "objective." not in key}
+    declared = default["objective.alpha"].replace(",", ", ")
+    assert f"such as {declared} for `objective.alpha`" in _read("docs/search.md")
 
 
 def test_the_page_of_settings_is_current():

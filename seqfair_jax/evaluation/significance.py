@@ -14,7 +14,7 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 
 KEYS = ("user_id", "target_item_id", "repeat")  # two runs must agree on these
-_RESAMPLES = 2000
+RESAMPLES = 2000
 # A mean over more users is nearly normal: its t interval is nearly the bootstrap's, in no time.
 BOOTSTRAP_UP_TO = 10_000  # users
 # Values of the bootstrap. So few stay in a CPU's cache, and start no threads of a matrix product.
@@ -297,8 +297,8 @@ def _intervals(difference: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarra
     rng = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // num_users)
     means = []
-    for start in range(0, _RESAMPLES, at_once):
-        resamples = min(at_once, _RESAMPLES - start)
+    for start in range(0, RESAMPLES, at_once):
+        resamples = min(at_once, RESAMPLES - start)
         users = rng.integers(num_users, size=(resamples, num_users), dtype=np.int32)
         users += num_users * np.arange(resamples, dtype=np.int32)[:, None]
         counts = np.bincount(users.ravel(), minlength=users.size).reshape(users.shape)

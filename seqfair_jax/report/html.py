@@ -17,7 +17,7 @@ from seqfair_jax.config import format_value
 from seqfair_jax.data.split import describe_split
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import KINDS, LIST_FIGURES, describe_metric, parse_metric
-from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO
+from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO, RESAMPLES
 from seqfair_jax.report import figures, names, rows, text, verdict
 from seqfair_jax.report.contents import LEVEL, Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST, Row
@@ -539,8 +539,8 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
         ),
         (
             "95 % interval",
-            "Of a difference: percentile bootstrap over users, 2,000 resamples. For more than "
-            f"{BOOTSTRAP_UP_TO:,} users it is the paired t interval, which is then nearly the "
+            f"Of a difference: percentile bootstrap over users, {RESAMPLES:,} resamples. For more "
+            f"than {BOOTSTRAP_UP_TO:,} users it is the paired t interval, which is then nearly the "
             "same. It covers other users, not other seeds: with several seeds, a user's value is "
             "its mean over the seeds that both sides have. Of the worst group against the other "
             "users: Welch's t, widened for the choice among the groups (Bonferroni).",
