@@ -16,6 +16,7 @@ from seqfair_jax.commands import evaluate as command
 from seqfair_jax.commands import report as report_command
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation.metrics import rank_metrics
 from seqfair_jax.report.runs import read_runs
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.recommender import recommend
@@ -291,7 +292,7 @@ def test_rank_wins_over_score_and_tables_of_any_kind(dataset, tmp_path):
         ({"score": [0.1, np.inf]}, "the score of data row 2 is inf; expected a finite number"),
         ({"score": [0.1, np.nan]}, "the score of data row 2 is .*; expected a finite number"),
         ({"score": ["0.1", "high"]}, "the score of data row 2 is 'high'; expected a finite"),
-        ({"score": [0.1, "high"]}, "a column has values of several types"),
+        ({"score": [0.1, "high"]}, "column score are not of one type"),
         ({"user_id": ["u9", None]}, "1 rows have no user_id, the first of them data row 2"),
         ({"user_id": ["x", "y"]}, "none of its 2 users is tested. Its first is 'x'"),
         ({"user_id": [7, 8]}, "none of its 2 users is tested. Its first is 7, and"),
@@ -311,11 +312,24 @@ def test_the_names_of_lists(tmp_path, monkeypatch):
         "old-1.5": "x/old-1.5.csv.gz", "new": "y.parquet", ".csv": ".csv",
     }  # fmt: skip
     assert lists.name_lists(["a,b=c.csv"]) == {"a,b=c": "a,b=c.csv"}
+    assert lists.name_lists(["new=a,b=c.csv"]) == {"new": "a,b=c.csv"}
     with pytest.raises(UserError, match=r"old.csv and new/old.csv are both called 'old'"):
         lists.name_lists(["old.csv", "new/old.csv"])
     for bad in ("", "=a.csv", "a=", "a.csv,,b.csv"):
         with pytest.raises(UserError, match="expected FILE or NAME=FILE"):
             lists.name_lists([bad])
+
+
+def test_a_cutoff_may_be_any_number(dataset):
+    """A list is never longer than its rows, and a user has no more targets than there are."""
+    table = pd.DataFrame({"user_id": ["u9", "u9"], "item_id": ["i1", "i2"]})
+    few = lists.read_lists(table, dataset, top_k=5).ranked
+    many = lists.read_lists(table, dataset, top_k=10**12).ranked
+    assert_array_equal(few.ranks, many.ranks)
+    assert_array_equal(few.top_items, many.top_items)
+    for name, values in rank_metrics(few.ranks, [10**30]).items():
+        kind = name.partition("@")[0]
+        assert_array_equal(values, rank_metrics(few.ranks, [10**6])[f"{kind}@{10**6}"])
 
 
 def test_metrics_by_name():

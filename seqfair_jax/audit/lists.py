@@ -33,7 +33,7 @@ class Ranked(NamedTuple):
     """What lists show, and where the targets are in them."""
 
     ranks: np.ndarray  # i32[m], 1-based; 0 for a target that is not in its user's list
-    top_items: np.ndarray  # i32[n, K] as `metrics.recommendation_stats` takes them
+    top_items: np.ndarray  # i32[n, K or the longest list] as `metrics.recommendation_stats` takes
     lengths: np.ndarray  # i64[n] items of each user's list, each once
 
 
@@ -47,13 +47,14 @@ class Lists(NamedTuple):
 def split_argument(argument: str) -> dict[str, str]:
     """The names and files of `NAME=FILE`, `FILE`, or several with commas between them.
 
-    A file's name without its endings is the name of its lists. A whole argument that is a file is
-    one, whatever signs it has.
+    A file's name without its endings is the name of its lists. If the whole argument is a file, or
+    all that follows its first `=`, it is one, whatever signs it has.
 
     Raises:
         UserError: if a part is empty.
     """
-    whole = user_path(argument).is_file() if argument else False
+    named = argument.partition("=")[2]
+    whole = any(path and user_path(path).is_file() for path in (argument, named))
     found: dict[str, str] = {}
     for part in [argument] if whole else argument.split(","):
         name, equals, path = part.partition("=")
@@ -211,6 +212,7 @@ def rank_lists(
     at = pd.Index(pairs).get_indexer(pd.Index(wanted))
     hit = (at >= 0) & (targets >= 0)
     ranks[hit] = place[at[hit]] + 1
+    top_k = min(top_k, int(lengths.max(initial=1)))  # the cut-offs may be any numbers
     top_items = np.full((num_users, top_k), -1, np.int32)
     shown = place < top_k
     top_items[users[shown], place[shown]] = np.minimum(items[shown], num_items)

@@ -103,21 +103,26 @@ def table_in_memory(table: Any, choose: Choose, where: str) -> Table:
     """
     if isinstance(table, pd.DataFrame):
         known = [str(name) for name in table.columns]
-        names = choose(known, where)
-        frame = table.iloc[:, [known.index(name) for name in names.values()]]
         try:
-            arrow = pa.Table.from_pandas(frame.set_axis(list(names), axis=1), preserve_index=False)
-        except pa.ArrowException as error:
+            names = choose(known, where)
+        except UserError as error:
+            index = [str(name) for name in table.index.names if name is not None]
+            if not index:
+                raise
             raise UserError(
-                f"{where}: a column has values of several types ({short(str(error))}); store it "
-                "as one type, such as text"
-            ) from error
+                f"{error}. The table's index ({', '.join(index)}) is not read: give "
+                "table.reset_index()"
+            ) from None
+        columns = {key: table.iloc[:, known.index(name)] for key, name in names.items()}
+        arrow = pa.table({key: _of_pandas(columns[key], names[key], where) for key in names})
     else:
+        arrow = None
         if hasattr(table, "__arrow_c_stream__"):
-            arrow = pa.table(table)
+            with contextlib.suppress(pa.ArrowInvalid):  # a single column has a stream too
+                arrow = pa.table(table)
         elif hasattr(table, "to_arrow"):
             arrow = table.to_arrow()
-        else:
+        if arrow is None:
             raise UserError(
                 f"{where}: expected a table of pandas, polars or pyarrow, found "
                 f"{type(table).__name__}"
@@ -125,6 +130,22 @@ def table_in_memory(table: Any, choose: Choose, where: str) -> Table:
         names = choose(arrow.column_names, where)
         arrow = pa.table({key: arrow[name] for key, name in names.items()})
     return Table(pa.table({key: plain(arrow[key]) for key in names}), names, "")
+
+
+def _of_pandas(column: pd.Series, name: str, where: str) -> pa.ChunkedArray:
+    """A column of a pandas table.
+
+    Raises:
+        UserError: if its values are of several types, or are integers of more than 64 bits.
+    """
+    try:
+        return pa.Table.from_pandas(column.to_frame("column"), preserve_index=False)["column"]
+    except (pa.ArrowException, OverflowError) as error:
+        reason = short(str(error.args[0] if error.args else error))
+        raise UserError(
+            f"{where}: the values of column {name} are not of one type that can be stored "
+            f"({reason}); store it as one type, such as text"
+        ) from error
 
 
 def pick(names: Sequence[str], wanted: str, where: str, advice: str) -> str:

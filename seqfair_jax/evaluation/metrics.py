@@ -108,7 +108,7 @@ def rank_metrics(
     found = {}
     for k in cutoffs:
         hit = rank <= k
-        most = np.minimum(sizes, k)
+        most = np.minimum(sizes, min(k, max(len(ranks), 1)))  # k may have more than 64 bits
         ideal = np.cumsum(1 / np.log2(1 + np.arange(1, most.max(initial=1) + 1)))
         found[f"NDCG@{k}"] = sums(1 / np.log2(1 + rank), hit) / ideal[most - 1]
         found[f"Recall@{k}"] = sums(np.ones(len(rank)), hit) / sizes
