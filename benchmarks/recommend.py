@@ -42,6 +42,7 @@ def random_model(config, *, users=0, items=0):
     states = initial_states(task, seeds=[0], num_groups=experiment.num_groups)
     return TrainedModel(
         run="random",
+        folder=Path("nowhere"),
         config=config,
         model=model,
         params=jax.tree.map(lambda leaf: leaf[0], states.params),

@@ -39,7 +39,6 @@ from seqfair_jax.report import contents, runs
 from seqfair_jax.run import run
 from seqfair_jax.serving import output, tables
 from seqfair_jax.serving.recommender import encode_users, parse_seen, recommend
-from seqfair_jax.serving.trained import run_folder
 from seqfair_jax.training import selection
 
 _BLOCK = 2**14  # users encoded at once
@@ -121,25 +120,23 @@ def load(folder: str | Path, *, run: str | None = None, rule: str = "overall") -
         UserError: if the run has not finished or failed, or its files are missing or changed.
     """
     path = workdir.user_path(folder).absolute()
-    return Model(serving.load(path, run=run, rule=rule), path, run_folder(path, run), rule)
+    trained = serving.load(path, run=run, rule=rule)
+    return Model(trained, path, rule)
 
 
 class Model:
     """A finished run. `fit` and `load` make one."""
 
-    def __init__(
-        self, trained: serving.TrainedModel, folder: Path, own_folder: Path, rule: str
-    ) -> None:
+    def __init__(self, trained: serving.TrainedModel, folder: Path, rule: str) -> None:
         """Keep what `load` read.
 
         Args:
             trained: the run.
             folder: the work directory; of a grid, that of the whole grid.
-            own_folder: where the run's own files are.
             rule: that chose the epoch.
         """
-        self._trained, self._own_folder, self._rule = trained, own_folder, rule
-        self._summary = workdir.read_summary(own_folder)
+        self._trained, self._rule = trained, rule
+        self._summary = workdir.read_summary(trained.folder)
         self.folder = folder
 
     def __repr__(self) -> str:
@@ -194,7 +191,7 @@ class Model:
     def per_user(self) -> pd.DataFrame:
         """The test of each user: the target, its rank, the metrics and the user's groups."""
         suffix = selection.RULES[self._rule].suffix
-        return pd.read_parquet(workdir.per_user(self._own_folder, suffix))
+        return pd.read_parquet(workdir.per_user(self._trained.folder, suffix))
 
     def recommend(
         self,

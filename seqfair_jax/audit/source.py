@@ -71,7 +71,6 @@ def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
             such run or family.
     """
     folder = run_folder(workdir.user_path(directory), run)
-    workdir.check_finished(folder)
     summary = workdir.read_summary(folder)
     config = _chosen(ConfigDict(workdir.read_json(folder / workdir.CONFIG)), choice)
     dataset = catalogue.read_dataset(folder)
@@ -179,12 +178,23 @@ def _chosen(config: ConfigDict, choice: Choice) -> ConfigDict:
     if choice.group_file is not None:
         config.data.group_file = choice.group_file
     if choice.cutoffs is not None:
-        if not choice.cutoffs or not all(type(k) is int and k > 0 for k in choice.cutoffs):
-            raise UserError(f"cutoffs is {choice.cutoffs}: expected whole numbers from 1 on")
-        evaluate.cutoffs = tuple(choice.cutoffs)
+        evaluate.cutoffs = checked_cutoffs(choice.cutoffs)
     if choice.mask_seen is not None:
         evaluate.mask_seen = choice.mask_seen
     return config
+
+
+def checked_cutoffs(given: Any) -> tuple[int, ...]:
+    """Cut-offs of metrics, from a number or several, of Python or numpy.
+
+    Raises:
+        UserError: if there is none, or one is no whole number from 1 on.
+    """
+    values = list(given) if hasattr(given, "__iter__") else [given]
+    numbers = [isinstance(k, int | np.integer) and not isinstance(k, bool) for k in values]
+    if not values or not all(numbers) or min(values) < 1:
+        raise UserError(f"cutoffs is {given!r}: expected whole numbers from 1 on")
+    return tuple(map(int, values))
 
 
 def stored_families(folder: Path, summary: Mapping[str, Any]) -> dict[str, GroupFamily]:

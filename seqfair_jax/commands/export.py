@@ -11,7 +11,6 @@ from seqfair_jax.cli import Command
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report.card import model_card
 from seqfair_jax.serving import export, load
-from seqfair_jax.serving.trained import run_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,7 +49,6 @@ def _export(command: Command, values: flags.FlagValues) -> None:
         )
     workdir.refuse_filled(out)
     trained = load(directory, run=values.run, rule=values.rule)
-    source = run_folder(workdir.user_path(directory), values.run)
     _LOG.info("run %s, best epoch by %s", trained.run, values.rule)
 
     def write(folder: Path) -> None:
@@ -68,7 +66,7 @@ def _export(command: Command, values: flags.FlagValues) -> None:
         else:
             names = ", ".join(platforms)
             _LOG.warning("the program was not checked, since this machine is none of %s", names)
-        card = model_card(source, values.rule, settings)
+        card = model_card(trained.folder, values.rule, settings)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     try:

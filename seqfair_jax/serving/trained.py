@@ -25,6 +25,7 @@ class TrainedModel:
     """A finished run. Shape letters: U users, V vocabulary."""
 
     run: str  # the run's name
+    folder: Path  # of the run itself, also in a grid
     config: ConfigDict  # its settings
     model: SASRec
     params: Any
@@ -50,7 +51,6 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
     if rule not in selection.RULES:
         raise UserError(f"rule is {rule!r}: expected {' or '.join(selection.RULES)}")
     folder = run_folder(workdir.user_path(directory), run)
-    workdir.check_finished(folder)
     summary = workdir.read_summary(folder)
     if not selection.is_result(summary, rule):
         raise UserError(
@@ -74,6 +74,7 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
         ) from None
     return TrainedModel(
         run=summary["run"],
+        folder=folder,
         config=config,
         model=model,
         params=params,
@@ -95,8 +96,8 @@ def load_source(directory: str) -> Source:
     """
     try:
         trained = load(directory)
-        folder = run_folder(workdir.user_path(directory), None)
-        summary, dataset = workdir.read_summary(folder), catalogue.read_dataset(folder)
+        summary = workdir.read_summary(trained.folder)
+        dataset = catalogue.read_dataset(trained.folder)
     except UserError as error:
         raise UserError(f"train.init_from is {directory}, which cannot be used: {error}") from None
     return Source(
@@ -111,14 +112,15 @@ def load_source(directory: str) -> Source:
 
 
 def run_folder(folder: Path, run: str | None) -> Path:
-    """The folder of one run in a work directory.
+    """The folder of one run in a work directory, after a check of its files.
 
     Args:
         folder: the work directory of a run, or of a grid of runs.
         run: as for `load`.
 
     Raises:
-        UserError: if the folder has not finished, or has no such run.
+        UserError: if the folder or the run has not finished, if its files are missing or changed,
+            or if there is no such run.
     """
     if (folder / "jobs").is_dir():
         jobs = ", ".join(sorted(path.name for path in (folder / "jobs").iterdir())[:5])
@@ -142,4 +144,6 @@ def run_folder(folder: Path, run: str | None) -> Path:
         raise UserError(f"{folder} has no run {run!r}; there are {', '.join(names)}")
     if "runs" not in summary:
         return folder
-    return workdir.run_folders(folder, names)[names.index(run)]
+    part = workdir.run_folders(folder, names)[names.index(run)]
+    workdir.check_finished(part)
+    return part
