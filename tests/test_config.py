@@ -16,7 +16,9 @@ from seqfair_jax.config import (
     resolve,
 )
 from seqfair_jax.config.change import change
+from seqfair_jax.config.files import load_config
 from seqfair_jax.errors import UserError
+from seqfair_jax.sweeps.search_plan import split_search
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,13 @@ def test_settings_without_an_effect_are_refused(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         resolve(config)
+
+
+@pytest.mark.parametrize("check", [resolve, split_search])
+def test_a_config_with_a_sweep_is_for_another_command(check):
+    config = load_config("paper_rr")
+    with pytest.raises(UserError, match="has a `sweep`, so it is for seqfair reproduce"):
+        check(config)
 
 
 def test_only_what_the_objective_reads_must_be_the_same_to_resume():

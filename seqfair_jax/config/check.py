@@ -27,6 +27,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config.unlock()
     if "search" in config:  # it says what `seqfair search` varies, and is no setting of a run
         del config["search"]
+    if "sweep" in config:
+        raise UserError("the config has a `sweep`, so it is for seqfair reproduce; use another one")
     # An objective may have been registered since the config was made.
     for key, value in objectives.default_settings().items():
         if key not in config.objective:
