@@ -32,7 +32,7 @@ from seqfair_jax.config.change import change
 from seqfair_jax.config.files import load_config
 from seqfair_jax.data.groups import read_group_table
 from seqfair_jax.data.readers import Rows, needed_columns
-from seqfair_jax.data.tables import table_in_memory
+from seqfair_jax.data.tables import stored_tables, table_in_memory
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import contents, runs
@@ -41,6 +41,7 @@ from seqfair_jax.serving import output, tables
 from seqfair_jax.serving.recommender import encode_users, parse_seen, recommend
 from seqfair_jax.training import selection
 
+_INPUTS = workdir.INPUTS  # `workdir` is an argument of `fit`
 _BLOCK = 2**14  # users encoded at once
 _LOG = logging.getLogger("seqfair_jax")
 
@@ -91,8 +92,9 @@ def fit(
     try:
         with _shown(verbose):
             path = _make(folder)
-            _set_inputs(chosen, path, log, groups)
-            run(chosen, path)
+            with stored_tables(path / _INPUTS):
+                _set_inputs(chosen, path, log, groups)
+                run(chosen, path)
             _remove_other_groups(path, chosen.data.group_file)
             model = load(path)
     except Interrupted as stopped:
@@ -231,7 +233,10 @@ class Model:
                 raise UserError(f"{name} is {value!r}: expected a whole number, 1 or more")
         user_ids, histories = self._histories(users)
         candidates = tables.read_candidates(
-            _items(only), _items(exclude), trained.item_ids, trained.config.data.columns
+            _items(only, "only"),
+            _items(exclude, "exclude"),
+            trained.item_ids,
+            trained.config.data.columns,
         )
         found = recommend(
             trained,
@@ -272,11 +277,13 @@ class Model:
         table, names = source.split_groups(groups)
         with tempfile.TemporaryDirectory(prefix="seqfair_") as temporary:
             path = None if table is None else _group_path(Path(temporary), table)
-            given = (int(cutoffs),) if isinstance(cutoffs, int | np.integer) else cutoffs
+            given = None if cutoffs is None else source.checked_cutoffs(cutoffs)
             choice = source.Choice(groups=names or None, group_file=path, cutoffs=given)
-            judged = source.from_run(self.folder, self._trained.run, choice)
+            with stored_tables(Path(temporary) / workdir.INPUTS):
+                judged = source.from_run(self.folder, self._trained.run, choice)
             found = evaluation.evaluate(judged, {}, rule=self._rule)
-        wanted = [metrics] if isinstance(metrics, str) else list(metrics or found.metrics)
+        wanted = [] if metrics is None else metrics if _is_several(metrics) else [str(metrics)]
+        wanted = list(wanted) or found.metrics
         chosen = evaluation.parse_metrics(wanted, judged.config.evaluate.cutoffs)
         (system,) = found.systems
         users = {name: len(of) for name, of in significance.slice_members(system.per_user).items()}
@@ -362,10 +369,11 @@ class Model:
         if isinstance(users, Mapping):
             if not users:
                 raise UserError("histories are empty: expected {user: [item, ...]}")
-            wrong = [items for items in users.values() if isinstance(items, str)]
+            wrong = [items for items in users.values() if not _is_several(items)]
             if wrong:
-                raise UserError(f"the history {wrong[0]!r} is text: expected a list of items")
-            return tables.histories_of(users, known_users, known_items)
+                raise UserError(f"the history {wrong[0]!r} is one value: expected a list of items")
+            given = {user: list(items) for user, items in users.items()}
+            return tables.histories_of(given, known_users, known_items)
         if _is_table(users) and tables.has_items(users, columns):
             return tables.read_histories(users, known_users, known_items, columns)
         table = users if _is_table(users) else _ids(users, "users", "user_id")
@@ -388,6 +396,10 @@ def _settings(
     """The settings, but for those that name the log and the groups."""
     if config is None and log is None:
         raise UserError("log is None: give a table or a path, or a config that has a log")
+    if not isinstance(settings, Mapping):
+        raise UserError(f"settings is {settings!r}: expected a dict, as in {{'model.dim': 128}}")
+    if not isinstance(config, str | ConfigDict | None):
+        raise UserError(f"config is {config!r}: expected a name, a path or a ConfigDict")
     if isinstance(config, ConfigDict):
         chosen = copy.deepcopy(config)  # with its references, such as that of train.decay_steps
     else:
@@ -517,15 +529,19 @@ def _is_table(value: Any) -> bool:
     return hasattr(value, "columns") or hasattr(value, "column_names")
 
 
-def _items(given: Any) -> Any:
+def _items(given: Any, name: str) -> Any:
     """A table of items; None stays."""
-    return given if given is None or _is_table(given) else _ids(given, "items", "item_id")
+    return given if given is None or _is_table(given) else _ids(given, name, "item_id")
+
+
+def _is_several(values: Any) -> bool:
+    return hasattr(values, "__iter__") and not isinstance(values, str | bytes)
 
 
 def _ids(given: Any, what: str, column: str) -> pd.DataFrame:
     """A list, an array or a series of ids as a table."""
     values = given.to_pylist() if hasattr(given, "to_pylist") else given
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+    if not _is_several(values):
         raise UserError(f"{what}: {given!r} is one value; give a list, such as [{given!r}]")
     return pd.DataFrame({column: list(values)})
 

@@ -58,11 +58,15 @@ def user_path(path: str | Path) -> Path:
     """A path that a user gave, with `~` expanded.
 
     Raises:
-        UserError: if the path is empty, a part of it is longer than file systems allow, or `~`
-            has no meaning here, since there is no home folder.
+        UserError: if it is no path, is empty or has a NUL, a part of it is longer than file
+            systems allow, or `~` has no meaning here, since there is no home folder.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{path!r} is no path: expected text, or a pathlib.Path")
     if not str(path):
         raise UserError("a path is empty; give one, or leave its flag or setting out")
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} has a NUL character, which no path can have; remove it")
     for part in Path(path).parts:
         if len(part.encode()) > _LONGEST_PART:
             raise UserError(f"{part[:40]}...: the name is longer than {_LONGEST_PART} bytes")

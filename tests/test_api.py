@@ -198,6 +198,13 @@ def test_seeds_make_a_grid_and_the_model_is_the_selected_run():
         ({"log": [1, 2]}, "log: expected a table of pandas, polars or pyarrow, found list"),
         ({"log": LOG[["user_id", "item_id"]]}, "log: no column 'timestamp'"),
         ({"log": None, "config": None}, "log is None"),
+        ({"log": LOG.assign(item_id=1.5)}, "^log: the item_id of data row 1 is the float 1.5"),
+        ({"log": LOG.item_id}, "log: expected a table .* found Series"),
+        ({"groups": USERS[:0]}, "^groups has no rows"),
+        ({"settings": [("model.dim", 8)]}, "settings is .*: expected a dict"),
+        ({"config": {"model.dim": 8}}, "config is .*: expected a name"),
+        ({"workdir": 7}, "7 is no path"),
+        ({"workdir": "a\0b"}, "has a NUL character"),
         ({"config": "own_logs"}, "no shipped config has this name .did you mean 'own_log'"),
     ],
 )
@@ -292,10 +299,13 @@ def test_recommend_masks_and_chooses_items(model):
         ("07", {}, "'07' is one value; give a list, such as \\['07'\\]"),
         ([], {}, "users has no rows"),
         ({}, {}, "histories are empty"),
-        ({"a": "i3"}, {}, "the history 'i3' is text"),
+        ({"a": "i3"}, {}, "the history 'i3' is one value"),
+        ({"a": None}, {}, "the history None is one value"),
+        ({"a": 3}, {}, "the history 3 is one value"),
         (None, {"k": 0}, "k is 0: expected a whole number"),
         (None, {"k": 2.5}, "k is 2.5"),
         (None, {"seen": True}, "seen is True: expected keep or mask"),
+        (None, {"only": "i3"}, "only: 'i3' is one value"),
         (None, {"only": ["nothing"]}, "only: none of its 1 items"),
         (None, {"only": ["i3"], "exclude": ["i3"]}, "exclude: no item is left"),
     ],
@@ -346,12 +356,21 @@ def test_evaluate_by_other_groups_cutoffs_and_metrics(model, folder):
     assert own["plan=b"] == hits[1::2].mean()
     assert set(model.evaluate([plans, "seq33"]).family) == {"", "seq33", "target"}
     assert set(model.evaluate("country").group) == {"", "FR", "NL", "unknown", "repeat", "new"}
+    numpy_cutoffs = model.evaluate(cutoffs=np.array([5, 7]), metrics="Recall")
+    assert list(numpy_cutoffs.columns[5:]) == ["Recall@5", "Recall@7"]
+    assert len(model.evaluate(cutoffs=7, metrics=[]).columns) == 5 + len(KINDS)
     worst = seqfair_jax.load(folder, rule="worst_group").evaluate(metrics=["NDCG@5"])
     assert worst["NDCG@5"][0] == model.summary["test_worst_group"]["NDCG@5"]["overall"]
     for arguments, message in (
         ({"metrics": "NDGC@20"}, "unknown metric 'NDGC@20'"),
         ({"metrics": "NDCG@7"}, "NDCG@7: the cut-offs are 5, 20"),
-        ({"cutoffs": 0}, "cutoffs"),
+        ({"cutoffs": 0}, "cutoffs is 0: expected whole numbers from 1 on"),
+        ({"cutoffs": 5.0}, "cutoffs is 5.0"),
+        ({"cutoffs": True}, "cutoffs is True"),
+        ({"cutoffs": "5"}, "cutoffs is '5'"),
+        ({"cutoffs": []}, "cutoffs is \\[\\]"),
+        ({"metrics": 5}, "unknown metric '5@5'"),
+        ({"groups": pd.DataFrame({"user_id": ["07"]})}, "^groups has no column beside user_id"),
         ({"groups": "countr"}, "unknown group family 'countr' .did you mean 'country'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -18,7 +18,7 @@ from seqfair_jax.config import default_config
 from seqfair_jax.config.change import change
 from seqfair_jax.data.files import hash_files
 from seqfair_jax.data.readers import Rows, needed_columns
-from seqfair_jax.data.tables import table_in_memory
+from seqfair_jax.data.tables import stored_tables, table_in_memory
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation import significance
 from seqfair_jax.evaluation.metrics import metric_names, parse_metric
@@ -394,7 +394,9 @@ def evaluate_recommendations(
         if _is_path(log) and (workdir.user_path(log) / workdir.CONFIG).exists():
             if settings:
                 raise UserError(f"settings are of a log, and {log} is the folder of a run")
-            return evaluate(source.from_run(log, run, choice), given, rule=rule)
+            with stored_tables(Path(temporary)):
+                judged = source.from_run(log, run, choice)
+            return evaluate(judged, given, rule=rule)
         if run is not None or rule != "overall":
             raise UserError("run and rule are of a run, and log is no folder of a run")
         config = default_config()
@@ -408,7 +410,8 @@ def evaluate_recommendations(
             rows = Rows(**{key: config.data[key] for key in Rows._fields})
             pq.write_table(needed_columns(log, columns, rows, "log"), path)
             config.data.path, config.data.cache_dir = str(path), ""
-        judged = source.from_config(config, choice)
+        with stored_tables(Path(temporary)):
+            judged = source.from_config(config, choice)
         if not _is_path(log):
             judged.config.data.path = None
         return evaluate(judged, given)

@@ -148,6 +148,19 @@ def _of_pandas(column: pd.Series, name: str, where: str) -> pa.ChunkedArray:
         ) from error
 
 
+@contextlib.contextmanager
+def stored_tables(folder: Path) -> Iterator[None]:
+    """Let messages call the tables that are stored in a folder `log` and `groups`.
+
+    The user gave them in memory and does not know the files `log.parquet` and `groups*.parquet`.
+    """
+    try:
+        yield
+    except UserError as error:
+        path = rf"{re.escape(str(folder))}/(log|groups)[-\w]*\.parquet"
+        raise type(error)(re.sub(path, r"\1", str(error))) from error
+
+
 def pick(names: Sequence[str], wanted: str, where: str, advice: str) -> str:
     """The column of that name; in any case and without spaces around it, if none has it as it is.
 
