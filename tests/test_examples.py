@@ -87,7 +87,7 @@ def trained(tmp_path_factory):
 
 def test_the_train_command_trains_it_by_its_config_file(trained):
     folder, printed = trained
-    assert "term tilt=0.5" in printed
+    assert "TERM (tilt 0.5)" in printed
     assert workdir.read_summary(folder)["hparams"] == {"tilt": 0.5}
 
 
@@ -95,7 +95,7 @@ def test_a_finished_run_is_read_without_its_objective(trained, tmp_path, capsys)
     folder, _ = trained
     assert "term" not in objectives.METHODS
     seqfair.main(["report", str(folder), f"--out={tmp_path / 'report.html'}"])
-    assert "term tilt=0.5" in capsys.readouterr().out
+    assert "TERM (tilt 0.5)" in capsys.readouterr().out
     page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert objectives.TAIL_SHARE.title in page
     seqfair.main(["recommend", f"--workdir={folder}", f"--out={tmp_path / 'recs.csv'}"])
@@ -125,4 +125,4 @@ def test_it_runs_as_a_script(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "term tilt=1" in done.stdout
+    assert "TERM (tilt 1)" in done.stdout

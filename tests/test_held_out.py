@@ -550,7 +550,7 @@ def test_a_run_on_a_split_by_time(finished):
     histories = pd.read_parquet(folder / "histories.parquet")
     rows = histories["items"].map(len) + histories["unknown_items"]
     assert rows.sum() == summary["dataset"]["interactions"]
-    assert "gdro" in text.tables([folder], "MAP@20")
+    assert "GDRO" in text.tables([folder], "MAP@20")
     with pytest.raises(UserError, match=r"data\.targets \('every' there, 'first' now\)"):
         run(small("gdro", **(EVERY | {"data.targets": "first"})), folder)
 
