@@ -11,6 +11,7 @@ model is ready.
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 
 import uvicorn
@@ -48,11 +49,17 @@ def create_app(model):
     """The service of one model."""
 
     async def recommend(request: Request):
+        too_long = HTTPException(413, f"expected at most {MAX_BYTES} bytes")
         if int(request.headers.get("content-length", 0)) > MAX_BYTES:
-            raise HTTPException(413, f"expected at most {MAX_BYTES} bytes")
+            raise too_long
+        received = bytearray()
+        async for part in request.stream():  # a chunked request does not say how long it is
+            received += part
+            if len(received) > MAX_BYTES:
+                raise too_long
         try:
-            body = await request.json()
-        except ValueError as error:
+            body = json.loads(received)
+        except (ValueError, RecursionError) as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from None
         history, k = check(body, model.max_k)
         unknown = sum(item not in model.places for item in history)

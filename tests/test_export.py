@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -272,6 +273,20 @@ def test_the_example_of_the_card_runs(folder):
     first, *lists = result.stdout.splitlines()
     assert first == "1 items are unknown; `recommend` leaves them out"
     assert len(lists) == 5
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"README.md", "load.py"}))
+def test_a_file_that_changed_is_named(name, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = (copy / name).read_bytes()
+    for damaged in (content[:-5], b"", b"\xff" + content, content[:-9] + b"x" + content[-8:]):
+        (copy / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{name} is (damaged|not the file that was exported)"):
+            exported.Model(copy)
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        exported.Model(copy)
 
 
 def test_the_files(folder, trained):

@@ -85,6 +85,7 @@ def test_health(address, model):
     [
         (b"{", "the body is not JSON"),
         (b"\xff", "the body is not JSON"),
+        (b"[" * 100_000 + b"]" * 100_000, "the body is not JSON"),
         (b"[1]", "expected an object such as"),
         ({"k": 3}, "expected an object such as"),
         ({"history": "i3"}, "expected an object such as"),
@@ -107,6 +108,13 @@ def test_other_requests_are_refused(address):
         connection.putrequest("POST", "/recommend")
         connection.putheader("Content-Length", "1000001")
         connection.endheaders()
+        assert connection.getresponse().status == 413
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):  # nor need its length be known
+        connection.putrequest("POST", "/recommend")
+        connection.putheader("Transfer-Encoding", "chunked")
+        connection.endheaders()
+        connection.send(b"f4241\r\n" + b" " * 1_000_001 + b"\r\n")
         assert connection.getresponse().status == 413
     assert call(f"{address}/recommend") == (405, {"error": "Method Not Allowed"})
     assert call(f"{address}/nothing") == (404, {"error": "Not Found"})

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export, lax
 
-from seqfair_jax import __version__
+from seqfair_jax import __version__, workdir
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import score_items
 from seqfair_jax.model.packing import BLOCK, Packed
@@ -229,6 +229,7 @@ def _write_shared(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
         "window": trained.model.max_len - 2,
         "versions": {"seqfair_jax": __version__, **versions},
+        "sha256": {path.name: workdir.sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(exported.__file__, folder / LOADER)

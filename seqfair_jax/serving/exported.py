@@ -4,6 +4,7 @@ A program of JAX needs jax, numpy and flatbuffers; one of ONNX needs onnxruntime
 `seqfair export` copies this file to the exported folder, as `load.py`.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,21 @@ def _padded_shape(rows: int, longest: int) -> tuple[int, int]:
     return 1 << (rows - 1).bit_length(), 1 << (max(longest, _SHORTEST) - 1).bit_length()
 
 
+def _read_settings(folder: Path) -> dict:
+    """The content of `model.json`, after a check of the files that it names."""
+    advice = "copy the folder again, or export it again"
+    try:
+        settings = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        files = settings["sha256"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'model.json'} is damaged ({error!r}); {advice}") from error
+    for name, expected in files:
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{folder / name} is not the file that was exported; {advice}")
+    return settings
+
+
 class Model:
     """An exported folder. It may be shared by threads."""
 
@@ -46,9 +62,13 @@ class Model:
 
         Args:
             folder: what `seqfair export` wrote.
+
+        Raises:
+            ValueError: if a file is not the one that was exported.
+            FileNotFoundError: if one is missing.
         """
         folder = Path(folder)
-        self.settings = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        self.settings = _read_settings(folder)
         self.item_ids = json.loads((folder / "item_ids.json").read_text(encoding="utf-8"))
         self.places = {item: place for place, item in enumerate(self.item_ids)}
         self.max_k = int(self.settings["max_k"])
