@@ -280,7 +280,7 @@ def test_a_file_that_changed_is_named(name, folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     content = (copy / name).read_bytes()
-    middle = content[:20] + b"\0" + content[21:]
+    middle = content[:20] + bytes([content[20] ^ 0xFF]) + content[21:]
     for damaged in (content[:-5], b"", b"\xff" + content, middle):
         (copy / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{name} is (damaged|not the file that was exported)"):
