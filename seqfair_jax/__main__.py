@@ -1,6 +1,7 @@
 """`seqfair COMMAND`, the same as `python -m seqfair_jax COMMAND`."""
 
 import importlib
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"  {name:<10} {description}")
         print("\nseqfair train --help also lists the shipped configs and every setting")
         return
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A terminal may lack the characters of a group's or a list's name.
+        sys.stdout.reconfigure(errors="backslashreplace")
     name, *rest = arguments
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS)

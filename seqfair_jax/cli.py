@@ -115,7 +115,8 @@ class Command:
 
         `work` gets the flags' values as attributes of one object, then the config if the command
         takes one, else the positional arguments. A `UserError` ends the process with status 1
-        and one line on standard error, SIGINT with status 130 and SIGTERM with 143. Any other
+        and one line on standard error, SIGINT with status 130 and SIGTERM with 143, and a pipe
+        whose reader has ended with 141. Any other
         exception is a bug and keeps its traceback.
         """
         with log_to_stderr(), _signals():
@@ -123,6 +124,7 @@ class Command:
                 values, rest = self._parse(list(argv))
                 use_compilation_cache()
                 work(values, rest)
+                sys.stdout.flush()
             except UserError as error:
                 _exit(f"error: {error}", 1)
             except KeyboardInterrupt as error:
@@ -130,10 +132,14 @@ class Command:
                 _exit(str(stopped), stopped.status)
             except Interrupted as stopped:
                 _exit(str(stopped), stopped.status)
+            except BrokenPipeError:
+                # `seqfair report DIR | head`: nobody reads on. Python flushes again at its exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(128 + signal.SIGPIPE) from None
 
     def _parse(self, argv: list[str]) -> tuple[flags.FlagValues, Any]:
         if any(arg in _HELP for arg in argv):
-            print(self._help([arg for arg in argv if arg not in _HELP]))
+            print(self._help([arg for arg in argv if arg not in _HELP]), flush=True)
             raise SystemExit(0)
         config = None
         optional = self._takes_config == "optional"

@@ -68,7 +68,7 @@ def user_path(path: str | Path) -> Path:
     if "\0" in str(path):
         raise UserError(f"{str(path)!r} has a NUL character, which no path can have; remove it")
     for part in Path(path).parts:
-        if len(part.encode()) > _LONGEST_PART:
+        if len(os.fsencode(part)) > _LONGEST_PART:  # the name's bytes may be no text
             raise UserError(f"{part[:40]}...: the name is longer than {_LONGEST_PART} bytes")
     try:
         return Path(path).expanduser()
@@ -559,10 +559,14 @@ def sha256(path: Path) -> str:
 def named_errors(path: Path, what: str) -> Iterator[None]:
     """Turn an operating system's error into one that names the file.
 
-    pyarrow raises its own class, a subclass of OSError, for a full disk.
+    pyarrow raises its own class, a subclass of OSError, for a full disk, and shutil a list of
+    several files' errors.
     """
     try:
         yield
+    except shutil.Error as error:
+        first, reason = error.args[0][0][0], error.args[0][0][2]
+        raise UserError(f"cannot {what} {path}: {first}: {reason}") from error
     except OSError as error:
         reason = error.strerror or str(error)
         advice = "; free some space" if error.errno == errno.ENOSPC else ""

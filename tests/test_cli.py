@@ -510,6 +510,29 @@ def test_the_message_of_a_wrong_type_says_what_a_command_s_own_setting_takes(
     assert line.endswith("expected a whole number, 0 or more")
 
 
+def test_a_reader_of_the_output_may_end_early():
+    """As in `seqfair train --help | head -1`."""
+    command = [sys.executable, "-m", "seqfair_jax", "train", "--help"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_name_that_the_terminal_lacks_is_escaped():
+    script = "import sys, seqfair_jax.__main__ as m\n"
+    script += "m.importlib.import_module = lambda name: m\n"
+    script += "m.main, main = lambda rest: print(rest[0]), m.main\n"
+    script += "main(['report', '\\u00e9\\U0001f600'])"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xe9\\U0001f600\n", "")
+
+
 def test_an_unknown_command_is_one_line():
     with pytest.raises(SystemExit, match=r"error: no command 'trian' \(did you mean 'train'\?\)"):
         __main__.main(["trian"])

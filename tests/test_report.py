@@ -472,6 +472,12 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(tmp_path):
     assert "0.5000±0.6353" in lines[0]
     with pytest.raises(UserError, match=r"are the same training \(ERM, seed 0\)"):
         text.tables([tmp_path / "0", write_run(tmp_path / "again")], NDCG)
+    summary = workdir.read_summary(tmp_path / "again")
+    summary["dataset"]["log_hash"] = "def"
+    workdir.write_json(tmp_path / "again" / workdir.SUMMARY, summary)
+    workdir.finish(tmp_path / "again", {})
+    with pytest.raises(UserError, match=r"different logs or splits \(log_hash def and abc\)"):
+        text.tables([tmp_path / "0", tmp_path / "again"], NDCG)
     # Another seed of the baseline's method belongs to the baseline.
     with pytest.raises(UserError, match="no other method that succeeded"):
         compare_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "0", NDCG)

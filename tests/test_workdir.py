@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -152,6 +153,23 @@ def make_finished(folder):
     workdir.write_parquet(workdir.per_user(folder, ""), pd.DataFrame({"x": [1]}))
     workdir.finish(folder, {"log": "abc"})
     return folder
+
+
+def test_paths_of_any_bytes():
+    """Where the locale is not UTF-8, Python's text of a path has surrogates."""
+    path = os.fsdecode(b"\xff" * 255)
+    assert workdir.user_path(path) == Path(path)
+    with pytest.raises(UserError, match="longer than 255 bytes"):
+        workdir.user_path(path + "a")
+
+
+def test_the_first_of_several_files_errors_is_named():
+    failed = [("a", "b/a", "disk is full"), ("c", "b/c", "disk is full")]
+    with (
+        pytest.raises(UserError, match="^cannot write b: a: disk is full$"),
+        workdir.named_errors(Path("b"), "write"),
+    ):
+        raise shutil.Error(failed)
 
 
 def test_a_finished_folder(tmp_path):

@@ -90,6 +90,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         run = FinishedRun(part, shown, summary, tuple(named[part]))
         first = runs.setdefault((run.name, summary["seed"]), run)
         if first is not run:
+            _check_dataset(run, first)  # the path of a log is no part of a name
             raise UserError(
                 f"{first.folder} and {part} are the same training ({run.name}, seed "
                 f"{summary['seed']}): name one of them"
