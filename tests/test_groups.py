@@ -203,6 +203,20 @@ def test_bad_group_files(tmp_path, content, message):
         read(tmp_path / "groups.csv", content)
 
 
+def test_the_user_column_is_called_as_in_the_log_or_has_a_usual_name(tmp_path):
+    (tmp_path / "groups.csv").write_text("Kunde,plan\n7,free\n")
+    for name in ("Kunde", "kunde"):
+        own = read_group_table(str(tmp_path / "groups.csv"), name)
+        assert own.to_numpy().tolist() == [["7", "plan", "free"]]
+    (tmp_path / "groups.csv").write_text("customer,plan\n7,free\n")
+    own = read_group_table(str(tmp_path / "groups.csv"), "Kunde")
+    assert own.to_numpy().tolist() == [["7", "plan", "free"]]
+    (tmp_path / "groups.csv").write_text("Kunde,customer,plan\n7,x,free\n")
+    own = read_group_table(str(tmp_path / "groups.csv"), "Kunde")
+    assert own["user_id"].tolist() == ["7", "7"]
+    assert own["family"].tolist() == ["customer", "plan"]
+
+
 @pytest.mark.parametrize("column", ["user_id", "family", "group"])
 @pytest.mark.parametrize("values", [[["a"]], [b"a"], [{"a": 1}]])
 def test_bad_types_in_a_group_file(tmp_path, column, values):

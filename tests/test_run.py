@@ -275,6 +275,7 @@ def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
 
 
 def test_unused_families_of_the_group_file_are_named(tmp_path, caplog):
+    caplog.set_level("INFO", "seqfair_jax")
     path = tmp_path / "groups.csv"
     users = pd.DataFrame({"user_id": range(300), "age": ["old", "young"] * 150, "plan": "a"})
     users.to_csv(path, index=False)

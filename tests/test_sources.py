@@ -307,6 +307,18 @@ def test_names_of_two_columns(tmp_path):
         read(tmp_path / "log.csv", text.replace("session_id", " user_id").replace(",date", ",x"))
 
 
+def test_one_message_names_all_columns_that_are_not_found(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("Kunde,Artikel,Zeit\n1,2,3\n")
+    message = r"no column 'user_id', it has Kunde.*; item_id and timestamp are not found either$"
+    with pytest.raises(UserError, match=message):
+        read_log("csv", [path], {})
+    with pytest.raises(UserError, match=r"no column 'item_id'.*; timestamp is not found either$"):
+        read_log("csv", [path], {"user_id": "Kunde"})
+    with pytest.raises(UserError, match=r"; name the column in data\.columns\.timestamp$"):
+        read_log("csv", [path], {"user_id": "Kunde", "item_id": "Artikel"})
+
+
 def test_a_named_column_is_never_replaced(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("visitorid,item_id,timestamp,Buyer \n1,2,3,4\n")

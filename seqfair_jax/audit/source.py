@@ -76,7 +76,7 @@ def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
     dataset = catalogue.read_dataset(folder)
     inputs = workdir.finished_inputs(folder)
     stored = stored_families(folder, summary)
-    table = read_group_table(choice.group_file)
+    table = read_group_table(choice.group_file, config.data.columns.user_id)
     names = list(stored) if choice.groups is None else list(choice.groups)
     if table is not None:
         inputs = inputs | {"group_file": hash_files([workdir.user_path(choice.group_file or "")])}
@@ -102,7 +102,7 @@ def from_config(config: ConfigDict, choice: Choice) -> Source:
         UserError: as `load_dataset`, or if there is no such family.
     """
     config = _chosen(config, choice)
-    table = read_group_table(config.data.group_file)
+    table = read_group_table(config.data.group_file, config.data.columns.user_id)
     if table is not None and choice.group_file is not None and choice.groups is None:
         config.groups = tuple(all_families(table))
     config = resolve(config)
@@ -112,7 +112,7 @@ def from_config(config: ConfigDict, choice: Choice) -> Source:
     families = [_build(dataset, name, table, config) for name in config.groups]
     unused = [] if table is None else unused_families(table, config.groups)
     if unused:
-        _LOG.warning("no result shows these families of the group file: %s", ", ".join(unused))
+        _LOG.info("no result shows these families of the group file: %s", ", ".join(unused))
     description = dataset_summary(dataset, config)
     return Source(config, dataset, description, families, source_hashes(config.data))
 

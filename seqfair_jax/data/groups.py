@@ -14,6 +14,7 @@ Shape letters: U users, G groups, V vocabulary.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -143,18 +144,21 @@ class GroupFamily:
         return pd.Series(names[places], dtype=object)
 
 
-def read_group_table(path: str | None) -> pd.DataFrame | None:
+def read_group_table(path: str | None, user_column: str = "") -> pd.DataFrame | None:
     """The users' own groups: columns user_id, family, group, a row for each membership; all text.
 
     The file has these columns, or it is wide: a row for each user, and a column for each family.
-    It is wide unless it has both a column `family` and a column `group`. The user column has one
-    of the names that a log's may have (`readers.ALIASES`). An empty group is None.
+    It is wide unless it has both a column `family` and a column `group`. The user column is
+    called as in the log, or has one of the names that a log's may have (`readers.ALIASES`). An
+    empty group is None.
 
     Labels are text as written: '01' and '1' are two groups. Of a Parquet file's numbers, 18 and
     18.0 become '18'.
 
     Args:
         path: a CSV, JSON Lines or Parquet file (see `tables.read_table`), or None.
+        user_column: what the log calls its user column (`data.columns.user_id`); '' if it has a
+            usual name.
 
     Raises:
         UserError: naming the file, the row and what is wrong: a row without user or family, a
@@ -164,7 +168,7 @@ def read_group_table(path: str | None) -> pd.DataFrame | None:
         return None
     file = user_path(path)
     require_file(file, f"data.group_file={path}")
-    table, names, *_ = read_table(file, _choose)
+    table, names, *_ = read_table(file, functools.partial(_choose, user_column=user_column))
     is_long = set(names) == set(_LONG)
     if not len(table):
         raise UserError(f"{file} has no rows: expected rows of {', '.join(names.values())}")
@@ -211,10 +215,13 @@ def unused_families(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
     return sorted(map(encode_name, set(table["family"]) - used))
 
 
-def _choose(names: Sequence[str], where: str) -> dict[str, str]:
+def _choose(names: Sequence[str], where: str, *, user_column: str) -> dict[str, str]:
     """The columns of a group file: user_id, family, group; or of a wide one user_id, 0, 1, ..."""
     advice = "rename a column"
-    user = find_column(names, "user_id", where, advice)
+    if user_column and fold(user_column) in map(fold, names):
+        user = pick(names, user_column, where, advice)
+    else:
+        user = find_column(names, "user_id", where, advice)
     if set(_LONG[1:]) <= set(map(fold, names)):
         return {"user_id": user} | {key: pick(names, key, where, advice) for key in _LONG[1:]}
     families = [name for name in names if name != user]

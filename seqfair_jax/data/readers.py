@@ -197,13 +197,21 @@ def _choose(
     wanted = ["user_id", "item_id", "timestamp"]
     wanted += ["event"] if rows.events else []
     wanted += ["rating"] if rows.min_rating is not None else []
-    found = {}
+    found, errors = {}, {}
     for column in wanted:
         advice = f"name the column in data.columns.{column}"
-        if columns.get(column):
-            found[column] = pick(names, columns[column], where, advice)
-        else:
-            found[column] = find_column(names, column, where, advice)
+        try:
+            if columns.get(column):
+                found[column] = pick(names, columns[column], where, advice)
+            else:
+                found[column] = find_column(names, column, where, advice)
+        except UserError as error:
+            errors[column] = error
+    if errors:
+        first, *others = errors
+        be = "is" if len(others) == 1 else "are"
+        also = f"; {' and '.join(others)} {be} not found either" if others else ""
+        raise UserError(f"{errors[first]}{also}")
     if len(set(found.values())) < len(found):
         raise UserError(
             f"data.columns names one column of {where} twice: {', '.join(found.values())}; name "

@@ -88,7 +88,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     """
     dataset = load_dataset(config.data)
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
-    group_table = read_group_table(config.data.group_file)
+    group_table = read_group_table(config.data.group_file, config.data.columns.user_id)
     family = functools.partial(
         build_family,
         dataset,
@@ -99,7 +99,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     by_name = {name: family(name) for name in dict.fromkeys((*config.groups, loss_name))}
     unused = [] if group_table is None else unused_families(group_table, by_name)
     if unused:
-        _log.warning(
+        _log.info(
             "data.group_file has families that `groups` does not name, so no result shows them: %s",
             ", ".join(unused),
         )
