@@ -97,8 +97,11 @@ def warm_start(source: Source, dataset: Dataset, params: Any) -> tuple[Any, dict
         for part, targets in (("validation", dataset.valid), ("test", dataset.test))
     }
 
-    def start(path: Any, new: jax.Array, trained: np.ndarray) -> jax.Array:
+    def start(path: Any, new: jax.Array, trained: Any) -> jax.Array:
         name = path[-1].key
+        # A checkpoint's arrays are committed to a device. Mixed with those of the optimizer, which
+        # are not, they would make JAX compile the first step on its own.
+        trained = np.asarray(trained)
         if name in _TABLES:
             return _tables(new, jnp.asarray(trained), items)
         if name == "position_embedding":
