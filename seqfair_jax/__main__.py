@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from seqfair_jax import __version__
 from seqfair_jax.errors import did_you_mean
 
 COMMANDS = {
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, description in COMMANDS.items():
             print(f"  {name:<10} {description}")
         print("\nseqfair train --help also lists the shipped configs and every setting")
+        print("seqfair --version prints the version")
+        return
+    if arguments[0] == "--version":
+        print(f"seqfair_jax {__version__}")
         return
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A terminal may lack the characters of a group's or a list's name.

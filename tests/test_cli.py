@@ -538,6 +538,12 @@ def test_an_unknown_command_is_one_line():
         __main__.main(["trian"])
 
 
+def test_the_version(capsys):
+    __main__.main(["--version"])
+    installed = importlib.metadata.version("seqfair_jax")
+    assert capsys.readouterr().out == f"seqfair_jax {installed}\n"
+
+
 def test_the_names_of_the_program_are_the_same_commands(tmp_path):
     [script] = importlib.metadata.entry_points(group="console_scripts", name="seqfair")
     assert script.load() is __main__.main

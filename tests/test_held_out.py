@@ -204,6 +204,8 @@ def test_what_is_said_of_a_split():
         "2 of the 5 targets have the same time as the user's row before.",
     ]:
         assert sentence in said
+    known = dataset.split | {"unknown_test_targets": 0}
+    assert "The model knows the items of all test targets." in describe_split(known)
 
 
 # --- Nothing leaks ---

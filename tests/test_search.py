@@ -91,7 +91,7 @@ def peak(config, epoch):
 def searched(tmp_path_factory):
     """A real search of three trials, over two seeds."""
     folder = tmp_path_factory.mktemp("search") / "run"
-    changes = {"train.epochs": 2, "train.steps_per_epoch": 2, "seeds": (0, 1)}
+    changes = {"train.epochs": 2, "train.steps_per_epoch": 2, "seeds": (0, 1), "data.title": "shop"}
     config = searchable({"train.epochs": "1,2,3"}, small(**changes), sampler="grid")
     return folder, config, search(config, folder)
 
@@ -122,7 +122,9 @@ def test_trials_are_ranked_by_validation(searched, capsys, monkeypatch):
     # The same command trains nothing again.
     monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(search(config, folder), table)
-    assert (folder / "search.md").read_text() in capsys.readouterr().out
+    page = (folder / "search.md").read_text()
+    assert page in capsys.readouterr().out
+    assert page.startswith("# shop: erm by validation")
 
 
 def test_the_best_is_tested(searched, tmp_path, capsys):

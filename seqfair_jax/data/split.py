@@ -587,6 +587,8 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"{n['unknown_test_targets']} of the {n['test_targets']} test targets are items that the "
         "model does not know. They count as misses."
+        if split["unknown_test_targets"]
+        else "The model knows the items of all test targets."
     )
     if split["tied_held_out"]:
         held_out = split["validation_targets"] + split["test_targets"]

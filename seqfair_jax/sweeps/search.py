@@ -21,6 +21,7 @@ from seqfair_jax import workdir
 from seqfair_jax.config import check_resumable, flatten, resolve
 from seqfair_jax.config.files import load_config
 from seqfair_jax.config.keys import settings
+from seqfair_jax.data.files import log_title
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.sweeps import trials
 from seqfair_jax.sweeps.search_plan import Plan, Point, split_search
@@ -269,7 +270,7 @@ def _write(plan: Plan, study: "Study", folder: Path, by: str, name: str | None) 
                     "command": command,
                 },
             )
-        title = f"{plan.base.data.name}: {plan.base.objective.name}"
+        title = f"{log_title(plan.base.data)}: {plan.base.objective.name}"
         page = trials.page(table, list(plan.space), title=title, by=by, command=command)
         workdir.write_text(folder / workdir.RANKING, page)
         for trial in found:
