@@ -627,6 +627,8 @@ def test_a_shared_hyperparameter_is_the_same_declaration():
         ),
         ({"logs": (objectives.Log("x", "X", "sum"),)}, "log 'x' is 'sum': expected one of mean"),
         ({"logs": (objectives.Log("group_loss", "X", "mean"),)}, "use another key"),
+        ({"logs": (objectives.TAIL_SHARE, objectives.TAIL_SHARE)}, "log 'tail_share' .* unequal"),
+        ({"logs": (objectives.Log("a/b", "X", "mean"),)}, "log 'a/b' is not allowed"),
     ],
 )
 def test_a_declaration_that_contradicts_itself_is_an_error(changes, message):
@@ -639,6 +641,63 @@ def test_an_objective_that_logs_other_figures_than_declared_is_an_error():
     objectives.register(LARGEST._replace(name="silent", logs=(objectives.TAIL_SHARE,)))
     with pytest.raises(UserError, match=r"'silent' logs \[\], but declares \['tail_share'\]"):
         apply("silent", [1.0] * 5, hparams={"tilt": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        (
+            objectives.Formula(lambda batch, state, hparams: (batch.losses, state, {})),
+            r"the loss is float32\[5\]: expected one float",
+        ),
+        (
+            objectives.Formula(lambda batch, state, hparams: (jnp.int32(1), state, {})),
+            r"the loss is int32\[\]: expected one float",
+        ),
+        (
+            objectives.Formula(
+                lambda batch, state, hparams: (batch.losses.mean(), (*state, 1.0), {})
+            ),
+            r"the state was \(\), and is \('float32\[\]',\) after a step",
+        ),
+        (
+            objectives.Formula(
+                lambda batch, state, hparams: (batch.losses.mean(), state + 1.0, {}),
+                lambda: jnp.int32(0),
+            ),
+            r"the state was int32\[\], and is float32\[\] after a step",
+        ),
+    ],
+)
+def test_a_formula_that_cannot_train_is_an_error(formula, message, monkeypatch):
+    method = LARGEST._replace(name="bad", hparams=(), make=lambda users: formula)
+    monkeypatch.setitem(objectives.registry._methods, "bad", method)
+    with pytest.raises(UserError, match=f"'bad': {message}"):
+        apply("bad", [1.0] * 5)
+
+
+def test_a_log_that_is_not_of_the_groups_is_an_error(monkeypatch):
+    def loss(batch, state, hparams):
+        return batch.losses.mean(), state, {"tail_share": batch.losses.mean()}
+
+    method = LARGEST._replace(
+        name="bad",
+        hparams=(),
+        logs=(objectives.TAIL_SHARE,),
+        make=lambda users: objectives.Formula(loss),
+    )
+    monkeypatch.setitem(objectives.registry._methods, "bad", method)
+    with pytest.raises(UserError, match=r"'tail_share' is float32\[\]: expected .* 3 groups"):
+        apply("bad", [1.0] * 5)
+
+
+@pytest.mark.parametrize("weights", [np.ones(2), np.ones((3, 1)), np.full(3, np.nan), ["a"] * 3])
+def test_weights_that_are_not_of_the_items_are_an_error(weights, monkeypatch):
+    formula = objectives.Formula(lambda *arguments: None, target_weights=lambda counts: weights)
+    method = LARGEST._replace(name="bad", hparams=(), make=lambda users: formula)
+    monkeypatch.setitem(objectives.registry._methods, "bad", method)
+    with pytest.raises(UserError, match="'bad': target_weights has .* each of the 3 items"):
+        make("bad").target_weights(np.array([3, 1, 2]))
 
 
 @pytest.mark.parametrize(

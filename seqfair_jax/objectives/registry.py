@@ -6,7 +6,7 @@ Shape letters: U users, B users in a batch, G groups, V catalogue.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,13 @@ def _check_method(method: Method) -> None:
     for setting in method.settings:
         if not setting.help:
             raise UserError(f"{where}: {setting.name} has no help: say in a sentence what it does")
+    keys = [log.key for log in method.logs]
     for log in method.logs:
+        if keys.count(log.key) > 1 or not log.key or "/" in log.key:
+            raise UserError(
+                f"{where}: the log {log.key!r} is not allowed: use unequal keys without /, which "
+                "metrics.jsonl has before the group"
+            )
         _check_choice(f"{where}: the epoch of log {log.key!r}", log.epoch, ("mean", "last"))
         if log.key in _LOGGED:
             raise UserError(f"{where}: {log.key!r} is logged for every objective: use another key")
@@ -220,7 +226,30 @@ def make_objective(
         )
     chosen = {option.name: settings.get(option.name, option.default) for option in method.options}
     formula = method.make(Users(membership, train_lengths), **chosen)
-    return Objective(name, method, formula.target_weights, formula.init, _apply_fn(formula, method))
+    weights_fn, apply_fn = _target_weights_fn(formula, method), _apply_fn(formula, method)
+    return Objective(name, method, weights_fn, formula.init, apply_fn)
+
+
+def _target_weights_fn(formula: Formula, method: Method):
+    """The formula's weights, checked: JAX would read another weight for an item without one."""
+
+    def target_weights(item_counts: np.ndarray) -> np.ndarray:
+        weights = np.asarray(formula.target_weights(item_counts))
+        is_real = weights.dtype.kind in "fiu" and weights.shape == item_counts.shape
+        if not is_real or not np.isfinite(weights).all():
+            raise UserError(
+                f"objective {method.name!r}: target_weights has shape {weights.shape} and type "
+                f"{weights.dtype}: expected a finite number for each of the "
+                f"{len(item_counts):,} items"
+            )
+        return weights
+
+    return target_weights
+
+
+def _kind(value: Any) -> str:
+    """The type and the shape of an array, as messages show them: float32[3, 2]."""
+    return f"{jnp.result_type(value)}[{', '.join(map(str, jnp.shape(value)))}]"
 
 
 def _apply_fn(formula: Formula, method: Method):
@@ -230,11 +259,28 @@ def _apply_fn(formula: Formula, method: Method):
         counts = membership.sum(axis=0)
         sums = jnp.where(membership, user_losses[:, None], 0).sum(axis=0)
         batch = Batch(user_losses, membership, sums / jnp.maximum(counts, 1), counts)
+        before = state
         loss, state, logs = formula.loss(batch, state, hparams)
-        if set(logs) != keys:  # found while tracing, so a step pays nothing for it
+        # What follows is found while tracing, so a step pays nothing for it.
+        where = f"objective {method.name!r}"
+        if set(logs) != keys:
             raise UserError(
-                f"objective {method.name!r} logs {sorted(logs)}, but declares {sorted(keys)}: "
-                "the two must be the same"
+                f"{where} logs {sorted(logs)}, but declares {sorted(keys)}: the two must be the "
+                "same"
+            )
+        if jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise UserError(f"{where}: the loss is {_kind(loss)}: expected one float")
+        for key, value in logs.items():
+            if jnp.shape(value) != counts.shape:
+                raise UserError(
+                    f"{where}: the log {key!r} is {_kind(value)}: expected a number for each of "
+                    f"the {len(counts)} groups"
+                )
+        kinds = [jax.tree.map(_kind, of) for of in (before, state)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"{where}: the state was {kinds[0]}, and is {kinds[1]} after a step: the two must "
+                "be the same"
             )
         always = {"group_loss": batch.group_losses, "group_count": counts}
         return loss, state, {**always, **logs}
