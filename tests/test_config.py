@@ -46,6 +46,14 @@ from seqfair_jax.sweeps.search_plan import split_search
         ({"data.split_seed": -1}, "data.split_seed is -1"),
         ({"train.batch_size": 2**40}, r"train.batch_size is 256 . 1,099,511,627,776: expected at"),
         ({"data.missing": "dorp"}, "data.missing is 'dorp' .did you mean 'drop'"),
+        ({"data.repeats": "dorp"}, "data.repeats is 'dorp' .did you mean 'drop'"),
+        *(
+            (
+                {"data.time_format": text},
+                f"data.time_format is '{text}': expected a strptime format",
+            )
+            for text in ("%d.%m", "%Q", "%d%d.%Y", "mixed", "YYYY", "100%")
+        ),
         ({"data.missing_group": "none"}, "missing_group is 'none'.*known: unknown, leave_out"),
         ({"data.delimiter": "::"}, "data.delimiter is '::': expected one character"),
         ({"data.delimiter": "é"}, "data.delimiter is 'é': expected one character"),
@@ -103,6 +111,14 @@ def test_runs_of_close_values_have_names_of_their_own():
     config.objective.alpha = (0.1234567, 0.1234568)
     names = [run.name for run in plan_runs(resolve(config))]
     assert names == ["alpha=0.1234567,seed=0", "alpha=0.1234568,seed=0"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("repeats", "drop"), ("time_format", "%d.%m.%Y")])
+def test_a_log_that_is_read_otherwise_is_not_resumed(key, value):
+    old, new = default_config(), default_config()
+    new.data[key] = value
+    with pytest.raises(UserError, match=f"config.json was made by another config.* data.{key} "):
+        check_resumable(resolve(old).to_dict(), resolve(new).to_dict(), "config.json")
 
 
 def test_a_changed_first_family_is_explained():

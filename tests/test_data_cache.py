@@ -11,6 +11,7 @@ from test_split import LOG, log
 from seqfair_jax.data import cache
 from seqfair_jax.data.cache import load_dataset, source_hashes
 from seqfair_jax.data.groups import FAMILIES, build_family
+from seqfair_jax.data.split import describe_counts
 from seqfair_jax.data.synthetic import default_settings
 from seqfair_jax.errors import UserError
 
@@ -27,6 +28,8 @@ def settings(**changes):
             "since": None,
             "until": None,
             "missing": "error",
+            "repeats": "keep",
+            "time_format": "",
             "min_interactions": 1,
             "split": "leave_one_out",
             "targets": "first",
@@ -97,13 +100,13 @@ def test_another_split_does_not_read_the_log_again(config, tmp_path, monkeypatch
         assert_equal(cached, load_dataset(settings(**(base | change | {"cache_dir": ""}))))
         del reads[1:]
     # How the log is read is part of its key.
-    for number, change in enumerate([{"min_rating": 2.0}, {"since": "1"}, {"missing": "drop"},
-                                     {"columns": {"timestamp": "timestamp"}}]):  # fmt: skip
+    changes = [{"min_rating": 2.0}, {"since": "1"}, {"missing": "drop"}, {"repeats": "drop"}]
+    for number, change in enumerate([*changes, {"columns": {"timestamp": "timestamp"}}]):
         load_dataset(settings(**(base | change)))
         assert len(reads) == 2 + number
     (tmp_path / "log.csv").rename(tmp_path / "other.csv")  # the same bytes
     load_dataset(settings(**(base | {"path": str(tmp_path / "other.csv")})))
-    assert len(reads) == 5
+    assert len(reads) == 6
 
 
 def test_times_of_all_kinds_are_kept(config, tmp_path):
@@ -219,6 +222,40 @@ def test_a_few_repeated_rows_are_not_reported(tmp_path, caplog):
         caplog.clear()
         assert load_dataset(settings(path=str(path))).counts["repeated_rows"] == repeats
         assert bool(caplog.records) == reported
+
+
+def test_a_log_joined_with_itself_without_its_repeats(tmp_path, caplog):
+    path, once = tmp_path / "log.csv", tmp_path / "once.csv"
+    pd.concat([LOG, LOG]).to_csv(path, index=False)
+    LOG.to_csv(once, index=False)
+    cached = {"path": str(path), "cache_dir": str(tmp_path / "cache"), "min_interactions": 2}
+    load_dataset(settings(**cached))
+    assert "if the log was joined with itself, set data.repeats=drop" in caplog.text
+    caplog.clear()
+    found = load_dataset(settings(**cached, repeats="drop"))
+    assert not caplog.records
+    assert found.log_hash == load_dataset(settings(path=str(once), min_interactions=2)).log_hash
+    assert found.counts["dropped_repeats"] == 12
+    assert "- repeats of an earlier row" in describe_counts(found.counts)
+
+
+def test_repeats_are_dropped_within_each_file_of_a_split(tmp_path, caplog):
+    paths = {key: str(tmp_path / f"{key}.csv") for key in ("path", "valid_path", "test_path")}
+    for path in paths.values():
+        pd.concat([LOG, LOG]).to_csv(path, index=False)
+    found = load_dataset(settings(**paths, split="files", repeats="drop"))
+    assert found.counts["dropped_repeats"] == 3 * 12
+    assert (found.counts["raw_rows"], found.counts["repeated_rows"]) == (3 * 12, 2 * 12)
+    assert "remove rows from data.valid_path and data.test_path that data.path has" in caplog.text
+
+
+def test_the_format_of_times_is_part_of_the_key(tmp_path):
+    frame = LOG.assign(timestamp=[f"0{1 + n % 9}.0{1 + n % 7}.2024" for n in range(12)])
+    frame.to_csv(tmp_path / "log.csv", index=False)
+    config = {"path": str(tmp_path / "log.csv"), "cache_dir": str(tmp_path / "cache")}
+    by_day = load_dataset(settings(**config, time_format="%d.%m.%Y"))
+    by_month = load_dataset(settings(**config, time_format="%m.%d.%Y"))
+    assert by_day.log_hash != by_month.log_hash
 
 
 def test_hashes_of_the_sources(tmp_path):

@@ -205,6 +205,28 @@ def test_repeats_are_counted_and_kept():
     assert log.counts["repeated_rows"] == 1
 
 
+def test_repeats_are_dropped_after_the_other_rows(tmp_path):
+    text = TEXT + "1,10,2024-01-01,buy,5\n3,10,2024-01-05,view,2\n3,10,2024-01-06,view,2\n"
+    log = read(tmp_path / "log.csv", text, repeats="drop")
+    # The first row stays. Row 6 repeats row 1, and row 7 repeats row 5.
+    assert items(log) == [10, 11, 10, 12, 10, 10]
+    assert log.frame()["timestamp"].dt.day.tolist() == [1, 2, 3, 4, 5, 6]
+    assert (log.counts["rows_read"], log.counts["raw_rows"]) == (8, 6)
+    assert (log.counts["dropped_repeats"], log.counts["repeated_rows"]) == (2, 0)
+    # Row 1 is of another event, so row 6 is the first that is read.
+    log = read(tmp_path / "log.csv", text, repeats="drop", events=("buy",))
+    assert items(log) == [12, 10]
+    assert log.counts["dropped_repeats"] == 0
+
+
+def test_repeats_are_compared_across_the_files_of_a_log(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("user_id,item_id,timestamp\nu,x,2\nu,y,1\n")
+    log = read_log("csv", [tmp_path / "a.csv", tmp_path / "b.csv"], {}, Rows(repeats="drop"))
+    assert items(log) == ["x", "y"]
+    assert log.counts["dropped_repeats"] == 2
+
+
 @pytest.mark.parametrize(
     "bound", ["0001-01-01T00:00:00+05:00", "9999-12-31T23:59:59-05:00", "soon"]
 )

@@ -14,7 +14,7 @@ import pytest
 
 from seqfair_jax.data import files
 from seqfair_jax.data.files import locate
-from seqfair_jax.data.readers import read_log
+from seqfair_jax.data.readers import Rows, log_from_table, read_log
 from seqfair_jax.errors import UserError
 
 COLUMNS = {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"}
@@ -382,7 +382,9 @@ def test_dates_of_several_forms(tmp_path, texts, expected):
 
 @pytest.mark.parametrize("text", ["03/04/2024", "3/14/24 10:00 PM", "31.12.2024", "1/2/2024 UTC"])
 def test_dates_whose_month_is_unclear_are_refused(tmp_path, text):
-    advice = "its day and month cannot be told apart; write dates as 2024-12-31"
+    advice = (
+        "its day and month cannot be told apart; write dates as 2024-12-31, or set data.time_format"
+    )
     for texts in ([text], ["2024-01-01", text]):
         with pytest.raises(UserError, match=f"data row {len(texts)} is '{text}'; {advice}"):
             times_of(tmp_path / "log.csv", *texts)
@@ -392,6 +394,58 @@ def test_numbers_with_blanks_are_numbers(tmp_path):
     assert times_of(tmp_path / "log.csv", " 5", "6.5 ").tolist() == [5, 6.5]
     with pytest.raises(UserError, match="data row 1 is '2024-01-01'; expected a finite number"):
         times_of(tmp_path / "log.csv", "2024-01-01", "5")
+
+
+DAYS_FIRST = "%d.%m.%Y %H:%M"
+
+
+@pytest.mark.parametrize(
+    ("time_format", "texts", "expected"),
+    [
+        (DAYS_FIRST, ["02.01.2024 00:01", " 1.1.2024 00:02"], [86460, 120]),
+        ("%m/%d/%y %I:%M %p", ["01/02/24 12:00 PM"], [86400 + 12 * 3600]),
+        ("%d.%m.%Y %H:%M %z", ["01.01.2024 02:00 +0200", "01.01.2024 02:00 Z"], [0, 7200]),
+        ("%Y%m%d", ["20240102", "20240101"], [86400, 0]),
+        ("%Y-%m-%d", ["2024-01-02"], [86400]),
+        (DAYS_FIRST, ["01.01.1024 00:00"], [-31556995200]),
+    ],
+)
+def test_times_of_a_format(tmp_path, time_format, texts, expected):
+    rows = Rows(time_format=time_format)
+    frame = pd.DataFrame({"user_id": 1, "item_id": range(len(texts)), "timestamp": texts})
+    logs = [log_from_table(frame, rows=rows)]
+    for name, write in [("log.csv", frame.to_csv), ("log.parquet", frame.to_parquet)]:
+        write(tmp_path / name, index=False)
+        logs.append(read_log("csv", [tmp_path / name], {}, rows))
+    frame.to_json(tmp_path / "log.json", orient="records", lines=True)
+    logs.append(read_log("csv", [tmp_path / "log.json"], {}, rows))
+    for log in logs:
+        seconds = (log.times - np.datetime64("2024-01-01")) / np.timedelta64(1, "s")
+        assert seconds.tolist() == expected
+
+
+def test_numbers_and_dates_of_a_format():
+    rows = Rows(time_format="%Y%m%d", missing="drop")
+    frame = pd.DataFrame({"user_id": [1, 1, 1], "item_id": [1, 2, 3]})
+    first, second = np.array(["2024-01-02", "2024-01-01"], "M8[D]")
+    for times in ([20240102, None, 20240101], ["20240102", "", "20240101"],
+                  [first, None, second]):  # fmt: skip
+        log = log_from_table(frame.assign(timestamp=times), rows=rows)
+        assert (log.times == [first, second]).all()
+        assert log.counts["missing_values"] == 1
+
+
+@pytest.mark.parametrize("text", ["2024-01-31", "31.02.2024 10:00", "now", "today", "nan", "5"])
+def test_a_time_that_does_not_fit_the_format_is_named(tmp_path, text):
+    path = tmp_path / "log.csv"
+    path.write_text(f"user_id,item_id,timestamp\n1,1,01.01.2024 10:00\n1,2,{text}\n")
+    for missing in ("error", "drop"):
+        with pytest.raises(UserError, match=f"log.csv: the timestamp of data row 2 is '{text}'; "
+                           f"expected a time of data.time_format='{DAYS_FIRST}'"):  # fmt: skip
+            read_log("csv", [path], {}, Rows(time_format=DAYS_FIRST, missing=missing))
+    path.write_text("user_id,item_id,timestamp\n1,1,\n")
+    with pytest.raises(UserError, match="1 rows have no timestamp"):
+        read_log("csv", [path], {}, Rows(time_format=DAYS_FIRST))
 
 
 # --- Where the file is ---

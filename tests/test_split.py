@@ -64,6 +64,7 @@ def test_leave_one_out_by_hand():
         "missing_values": 0,
         "below_min_rating": 0,
         "outside_period": 0,
+        "dropped_repeats": 0,
         "raw_rows": 12,
         "raw_users": 4,
         "raw_items": 5,

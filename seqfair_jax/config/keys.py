@@ -9,6 +9,7 @@ from seqfair_jax import objectives
 from seqfair_jax.data import synthetic
 from seqfair_jax.data.groups import MISSING_GROUP
 from seqfair_jax.data.split import SPLITS, TARGETS
+from seqfair_jax.data.times import is_time_format
 from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 from seqfair_jax.settings import Check, Setting, above, between, build, number, whole
@@ -36,6 +37,10 @@ _SHARE = Check("a share between 0 and 1", lambda value: 0 < value < 1)
 _DELIMITER = Check(
     "one character, such as ';', or tab",
     lambda text: len(text.encode()) <= 1 and text not in tuple('"\r\n'),
+)
+_TIME_FORMAT = Check(
+    "a strptime format with a year, such as '%d.%m.%Y %H:%M'",
+    lambda text: not text or is_time_format(text),
 )
 
 # What each part of a config is about, in the order of the help.
@@ -130,6 +135,13 @@ _DATA = (
         "What separates the columns of a CSV file. If empty, it is detected.",
         _DELIMITER,
     ),
+    Setting(
+        "data.time_format",
+        "",
+        "How times are written, such as `%d.%m.%Y %H:%M`: a strptime format. If empty, times are "
+        "numbers or ISO dates.",
+        _TIME_FORMAT,
+    ),
     Setting("data.events", (), "Read only these events, such as `view,cart`. If empty, read all."),
     Setting(
         "data.min_rating",
@@ -150,6 +162,13 @@ _DATA = (
         "error",
         "What a row without user, item or time is: an error, or dropped and counted.",
         choices=("error", "drop"),
+    ),
+    Setting(
+        "data.repeats",
+        "keep",
+        "What a row with the user, item and time of an earlier row is: kept, or dropped and "
+        "counted.",
+        choices=("keep", "drop"),
     ),
     Setting(
         "data.min_interactions",

@@ -20,7 +20,7 @@ from seqfair_jax.data.synthetic import generate
 from seqfair_jax.errors import UserError
 from seqfair_jax.workdir import cache_folder, user_path, write_file
 
-_FORMAT = 5  # raise it when what `load_dataset` computes or stores changes
+_FORMAT = 6  # raise it when what `load_dataset` computes or stores changes
 _FILES = {"log": "path", "valid_log": "valid_path", "test_log": "test_path"}  # of `data`
 # What the splits depend on, beside the log.
 _SPLIT = {"leave_one_out": (), "files": ("targets",),
@@ -75,11 +75,19 @@ def load_dataset(config_data: ConfigDict) -> Dataset:
     dataset = _cached(config_data.cache_dir, f"split-{key}", Dataset, make)
     share = dataset.counts["repeated_rows"] / dataset.counts["raw_rows"]
     if share > _REPEATED_SHARE:
+        if config_data.repeats == "keep":
+            advice = "if the log was joined with itself, set data.repeats=drop"
+        else:
+            advice = (
+                "data.repeats=drop compares the rows of each of the three logs alone: remove rows "
+                "from data.valid_path and data.test_path that data.path has too"
+            )
         _LOG.warning(
             "%s: %.1f %% of the rows have the user, item and time of an earlier row. They make the "
-            "next item too easy to predict; if the log was joined with itself, remove the repeats",
+            "next item too easy to predict; %s",
             where,
             100 * share,
+            advice,
         )
     return dataset
 

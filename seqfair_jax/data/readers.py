@@ -56,6 +56,8 @@ class Rows(NamedTuple):
     since: str | None = None
     until: str | None = None
     missing: str = "error"
+    repeats: str = "keep"
+    time_format: str = ""
 
 
 ALL_ROWS = Rows()
@@ -93,8 +95,9 @@ def read_log(
     Returns:
         The log. Ids are integers where every id of the column is one, else text: '07' and '7' are
         two ids. Its counts: `rows_read`; `other_events`, `missing_values`, `below_min_rating` and
-        `outside_period`, the rows left out; `raw_rows`, `raw_users` and `raw_items`, which stay;
-        `repeated_rows`, which have the user, item and time of an earlier row.
+        `outside_period`, the rows left out, and of the others `dropped_repeats`, left out since
+        they have the user, item and time of an earlier row; `raw_rows`, `raw_users` and
+        `raw_items`, which stay; `repeated_rows`, those that stay and repeat an earlier row.
 
     Raises:
         UserError: naming the file, the row and what is wrong.
@@ -284,7 +287,14 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
         keep &= good
     column = columns["timestamp"]
     column = column if keep.all() else column.filter(pa.array(keep))
-    times = parse_times(column, rows[keep], where, names["timestamp"])
+    times = parse_times(
+        column,
+        rows[keep],
+        where,
+        names["timestamp"],
+        time_format=settings.time_format,
+        advice="set data.time_format, such as '%d.%m.%Y %H:%M'",
+    )
     inside = within(times, settings.since, settings.until, where)
     counts["outside_period"] = int((~inside).sum())
     keep[keep] = inside
@@ -335,7 +345,7 @@ def _join(parts: list[_Part], files: list[str], settings: Rows) -> Log:
     counts = {
         key: sum(part.counts.get(key, 0) for part in parts)
         for key in ("rows_read", "other_events", "missing_values", "below_min_rating",
-                    "outside_period")
+                    "outside_period", "dropped_repeats")
     }  # fmt: skip
     full = [(part, file) for part, file in zip(parts, files, strict=True) if len(part.times)]
     if not full:
@@ -351,7 +361,11 @@ def _join(parts: list[_Part], files: list[str], settings: Rows) -> Log:
     users, user_ids = compact(*join_ids([part.users for part, _ in full]))
     items, item_ids = compact(*join_ids([part.items for part, _ in full]))
     pairs = users * np.int64(len(item_ids)) + items
-    repeated = pd.DataFrame({"pair": pairs, "time": times}).duplicated()
+    repeated = pd.DataFrame({"pair": pairs, "time": times}).duplicated().to_numpy()
+    if settings.repeats == "drop":  # the first row stays, so no user and no item goes
+        counts["dropped_repeats"] += int(repeated.sum())
+        users, items, times = (column[~repeated] for column in (users, items, times))
+        repeated = repeated[:0]
     counts |= {
         "raw_rows": len(users),
         "raw_users": len(user_ids),

@@ -527,6 +527,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
         "- without user, item, time or rating": [counts["missing_values"]],
         "- below data.min_rating": [counts["below_min_rating"]],
         "- outside data.since and data.until": [counts["outside_period"]],
+        "- repeats of an earlier row": [counts["dropped_repeats"]],
         **steps,
         "used": used,
         "repeated rows among those read (kept)": [counts["repeated_rows"]],

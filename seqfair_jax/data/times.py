@@ -17,7 +17,24 @@ _UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanosecon
 _PANDAS_UNITS = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
 
 
-def parse_times(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
+def is_time_format(text: str) -> bool:
+    """Whether text is a strptime format that has a year."""
+    try:
+        pd.to_datetime(["text"], format=text, errors="coerce")
+    except (ValueError, re.error):  # an unknown directive, or one that appears twice
+        return False
+    return re.search("%[YyG]", text) is not None
+
+
+def parse_times(
+    column: pa.ChunkedArray,
+    rows: np.ndarray,
+    where: str,
+    name: str,
+    *,
+    time_format: str = "",
+    advice: str = "",
+) -> np.ndarray:
     """A column of times, without missing ones.
 
     Text is read as integers if every value is one, else as floats, else as ISO dates. Dates
@@ -25,17 +42,24 @@ def parse_times(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str
 
     Args:
         column, rows, where, name: see `ids.require_values`.
+        time_format: the strptime format of text and of numbers such as 20241231; columns of dates
+            need none. '' to find out the kind of time.
+        advice: what to do about dates in another form than ISO, for the message.
 
     Returns:
         i64[N], f64[N] or `datetime64`[N] of the resolution that the column needs.
 
     Raises:
-        UserError: naming the first row that is not a time like the others, or the column's type.
+        UserError: naming the first row that is not a time like the others or not one of the
+            format, or the column's type.
     """
     kind = column.type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    if time_format and (is_number or pa.types.is_large_string(kind)):
+        return _from_format(column, rows, where, name, time_format)
     if pa.types.is_large_string(kind):
-        times = _from_text(column, rows, where, name)
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        times = _from_text(column, rows, where, name, advice)
+    elif is_number:
         times = column.to_numpy()
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         times = column.cast(pa.timestamp(getattr(kind, "unit", "s"))).to_numpy()
@@ -46,11 +70,36 @@ def parse_times(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str
             f"{where}: column {name} is of type {kind}; expected numbers or dates in every row"
         )
     if times.dtype.kind == "f" and not np.isfinite(times).all():
-        raise _bad_time(column, ~np.isfinite(times), rows, where, name)
+        bad = ~np.isfinite(times)
+        raise _bad_time(column, bad, rows, where, name, _expected(column[bad.argmax()], advice))
     return times
 
 
-def _from_text(text: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -> np.ndarray:
+def _from_format(
+    column: pa.ChunkedArray, rows: np.ndarray, where: str, name: str, time_format: str
+) -> np.ndarray:
+    text = column
+    if pa.types.is_floating(column.type):  # what integers beside missing ones often become
+        with contextlib.suppress(pa.ArrowInvalid):
+            text = column.cast(pa.int64())
+    series = _series(pc.utf8_trim_whitespace(text.cast(pa.large_string())))
+    dates = pd.to_datetime(series, errors="coerce", utc=True, format=time_format.strip())
+    times = dates.dt.tz_localize(None).to_numpy()
+    # pandas reads these two words in every format, as the time of the call.
+    bad = np.isnat(times) | series.isin(["now", "today"]).to_numpy(bool)
+    if bad.any():
+        expected = f"expected a time of data.time_format={time_format!r}"
+        raise _bad_time(column, bad, rows, where, name, expected)
+    return times
+
+
+def _series(text: pa.ChunkedArray) -> pd.Series:
+    return text.to_pandas(types_mapper={text.type: pd.StringDtype("pyarrow")}.get)
+
+
+def _from_text(
+    text: pa.ChunkedArray, rows: np.ndarray, where: str, name: str, advice: str
+) -> np.ndarray:
     kinds = [pa.int64(), pa.float64()]  # integers above 2**53, such as nanoseconds, are no floats
     kinds += [pa.timestamp(unit, zone) for zone in (None, "UTC") for unit in ("us", "ns")]
     column = text
@@ -60,7 +109,7 @@ def _from_text(text: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -
         with contextlib.suppress(pa.ArrowInvalid):
             return column.cast(kind).to_numpy()
     # Slower, for what is left: blanks around numbers, dates with and without zones, errors.
-    series = text.to_pandas(types_mapper={text.type: pd.StringDtype("pyarrow")}.get)
+    series = _series(text)
     numbers = pd.to_numeric(series, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     bad = ~np.isfinite(numbers)
     if not bad.all():
@@ -71,18 +120,30 @@ def _from_text(text: pa.ChunkedArray, rows: np.ndarray, where: str, name: str) -
         times = dates.dt.tz_localize(None).to_numpy()
         bad = np.isnat(times)
     if bad.any():
-        raise _bad_time(text, bad, rows, where, name)
+        raise _bad_time(text, bad, rows, where, name, _expected(text[bad.argmax()], advice))
     return times
 
 
+def _expected(value: pa.Scalar, advice: str) -> str:
+    """What was expected instead of a bad time, without a format."""
+    expected = "expected a finite number in every row, or an ISO date in every row"
+    if not isinstance(value.as_py(), str):
+        return expected
+    if _DAY_OR_MONTH_FIRST.fullmatch(value.as_py()):
+        expected = "its day and month cannot be told apart; write dates as 2024-12-31"
+    return f"{expected}{', or ' * bool(advice)}{advice}"
+
+
 def _bad_time(
-    column: pa.ChunkedArray, bad: np.ndarray, rows: np.ndarray, where: str, name: str
+    column: pa.ChunkedArray,
+    bad: np.ndarray,
+    rows: np.ndarray,
+    where: str,
+    name: str,
+    expected: str,
 ) -> UserError:
     first = bad.argmax()
     value = column[first].as_py()
-    expected = "expected a finite number in every row, or an ISO date in every row"
-    if isinstance(value, str) and _DAY_OR_MONTH_FIRST.fullmatch(value):
-        expected = "its day and month cannot be told apart; write dates as 2024-12-31"
     return UserError(f"{where}: the {name} of data row {rows[first] + 1} is {value!r}; {expected}")
 
 
