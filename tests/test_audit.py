@@ -386,7 +386,7 @@ def test_a_report_of_runs_and_lists(judged, one_run, tmp_path, capsys):
     report_command.main([str(one_run), str(judged), f"--out={page}", "--metric=NDCG@5"])
     printed = capsys.readouterr().out
     assert "own" in printed
-    assert "NDCG@5: With one target it is 1 / log2(1 + rank)" in printed
+    assert "NDCG@5 with one target: 1 / log2(1 + rank) within the first 5, else 0." in printed
     written = page.read_text(encoding="utf-8")
     assert "<b>a</b>" not in written
     assert "&lt;b&gt;a&lt;/b&gt;" in written

@@ -4,16 +4,19 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm
 from runs import rows_of, small
 
 from seqfair_jax import results, workdir
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.run import run
-from seqfair_jax.training import loop, resume
+from seqfair_jax.training import loop, progress, resume
 
 
 def test_fewer_epochs_than_are_done_are_refused(finished):
@@ -306,3 +309,30 @@ def test_a_changed_log_without_a_path_is_named(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr("seqfair_jax.workdir.finished_inputs", lambda _: {"log": "another"})
     run(small(**{"train.epochs": 1}), tmp_path)
     assert "the log of synthetic changed after this run finished" in caplog.text
+
+
+def test_the_bar_does_not_count_the_compilation(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+
+    def at(step, seconds):
+        totals = types.SimpleNamespace(loss=jnp.ones(1), steps=jnp.ones(1))
+        states = types.SimpleNamespace(totals=totals)
+        done = progress.Progress("", "", "", [None], [None], [0], step=step, seconds=seconds)
+        return progress.Snapshot(states, {}, done)
+
+    monkeypatch.setattr(progress, "is_training", lambda states: True)
+    bar = progress.ProgressBar(small(**{"train.epochs": 4, "train.steps_per_epoch": 100}), at(0, 0))
+    for step, waited, seconds in ((1, 35, 0), (2, 0.5, 0.5), (22, 10, 10.5), (23, 60, 10.5)):
+        now[0] += waited
+        bar.show_steps(at(step, seconds))
+    now[0] += 10
+    bar.show_steps(at(43, 20.5))
+    bar.close()
+    lines = capsys.readouterr().err.split("\r")
+    assert "compiling" in lines[1]
+    assert "compiling" not in lines[-1]
+    found = [line.partition("[")[2].split(",")[0] for line in lines if "loss" in line]
+    # 0.5 s for a step, so 357 steps in 178 s. 20.5 s of training have passed.
+    assert "00:00<?" in found
+    assert found[-1] == "00:20<02:58"

@@ -233,8 +233,10 @@ def test_the_command_prints_the_tables_and_the_tests(folders, tmp_path, capsys):
     assert "\nsynthetic, NDCG@20 on the test targets, seq33\n" in printed
     sizes = next(line for line in printed.splitlines() if line.startswith("test users"))
     assert sum(map(int, sizes.split()[2:5])) == int(sizes.split()[5]) > 100
-    assert "NDCG@20 against ERM: paired t-test" in printed
-    assert "seq33=short" in printed
+    tests = printed.split("NDCG@20 against ERM: paired t-test")[1]
+    assert "seq33=short" in tests
+    assert "[" not in tests  # the tests of the baselines are in the HTML report
+    assert "\nThe tests of the baselines are in the HTML report (`seqfair report DIR" in tests
     assert "pop33=" not in printed
     assert printed.endswith(f"report: {out}\n")
     assert list(Page(out).settings) == arguments  # the baseline is also among the folders
@@ -305,6 +307,27 @@ def test_one_row_where_both_rules_chose_the_same_epoch(tmp_path):
         "one row where the best overall epoch and the best epoch of the worst group are the same: "
         "ERM"
     )
+
+
+def test_a_baseline_above_the_trained_rows_is_told(tmp_path):
+    families = {"pop33": ("niche", "popular"), "seq33": ("short", "medium", "long")}
+    erm = write_run(tmp_path / "erm", families=families)
+    told = "[most_popular], which is not trained, is above"
+    assert told not in text.tables([erm], NDCG)
+    low = write_run(tmp_path / "low", families=families, shift=-0.32)  # 0.13 overall
+    assert told not in text.tables([low], NDCG)
+    # Means of 0.1104 niche, 0.1496 popular, and 0.0909, 0.13, 0.1691 from short to long.
+    lower = write_run(tmp_path / "lower", families=families, shift=-0.33, epochs=(1, 1))
+    assert (
+        f"\n\n{told} ERM in overall and in 3 of 5 groups. docs/own_log.md and docs/objectives.md "
+        "say what to try: a longer training, `seqfair search`.\n\nNDCG@20 with one target: "
+        "1 / log2(1 + rank) within the first 20, else 0.\n"
+    ) in text.tables([lower], NDCG)
+    cvar = write_run(tmp_path / "cvar", "cvar", families=families, shift=-0.4, epochs=(1, 1))
+    assert f"{told} ERM, the best of the 2 trained rows, in overall and in 3 of 5 groups." in (
+        text.tables([cvar, lower], NDCG)
+    )
+    assert told not in text.tables([cvar, erm], NDCG)
 
 
 def test_group_sizes_and_groups_that_are_too_small(tmp_path):

@@ -43,6 +43,23 @@ def metric_names(cutoffs: Sequence[int]) -> list[str]:
     return [f"{kind}@{k}" for k in cutoffs for kind in KINDS]
 
 
+def define_metric(name: str) -> str:
+    """What a metric is, as one short sentence that begins with its name.
+
+    Raises:
+        UserError: as `parse_metric`.
+    """
+    kind, k = parse_metric(name)
+    meaning = {
+        "NDCG": f" with one target: 1 / log2(1 + rank) within the first {k}, else 0.",
+        "Recall": f": the share of the user's targets among the first {k} items.",
+        "MRR": f": 1 / rank of the first target within the first {k}, else 0.",
+        "MAP": f" with one target: 1 / rank within the first {k}, else 0.",
+        "HitRate": f": 1 if any target is among the first {k} items, else 0.",
+    }[kind]
+    return name + meaning
+
+
 def describe_metric(name: str) -> str:
     """What a metric is, as sentences for readers of a table.
 

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from seqfair_jax.evaluation import slices
-from seqfair_jax.evaluation.metrics import LIST_FIGURES, describe_metric, parse_metric
+from seqfair_jax.evaluation.metrics import LIST_FIGURES, define_metric, parse_metric
 from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO
 from seqfair_jax.report import contents, rows, verdict
 from seqfair_jax.report.contents import Contents, records
-from seqfair_jax.report.rows import BASELINE, row_label
+from seqfair_jax.report.rows import BASELINE, RUN, row_label
 from seqfair_jax.report.runs import notes, read_runs
 
 FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
@@ -44,8 +44,9 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
 
     Runs that differ only in the seed share a row: their mean and, from two seeds on, the
     half-width of its 95 % interval (t distribution). If runs of one method differ in other
-    settings, the rows' names show which. Below the tables are the groups that are too small for
-    `worst`, what the metric is, the rows that were joined, and the notes.
+    settings, the rows' names show which. Below a table are the groups that are too small for
+    `worst`. Below all tables are a baseline that no trained row reaches, what the metric is, the
+    rows that were joined, and the notes.
 
     Args:
         found: the contents of the report.
@@ -57,8 +58,8 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
         + "\n".join([_text(found, found.table(family)), *left_out(found, family)])
         for family in found.families
     ]
-    legend = f"{found.metric}: {describe_metric(found.metric)}"
-    return "\n\n".join([*parts, legend, *joined_rows(found), *below])
+    last = [*better_baseline(found), define_metric(found.metric), *joined_rows(found), *below]
+    return "\n\n".join([*parts, *last])
 
 
 def recommended(found: Contents) -> str:
@@ -94,6 +95,44 @@ def left_out(found: Contents, family: str) -> list[str]:
     ]
 
 
+def better_baseline(found: Contents) -> list[str]:
+    """A sentence where a baseline is above every trained row over all users; none if there is none.
+
+    It compares the best baseline over all users with the best trained row, by the test means as
+    printed, to four digits. It counts the groups of all tables in which both have a figure.
+    """
+    means = pd.concat(
+        [
+            found.table(family)[[*slices.groups_in(found.sizes, family), slices.OVERALL]]
+            for family in found.families
+            if found.rows and found.sizes
+        ]
+        or [pd.DataFrame(columns=[slices.OVERALL])],
+        axis=1,
+    )
+    means = means.loc[:, ~means.columns.duplicated()].round(4)
+    overall = means.pop(slices.OVERALL).fillna(-np.inf)
+    trained, baselines = (
+        [i for i in overall.index if found.rows[i].kind == kind] for kind in (RUN, BASELINE)
+    )
+    if not trained or not baselines:
+        return []
+    ours, theirs = (max(places, key=overall.__getitem__) for places in (trained, baselines))
+    if overall[theirs] <= overall[ours]:
+        return []
+    name = found.rows[ours].name
+    if len(trained) > 1:
+        name += f", the best of the {len(trained)} trained rows,"
+    known = means.loc[[ours, theirs]].notna().all().sum()
+    above = (means.loc[theirs] > means.loc[ours]).sum()
+    groups = f" and in {above} of {known} groups" if known else ""
+    return [
+        f"{found.rows[theirs].name}, which is not trained, is above {name} in overall{groups}. "
+        "docs/own_log.md and docs/objectives.md say what to try: a longer training, "
+        "`seqfair search`."
+    ]
+
+
 def joined_rows(found: Contents) -> list[str]:
     """A sentence on the rows that are of both rules of selection; none if there is no such row."""
     both = [row.name for row in found.rows if row.is_both]
@@ -118,8 +157,23 @@ def verdict_text(found: Contents) -> str:
 
 
 def comparison(found: Contents) -> str:
-    """The tests against the reference as text."""
+    """The tests of the methods and the lists against the reference as text.
+
+    The baselines' tests are many, and nearly all have a tiny q. They are in the HTML report.
+    """
     tests = found.tests
+    is_baseline = tests["kind"] == BASELINE
+    parts = [_tests(found, tests[~is_baseline])] if not is_baseline.all() else []
+    if is_baseline.any():
+        parts.append(
+            "The tests of the baselines are in the HTML report (`seqfair report DIR "
+            "--out=FILE.html`)."
+        )
+    parts += [seed_comparison(found, family) for family in found.families]
+    return "\n\n".join(filter(None, parts))
+
+
+def _tests(found: Contents, tests: pd.DataFrame) -> str:
     rows = tests[[slices.is_shown(name, found.families) for name in tests["slice"]]]
     shown = rows.assign(
         slice=rows["slice"].map(slices.full_label), star=np.where(rows["star"], "*", "")
@@ -134,12 +188,10 @@ def comparison(found: Contents) -> str:
         if rows["users"].gt(BOOTSTRAP_UP_TO).any()
         else "bootstrap 95 % interval"
     )
-    head = (
+    return (
         f"{found.metric} against {found.reference}: paired t-test over users, {intervals}, q after "
-        "Benjamini-Hochberg over the methods and over the baselines (* q < 0.05)"
+        f"Benjamini-Hochberg over the methods and lists (* q < 0.05)\n{text}"
     )
-    by_seed = [seed_comparison(found, family) for family in found.families]
-    return "\n\n".join([f"{head}\n{text}", *filter(None, by_seed)])
 
 
 def seed_comparison(found: Contents, family: str) -> str:

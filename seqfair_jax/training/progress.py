@@ -49,16 +49,29 @@ class ProgressBar:
             initial=snapshot.progress.step,
             unit="step",
             desc=config.objective.name + (f" x {num_runs} runs" if num_runs > 1 else ""),
+            postfix="compiling",  # until the first steps are done
             dynamic_ncols=True,
         )
+        self._seconds = snapshot.progress.seconds
 
     def show_steps(self, snapshot: Snapshot) -> None:
-        """Move to the snapshot's step."""
+        """Move to the snapshot's step.
+
+        Steps that came with a compilation, and the time they took, do not count in the rate.
+        """
         progress = snapshot.progress
+        steps = progress.step - self._bar.n
         self._notes["loss"] = f"{_mean_loss(snapshot.states):.4f}"
         if progress.seconds:
             self._notes["targets/s"] = f"{progress.timed_targets / progress.seconds:,.0f}"
-        self._bar.update(progress.step - self._bar.n)
+        if progress.seconds > self._seconds:
+            self._bar.update(steps)
+        else:
+            self._bar.n += steps
+            self._bar.initial += steps
+            self._bar.last_print_n += steps
+            self._bar.unpause()
+        self._seconds = progress.seconds
         self._bar.set_postfix(self._notes)
 
     def show_best(self, snapshot: Snapshot) -> None:
