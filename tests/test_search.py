@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -349,7 +350,8 @@ def test_the_time_ends_the_search_in_the_middle_of_a_trial(tmp_path, trainings, 
 
 
 def test_the_printed_command_trains_the_best(tmp_path, trainings):
-    file = write_config(tmp_path / "mine.py", small())
+    (tmp_path / "a b").mkdir()
+    file = write_config(tmp_path / "a b" / "mine.py", small())
     text = file.read_text().replace(
         "    return config", "    config.train.decay_steps = config.train.get_ref('epochs') * 5\n"
         "    return config"
@@ -362,11 +364,19 @@ def test_the_printed_command_trains_the_best(tmp_path, trainings):
     search(config, tmp_path / "search", config_name=str(file))
     best = json.loads((tmp_path / "search" / "best.json").read_text())
     assert best["command"] == (
-        f"seqfair train --config={file} --config.seeds=3,4 --config.model.dropout=0.25 "
+        f"seqfair train '--config={file}' --config.seeds=3,4 --config.model.dropout=0.25 "
         f"--config.train.epochs=4 --workdir={tmp_path / 'search' / 'best'}"
     )
     assert best["config"]["train"]["decay_steps"] == 20
-    assert f"    {best['command']}\n" in (tmp_path / "search" / "search.md").read_text()
+    page = (tmp_path / "search" / "search.md").read_text()
+    assert page.endswith(
+        f"    seqfair train '--config={file}' \\\n        --config.seeds=3,4 \\\n"
+        "        --config.model.dropout=0.25 \\\n        --config.train.epochs=4 \\\n"
+        f"        --workdir={tmp_path / 'search' / 'best'}\n"
+    )
+    pasted = page[page.index("    seqfair train") :].replace("seqfair", "printf '%s|'", 1)
+    read = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True)
+    assert read.stdout.split("|")[:-1] == shlex.split(best["command"])[1:]
     loaded = load_config(str(file))
     loaded.update_from_flattened_dict({"seeds": (3, 4), "model.dropout": 0.25, "train.epochs": 4})
     assert workdir.jsonable(resolve(loaded).to_dict()) == best["config"]

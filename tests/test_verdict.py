@@ -198,10 +198,29 @@ def test_a_list_of_another_system_is_a_row_like_others():
     lists = row("old system", rows.LIST, ERM | {"niche": 0.25})
     told, made = sentences([*runs(erm=ERM), lists, *baselines()])
     assert (
-        "old system raises NDCG@20 for niche from 0.2000 (erm) to 0.2500, difference +0.0500, 95 % "
-        "interval +0.0500 to +0.0500, q below 0.001."
+        "old system is above erm for niche: NDCG@20 is 0.2500 against 0.2000, difference +0.0500, "
+        "95 % interval +0.0500 to +0.0500, q below 0.001."
     ) in told
+    assert "old system was not found to be below erm for the other groups of tier." in told
     assert made.tests["name"].unique().tolist() == ["old system", "[markov]", "[most_popular]"]
+
+
+def test_a_list_has_no_effect_on_a_method():
+    lists = row("old system", rows.LIST, {"niche": 0.1, "middle": 0.5, "popular": 0.7, "tiny": 0.0})
+    told, _ = sentences([*runs(erm=ERM), lists])
+    assert (
+        "old system is below erm for niche: NDCG@20 is 0.1000 against 0.2000, difference -0.1000, "
+        "95 % interval -0.1000 to -0.1000, q below 0.001."
+    ) in told
+    assert (
+        "old system is above erm for popular (+0.1000, 95 % interval +0.1000 to +0.1000)." in told
+    )
+    assert "old system is below erm for middle (-0.1000, 95 % interval -0.1000 to -0.1000)." in told
+    told, _ = sentences([*runs(erm=ERM), lists], named="old system")
+    assert (
+        "erm is below old system for popular (-0.1000, 95 % interval -0.1000 to -0.1000)." in told
+    )
+    assert not [sentence for sentence in told if "raises" in sentence or "lowers" in sentence]
 
 
 def test_q_is_over_the_methods_and_apart_over_the_baselines():

@@ -176,16 +176,25 @@ class _Family:
         others = [name for name in self._judged if name != worst and name in at]
         gains = [where for where in others if at[where]["star"] and at[where]["difference"] > 0]
         losses = [where for where in others if at[where]["star"] and at[where]["difference"] < 0]
+        changes = self._is_trained(name, reference)
+        above = f"raises {self._metric}" if changes else f"is above {reference}"
+        below = f"lowers {self._metric}" if changes else f"is below {reference}"
         if gains:
-            found.append(f"{name} raises {self._metric} for {self._effects(gains, at)}.")
+            found.append(f"{name} {above} for {self._effects(gains, at)}.")
         if losses:
-            found.append(f"{name} lowers {self._metric} for {self._effects(losses, at)}.")
+            found.append(f"{name} {below} for {self._effects(losses, at)}.")
         elif others:
+            groups = f"{'other ' if worst else ''}groups of {self._family}"
             found.append(
-                f"For the {'other ' if worst else ''}groups of {self._family}, no loss from {name} "
-                "was found."
+                f"For the {groups}, no loss from {name} was found."
+                if changes
+                else f"{name} was not found to be below {reference} for the {groups}."
             )
         return found
+
+    def _is_trained(self, name: str, reference: str) -> bool:
+        """Whether a difference is the effect of a method, and not one between two systems."""
+        return LIST not in (self._contents.row(name).kind, self._contents.row(reference).kind)
 
     def _sentence(self, name: str, reference: str, where: str, row: dict[str, Any]) -> str:
         label = self._label[where]
@@ -193,6 +202,12 @@ class _Family:
             return (
                 f"For {label}, no difference between {name} and {reference} was found: "
                 f"{_effect(row)}.{self._seeds(name, where, row)}"
+            )
+        if not self._is_trained(name, reference):
+            place = "above" if row["difference"] > 0 else "below"
+            return (
+                f"{name} is {place} {reference} for {label}: {self._metric} is {row['mean']:.4f} "
+                f"against {row['baseline']:.4f}, {_effect(row)}."
             )
         verb = "raises" if row["difference"] > 0 else "lowers"
         return (

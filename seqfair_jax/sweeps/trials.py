@@ -1,6 +1,7 @@
 """The results of a search: its trials as a table, and as a page."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -95,7 +96,9 @@ def page(
         for number, error in zip(failed["trial"], failed["error"], strict=True)
     ]
     if command:
-        parts.append(f"The best:\n\n    {command}")
+        words = [shlex.quote(word) for word in shlex.split(command)]
+        lines = [" ".join(words[:3]), *words[3:]]  # seqfair train --config=NAME, then a line each
+        parts.append("The best:\n\n    " + " \\\n        ".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
