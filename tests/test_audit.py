@@ -282,6 +282,12 @@ def test_rank_wins_over_score_and_tables_of_any_kind(dataset, tmp_path):
     assert by_score.found["ordered by"] == "score"
     in_order = lists.read_lists(table[["Customer_ID", "sku"]], dataset, top_k=5)
     assert in_order.found["ordered by"] == "the order of the rows"
+    renamed = table.rename(columns={"Position": "rang", "score": "punkte"})
+    renamed.to_csv(tmp_path / "renamed.csv", index=False)
+    for given in (renamed, str(tmp_path / "renamed.csv")):
+        in_order = lists.read_lists(given, dataset, top_k=5)
+        assert in_order.found["ordered by"].startswith("the order of the rows; columns not used: ")
+        assert {"rang", "punkte"} == set(in_order.found["ordered by"].split(": ")[1].split(", "))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +299,7 @@ def test_rank_wins_over_score_and_tables_of_any_kind(dataset, tmp_path):
         ({"score": [0.1, np.nan]}, "the score of data row 2 is .*; expected a finite number"),
         ({"score": ["0.1", "high"]}, "the score of data row 2 is 'high'; expected a finite"),
         ({"score": [0.1, "high"]}, "column score are not of one type"),
-        ({"user_id": ["u9", None]}, "1 rows have no user_id, the first of them data row 2"),
+        ({"user_id": ["u9", None]}, "data row 2 has no user_id"),
         ({"user_id": ["x", "y"]}, "none of its 2 users is tested. Its first is 'x'"),
         ({"user_id": [7, 8]}, "none of its 2 users is tested. Its first is 7, and"),
         ({"position": [1, 2], "place": [1, 2]}, "position and place may each be the rank"),

@@ -15,10 +15,12 @@ from seqfair_jax.data.ids import encode_ids, require_values
 from seqfair_jax.data.readers import finite_numbers
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import slices
 from seqfair_jax.serving.tables import find, read_given
 from seqfair_jax.workdir import user_path
 
 FLAG = "recommendations"
+_NAMED = 5  # unused columns that are named
 
 
 class Rows(NamedTuple):
@@ -108,7 +110,7 @@ def read_lists(
         UserError: if the table cannot be read; a rank is below 1 or no whole number, or a score
             is not finite; an id is missing; or none of its users is tested.
     """
-    table, names, where = read_given(
+    table, names, where, unused = read_given(
         given, FLAG, ["user_id", "item_id"], named, optional=["rank", "score"]
     )
     rows = np.arange(len(table))
@@ -159,7 +161,7 @@ def read_lists(
     lengths = ranked.lengths
     found: dict[str, int | str] = {
         "rows": len(rows),
-        "ordered by": names[by] if by else "the order of the rows",
+        "ordered by": names[by] if by else _order_of_rows(unused),
         "users with a list": int(np.count_nonzero(lengths)),
         "users without a list (all their targets are missed)": int(np.count_nonzero(lengths == 0)),
         f"users with fewer than {top_k} items": int(
@@ -171,6 +173,15 @@ def read_lists(
         "rows with such items": int(np.count_nonzero(kept & (items >= num_items))),
     }
     return Lists(ranked, found)
+
+
+def _order_of_rows(unused: Sequence[str]) -> str:
+    """What is said without a rank and a score; one of the unused columns may have been meant."""
+    if not unused:
+        return "the order of the rows"
+    names = ", ".join(slices.printable(name) for name in unused[:_NAMED])
+    more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+    return f"the order of the rows; columns not used: {names}{more}"
 
 
 def rank_lists(

@@ -212,6 +212,7 @@ class Given(NamedTuple):
     table: pa.Table
     names: Mapping[str, str]  # what it calls each column
     where: str  # for messages
+    unused: Sequence[str]  # the names of the other columns
 
 
 def read_given(
@@ -237,8 +238,10 @@ def read_given(
         UserError: if a column is missing or cannot be told, or there are no rows.
     """
     given = _given(argument, flag)
+    every: list[str] = []
 
     def choose(names: Sequence[str], where: str) -> dict[str, str]:
+        every[:] = names
         folded = {fold(name) for name in names}
         own = {key: name for key, name in (named or {}).items() if name and fold(name) in folded}
         found = [key for key in optional if key in own or folded & set(ALIASES[key].split())]
@@ -260,7 +263,7 @@ def read_given(
         table, names, *_ = table_in_memory(argument, choose, where)
     if not len(table):
         raise UserError(f"{given} has no rows; expected {' and '.join(columns)}")
-    return Given(table, names, where)
+    return Given(table, names, where, [name for name in every if name not in names.values()])
 
 
 def _read(
@@ -273,7 +276,7 @@ def _read(
 ) -> pd.DataFrame:
     """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none."""
     optional = ["timestamp"] if times else []
-    table, names, where = read_given(argument, flag, columns, named, optional=optional)
+    table, names, where, _ = read_given(argument, flag, columns, named, optional=optional)
     rows = np.arange(len(table))
     frame = pd.DataFrame(index=rows)
     for column in columns:
