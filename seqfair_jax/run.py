@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from seqfair_jax import workdir
 from seqfair_jax.config import RunSpec, changed_settings, check_resumable, resolve
 from seqfair_jax.data.cache import source_hashes, source_path
-from seqfair_jax.data.split import describe_counts, describe_split
+from seqfair_jax.data.split import counted, describe_counts, describe_split
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
 from seqfair_jax.results import dataset_summary, test
@@ -197,8 +197,10 @@ def describe(experiment: Experiment) -> None:
     """Print what the log has, how it is split, and the runs."""
     found = dataset_summary(experiment.dataset, experiment.config)
     print(
-        f"{found['name']}: {found['users']:,} users, {found['items']:,} items, "
-        f"{found['interactions']:,} interactions ({found['train_interactions']:,} to train on)\n"
+        f"{found['name']}: {counted(found['users'], 'user', 'users')}, "
+        f"{counted(found['items'], 'item', 'items')}, "
+        f"{counted(found['interactions'], 'interaction', 'interactions')} "
+        f"({found['train_interactions']:,} to train on)\n"
         f"{describe_counts(experiment.dataset.counts)}"
     )
     print("\n".join(describe_split(experiment.dataset.split)))

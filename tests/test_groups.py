@@ -189,8 +189,8 @@ def test_labels_of_parquet_become_text(tmp_path, values, labels):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (HEADER + "1,age,old\n2,,old\n", "1 rows have no family, the first of them data row 2"),
-        (HEADER + "1,age,old\n,age,old\n", "1 rows have no user_id, the first of them data row 2"),
+        (HEADER + "1,age,old\n2,,old\n", "data row 2 has no family"),
+        (HEADER + "1,age,old\n,age,old\n", "data row 2 has no user_id"),
         (HEADER, "has no rows"),
         ("", "is empty"),
         ("family,group\na,b\n", "no column 'user_id', it has family, group; rename a column"),
@@ -286,7 +286,7 @@ def test_a_wide_file_may_have_a_family_called_group(tmp_path):
         ("user_id\n1\n", "has no column beside user_id"),
         ("user_id,age,age\n1,2,3\n", "column age appears more than once"),
         ("user_id,seq33\n1,2\n", "'seq33' has the name of a built-in family; rename it"),
-        ("user_id,age\n1,2\n,3\n", "1 rows have no user_id, the first of them data row 2"),
+        ("user_id,age\n1,2\n,3\n", "data row 2 has no user_id"),
         ("user_id,age\n", "has no rows: expected rows of user_id, age"),
         ("user_id,age\n1,2\n2,3\n1,4\n", "user '1' has several rows, the second .* data row 3"),
     ],

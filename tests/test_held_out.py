@@ -197,10 +197,10 @@ def test_what_is_said_of_a_split():
     for sentence in [
         "training rows are before 60, validation rows are from then until 80",
         "There are 2 training rows, 2 validation rows and 3 test rows of 2 users.",
-        "1 users validate, and 2 users are tested.",
+        "1 user validates, and 2 users are tested.",
         "2 in the validation and 3 in the test",
-        "1 users have no training row, so they are not judged, and 2 items have none",
-        "1 of the 3 test targets are items that the model does not know.",
+        "1 user has no training row, so this user is not judged, and 2 items have none",
+        "1 of the 3 test targets is an item that the model does not know. It counts as a miss.",
         "2 of the 5 targets have the same time as the user's row before.",
     ]:
         assert sentence in said
@@ -552,7 +552,13 @@ def test_a_run_on_a_split_by_time(finished):
     histories = pd.read_parquet(folder / "histories.parquet")
     rows = histories["items"].map(len) + histories["unknown_items"]
     assert rows.sum() == summary["dataset"]["interactions"]
-    assert "GDRO" in text.tables([folder], "MAP@20")
+    printed = text.tables([folder], "MAP@20")
+    assert "GDRO" in printed
+    # A user who has a target of a kind counts for it.
+    sizes = next(line for line in printed.splitlines() if line.startswith("test users")).split()
+    kinds = [set(of_user) for of_user in table["repeat"]]
+    assert sizes[-2:] == [str(sum(kind in found for found in kinds)) for kind in (True, False)]
+    assert sum(map(len, kinds)) > len(kinds)  # some users have both
     with pytest.raises(UserError, match=r"data\.targets \('every' there, 'first' now\)"):
         run(small("gdro", **(EVERY | {"data.targets": "first"})), folder)
 

@@ -232,7 +232,7 @@ def test_a_message_shows_an_integer_id_as_the_log_has_it():
         ("users", {"user_id": [1, 2]}, "none of its 2 users is a user of the run's log"),
         ("users", {"user_id": []}, "has no rows"),
         ("only", {"item_id": ["x"]}, "none of its 1 items is an item of the run"),
-        ("exclude", {"item_id": ["i1", ""]}, "1 rows have no item_id"),
+        ("exclude", {"item_id": ["i1", ""]}, "data row 2 has no item_id"),
         ("histories", {"user_id": ["a"]}, "no column 'item_id', it has user_id; rename a column"),
         ("histories", {"user_id": [], "item_id": []}, "has no rows"),
         (
@@ -243,7 +243,7 @@ def test_a_message_shows_an_integer_id_as_the_log_has_it():
         (
             "histories",
             {"user_id": ["a", "a"], "item_id": ["i1", "i2"], "timestamp": [1, None]},
-            "1 rows have no timestamp, the first of them data row 2; fill or remove them",
+            "data row 2 has no timestamp; fill or remove them",
         ),
         (
             "histories",

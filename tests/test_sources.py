@@ -89,7 +89,7 @@ def test_errors_name_the_part_and_its_row(tmp_path):
     good, bad = tmp_path / "1.csv", tmp_path / "2.csv"
     good.write_text(LOG.to_csv(index=False))
     for row, message in [
-        ("1,,3", "1 rows have no item_id, the first of them data row 2"),
+        ("1,,3", "data row 2 has no item_id"),
         ("1,2,soon", "the timestamp of data row 2 is 'soon'"),
         ("1,2", "Row #3: Expected 3 columns, got 2"),
     ]:
@@ -179,7 +179,7 @@ def test_a_long_line_of_json(tmp_path):
         ),
         (
             lines({"user_id": 1, "item_id": None, "timestamp": 3}),
-            "1 rows have no item_id, the first of them data row 1",
+            "data row 1 has no item_id",
         ),
     ],
 )
@@ -372,7 +372,7 @@ def test_the_c_stream_of_other_libraries():
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        (LOG.assign(item_id=[1, None, 3]), "the table: 1 rows have no item_id.* data row 2"),
+        (LOG.assign(item_id=[1, None, 3]), "the table: data row 2 has no item_id"),
         (LOG.assign(item_id=[1.5, 2, 3]), "the table: the item_id of data row 1 is the float 1.5"),
         (LOG.assign(timestamp=[1, 2, np.inf]), "the table: the timestamp of data row 3 is inf"),
         (LOG.assign(timestamp="soon"), "the table: the timestamp of data row 1 is 'soon'"),

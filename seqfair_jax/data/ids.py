@@ -83,10 +83,11 @@ def require_values(empty: np.ndarray, rows: np.ndarray, where: str, name: str, a
         UserError: naming the first row without a value.
     """
     if empty.any():
-        raise UserError(
-            f"{where}: {empty.sum()} rows have no {name}, the first of them data row "
-            f"{rows[empty.argmax()] + 1}; {advice}"
-        )
+        row = f"data row {rows[empty.argmax()] + 1}"
+        found = f"{row} has no {name}"
+        if empty.sum() > 1:
+            found = f"{empty.sum():,} rows have no {name}, the first of them {row}"
+        raise UserError(f"{where}: {found}; {advice}")
 
 
 def encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

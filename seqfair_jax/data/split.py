@@ -503,6 +503,11 @@ def _sizes(log: Log) -> dict[str, int]:
     }
 
 
+def counted(number: int, one: str, several: str) -> str:
+    """A number and what it counts: '1 user', '1,000 users'."""
+    return f"{number:,} {one if number == 1 else several}"
+
+
 def describe_counts(counts: Mapping[str, int]) -> str:
     """A table of what was read and left out, and why.
 
@@ -551,17 +556,17 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
             time also the points `valid_from` and `test_from`, and of one by time or files also
             `new_users` and `new_items`.
     """
-    n = {key: f"{value:,}" for key, value in split.items() if isinstance(value, int)}
-    validate = (
-        f"{n['validation_users']} users validate"
-        + f", drawn from {n['validation_candidates']} who could (data.valid_users)"
-        * (split["validation_users"] < split["validation_candidates"])
+    validate = counted(
+        split["validation_users"], "user validates", "users validate"
+    ) + f", drawn from {split['validation_candidates']:,} who could (data.valid_users)" * (
+        split["validation_users"] < split["validation_candidates"]
     )
+    tested = counted(split["test_users"], "user is tested", "users are tested")
     if split["kind"] == "leave_one_out":
         lines = [
             "Leave-one-out split: each user's last row is the test target, and the row before it "
             "is the validation target.",
-            f"{validate}, and {n['test_users']} users are tested.",
+            f"{validate}, and {tested}.",
             "The model trains on other users' events that are later than a user's target. So the "
             "figures may be higher than for the future; data.split=time avoids this.",
         ]
@@ -572,30 +577,47 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
             f"until {points[1]}, and test rows are later."
             if split["kind"] == "time"
             else "Split by files: training, validation and test rows are from their own files.",
-            f"There are {n['train_rows']} training rows, {n['validation_rows']} validation rows "
-            f"and {n['test_rows']} test rows of {n['users']} users.",
-            f"{validate}, and {n['test_users']} users are tested. The others have no row there.",
+            f"There are {counted(split['train_rows'], 'training row', 'training rows')}, "
+            f"{counted(split['validation_rows'], 'validation row', 'validation rows')} and "
+            f"{counted(split['test_rows'], 'test row', 'test rows')} of "
+            f"{counted(split['users'], 'user', 'users')}.",
+            f"{validate}, and {tested}. The others have no row there.",
             (
                 "Each user's first event is judged."
                 if split["targets"] == "first"
-                else f"Every distinct item of a user is judged: {n['validation_targets']} in the "
-                f"validation and {n['test_targets']} in the test."
+                else "Every distinct item of a user is judged: "
+                f"{split['validation_targets']:,} in the validation and "
+                f"{split['test_targets']:,} in the test."
             )
             + " The user's history ends where the validation or the test starts.",
-            f"{n['new_users']} users have no training row, so they are not judged, and "
-            f"{n['new_items']} items have none, so the model does not know them.",
+            counted(
+                split["new_users"],
+                "user has no training row, so this user is not judged, and ",
+                "users have no training row, so they are not judged, and ",
+            )
+            + counted(
+                split["new_items"],
+                "item has none, so the model does not know it.",
+                "items have none, so the model does not know them.",
+            ),
         ]
     lines.append(
-        f"{n['unknown_test_targets']} of the {n['test_targets']} test targets are items that the "
-        "model does not know. They count as misses."
+        counted(
+            split["unknown_test_targets"],
+            f"of the {split['test_targets']:,} test targets is an item that the model does not "
+            "know. It counts as a miss.",
+            f"of the {split['test_targets']:,} test targets are items that the model does not "
+            "know. They count as misses.",
+        )
         if split["unknown_test_targets"]
         else "The model knows the items of all test targets."
     )
     if split["tied_held_out"]:
         held_out = split["validation_targets"] + split["test_targets"]
         lines.append(
-            f"{n['tied_held_out']} of the {held_out:,} targets have the same time as the user's "
-            "row before. "
+            f"{split['tied_held_out']:,} of the {held_out:,} targets "
+            f"{'has' if split['tied_held_out'] == 1 else 'have'} the same time as the user's row "
+            "before. "
             + (
                 "Their order does not matter, since every one is judged."
                 if split["targets"] == "every"
