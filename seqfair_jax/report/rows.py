@@ -232,7 +232,10 @@ def over_seeds(found: Sequence[Row], reference: Row) -> pd.DataFrame:
 
 
 def slice_sizes(rows: Sequence[Row]) -> dict[str, int]:
-    """How many test users each slice has; of a slice that only some rows know, by the first."""
+    """How many test users each slice has; of a slice that only some rows know, by the first.
+
+    Where users have several targets, one with both kinds of them counts as repeat and as new.
+    """
     known = dict.fromkeys(name for row in rows for seed in row.means for name in seed)
     wanted = {
         name
@@ -246,7 +249,7 @@ def slice_sizes(rows: Sequence[Row]) -> dict[str, int]:
         if row.per_user is None or wanted <= set(sizes):
             continue
         for table in row.per_user().values():  # a row's seeds may differ in their groups
-            sizes = {name: len(users) for name, users in slice_members(table).items()} | sizes
+            sizes = _sizes(table) | sizes
             if wanted <= set(sizes):
                 break
     none = dict.fromkeys(known.keys() - wanted, 0) if sizes else {}  # no user is in such a slice
@@ -254,6 +257,14 @@ def slice_sizes(rows: Sequence[Row]) -> dict[str, int]:
     return {
         name: sizes[name] for name in known if name in sizes and not slices.parse(name).statistic
     }
+
+
+def _sizes(table: pd.DataFrame) -> dict[str, int]:
+    found = {name: len(users) for name, users in slice_members(table).items()}
+    if slices.REPEAT not in found and slices.NEW not in found:  # a user's kinds are a list
+        found[slices.REPEAT] = sum(any(kinds) for kinds in table["repeat"])
+        found[slices.NEW] = sum(not all(kinds) for kinds in table["repeat"])
+    return found
 
 
 def judged_groups(sizes: Mapping[str, int], family: str, *, min_users: int) -> list[str]:
