@@ -360,3 +360,14 @@ def test_tables_may_have_the_column_names_of_the_log(trained, tmp_path):
     pd.DataFrame(rows, columns=["user_id", "item_id", "time"]).to_csv(plain, index=False)
     again = tables.read_histories(str(plain), *arguments[1:], named)
     assert again[1].items.tolist() == [1, 2, 0]
+
+
+def test_histories_may_have_the_times_of_the_log(trained):
+    items = trained.item_ids[:2]
+    table = pd.DataFrame({"user_id": 1, "item_id": items, "timestamp": ["01.02.24", "02.01.24"]})
+    known = (trained.user_ids, trained.item_ids)
+    for time_format, order in [("%d.%m.%y", [1, 0]), ("%m.%d.%y", [0, 1])]:
+        _, found = tables.read_histories(table, *known, None, time_format)
+        assert found.items.tolist() == order
+    with pytest.raises(UserError, match="expected a time of data.time_format='%Y'"):
+        tables.read_histories(table, *known, None, "%Y")

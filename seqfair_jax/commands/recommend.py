@@ -93,7 +93,11 @@ def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray,
     """Who gets a list: the ids and the histories."""
     if values.histories:
         return tables.read_histories(
-            values.histories, trained.user_ids, trained.item_ids, trained.config.data.columns
+            values.histories,
+            trained.user_ids,
+            trained.item_ids,
+            trained.config.data.columns,
+            trained.config.data.get("time_format", ""),
         )
     if values.users:
         columns = trained.config.data.columns

@@ -137,6 +137,7 @@ def read_histories(
     known_users: np.ndarray,
     known_items: np.ndarray,
     named: Mapping[str, str] | None = None,
+    time_format: str = "",
 ) -> tuple[np.ndarray, Histories]:
     """The users of a file, in order of their first row, and their known items.
 
@@ -149,11 +150,13 @@ def read_histories(
         known_users: the ids of the log's users, whose type the ids get if all fit.
         known_items: the vocabulary.
         named: as for `read_users`.
+        time_format: of the run's log (`data.time_format`).
 
     Raises:
         UserError: if the file cannot be read, or is empty.
     """
-    frame = _read(argument, "histories", ["user_id", "item_id"], named, times=True)
+    columns = ["user_id", "item_id"]
+    frame = _read(argument, "histories", columns, named, times=True, time_format=time_format)
     users, distinct = pd.factorize(frame["user_id"])
     ids = pd.Series(distinct)
     items = find(frame["item_id"], known_items)
@@ -273,6 +276,7 @@ def _read(
     named: Mapping[str, str] | None,
     *,
     times: bool = False,
+    time_format: str = "",
 ) -> pd.DataFrame:
     """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none."""
     optional = ["timestamp"] if times else []
@@ -287,7 +291,9 @@ def _read(
     if "timestamp" in names:
         column = table["timestamp"]
         require_values(missing(column), rows, where, names["timestamp"], "fill or remove them")
-        frame["timestamp"] = parse_times(column, rows, where, names["timestamp"])
+        frame["timestamp"] = parse_times(
+            column, rows, where, names["timestamp"], time_format=time_format
+        )
     elif times:
         _LOG.info("%s has no column timestamp; its rows are taken in their order", where)
         frame["timestamp"] = 0
