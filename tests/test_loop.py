@@ -101,8 +101,8 @@ def test_a_run_that_diverges_late_keeps_its_best_epoch_and_is_not_in_the_table(
     capsys.readouterr()
     assert run(small(**{"train.epochs": 4}), tmp_path)["status"] == "failed at step 10"
     printed = capsys.readouterr().out
-    assert "erm, seed 0: failed at step 10, not in the table" in printed
-    assert not any(line.startswith("erm ") and "0." in line for line in printed.splitlines())
+    assert "ERM, seed 0: failed at step 10, not in the table" in printed
+    assert not any(line.startswith("ERM ") and "0." in line for line in printed.splitlines())
 
 
 def test_scores_that_are_not_finite_in_the_test_fail_the_run_alone(tmp_path, monkeypatch):
@@ -278,7 +278,8 @@ def test_a_log_that_changed_after_the_run_is_reported(tmp_path, caplog, capsys):
     run(config, tmp_path / "run")
     assert f"{log} changed after this run finished" in caplog.text
     again = capsys.readouterr().out
-    assert sum(line.startswith("erm") for line in again.splitlines()) == 4  # 2 families, 2 rules
+    # One row for each of 2 families: both rules chose the only epoch.
+    assert sum(line.startswith("ERM ") for line in again.splitlines()) == 2
     assert table.endswith(f"\n{again}\nfiles: {tmp_path / 'run'}\n")
     log.unlink()
     run(config, tmp_path / "run")
