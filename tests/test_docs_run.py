@@ -226,6 +226,8 @@ class Runner:
                 patch.setattr(sys, "argv", [name, *flags])
                 patch.setitem(common._PEAK_SIZE, "cpu", 64)
                 patch.setattr(common, "_SIZING_STEPS", 8)
+                # Another benchmark may have imported it, which runpy warns of.
+                patch.delitem(sys.modules, name, raising=False)
                 runpy.run_module(name, run_name="__main__", alter_sys=True)
             return
         arguments = [path for flag in flags for path in _expanded(flag)]

@@ -247,7 +247,8 @@ def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
     rows = contents.build(found, "NDCG@20", baseline=erm).tests
     rows = rows[rows["kind"] == "run"]
     assert set(rows["name"][rows["name"].str.startswith("ERM")]) <= {"ERM, best worst group"}
-    one = rows[(rows["slice"] == "overall") & (rows["name"] == f"cvar {hparams}")]
+    chosen = hparams.replace("=", " ")
+    one = rows[(rows["slice"] == "overall") & (rows["name"] == f"CVaR ({chosen})")]
     [sweeps] = methods.loc[methods["method"] == "cvar", "difference"]
     assert one["difference"].item() == pytest.approx(sweeps)
     claims_text = (tables / "overall-claims.md").read_text()

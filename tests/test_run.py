@@ -109,7 +109,7 @@ def test_a_grid_of_runs(tmp_path, capsys):
         by_value.setdefault(r["hparams"]["step_size"], []).append(score)
     best = max(by_value, key=lambda value: np.mean(by_value[value]))
     assert summary["selected"]["hparams"] == {"step_size": best, "stream_rate": 0.1}
-    assert "(2 seeds)" in capsys.readouterr().out
+    assert ", 2 seeds" in capsys.readouterr().out
     alone = run(small("sdro", **DROPOUT, **{"objective.step_size": (0.1,)}), tmp_path / "alone")
     inside = workdir.read_summary(folder / names[2])
     assert inside["test"] == alone["test"]  # one after another on a CPU, so to the last bit
