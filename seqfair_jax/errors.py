@@ -24,7 +24,7 @@ class Interrupted(SystemExit):
         """End with a message.
 
         Args:
-            message: what was stopped, and how to go on.
+            message: what was stopped, and how to continue.
             by: the signal's number, or what its handler raised. The commands' handler puts the
                 number into it.
         """

@@ -40,6 +40,7 @@ NOT_RUN = {
     "python -m benchmarks.peers": "it needs RecTools and PyTorch, which are no dependencies",
     "python -m benchmarks.train_step --first_step":
         "it starts six processes, three of them with an empty compilation cache",
+    "python -m benchmarks.quick_start": "it starts three processes, each of which compiles anew",
     "python -m benchmarks.export --format=onnx": "it needs the extra `onnx`",
     "seqfair export --format=onnx":
         "it needs the extra `onnx`; tests/test_export.py runs it where that is installed",

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class Budget(NamedTuple):
-    """How long a search goes on."""
+    """The budget of a search."""
 
     trials: int | None  # of all processes and of earlier commands together
     deadline: float | None  # of this process, by `time.monotonic`
@@ -66,7 +66,7 @@ def search(
     """Try settings until the trials or the time are used up, and write what was found.
 
     Writes `trials.csv`, `search.md` and `best.json` after each trial. A trial that was interrupted
-    goes on from its checkpoint. One that fails is recorded.
+    resumes from its checkpoint. One that fails is recorded.
 
     Args:
         config: of a run; its `search` (`search_plan.default_search`) says what varies.

@@ -35,8 +35,8 @@ class Study:
 
     SQLite's locks are the operating system's, so a killed process leaves none behind, and its
     transactions are whole or absent. Each trial in work has a lock file of its own: a trial without
-    a result whose lock is free belonged to a process that ended, and the next process goes on
-    with it, from its checkpoint.
+    a result whose lock is free belonged to a process that ended, and the next process resumes
+    it from its checkpoint.
     """
 
     def __init__(self, study: optuna.Study, folder: Path, space: Space):
