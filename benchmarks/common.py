@@ -1,6 +1,7 @@
 """What the benchmarks share: the command line, timing, the machine's peak, tables."""
 
 import functools
+import os
 import resource
 import statistics
 import sys
@@ -81,6 +82,12 @@ def peak_memory_gb() -> float:
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def machine_load() -> str:
+    """The number of cores, and how busy the machine is, for the line under a table."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return f"{os.cpu_count()} cores, load averages {load}"
 
 
 def spread(values: Sequence[float], form: str = "{:,.0f}") -> str:

@@ -7,7 +7,6 @@ With --rows, the log is drawn: ids of text, an ISO date and an event in each row
 """
 
 import multiprocessing
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from benchmarks.common import peak_memory_gb, print_table, run, spread
+from benchmarks.common import machine_load, peak_memory_gb, print_table, run, spread
 from seqfair_jax.data.cache import load_dataset
 
 
@@ -44,6 +43,13 @@ def write_log(path: Path, rows: int) -> None:
         pa.csv.write_csv(table, path)
 
 
+def draw_log(path: Path, rows: int) -> None:
+    """`write_log` in a process of its own, so that its memory is not counted."""
+    writer = multiprocessing.get_context("spawn").Process(target=write_log, args=(path, rows))
+    writer.start()
+    writer.join()
+
+
 def benchmark(config, *, repeats, rows, format):
     def measure(cache_dir, split_seed=42):
         config.data.cache_dir, config.data.split_seed = cache_dir, split_seed
@@ -54,12 +60,7 @@ def benchmark(config, *, repeats, rows, format):
     with tempfile.TemporaryDirectory() as folder:
         if rows:
             config.data.path = f"{folder}/log.{format}"
-            # In a process of its own, so that its memory is not counted.
-            writer = multiprocessing.get_context("spawn").Process(
-                target=write_log, args=(Path(config.data.path), rows)
-            )
-            writer.start()
-            writer.join()
+            draw_log(Path(config.data.path), rows)
         cache = f"{folder}/cache"
         times = {"the file": [measure("") for _ in range(repeats)]}
         measure(cache)
@@ -78,8 +79,7 @@ def benchmark(config, *, repeats, rows, format):
             for name, seconds in times.items()
         ]
     )
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"peak memory {peak_memory_gb():.2f} GB; {os.cpu_count()} cores, load averages {load}")
+    print(f"peak memory {peak_memory_gb():.2f} GB; {machine_load()}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ its steps: loading, compilation, validation, checkpoints and the test.
 """
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import print_table, run
-from benchmarks.prepare import write_log
+from benchmarks.common import machine_load, print_table, run
+from benchmarks.prepare import draw_log
 
 
 def benchmark(config, *, rows, format):
@@ -25,11 +24,7 @@ def benchmark(config, *, rows, format):
     with tempfile.TemporaryDirectory() as folder:
         if rows:
             path = Path(folder, f"log.{format}")
-            writer = multiprocessing.get_context("spawn").Process(
-                target=write_log, args=(path, rows)
-            )
-            writer.start()
-            writer.join()
+            draw_log(path, rows)
             words.append(f"--config.data.path={path}")
         workdir, lists = f"{folder}/run", f"{folder}/recs.parquet"
         commands = {
@@ -63,8 +58,7 @@ def benchmark(config, *, rows, format):
             f"items; {train['steps']:,} steps in {train['seconds']:.1f} s without compilation; "
             f"everything else is {(whole - train['seconds']) / whole:.3f} of the training command"
         )
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"{os.cpu_count()} cores, load averages {load}")
+    print(machine_load())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python -m benchmarks.report --users=344000 --methods=9
 """
 
 import cProfile
-import os
 import pstats
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.common import print_table
+from benchmarks.common import machine_load, print_table
 from seqfair_jax import workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.data.groups import GroupFamily
@@ -113,8 +112,7 @@ def benchmark(flags, _) -> None:
         )
         if flags.profile:
             pstats.Stats(profile).sort_stats("cumulative").print_stats(30)
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"{os.cpu_count()} cores, load averages {load}")
+    print(machine_load())
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def as_in_a_new_process():
 
 
 def _expanded(word):
-    """The paths that a pattern stands for; any other word is itself."""
+    """The paths that match a pattern. Any other word is returned unchanged."""
     return sorted(glob.glob(word)) if "*" in word and not word.startswith("-") else [word]
 
 
