@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
 from seqfair_jax.data.files import log_title
-from seqfair_jax.data.groups import GroupFamily, item_audience
+from seqfair_jax.data.groups import GroupFamily
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.devices import to_host
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.baselines import baseline_ranks
 from seqfair_jax.evaluation.metrics import item_popularity
@@ -26,6 +26,7 @@ from seqfair_jax.training import checkpoint, selection
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.loop import make_validation
 from seqfair_jax.training.progress import Snapshot
+from seqfair_jax.training.step import run_params
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +65,10 @@ def test(
         shared["init_from"] = snapshot.progress.init_from
     tester = _Tester(experiment, judge)
     states, progress = snapshot.states, snapshot.progress
+    failed_steps, steps = to_host((states.failed_step, states.step))
     summaries = []
     for r, part in enumerate(workdir.run_folders(folder, experiment.names)):
-        spec, failed_step = experiment.runs[r], int(states.failed_step[r])
+        spec, failed_step = experiment.runs[r], int(failed_steps[r])
         seconds = progress.seconds
         summary = shared | {
             "run": spec.name,
@@ -74,7 +76,7 @@ def test(
             "seed": spec.seed,
             "status": selection.status(failed_step),
             "train": {  # the time is that of all runs together, without compilation
-                "steps": int(states.step[r]),
+                "steps": int(steps[r]),
                 "targets": progress.targets[r],
                 "seconds": seconds,
                 "targets_per_second": progress.timed_targets / seconds if seconds else None,
@@ -122,7 +124,7 @@ class _Tester:
         name = experiment.names[r]
         # A run that failed before its first validation has no best epoch.
         best = {rule: record for rule, record in snapshot.progress.best[r].items() if record}
-        params = {rule: jax.tree.map(lambda leaf: leaf[r], snapshot.best[rule]) for rule in best}
+        params = {rule: run_params(experiment.mesh, snapshot.best[rule], r) for rule in best}
         tested: dict[float, tuple] = {}  # by epoch
         for rule, chosen in best.items():  # all, before any is written: a score may not be finite
             if chosen["epoch"] not in tested:
@@ -165,7 +167,7 @@ class Judge:
         self._dataset, self._cutoffs = dataset, tuple(cutoffs)
         self._families = [family.select(dataset.test.users) for family in families]
         self._popularity = item_popularity(
-            dataset.item_counts, item_audience(dataset), len(dataset.user_ids)
+            dataset.item_counts, dataset.audience, len(dataset.user_ids)
         )
         self.top_k = min(max(cutoffs), len(dataset.item_ids))  # how long the lists must be
 

@@ -192,6 +192,16 @@ def user_loss(parameters, items, *, max_len, num_blocks, num_heads):
 # --- Data and metrics ---
 
 
+def repeated_rows(rows):
+    """Which rows are equal to an earlier one."""
+    before = set()
+    found = []
+    for row in rows:
+        found.append(row in before)
+        before.add(row)
+    return found
+
+
 def k_core(rows, k):
     """Rows (user, item) left when every user and item has k distinct partners; users first."""
     rows = list(rows)

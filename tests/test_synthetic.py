@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from seqfair_jax.config import default_config
 from seqfair_jax.data.cache import load_dataset
-from seqfair_jax.data.groups import build_family, training_rows
+from seqfair_jax.data.groups import build_family
+from seqfair_jax.data.split import training_rows
 from seqfair_jax.data.synthetic import default_settings, generate
 from seqfair_jax.errors import UserError
 

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from seqfair_jax.data.files import require_file
 from seqfair_jax.data.ids import encode_ids, missing, require_values
 from seqfair_jax.data.readers import find_column
-from seqfair_jax.data.split import Dataset
+from seqfair_jax.data.split import Dataset, training_rows
 from seqfair_jax.data.tables import fold, pick, read_table
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.workdir import user_path
@@ -332,25 +332,8 @@ def popular_rows(dataset: Dataset) -> np.ndarray:
     the 0.8 quantile (linear) of that number over the items.
     """
     user, item = training_rows(dataset)
-    audience = item_audience(dataset)
-    popular = audience > np.quantile(audience, POPULAR_QUANTILE)
-    return np.bincount(user, weights=popular[item], minlength=len(dataset.user_ids)).astype(int)
-
-
-def item_audience(dataset: Dataset) -> np.ndarray:
-    """How many distinct users have each item in their training rows: i64[V]."""
-    num_items = len(dataset.item_ids)
-    user, item = training_rows(dataset)
-    pairs = np.unique(user * np.int64(num_items) + item)
-    return np.bincount(pairs % num_items, minlength=num_items)
-
-
-def training_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """(user, item) of every training row, users in order, each user's rows in order."""
-    user = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))
-    place = np.arange(len(user)) - dataset.offsets[user]
-    is_train = place < dataset.train_lengths[user]
-    return user[is_train], dataset.items[is_train]
+    popular = dataset.audience > np.quantile(dataset.audience, POPULAR_QUANTILE)
+    return np.bincount(user[popular[item]], minlength=len(dataset.user_ids))
 
 
 def cut_by_rows(key: np.ndarray, rows: np.ndarray, cuts: tuple[Fraction, ...]) -> np.ndarray:

@@ -161,10 +161,10 @@ def join_ids(parts: Sequence[tuple[np.ndarray, pa.Array]]) -> tuple[np.ndarray, 
     tables = [ids for _, ids in parts]
     if any(ids.type != pa.int64() for ids in tables):
         tables = [ids.cast(_TEXT) for ids in tables]
-    joined = pa.chunked_array(tables).combine_chunks().dictionary_encode()
-    if isinstance(joined, pa.ChunkedArray):
-        joined = joined.combine_chunks()
-    of_table = joined.indices.to_numpy()
-    starts = np.cumsum([0, *map(len, tables)])
-    places = [of_table[start + place] for (place, _), start in zip(parts, starts, strict=False)]
-    return np.concatenate(places), joined.dictionary
+    # A chunk for each table, and one dictionary for all of them.
+    joined = pa.chunked_array(tables).dictionary_encode().unify_dictionaries()
+    places = [
+        of_table.indices.to_numpy()[place]
+        for (place, _), of_table in zip(parts, joined.chunks, strict=True)
+    ]
+    return np.concatenate(places), joined.chunk(0).dictionary

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from seqfair_jax.data.files import MEMBERS, short
 from seqfair_jax.data.ids import compact, encode, encode_ids, join_ids, missing, require_values
-from seqfair_jax.data.log import Log
+from seqfair_jax.data.log import Log, group_rows, repeats, user_blocks
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import join_times, mixed_units, parse_times, within
 from seqfair_jax.errors import UserError
@@ -360,8 +360,11 @@ def _join(parts: list[_Part], files: list[str], settings: Rows) -> Log:
         )
     users, user_ids = compact(*join_ids([part.users for part, _ in full]))
     items, item_ids = compact(*join_ids([part.items for part, _ in full]))
-    pairs = users * np.int64(len(item_ids)) + items
-    repeated = pd.DataFrame({"pair": pairs, "time": times}).duplicated().to_numpy()
+    rows, offsets = group_rows(users, len(user_ids))
+    repeated = np.empty(len(users), bool)
+    for block in user_blocks(offsets):
+        at = rows[block]
+        repeated[at] = repeats(users[at], items[at], times[at])
     if settings.repeats == "drop":  # the first row stays, so no user and no item goes
         counts["dropped_repeats"] += int(repeated.sum())
         users, items, times = (column[~repeated] for column in (users, items, times))

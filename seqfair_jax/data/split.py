@@ -7,16 +7,16 @@ Shape letters: U users, V vocabulary, N rows, n users that are judged, m targets
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from seqfair_jax.data.ids import compact
-from seqfair_jax.data.log import Log
+from seqfair_jax.data.log import Log, group_rows, repeats, sort_rows, user_blocks
 from seqfair_jax.data.times import comparable_bound, time_text, with_date
 from seqfair_jax.errors import UserError
 
@@ -95,6 +95,33 @@ class Dataset:
     counts: dict[str, int]  # users, items, interactions, ...: see `leave_one_out`
     split: dict[str, Any]  # how the log was split: see `describe_split`
 
+    @functools.cached_property
+    def audience(self) -> np.ndarray:
+        """How many distinct users have each item in their training rows: i64[V]."""
+        user, item = training_rows(self)
+        first = np.empty(len(item), bool)
+        for block in user_blocks(csr_offsets(self.train_lengths)):
+            first[block] = ~repeats(user[block], item[block])
+        return np.bincount(item[first], minlength=len(self.item_ids))
+
+
+def training_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(user, item) of every training row, i32 each; users in order, each user's rows in order."""
+    user = np.repeat(np.arange(len(dataset.user_ids), dtype=np.int32), dataset.train_lengths)
+    is_train = first_rows(dataset.train_lengths, np.diff(dataset.offsets))
+    return user, dataset.items if is_train.all() else dataset.items[is_train]
+
+
+def first_rows(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Which rows are among the first counts[u] of the sizes[u] rows of user u: bool[N].
+
+    Args:
+        counts: i[U], at most `sizes`.
+        sizes: i[U].
+    """
+    both = np.stack([counts, sizes - counts], axis=1).ravel()
+    return np.repeat(np.tile([True, False], len(sizes)), both)
+
 
 def k_core(log: Log, k: int) -> Log:
     """Drop users, then items, with fewer than k partners, until nothing changes.
@@ -107,14 +134,18 @@ def k_core(log: Log, k: int) -> Log:
         k: 1 or less keeps everything.
     """
     num_users, num_items = len(log.user_ids), len(log.item_ids)
-    pairs = pd.unique(log.users * np.int64(num_items) + log.items)
-    user, item = pairs // num_items, pairs % num_items
+    rows, offsets = group_rows(log.users, num_users)
+    for block in user_blocks(offsets):
+        at = rows[block]
+        rows[block] = np.where(repeats(log.users[at], log.items[at]), -1, at)
+    rows = rows[rows >= 0]  # of each pair the first
+    user, item = log.users[rows], log.items[rows]
     size = -1
     while len(user) != size:
         size = len(user)
-        keep = np.bincount(user, minlength=num_users)[user] >= k
+        keep = (np.bincount(user, minlength=num_users) >= k)[user]
         user, item = user[keep], item[keep]
-        keep = np.bincount(item, minlength=num_items)[item] >= k
+        keep = (np.bincount(item, minlength=num_items) >= k)[item]
         user, item = user[keep], item[keep]
     good_user, good_item = np.zeros(num_users, bool), np.zeros(num_items, bool)
     good_user[user] = True
@@ -164,10 +195,10 @@ def leave_one_out(log: Log, *, name: str, num_valid_users: int, split_seed: int)
     user, user_ids = compact(log.users[keep], log.user_ids)
     item, item_ids = compact(log.items[keep], log.item_ids)
     time = log.times[keep]
-    order = np.lexsort((time, user))  # stable
+    order, offsets = sort_rows(user, len(user_ids), time)
     user, item, time = user[order], item[order], time[order]
     valid_users = _draw(np.arange(len(user_ids)), num_valid_users, split_seed)
-    stops = np.cumsum(np.bincount(user))
+    stops = offsets[1:]
     part = np.full(len(user), _TRAIN, np.int8)
     part[stops - 1] = _TEST
     part[stops[valid_users] - 2] = _VALID
@@ -317,7 +348,7 @@ def by_part(
     user, user_ids = compact(log.users[keep], log.user_ids)
     item, item_ids = _vocabulary_first(log.items[keep], good_item, log.item_ids)
     time, part = log.times[keep], part[keep]
-    order = np.lexsort((time, part, user))  # stable
+    order, _ = sort_rows(user, len(user_ids), part, time)
     user, item, time, part = user[order], item[order], time[order], part[order]
     for number, what in ((_VALID, "validation"), (_TEST, "test")):
         if not (part == number).any():
@@ -391,13 +422,14 @@ def _build(
     known = item_counts > 0
     place = np.where(known, np.cumsum(known) - 1, -1).astype(np.int32)
 
-    # An item repeats where the same (user, item) pair is in an earlier row.
-    pairs = user * np.int64(num_items) + item
-    repeat = pd.Series(pairs).duplicated().to_numpy()
+    offsets = csr_offsets(np.bincount(user, minlength=num_users))
+    repeat, again = np.empty(len(user), bool), same_part
     if every:
-        again = pd.Series(pairs * 3 + part).duplicated().to_numpy()  # in the same part
-    else:
-        again = same_part
+        again = np.empty(len(user), bool)
+    for block in user_blocks(offsets):
+        repeat[block] = repeats(user[block], item[block])  # of any earlier row
+        if every:
+            again[block] = repeats(user[block], item[block], part[block])
     is_target = {_TEST: ~again & (part == _TEST), _VALID: ~again & (part == _VALID)}
     judged = np.zeros(num_users, bool)
     judged[valid_users] = True
@@ -643,7 +675,7 @@ def _hash(
             joined = "\0" + json.dumps(text)
         digest.update(joined.encode() + b"\0")
     for places in (user, item):
-        digest.update(np.ascontiguousarray(places, dtype="<i4").tobytes())
+        digest.update(np.ascontiguousarray(places, dtype="<i4").data)
     if part is not None:
-        digest.update(part.astype(np.int8).tobytes())
+        digest.update(part.astype(np.int8).data)
     return digest.hexdigest()

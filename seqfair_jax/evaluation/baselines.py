@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqfair_jax.data.groups import training_rows
-from seqfair_jax.data.split import Dataset, Targets
+from seqfair_jax.data.split import Dataset, Targets, training_rows
 from seqfair_jax.evaluation.ranking import split_targets
 
 _NONE = -1  # an empty place in a list

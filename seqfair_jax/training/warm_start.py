@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from seqfair_jax.data.groups import training_rows
-from seqfair_jax.data.split import Dataset, Targets
+from seqfair_jax.data.split import Dataset, Targets, training_rows
 from seqfair_jax.errors import UserError
 
 # What the parameters' shapes and meaning depend on; max_len may be smaller than before.
