@@ -127,6 +127,31 @@ def cross_entropy_gradient(hidden, table, target):
     return d_hidden, d_table
 
 
+def sampled_softmax(hidden, table, target, negatives):
+    """Cross-entropy with a denominator of the target and V / k times each other negative."""
+    weight = len(table) / len(negatives)
+    total = np.exp(float(np.dot(table[target], hidden)))
+    for item in negatives:
+        if item != target:
+            total += weight * np.exp(float(np.dot(table[item], hidden)))
+    return np.log(total) - float(np.dot(table[target], hidden))
+
+
+def gbce(hidden, table, target, negatives, t):
+    """gSASRec's loss (Petrov and Macdonald 2023) without its factor 1 / (k + 1)."""
+    alpha = len(negatives) / len(table)
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+    total = -np.log(_sigmoid(np.dot(table[target], hidden)) ** beta)
+    for item in negatives:
+        if item != target:
+            total -= np.log(1 - _sigmoid(np.dot(table[item], hidden)))
+    return total
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
 def window(items, max_len):
     """A user's training window: inputs (None for the begin token) and targets, newest last."""
     targets = list(items)[-(max_len - 1) :]
