@@ -1,12 +1,15 @@
 import pandas as pd
 import pytest
+from numpy.testing import assert_array_equal
+from runs import small
 
 from seqfair_jax.config import default_config
+from seqfair_jax.data import log
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import build_family
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import leave_one_out
-from seqfair_jax.evaluation import metrics, slices
+from seqfair_jax.evaluation import baselines, metrics, slices
 from seqfair_jax.evaluation.baselines import baseline_ranks
 
 
@@ -36,6 +39,20 @@ def test_masked_baselines_by_hand():
         "most_popular": [1, 1],
         "markov": [0, 1],
     }
+
+
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_blocks_of_users_do_not_change_the_ranks(mask_seen, monkeypatch):
+    config = small(**{"data.split": "time", "data.targets": "every"}).data
+    dataset = load_dataset(config)
+    whole = baseline_ranks(dataset, "test", mask_seen=mask_seen)
+    monkeypatch.setattr(baselines, "_USERS", 7)
+    monkeypatch.setattr(log, "_BLOCK_ROWS", 11)
+    parts = baseline_ranks(dataset, "test", mask_seen=mask_seen)
+    assert list(parts) == list(whole)
+    for name, ranks in whole.items():
+        assert_array_equal(parts[name], ranks)
+        assert (ranks > 0).any()
 
 
 def test_an_unknown_split_is_refused():

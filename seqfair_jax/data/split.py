@@ -62,6 +62,18 @@ class Targets:
         """Whether each user has one target."""
         return len(self.items) == len(self.users)
 
+    def of_users(self, start: int, stop: int) -> "Targets":
+        """The targets of the users at places `start` to `stop`."""
+        offsets = self.offsets[start : stop + 1]
+        mine = slice(offsets[0], offsets[-1])
+        return Targets(
+            self.users[start:stop],
+            offsets - offsets[0],
+            self.items[mine],
+            self.item_ids[mine],
+            self.repeat[mine],
+        )
+
     def take(self, keep: np.ndarray) -> "Targets":
         """The targets where `keep`, bool[m], is true, and the users who have some of them."""
         sizes = np.bincount(self.owners[keep], minlength=len(self.users))

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seqfair_jax.data.log import group_rows, user_blocks
 from seqfair_jax.data.split import Dataset, Targets, training_rows
 from seqfair_jax.evaluation.ranking import split_targets
 
 _NONE = -1  # an empty place in a list
+_USERS = 2**15  # ranked at once
 
 
 def baseline_ranks(
@@ -35,15 +37,42 @@ def baseline_ranks(
     """
     targets, lengths = split_targets(dataset, split)
     num_users, num_items = len(targets.users), len(dataset.item_ids)
+    popularity = np.empty(num_items, np.int64)  # 1-based rank of each item
+    popularity[np.argsort(-dataset.item_counts, kind="stable")] = np.arange(1, num_items + 1)
+    following = successors(dataset)
+    after = np.empty((0, k)) if mask_seen else following.lists(k)
+    parts = []
+    for start in range(0, num_users, _USERS):
+        stop = min(start + _USERS, num_users)
+        some, sizes = targets.of_users(start, stop), lengths[start:stop]
+        parts.append(_ranks_of(dataset, some, sizes, popularity, following, after, mask_seen, k))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _ranks_of(
+    dataset: Dataset,
+    targets: Targets,
+    lengths: np.ndarray,
+    popularity: np.ndarray,
+    following: "Successors",
+    after: np.ndarray,
+    mask_seen: bool,
+    k: int,
+) -> dict[str, np.ndarray]:
+    """`baseline_ranks` for some users.
+
+    Args:
+        targets: of these n users.
+        lengths: i64[n], of their histories.
+        popularity: i64[V], the 1-based rank of each item.
+        following, after: what followed each item, and as lists i64[V, k].
+    """
+    num_users, num_items = len(targets.users), len(dataset.item_ids)
     starts = dataset.offsets[targets.users]
     last = dataset.items[starts + lengths - 1]
     owner = np.repeat(np.arange(num_users), lengths)
     place = np.arange(len(owner)) - (np.cumsum(lengths) - lengths)[owner]
     history = dataset.items[starts[owner] + place]
-
-    popularity = np.empty(num_items, np.int64)  # 1-based rank of each item
-    popularity[np.argsort(-dataset.item_counts, kind="stable")] = np.arange(1, num_items + 1)
-    following = successors(dataset)
     known = targets.items >= 0
     popular_rank = np.where(known, popularity[targets.items], 0)
     markov_rank = following.rank(last[targets.owners], targets.items)
@@ -62,7 +91,7 @@ def baseline_ranks(
     ranks = {name: np.where(known & (rank <= k), rank, 0) for name, rank in ranks.items()}
     if not mask_seen:
         newest = _newest_first(owner, place, history, num_users, k)
-        both = np.stack([following.lists(k)[last], newest], axis=2).reshape(num_users, -1)
+        both = np.stack([after[last], newest], axis=2).reshape(num_users, -1)
         ranks["last_viewed"] = _ranks(newest, targets, num_items)
         ranks["interleaved"] = _ranks(_each_once(both, k), targets, num_items)
     return {name: rank.astype(np.int32) for name, rank in ranks.items()}
@@ -113,13 +142,21 @@ def successors(dataset: Dataset) -> Successors:
     num_items = len(dataset.item_ids)
     user, item = training_rows(dataset)
     inside = user[1:] == user[:-1]
-    pairs = item[:-1][inside] * np.int64(num_items) + item[1:][inside]
-    pairs, first, counts = np.unique(pairs, return_index=True, return_counts=True)
-    order = np.lexsort((first, -counts, pairs // num_items))
-    before = pairs[order] // num_items
-    ranks = np.empty(len(pairs), np.int64)
-    ranks[order] = np.arange(len(pairs)) - np.searchsorted(before, before) + 1
-    return Successors(pairs, ranks, num_items)
+    before, then = item[:-1][inside], item[1:][inside]
+    rows, offsets = group_rows(before, num_items)
+    every: list[tuple[np.ndarray, np.ndarray]] = []
+    for block in user_blocks(offsets):  # of items: a block has all successors of each
+        at = rows[block]
+        pairs = before[at] * np.int64(num_items) + then[at]
+        pairs, first, counts = np.unique(pairs, return_index=True, return_counts=True)
+        order = np.lexsort((first, -counts, pairs // num_items))
+        owner = pairs[order] // num_items
+        ranks = np.empty(len(pairs), np.int64)
+        ranks[order] = np.arange(len(pairs)) - np.searchsorted(owner, owner) + 1
+        every.append((pairs, ranks))
+    if not every:  # each user has a single training row
+        return Successors(np.empty(0, np.int64), np.empty(0, np.int64), num_items)
+    return Successors(*map(np.concatenate, zip(*every, strict=True)), num_items)
 
 
 def _newest_first(owner, place, history, num_users: int, k: int) -> np.ndarray:
