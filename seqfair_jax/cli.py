@@ -144,7 +144,7 @@ class Command:
         config = None
         optional = self._takes_config == "optional"
         if self._takes_config and not (optional and not _names_config(argv)):
-            path, argv = _take_config(argv)
+            path, argv = take_config(argv)
             config = self._load(path)
             self.config_name = path
             argv = _check_overrides(config, argv)
@@ -223,7 +223,7 @@ class Command:
 
     def _settings_help(self, listed: Sequence[Setting], argv: list[str]) -> Iterator[str]:
         if any(word.partition("=")[0] in ("--config", "-config") for word in argv):
-            name, _ = _take_config(argv)
+            name, _ = take_config(argv)
             values = dict(flatten(self._load(name).to_dict()))
             if all(setting.key in values for setting in listed):
                 yield f"settings, with the values of --config={name}:"
@@ -251,8 +251,12 @@ def _names_config(argv: Sequence[str]) -> bool:
     return any(re.match(r"--?config(?:[.=]|$)", word) for word in argv)
 
 
-def _take_config(argv: list[str]) -> tuple[str, list[str]]:
-    """The value of `--config`, and the other arguments."""
+def take_config(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of `--config`, and the other arguments.
+
+    Raises:
+        UserError: if it is missing, or is given twice.
+    """
     found, rest = [], []
     words = iter(argv)
     for word in words:

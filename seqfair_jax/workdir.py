@@ -383,7 +383,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     if not file_lock.is_locked:
         yield False
         return
-    owner = path.with_name(path.name + ".owner")
+    owner = _owner_file(path)
     try:
         with contextlib.suppress(OSError):  # it only makes the other process's message better
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -404,14 +404,26 @@ def exclusive(folder: Path) -> Iterator[None]:
     path = folder / _LOCK
     with lock(path) as ours:
         if not ours:
-            try:
-                owner = path.with_name(path.name + ".owner").read_text()
-            except OSError:
-                owner = "another process"
+            owner = lock_owner(path) or "another process"
             raise UserError(
                 f"{folder} is in use by {owner}; wait until it ends, or use another --workdir"
             )
         yield
+
+
+def lock_owner(path: Path) -> str | None:
+    """The process that holds a lock, in words; None if none does, or its name cannot be read.
+
+    A killed process leaves its name until another one takes the lock.
+    """
+    try:
+        return _owner_file(path).read_text() or None
+    except OSError:
+        return None
+
+
+def _owner_file(path: Path) -> Path:
+    return path.with_name(path.name + ".owner")
 
 
 def job_lock(folder: Path, name: str) -> Path:

@@ -1,5 +1,8 @@
 """What the tests of grids, jobs, searches and reproduce share: tiny sweeps, results by hand."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pandas as pd
 from runs import small
 
@@ -19,6 +22,19 @@ def tiny(**changes):
     config.sweep.runs_per_job = 8
     config.update_from_flattened_dict(changes)
     return config
+
+
+class Threads:
+    """Two threads in place of a cluster (`jobs.Workers`); the arguments are pickled."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(2)
+
+    def submit(self, function, /, *args):
+        return self._pool.submit(function, *pickle.loads(pickle.dumps(args)))
+
+    def count(self):
+        return 2
 
 
 def planned(config, runs_per_job=1000):

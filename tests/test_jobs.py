@@ -1,6 +1,10 @@
+import os
+import time
+from concurrent.futures import Future
+
 import jax
 import pytest
-from sweeps import planned, tiny, write_results
+from sweeps import Threads, planned, tiny, write_results
 from test_grid import STRANGE
 
 from seqfair_jax import workdir
@@ -96,6 +100,82 @@ def test_a_bug_stops_the_work(bug, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "run", run)
     with pytest.raises(bug):
         jobs.work(plan, tmp_path)
+
+
+@pytest.fixture
+def quick_poll(monkeypatch):
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
+
+
+def test_workers_run_every_job_once(plan, trained, tmp_path, capsys, quick_poll):
+    write_results(workdir.job_folder(tmp_path, "cvar"), plan[3].config)
+    assert jobs.work(plan, tmp_path, Threads()) == {}
+    assert sorted(trained) == ["erm", "gdro-pop33", "gdro-seq33"]
+    assert jobs.done(plan, tmp_path) == plan
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": done")]
+    assert lines[-1].startswith("[4 of 4 done, 0 running, 0 failed] ")
+    assert len(lines) == 3
+    assert jobs.work(plan, tmp_path, Threads()) == {}
+    assert len(trained) == 3
+
+
+def test_the_lines_say_which_process_runs_a_job(plan, tmp_path, monkeypatch, quick_poll):
+    shown, lines = f"erm: process {os.getpid()} on ", []
+
+    def run(config, folder):
+        deadline = time.monotonic() + 10
+        while not any(shown in line for line in lines):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        write_results(folder, config)
+
+    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(jobs, "print", lambda line, **_: lines.append(line), raising=False)
+    # A killed process left its name.
+    lock = workdir.job_lock(tmp_path, "erm")
+    workdir.write_text(lock.with_name(f"{lock.name}.owner"), "process 1 on earth")
+    assert jobs.work(plan[:1], tmp_path, Threads()) == {}
+    ours = [line for line in lines if " done, " in line]
+    assert ours[0].startswith(f"[0 of 1 done, 1 running, 0 failed] {shown}")
+    assert ours[1:] == ["[1 of 1 done, 0 running, 0 failed] erm: done"]
+
+
+class Lossy(Threads):
+    """Loses the calls of GDRO."""
+
+    def submit(self, function, /, *args):
+        if args[0][0].method != "gdro":
+            return super().submit(function, *args)
+        lost = Future()
+        lost.set_exception(UserError("lost in 4 attempts"))
+        return lost
+
+
+def test_a_job_that_fails_or_is_lost_elsewhere_does_not_stop_the_others(
+    plan, tmp_path, capsys, monkeypatch, quick_poll
+):
+    def run(config, folder):
+        if config.objective.name == "cvar":
+            raise DivergedError("diverged")
+        write_results(folder, config)
+
+    monkeypatch.setattr(jobs, "run", run)
+    errors = jobs.work(plan, tmp_path, Lossy())
+    lost = "lost in 4 attempts"
+    assert errors == {"gdro-pop33": lost, "gdro-seq33": lost, "cvar": "diverged"}
+    assert [job.name for job in jobs.done(plan, tmp_path)] == ["erm"]
+    out = capsys.readouterr().out
+    assert "1 of 4 done, 0 running, 3 failed] " in out.splitlines()[-1]
+    assert "3 of 4 jobs failed:" in jobs.failures(errors, plan, tmp_path)
+
+
+def test_a_bug_elsewhere_stops_the_work(plan, tmp_path, monkeypatch, quick_poll):
+    def run(config, folder):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(jobs, "run", run)
+    with pytest.raises(ZeroDivisionError):
+        jobs.work(plan, tmp_path, Threads())
 
 
 def test_an_interrupted_job_is_run_again(plan, trained, tmp_path):

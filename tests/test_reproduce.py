@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from sweeps import tiny
+from sweeps import Threads, tiny
 
 from seqfair_jax import workdir
 from seqfair_jax.errors import DivergedError, UserError
@@ -108,6 +108,22 @@ def test_the_runs_of_a_job_are_measured_once(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="5 of 5 jobs failed"):
             reproduce(config, tmp_path)
         assert workdir.read_json(tmp_path / "plan.json") == {"runs_per_job": expected}
+
+
+def test_workers_measure_their_memory_and_run_the_jobs(finished, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cost, "measure_runs_per_job", lambda of: measured.append(of.names) or 8)
+    monkeypatch.setattr(
+        jobs, "run", lambda _, folder: shutil.copytree(finished / "jobs" / folder.name, folder)
+    )
+    for _ in range(2):
+        reproduce(tiny(**{"sweep.runs_per_job": 0}), tmp_path, workers=Threads())
+    assert len(measured) == 1
+    assert workdir.read_json(tmp_path / "plan.json") == {"runs_per_job": 8}
+    for name in ("results.csv", "overall-claims.csv"):
+        with_them, without = (folder / "tables" / name for folder in (tmp_path, finished))
+        assert with_them.read_text() == without.read_text()
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

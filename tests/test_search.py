@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from runs import rows_of, small, train_command, write_config
+from sweeps import Threads
 
 from seqfair_jax import run as runs
 from seqfair_jax import workdir
@@ -21,6 +22,8 @@ from seqfair_jax.config import flatten, resolve
 from seqfair_jax.config.files import load_config
 from seqfair_jax.errors import DivergedError, Interrupted, UserError
 from seqfair_jax.run import run
+from seqfair_jax.sweeps import jobs
+from seqfair_jax.sweeps import search as searches
 from seqfair_jax.sweeps import study as studies
 from seqfair_jax.sweeps.search import search
 from seqfair_jax.sweeps.search import train_command as printed_command
@@ -513,6 +516,52 @@ def test_two_processes_never_work_on_one_trial(tmp_path):
             assert again.number == 0
             assert again.params == first.params
         assert one.best().number == 1
+
+
+def test_workers_find_what_one_process_finds(tmp_path, trainings, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
+    config = searchable({"model.dropout": "0.1,0.2,0.5,0.3,0.4"}, sampler="grid", prune=False)
+
+    def score(config, epoch):
+        if config.model.dropout == 0.5:
+            raise DivergedError("diverged")
+        return peak(config, epoch)
+
+    trainings(score)
+    expected = search(config, tmp_path / "one")
+    tested = []
+    monkeypatch.setattr(runs, "run", lambda config, folder: tested.append(folder.name))
+    capsys.readouterr()
+    table = search(config, tmp_path / "many", train_best=True, workers=Threads())
+    unequal = ["seconds"]
+    pd.testing.assert_frame_equal(table.drop(columns=unequal), expected.drop(columns=unequal))
+    line = "[5 of 5 trials: 4 finished, 0 pruned, 1 failed, 0 unfinished; best so far "
+    assert line in capsys.readouterr().out
+    # A worker tests the best trial, and this process prints its table.
+    assert tested == [str(table["val NDCG@20"].idxmax())] * 2
+
+
+def test_workers_that_begin_after_the_time_train_nothing(tmp_path, trainings):
+    found = trainings(peak)
+    plan = split_search(searchable())
+    for end, expected in ((time.time() - 1, 0), (time.time() + 3600, 2)):
+        searches._work_elsewhere(plan, tmp_path, "overall", 2, end, None)
+        assert len(found.points) == expected
+
+
+def test_workers_that_all_fail_end_the_search(tmp_path, trainings, monkeypatch, caplog):
+    trainings(peak)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
+
+    def fail(*_, **__):
+        raise UserError("the disk is full")
+
+    real = studies.opened
+    doors = iter([real, fail, fail])  # of this process, and of the workers
+    monkeypatch.setattr(studies, "opened", lambda *args, **kwargs: next(doors)(*args, **kwargs))
+    with pytest.raises(UserError, match="the disk is full"):
+        search(searchable(), tmp_path, trials_wanted=2, workers=Threads())
+    assert caplog.text.count("a worker ended: the disk is full") == 2
 
 
 def search_command(file, folder, trials):

@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from seqfair_jax.cli import Command
 from seqfair_jax.paper.reproduce import reproduce
 from seqfair_jax.sweeps.grid import sweep_settings
+from seqfair_jax.sweeps.jobs import Workers
 
 
-def main(argv: Sequence[str]) -> None:
-    """Plan, train what is missing, and write the tables; or print the plan alone."""
+def main(argv: Sequence[str], workers: Workers | None = None) -> None:
+    """Plan, train what is missing, and write the tables; or print the plan alone.
+
+    Args:
+        argv: the words after `seqfair reproduce`.
+        workers: that run the jobs (`launch/ray_sweep.py`); without them this process does.
+    """
     command = Command(
         "reproduce",
         "Train the paper's sweep on a data set, choose by validation, test, and write tables,\n"
@@ -20,5 +26,7 @@ def main(argv: Sequence[str]) -> None:
     command.bool("dry_run", "print the plan and its cost, and train nothing")
     command.run(
         argv,
-        lambda flags, config: reproduce(config, command.required("workdir"), dry_run=flags.dry_run),
+        lambda flags, config: reproduce(
+            config, command.required("workdir"), dry_run=flags.dry_run, workers=workers
+        ),
     )

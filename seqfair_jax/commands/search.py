@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 
 from seqfair_jax.cli import Command
+from seqfair_jax.sweeps.jobs import Workers
 from seqfair_jax.sweeps.search import search
 from seqfair_jax.sweeps.search_plan import add_defaults, search_settings
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train trials and write what was found, or print the space alone."""
+def main(argv: Sequence[str], workers: Workers | None = None) -> None:
+    """Train trials and write what was found, or print the space alone.
+
+    Args:
+        argv: the words after `seqfair search`.
+        workers: that train the trials (`launch/ray_sweep.py`); without them this process does.
+    """
     command = Command(
         "search",
         "Try settings of a config and keep those that validate best. Results are in search.md,\n"
@@ -44,5 +50,6 @@ def main(argv: Sequence[str]) -> None:
             train_best=flags.train_best,
             dry_run=flags.dry_run,
             config_name=command.config_name,
+            workers=workers,
         ),
     )

@@ -22,7 +22,13 @@ from seqfair_jax.training.selection import RULES
 _PLAN = "plan.json"
 
 
-def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = False) -> None:
+def reproduce(
+    config: ConfigDict,
+    directory: str | Path,
+    *,
+    dry_run: bool = False,
+    workers: jobs.Workers | None = None,
+) -> None:
     """Run a sweep and write its tables to `directory/tables`.
 
     Finished jobs are skipped, interrupted ones are resumed, and failed ones are listed at the
@@ -32,6 +38,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
         config: with a `sweep` (`sweeps.grid.default_sweep`).
         directory: the sweep's folder.
         dry_run: print the plan with its runs, steps, FLOPs and time here, and train nothing.
+        workers: that run the jobs; without them this process does.
 
     Raises:
         UserError: on a bad setting, or results made by another config.
@@ -54,7 +61,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
     folder = workdir.create(directory)
     with workdir.lock(workdir.job_lock(folder, "plan"), wait=True):
         workdir.remove_unfinished(folder)
-        runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder)
+        runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder, workers)
         workdir.write_json(folder / _PLAN, {"runs_per_job": runs_per_job})
     read: dict[str, list[choice.Result]] = {}  # by the job's name; each is read once
 
@@ -65,7 +72,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
 
     common = {"seeds": grid.choice_seeds(base, settings), "families": settings.families}
     first = grid.plan(base, settings, runs_per_job=runs_per_job)
-    errors = jobs.work(first, folder)
+    errors = jobs.work(first, folder, workers)
     found = results(first)
     chosen = []
     for rule in RULES:
@@ -73,7 +80,7 @@ def reproduce(config: ConfigDict, directory: str | Path, *, dry_run: bool = Fals
             value = (method, family or None, hparams)
             chosen += [value] if value not in chosen else []
     more = grid.plan_chosen(base, settings, chosen, runs_per_job=runs_per_job)
-    errors |= jobs.work(more, folder)
+    errors |= jobs.work(more, folder, workers)
     failed = jobs.failures(errors, [*first, *more], folder)
     with workdir.lock(workdir.job_lock(folder, "tables"), wait=True):
         # All jobs that are finished now, also those that other processes trained.
@@ -127,20 +134,28 @@ def _write_table_1(dataset: Dataset, directory: Path, source: str) -> list[Path]
     return [*files, directory / "table_1.md"]
 
 
-def _runs_per_job(asked: int, experiment: Experiment, folder: Path) -> int:
+def _runs_per_job(
+    asked: int, experiment: Experiment, folder: Path, workers: jobs.Workers | None = None
+) -> int:
     """The sweep's own figure; for a new sweep `asked`, or as many as fit into the memory.
 
     The plan depends on it, so it cannot change within a sweep.
     """
     plan = workdir.read_json(folder / _PLAN)
     if plan is None:
-        return asked or cost.measure_runs_per_job(experiment)
+        if asked or workers is None:
+            return asked or cost.measure_runs_per_job(experiment)
+        return workers.submit(_measure, experiment.config).result()  # of their memory
     if asked and asked != plan["runs_per_job"]:
         raise UserError(
             f"sweep.runs_per_job is {asked}, but the sweep in {folder} was started with "
             f"{plan['runs_per_job']}: use that, or another --workdir"
         )
     return int(plan["runs_per_job"])
+
+
+def _measure(config: ConfigDict) -> int:
+    return cost.measure_runs_per_job(build_experiment(config))
 
 
 def _print_jobs(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimate) -> None:

@@ -3,11 +3,13 @@
 A job is one call of `run.run`; sweeps (`grid`) and searches (`search`) plan the jobs.
 """
 
+import concurrent.futures
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
@@ -29,7 +31,21 @@ class Job(NamedTuple):
     config: ConfigDict  # resolved
 
 
-def work(jobs: Sequence[Job], directory: Path) -> dict[str, str]:
+class Workers(Protocol):
+    """Processes that call functions, as a `concurrent.futures.Executor` does.
+
+    A call that fails for another reason than a bug in the function, such as a lost machine, raises
+    `UserError` from its future.
+    """
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> Future:
+        """Call a function in one of the processes; its arguments and result are pickled."""
+
+    def count(self) -> int:
+        """How many calls run at once."""
+
+
+def work(jobs: Sequence[Job], directory: Path, workers: Workers | None = None) -> dict[str, str]:
     """Run every job that is not done; if one fails, continue with the others.
 
     A job that another process runs is skipped, and waited for at the end. If that process dies,
@@ -38,6 +54,8 @@ def work(jobs: Sequence[Job], directory: Path) -> dict[str, str]:
     Args:
         jobs: the plan.
         directory: the folder of all jobs.
+        workers: that run the jobs, each in a call of its own. Without them the jobs run here, one
+            after another.
 
     Returns:
         The error of each job that failed here, by name. `done` lists the finished jobs.
@@ -48,6 +66,8 @@ def work(jobs: Sequence[Job], directory: Path) -> dict[str, str]:
     """
     for job in jobs:  # all before any trains, so that no folder gets results of two configs
         is_done(job, workdir.job_folder(directory, job.name))
+    if workers is not None:
+        return _share(jobs, directory, workers)
     errors: dict[str, str] = {}
     open_jobs = list(enumerate(jobs, start=1))
     is_waiting = False
@@ -82,6 +102,55 @@ def _attempt(job: Job, folder: Path) -> str | None:
         _log.warning("%s failed: %s", job.name, error)
         return str(error)
     return None
+
+
+def _share(jobs: Sequence[Job], directory: Path, workers: Workers) -> dict[str, str]:
+    """Let workers run the jobs that are not done, and print who runs what."""
+    calls: dict[Future, Job] = {}
+    for job in jobs:
+        if is_done(job, workdir.job_folder(directory, job.name)):
+            continue
+        with workdir.lock(workdir.job_lock(directory, job.name)):
+            pass  # removes the name that a killed process left
+        # A plan of one job: the lock guards it against other processes, such as a lost worker
+        # that still runs.
+        calls[workers.submit(work, [job], directory)] = job
+    waiting = {job.name: "" for job in calls.values()}  # and the process that runs it
+    errors: dict[str, str] = {}
+
+    def show(what: str) -> None:
+        running = sum(owner != "" for owner in waiting.values())
+        finished = len(jobs) - len(waiting) - len(errors)
+        print(
+            f"[{finished} of {len(jobs)} done, {running} running, {len(errors)} failed] {what}",
+            flush=True,
+        )
+
+    for ended in as_they_end(calls):
+        for name in waiting:
+            owner = workdir.lock_owner(workdir.job_lock(directory, name)) or ""
+            if owner not in ("", waiting[name]):
+                waiting[name] = owner
+                show(f"{name}: {owner}")
+        for call in ended:
+            name = calls[call].name
+            del waiting[name]
+            try:
+                errors |= call.result()
+            except UserError as error:
+                errors[name] = str(error)
+            show(f"{name}: {errors.get(name, 'done')}")
+    return errors
+
+
+def as_they_end(calls: Collection[Future]) -> Iterator[set[Future]]:
+    """The calls that ended since the last time, every few seconds; often there are none."""
+    running = set(calls)
+    while running:
+        ended, running = concurrent.futures.wait(
+            running, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
+        )
+        yield ended
 
 
 def done(jobs: Sequence[Job], directory: Path) -> list[Job]:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,7 @@ from seqfair_jax.config.keys import settings
 from seqfair_jax.data.files import log_title
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.sweeps import trials
+from seqfair_jax.sweeps.jobs import Workers, as_they_end
 from seqfair_jax.sweeps.search_plan import Plan, Point, split_search
 from seqfair_jax.sweeps.space import (
     shown,
@@ -62,6 +64,7 @@ def search(
     train_best: bool = False,
     dry_run: bool = False,
     config_name: str | None = None,
+    workers: Workers | None = None,
 ) -> pd.DataFrame:
     """Try settings until the trials or the time are used up, and write what was found.
 
@@ -79,6 +82,7 @@ def search(
         train_best: test the best trial at the end.
         dry_run: print the space and train nothing.
         config_name: what `--config` named, for the printed command line.
+        workers: that train the trials; without them this process does.
 
     Returns:
         the trials (`trials.table`). Empty with `dry_run`.
@@ -103,7 +107,7 @@ def search(
         _print_plan(plan, first, limit)
         return pd.DataFrame()
     try:
-        from seqfair_jax.sweeps import study as studies
+        import seqfair_jax.sweeps.study  # noqa: F401
     except ImportError as error:
         raise UserError(
             f'seqfair search needs {error.name}; pip install "seqfair_jax[search]"'
@@ -113,18 +117,32 @@ def search(
     # A bad log ends the search here.
     runs.describe(build_experiment(resolve(plan.config(first[0]))))
     budget = Budget(limit, time.monotonic() + 3600 * hours if hours else None)
-    with studies.opened(
-        folder, plan.space, sampler=plan.sampler, seed=plan.seed, prune=plan.prune, first=first
-    ) as study:
-        _work(plan, study, folder, by, budget, config_name)
+    with _opened(plan, folder) as study:
+        if workers is None:
+            _work(plan, study, folder, by, budget, config_name)
+        else:
+            _share(plan, study, folder, by, budget, config_name, workers)
         table = _write(plan, study, folder, by, config_name)
         best = study.best()
         if best is None:
             raise SystemExit(_nothing(table))
         print("\n" + workdir.read_text(folder / workdir.RANKING))
         if train_best:
-            _test_best(plan, study, folder)
+            _test_best(plan, study, folder, workers)
     return table
+
+
+def _opened(plan: Plan, folder: Path) -> AbstractContextManager["Study"]:
+    from seqfair_jax.sweeps import study
+
+    return study.opened(
+        folder,
+        plan.space,
+        sampler=plan.sampler,
+        seed=plan.seed,
+        prune=plan.prune,
+        first=plan.first(),
+    )
 
 
 def _work(
@@ -145,6 +163,67 @@ def _work(
             line.append(f"best so far {best.value:.4f} (trial {best.number})")
         line.append(_time_left(budget, study.count(), time.monotonic() - began, before))
         print("; ".join(filter(None, line)), flush=True)
+
+
+def _share(
+    plan: Plan,
+    study: "Study",
+    folder: Path,
+    by: str,
+    budget: Budget,
+    name: str | None,
+    workers: Workers,
+) -> None:
+    """Let workers train trials until the budget is used up, and print how far they are.
+
+    Each worker draws and records its trials itself, in the study's database.
+    """
+    seconds = None if budget.deadline is None else budget.deadline - time.monotonic()
+    end = None if seconds is None else time.time() + seconds
+    calls = [
+        workers.submit(_work_elsewhere, plan, folder, by, budget.trials, end, name)
+        for _ in range(workers.count())
+    ]
+    shown = ""
+    errors: list[UserError] = []
+    for ended in as_they_end(calls):
+        for call in ended:
+            try:
+                call.result()
+            except UserError as error:
+                _log.warning("a worker ended: %s", error)
+                errors.append(error)
+        line = _counts(study, budget)
+        if line != shown:
+            print(line, flush=True)
+            shown = line
+    if len(errors) == len(calls):
+        raise errors[0]
+
+
+def _work_elsewhere(
+    plan: Plan, folder: Path, by: str, limit: int | None, end: float | None, name: str | None
+) -> None:
+    """Train trials in another process.
+
+    Args:
+        plan, folder, by, name: as for `_work`.
+        limit: the trials of all processes.
+        end: when the time is up, by `time.time`. A worker that begins late, or again, stops then.
+    """
+    budget = Budget(limit, None if end is None else time.monotonic() + end - time.time())
+    with _opened(plan, folder) as study:
+        _work(plan, study, folder, by, budget, name)
+
+
+def _counts(study: "Study", budget: Budget) -> str:
+    """How many trials there are in each state, and the best."""
+    found, best = study.trials(), study.best()
+    of = "" if budget.trials is None else f" of {budget.trials}"
+    states = [trials.state(trial) for trial in found]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in trials.STATES)
+    top = "" if best is None else f"; best so far {best.value:.4f} (trial {best.number})"
+    return f"[{len(found)}{of} trials: {counts}{top}]"
 
 
 def _time_left(budget: Budget, done: int, seconds: float, before: int) -> str:
@@ -283,7 +362,7 @@ def _write(plan: Plan, study: "Study", folder: Path, by: str, name: str | None) 
     return table
 
 
-def _test_best(plan: Plan, study: "Study", folder: Path) -> None:
+def _test_best(plan: Plan, study: "Study", folder: Path, workers: Workers | None) -> None:
     """Test the best trial, in the last process that works on the search."""
     if study.others_work():
         print("not tested: another process still works on a trial; the last one to end tests")
@@ -291,7 +370,11 @@ def _test_best(plan: Plan, study: "Study", folder: Path) -> None:
     best = study.best()
     assert best is not None
     with study.lock(best.number, wait=True):
-        runs.run(plan.config(plan.point(best.params)), workdir.trial_folder(folder, best.number))
+        config = resolve(plan.config(plan.point(best.params)))
+        part = workdir.trial_folder(folder, best.number)
+        if workers is not None:
+            workers.submit(runs.run, config, part).result()
+        runs.run(config, part)  # after a worker it only prints the table
 
 
 def train_command(config: ConfigDict, name: str, directory: Path) -> str:

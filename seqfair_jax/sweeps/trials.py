@@ -12,6 +12,7 @@ from seqfair_jax.sweeps.space import shown
 
 FIGURES, ERROR = "figures", "error"  # attributes of a trial
 FINISHED, PRUNED, FAILED, UNFINISHED = "finished", "pruned", "failed", "unfinished"
+STATES = (FINISHED, PRUNED, FAILED, UNFINISHED)
 _STATES = {"COMPLETE": FINISHED, "PRUNED": PRUNED, "FAIL": FAILED}
 _FORMATS = {"epoch": "{:.0f}", "epochs": "{:.0f}", "seconds": "{:.0f}"}
 _SHOWN = 20  # trials in the page; the table has all
@@ -81,10 +82,7 @@ def page(
         [_cell(str(name), value, is_setting=name in keys) for name, value in row.items()]
         for row in ranked[columns].head(_SHOWN).to_dict("records")
     ]
-    counts = [
-        f"{(found['state'] == name).sum()} {name}"
-        for name in (FINISHED, PRUNED, FAILED, UNFINISHED)
-    ]
+    counts = [f"{(found['state'] == name).sum()} {name}" for name in STATES]
     parts = [
         f"# {text.escape_markdown(title)} by validation, best first",
         text.markdown_table(columns, rows),
