@@ -1,4 +1,4 @@
-"""`launch/local.sh`, in a terminal, with small programs in place of the commands."""
+"""The shell scripts of `launch/`, with small programs in place of the commands and of Slurm's."""
 
 import os
 import pty
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
+LAUNCH = Path(__file__).parents[1] / "launch"
+LOCAL = LAUNCH / "local.sh"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 pytestmark = pytest.mark.skipif(shutil.which("taskset") is None, reason="taskset is of Linux")
 
 # Counts the signals, as `training.signals` does: the first is to save and the second to end.
@@ -76,3 +78,73 @@ def test_the_status_is_that_of_a_process_that_fails(tmp_path):
     for code in (0, 4):
         command = ["bash", LOCAL, "1", "bash", "-c", f"exit {code}"]
         assert subprocess.run(command, env=environment).returncode == code
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_are_correct_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    with_ours = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = shutil.which("shellcheck", path=with_ours)
+    assert shellcheck, 'pip install -e ".[dev]" installs shellcheck'
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# What each script starts, and how Slurm starts it again.
+_SLURM = {
+    "slurm_sweep.sh": (["seqfair", "reproduce"], "requeue 40_3"),
+    "slurm_multihost.sh": (
+        ["--gpu-bind=none", "--kill-on-bad-exit=1", "seqfair", "reproduce", "--distributed"],
+        "requeue 41",
+    ),
+}
+
+
+def in_slurm(script, status, folder, *words, **variables):
+    """Run a script with a `srun` that ends with a status; returns what the stubs were given."""
+    for name, then in (("srun", f"exit {status}"), ("scontrol", "")):
+        stub = folder / name
+        stub.write_text(
+            f'#!/bin/sh\necho "{name} $SRUN_CPUS_PER_TASK: $@" >>{folder}/calls\n{then}\n'
+        )
+        stub.chmod(0o755)
+    done = subprocess.run(
+        ["bash", LAUNCH / script, *words],
+        env={"PATH": f"{folder}:{os.environ['PATH']}", **variables},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    calls = folder / "calls"
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.mark.parametrize("status", [0, 1, 130, 143])
+@pytest.mark.parametrize("script", _SLURM)
+def test_slurm_starts_again_what_its_time_limit_stopped(script, status, tmp_path):
+    expected, requeue = _SLURM[script]
+    variables = {"SLURM_JOB_ID": "41", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}
+    done, calls = in_slurm(
+        script, status, tmp_path, "seqfair", "reproduce", SLURM_CPUS_PER_TASK="6", **variables
+    )
+    assert done.returncode == status
+    assert calls[0] == f"srun 6: {' '.join(expected)}"
+    assert calls[1:] == ([f"scontrol 6: {requeue}"] if status == 130 else [])
+
+
+@pytest.mark.parametrize("script", _SLURM)
+def test_outside_of_slurm_the_usage_is_shown(script, tmp_path):
+    for words in ([], ["seqfair", "reproduce"]):
+        done, calls = in_slurm(script, 0, tmp_path, *words)
+        assert done.returncode == 2
+        assert f"launch/{script}" in done.stderr
+        assert "SBATCH" not in done.stderr
+        assert calls == []
+
+
+@pytest.mark.parametrize("script", _SLURM)
+def test_slurm_reads_the_options(script):
+    """It stops reading at the first command."""
+    lines = (LAUNCH / script).read_text().splitlines()
+    first = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line for line in lines[:first] if line.startswith("#SBATCH --")]
+    assert len(options) == sum(line.startswith("#SBATCH") for line in lines) >= 9
+    assert "#SBATCH --signal=INT@120" in options
