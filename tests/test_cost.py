@@ -156,6 +156,17 @@ def test_the_cost_of_a_plan(experiment, monkeypatch):
     steps = runs * config.train.epochs * config.train.steps_per_epoch
     assert (found.runs, found.steps) == (runs, steps) == (5, 5 * 2 * 5)
     assert found.seconds > 0
+    assert found.validated == runs * config.train.epochs * len(experiment.dataset.valid.users)
     targets = steps * config.train.batch_size * experiment.train_lengths.mean()
     per_target = cost.flop_per_target(experiment.task.model, experiment.train_lengths)
+    assert found.targets == pytest.approx(targets)
     assert found.flop == pytest.approx(targets * per_target)
+
+
+def test_the_cost_on_a_device_of_known_rates(experiment, monkeypatch):
+    monkeypatch.setattr(cost, "make_segment", lambda *_, **__: pytest.fail("timed a step here"))
+    jobs = grid.plan(*grid.split_sweep(tiny()), runs_per_job=2)
+    training = cost.estimate(jobs, experiment, 2, cost.Rates(1000, 0))
+    assert training.seconds == pytest.approx(training.targets / 1000)
+    whole = cost.estimate(jobs, experiment, 2, cost.Rates(1000, 50))
+    assert whole.seconds - training.seconds == pytest.approx(whole.validated / 50)

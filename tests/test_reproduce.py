@@ -11,6 +11,7 @@ import pytest
 from sweeps import Threads, tiny
 
 from seqfair_jax import workdir
+from seqfair_jax.commands.reproduce import main
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.paper.reproduce import reproduce
 from seqfair_jax.report import contents
@@ -36,8 +37,43 @@ def test_the_plan_is_printed_and_no_folder_is_made(tmp_path, capsys, monkeypatch
         "cvar-alpha=0.3-more_seeds: with the values that validate best, seed=1",
     ]
     assert lines[-1].startswith("8 jobs, 9 runs, 90 steps, ")
+    assert " targets, 5.06e+03 users validated, " in lines[-1]
     assert lines[-1].endswith("(estimated from 1 steps, without compilation, validation and test)")
     assert not (tmp_path / "none").exists()
+
+
+def test_the_plan_is_printed_with_the_cost_on_another_device(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom sweeps import tiny as get_config\n"
+    )
+    command = [f"--config={file}", f"--workdir={tmp_path}/none", "--dry_run"]
+    main([*command, "--targets_per_second=0.1"])
+    main([*command, "--targets_per_second=0.1", "--users_per_second=0.5"])
+    out = capsys.readouterr().out
+    costs = re.findall(r"about ([\d.]+) hours (.*)", out)
+    rate = "on one device that trains on 0 targets"
+    assert [words.partition(" a second")[0] for _, words in costs] == [
+        f"of training {rate}", f"{rate} and validates 0 users",
+    ]  # fmt: skip
+    [validated] = set(re.findall(r"([\d.e+]+) users validated", out))
+    more = float(costs[1][0]) - float(costs[0][0])
+    assert more == pytest.approx(float(validated) / 0.5 / 3600, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--targets_per_second=9"], "needs --dry_run"),
+        (["--dry_run", "--users_per_second=9"], "needs both"),
+        (["--dry_run", "--targets_per_second=-1"], "--targets_per_second is -1.0"),
+        (["--dry_run", "--targets_per_second=nan"], "--targets_per_second is nan"),
+    ],
+)
+def test_rates_that_have_no_meaning(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--config=paper_rr", f"--workdir={tmp_path}/none", *flags])
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

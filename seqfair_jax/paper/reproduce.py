@@ -27,6 +27,7 @@ def reproduce(
     directory: str | Path,
     *,
     dry_run: bool = False,
+    rates: cost.Rates | None = None,
     workers: jobs.Workers | None = None,
 ) -> None:
     """Run a sweep and write its tables to `directory/tables`.
@@ -37,7 +38,8 @@ def reproduce(
     Args:
         config: with a `sweep` (`sweeps.grid.default_sweep`).
         directory: the sweep's folder.
-        dry_run: print the plan with its runs, steps, FLOPs and time here, and train nothing.
+        dry_run: print the plan with its runs, steps, FLOPs and time, and train nothing.
+        rates: of the device that the time is for; without them it is for this machine.
         workers: that run the jobs; without them this process does.
 
     Raises:
@@ -56,7 +58,8 @@ def reproduce(
             for method, family in dict.fromkeys((job.method, job.family) for job in first)
         ]
         more = grid.plan_chosen(base, settings, any_values, runs_per_job=runs_per_job)
-        _print_jobs(first, more, cost.estimate([*first, *more], experiment, runs_per_job))
+        total = cost.estimate([*first, *more], experiment, runs_per_job, rates)
+        _print_jobs(first, more, total, rates)
         return
     folder = workdir.create(directory)
     with workdir.lock(workdir.job_lock(folder, "plan"), wait=True):
@@ -158,7 +161,9 @@ def _measure(config: ConfigDict) -> int:
     return cost.measure_runs_per_job(build_experiment(config))
 
 
-def _print_jobs(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimate) -> None:
+def _print_jobs(
+    first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimate, rates: cost.Rates | None
+) -> None:
     # If the two rules choose different values, there are more jobs than this.
     for job in first:
         values = [
@@ -168,11 +173,25 @@ def _print_jobs(first: list[jobs.Job], more: list[jobs.Job], total: cost.Estimat
         print(" ".join([f"{job.name}:", *values, _seeds(job)]))
     for job in more:
         print(f"{job.name}: with the values that validate best, {_seeds(job)}")
+    if rates is None:
+        time = (
+            f"of training on this machine (estimated from {cost.TIMED_STEPS} steps, without "
+            "compilation, validation and test)"
+        )
+    elif rates.users:
+        time = (
+            f"on one device that trains on {rates.targets:,.0f} targets and validates "
+            f"{rates.users:,.0f} users a second (without compilation and test)"
+        )
+    else:
+        time = (
+            f"of training on one device that trains on {rates.targets:,.0f} targets a second "
+            "(without compilation, validation and test)"
+        )
     print(
         f"{len(first) + len(more)} jobs, {total.runs} runs, {total.steps:,} steps, "
-        f"{total.flop:.2e} FLOP, "
-        f"about {total.seconds / 3600:.1f} hours of training on this machine (estimated from "
-        f"{cost.TIMED_STEPS} steps, without compilation, validation and test)"
+        f"{total.targets:.2e} targets, {total.validated:.2e} users validated, {total.flop:.2e} "
+        f"FLOP, about {total.seconds / 3600:.1f} hours {time}"
     )
 
 

@@ -93,34 +93,55 @@ def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
     return states, arguments, sizes
 
 
+class Rates(NamedTuple):
+    """How fast a device is, as measured there."""
+
+    targets: float  # trained on in a second, of all runs that train together
+    users: float  # validated in a second; 0 if that was not measured
+
+
 class Estimate(NamedTuple):
-    """What a sweep costs."""
+    """What a sweep costs; early stopping may save some."""
 
     runs: int
     steps: int  # of all runs
-    flop: float  # of the matrix products, of all runs
-    seconds: float  # of training here, from a few timed steps; no compilation, no evaluation
+    targets: float  # trained on, of all runs
+    validated: int  # users, of all runs and epochs
+    flop: float  # of the matrix products of training, of all runs
+    seconds: float  # of training, and of validation if its rate is known
 
 
-def estimate(jobs: Sequence[Job], experiment: Experiment, runs_per_job: int) -> Estimate:
-    """What a plan costs on this machine.
+def estimate(
+    jobs: Sequence[Job], experiment: Experiment, runs_per_job: int, rates: Rates | None = None
+) -> Estimate:
+    """What a plan costs on one device.
 
     Args:
         jobs: the plan.
         experiment: of one of its jobs; all jobs have the same shapes.
         runs_per_job: so many runs are timed together.
+        rates: of another device. Without them a few steps are timed on this one.
     """
     config = experiment.config
     sizes_of = [len(plan_runs(job.config)) for job in jobs]
-    num_runs = min(runs_per_job, max(sizes_of))
+    runs, epochs = sum(sizes_of), config.train.epochs
+    steps = runs * epochs * config.train.steps_per_epoch
+    lengths = experiment.train_lengths
+    targets = steps * config.train.batch_size * float(lengths.mean())
+    validated = runs * epochs * len(experiment.dataset.valid.users)
+    flop = targets * flop_per_target(experiment.task.model, lengths)
+    if rates is None:
+        seconds = steps * _time_step(experiment, min(runs_per_job, max(sizes_of)))
+    else:
+        seconds = targets / rates.targets + (validated / rates.users if rates.users else 0.0)
+    return Estimate(runs, steps, targets, validated, flop, seconds)
+
+
+def _time_step(experiment: Experiment, num_runs: int) -> float:
+    """The seconds of a step of one run here, where `num_runs` train together; not compilation."""
     states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=TIMED_STEPS)
     segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
     states = jax.block_until_ready(segment(states, *arguments))  # compiles
     began = time.perf_counter()
     jax.block_until_ready(segment(states, *arguments))
-    per_run_step = (time.perf_counter() - began) / TIMED_STEPS / num_runs
-    steps = sum(sizes_of) * config.train.epochs * config.train.steps_per_epoch
-    lengths = experiment.train_lengths
-    targets = config.train.batch_size * float(lengths.mean())
-    flop = flop_per_target(experiment.task.model, lengths)
-    return Estimate(sum(sizes_of), steps, steps * targets * flop, steps * per_run_step)
+    return (time.perf_counter() - began) / TIMED_STEPS / num_runs
