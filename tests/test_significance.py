@@ -277,3 +277,20 @@ def test_groups_as_categories_are_those_of_their_names():
         wrong = plain[0].assign(pop33=pd.Categorical(bad))
         with pytest.raises(UserError, match=f"pop33 of user u{user} is not the baseline's"):
             compare({"a": {0: wrong}}, {0: made[1]}, "NDCG@20")
+
+
+def test_where_columns_of_lists_differ():
+    rows = [  # as Python makes them, and as Parquet gives them back
+        (["a", "b"], np.array(["a", "b"], object), False),
+        (["a", "b"], np.array(["b", "a"], object), True),
+        (["a"], "a", False),
+        (["a", "b"], "a", True),
+        ([], None, False),
+        (np.array([], object), np.nan, False),
+        ([], ["a"], True),
+        ([True, False], np.array([True, False]), False),
+        ([7, 8], [7, 9], True),
+    ]
+    a, b, expected = zip(*rows, strict=True)
+    found = significance._differ(pd.Series(a, dtype=object), pd.Series(b, dtype=object))
+    assert found.tolist() == list(expected)

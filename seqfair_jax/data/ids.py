@@ -161,8 +161,7 @@ def join_ids(parts: Sequence[tuple[np.ndarray, pa.Array]]) -> tuple[np.ndarray, 
     tables = [ids for _, ids in parts]
     if any(ids.type != pa.int64() for ids in tables):
         tables = [ids.cast(_TEXT) for ids in tables]
-    # A chunk for each table, and one dictionary for all of them.
-    joined = pa.chunked_array(tables).dictionary_encode().unify_dictionaries()
+    joined = pa.chunked_array(tables).dictionary_encode()  # all chunks have the same dictionary
     places = [
         of_table.indices.to_numpy()[place]
         for (place, _), of_table in zip(parts, joined.chunks, strict=True)

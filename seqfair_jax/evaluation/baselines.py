@@ -144,7 +144,7 @@ def successors(dataset: Dataset) -> Successors:
     inside = user[1:] == user[:-1]
     before, then = item[:-1][inside], item[1:][inside]
     rows, offsets = group_rows(before, num_items)
-    every: list[tuple[np.ndarray, np.ndarray]] = []
+    found, found_ranks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for block in user_blocks(offsets):  # of items: a block has all successors of each
         at = rows[block]
         pairs = before[at] * np.int64(num_items) + then[at]
@@ -153,10 +153,9 @@ def successors(dataset: Dataset) -> Successors:
         owner = pairs[order] // num_items
         ranks = np.empty(len(pairs), np.int64)
         ranks[order] = np.arange(len(pairs)) - np.searchsorted(owner, owner) + 1
-        every.append((pairs, ranks))
-    if not every:  # each user has a single training row
-        return Successors(np.empty(0, np.int64), np.empty(0, np.int64), num_items)
-    return Successors(*map(np.concatenate, zip(*every, strict=True)), num_items)
+        found.append(pairs)
+        found_ranks.append(ranks)
+    return Successors(np.concatenate(found), np.concatenate(found_ranks), num_items)
 
 
 def _newest_first(owner, place, history, num_users: int, k: int) -> np.ndarray:

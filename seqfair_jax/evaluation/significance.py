@@ -221,7 +221,16 @@ def _aligned(
 def _differ(a: pd.Series, b: pd.Series) -> np.ndarray:
     """Where two columns differ, bool[U]; two missing values are the same."""
     if any(_has_lists(column) for column in (a, b)):
-        return np.array([_groups(x) != _groups(y) for x, y in zip(a, b, strict=True)])
+        # A row for each value; for no value (an empty list, None, or NaN from Parquet) a missing
+        # one. The index is the user's place.
+        a, b = (column.astype(object).reset_index(drop=True).explode() for column in (a, b))
+        sizes, others = (np.bincount(column.index) for column in (a, b))
+        differs = sizes != others
+        same_size = ~differs
+        a, b = a[same_size[a.index]], b[same_size[b.index]]
+        unequal = (a.to_numpy() != b.to_numpy()) & ~(a.isna() & b.isna()).to_numpy()
+        differs[a.index[unequal]] = True
+        return differs
     if all(isinstance(column.dtype, pd.CategoricalDtype) for column in (a, b)):
         known = a.cat.categories.union(b.cat.categories)  # each file has its own
         a, b = (column.cat.set_categories(known).cat.codes for column in (a, b))
@@ -232,13 +241,6 @@ def _differ(a: pd.Series, b: pd.Series) -> np.ndarray:
 def _has_lists(column: pd.Series) -> bool:
     """Whether some user is in several groups; only a column of Python objects can say so."""
     return column.dtype == object and any(isinstance(x, list | np.ndarray) for x in column)
-
-
-def _groups(label: Any) -> list[str]:
-    """The groups in a user's label: one, several, or none (None, or NaN from Parquet)."""
-    if isinstance(label, list | np.ndarray):
-        return list(label)
-    return [] if pd.isna(label) else [label]
 
 
 def slice_members(table: pd.DataFrame) -> dict[str, np.ndarray]:

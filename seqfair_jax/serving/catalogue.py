@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from seqfair_jax import workdir
-from seqfair_jax.data.split import Dataset, Targets, csr_offsets
+from seqfair_jax.data.split import Dataset, Targets, csr_offsets, first_rows
 from seqfair_jax.errors import UserError
 
 
@@ -135,8 +135,7 @@ def read_dataset(folder: Path) -> Dataset:
     item_ids, user_ids, whole = read(folder)
     unknown = pq.read_table(folder / workdir.HISTORIES)["unknown_items"].to_numpy()
     lengths, earlier = np.diff(whole.offsets), split["test_history_items"].to_numpy()
-    place = np.arange(len(whole.items)) - np.repeat(whole.offsets[:-1], lengths)
-    is_earlier = place < np.repeat(earlier, lengths)
+    is_earlier = first_rows(earlier, lengths)
     return Dataset(
         name=config["data"]["name"],
         log_hash=summary["log_hash"],
