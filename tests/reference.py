@@ -138,13 +138,14 @@ def sampled_softmax(hidden, table, target, negatives):
 
 
 def gbce(hidden, table, target, negatives, t):
-    """gSASRec's loss (Petrov and Macdonald 2023) without its factor 1 / (k + 1)."""
+    """gSASRec's loss (Petrov and Macdonald 2023) times k + 1, with log(beta / k) in every score."""
     alpha = len(negatives) / len(table)
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
-    total = -np.log(_sigmoid(np.dot(table[target], hidden)) ** beta)
+    offset = np.log(beta / len(negatives))
+    total = -np.log(_sigmoid(np.dot(table[target], hidden) + offset) ** beta)
     for item in negatives:
         if item != target:
-            total -= np.log(1 - _sigmoid(np.dot(table[item], hidden)))
+            total -= np.log(1 - _sigmoid(np.dot(table[item], hidden) + offset))
     return total
 
 

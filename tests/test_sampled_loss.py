@@ -150,17 +150,28 @@ def test_gbce_is_the_plain_binary_cross_entropy_at_t_0():
     found = losses(jnp.float32(hidden), jnp.float32(table), targets, negatives, "gbce", 0.0)
     for h, y, loss in zip(hidden, targets, found, strict=True):
         items = [y, *(item for item in negatives if item != y)]
-        shares = 1 / (1 + np.exp(-(table[items] @ h)))
+        shares = 1 / (1 + np.exp(np.log(4) - table[items] @ h))
         assert_allclose(loss, -np.log([shares[0], *(1 - shares[1:])]).sum(), rtol=1e-5)
     assert gbce_beta(100, 4, 0.0) == 1.0
     assert gbce_beta(100, 4, 1.0) == 0.04
+
+
+def test_scores_of_zero_are_the_best_equal_scores_of_gbce():
+    scores = jnp.zeros(()), jnp.zeros(4)
+
+    def loss(shift):
+        return gbce(scores[0] + shift, scores[1] + shift, gbce_beta(100, 4, 0.6))
+
+    assert_allclose(jax.grad(loss)(0.0), 0.0, atol=1e-6)
+    assert jax.grad(loss)(0.1) > 0 > jax.grad(loss)(-0.1)
 
 
 @pytest.mark.parametrize(("t", "is_calibrated"), [(1.0, True), (0.5, False), (0.0, False)])
 def test_gbce_is_smallest_at_the_items_probabilities_at_t_1(t, is_calibrated):
     """The mean gradient over targets and draws, at scores whose sigmoids are the probabilities."""
     probability = np.random.default_rng(0).dirichlet(np.ones(NUM_ITEMS))
-    scores = jnp.float32(np.log(probability / (1 - probability)))
+    offset = np.log(gbce_beta(NUM_ITEMS, 4, t) / 4)
+    scores = jnp.float32(np.log(probability / (1 - probability)) - offset)
     targets = jnp.arange(NUM_ITEMS)
 
     @jax.jit
@@ -185,7 +196,7 @@ def test_a_negative_that_is_the_target_does_not_count(kind):
     hidden, table, item = jnp.full((1, 1), 3.0), jnp.arange(4.0)[:, None], jnp.array([2])
     loss, gradient = jax.value_and_grad(lambda w: losses(hidden, w, item, item, kind).sum())(table)
     beta = gbce_beta(4, 1, 0.5)
-    expected = 0.0 if kind == "softmax" else beta * np.log1p(np.exp(-6.0))
+    expected = 0.0 if kind == "softmax" else beta * np.log1p(np.exp(-6.0) / beta)
     assert_allclose(loss, expected, rtol=1e-5)
     assert_array_equal(np.isfinite(gradient), True)
     assert_array_equal(gradient[jnp.array([0, 1, 3])], 0.0)

@@ -86,8 +86,8 @@ def gbce_beta(num_items: int, num_negatives: int, t: float) -> float:
 
     alpha = k / V is the probability that an item which is not the target is a negative. t = 0
     gives beta = 1, the plain binary cross-entropy, whose probabilities are too high since targets
-    are seen more often than other items. t = 1 gives beta = alpha, at which the sigmoid of a
-    score estimates the item's probability (Petrov and Macdonald 2023, gSASRec).
+    are seen more often than other items. t = 1 gives beta = alpha, at which the sigmoid estimates
+    the item's probability (Petrov and Macdonald 2023, gSASRec).
     """
     return 1 - t + t * num_negatives / num_items
 
@@ -95,10 +95,13 @@ def gbce_beta(num_items: int, num_negatives: int, t: float) -> float:
 def gbce(target_scores: jax.Array, negative_scores: jax.Array, beta: float) -> jax.Array:
     """Generalised binary cross-entropy (Petrov and Macdonald 2023).
 
-    l = -beta log sigmoid(s_y) - sum_j log(1 - sigmoid(s_j))
+    l = -beta log sigmoid(s_y + b) - sum_j log(1 - sigmoid(s_j + b)),  b = log(beta / k)
 
-    The paper divides this by k + 1. It is a sum here, so that its size does not depend on k, nor
-    does what settings such as `objective.step_size` mean.
+    Two things differ from the paper. The paper divides by k + 1. This is a sum, so neither its
+    size nor the meaning of settings such as `objective.step_size` depends on k. The paper's model
+    must learn b, the score of a random item. Here it is given. It is the same for all items, so
+    it changes no ranking, and equal scores of 0 have the smallest loss of all equal scores. A
+    model with a high learning rate that has to learn b can collapse to equal scores.
 
     Args:
         target_scores: f[...], s_y.
@@ -108,8 +111,9 @@ def gbce(target_scores: jax.Array, negative_scores: jax.Array, beta: float) -> j
     Returns:
         f[...], in nats.
     """
-    negative = jax.nn.softplus(negative_scores).sum(axis=-1)
-    return beta * jax.nn.softplus(-target_scores) + negative
+    offset = math.log(beta / negative_scores.shape[-1])
+    negative = jax.nn.softplus(negative_scores + offset).sum(axis=-1)
+    return beta * jax.nn.softplus(-target_scores - offset) + negative
 
 
 def sampled_loss(
