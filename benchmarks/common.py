@@ -1,12 +1,14 @@
 """What the benchmarks share: the command line, timing, the machine's peak, tables."""
 
 import functools
+import multiprocessing
 import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -82,6 +84,25 @@ def peak_memory_gb() -> float:
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def measure(function: Callable[..., Any], *arguments: Any) -> tuple[dict[str, float], Any]:
+    """Call a function in a process of its own: what it took, and what it returned."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measure_here, function, *arguments).result()
+
+
+def measure_here(function: Callable[..., Any], *arguments: Any) -> tuple[dict[str, float], Any]:
+    """`measure` in this process, whose peak memory is that of everything before, too."""
+    began, cpu_began = time.perf_counter(), time.process_time()
+    found = function(*arguments)
+    took = {
+        "seconds": time.perf_counter() - began,
+        "CPU seconds": time.process_time() - cpu_began,
+        "peak memory, GB": peak_memory_gb(),
+    }
+    return took, found
 
 
 def machine_load() -> str:

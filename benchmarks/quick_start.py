@@ -23,8 +23,8 @@ def benchmark(config, *, rows, format):
     words = [word for word in sys.argv[1:] if word.partition("=")[0] not in ("--rows", "--format")]
     with tempfile.TemporaryDirectory() as folder:
         if rows:
-            path = Path(folder, f"log.{format}")
-            draw_log(path, rows)
+            path = Path(folder, "log")
+            draw_log(path, rows, format=format)
             words.append(f"--config.data.path={path}")
         workdir, lists = f"{folder}/run", f"{folder}/recs.parquet"
         commands = {
