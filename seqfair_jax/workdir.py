@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,8 @@ def is_input(folder: Path, path: str) -> bool:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of killed processes from a run's folder."""
+    if not is_writer():
+        return
     for path in [*folder.glob(f".*{_UNFINISHED}"), *folder.glob(f"checkpoints/**/{_UNFINISHED}*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -217,6 +220,8 @@ def remove_unfinished(folder: Path) -> None:
 
 def remove_results(folder: Path) -> None:
     """Remove the results of a run."""
+    if not is_writer():
+        return
     with named_errors(folder, "remove the earlier results in"):
         results = (_FINISHED, SUMMARY, BASELINES)
         for path in (*(folder / name for name in results), *folder.glob("per_user*.parquet")):
@@ -230,6 +235,8 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
         folder: of the run.
         inputs: SHA-256 of the log and of the group file.
     """
+    if not is_writer():
+        return
     names = [SUMMARY, CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES, BASELINES]
     names += [path.name for path in sorted(folder.glob("per_user*.parquet"))]
     files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
@@ -396,11 +403,14 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Lock a run's folder for this process.
+    """Lock a run's folder for this process, or for all processes of one training.
 
     Raises:
         UserError: naming the process that uses it.
     """
+    if not is_writer():
+        yield
+        return
     path = folder / _LOCK
     with lock(path) as ours:
         if not ours:
@@ -434,6 +444,14 @@ def job_lock(folder: Path, name: str) -> Path:
 # Reading and writing.
 
 
+def is_writer() -> bool:
+    """Whether this process writes files: of several processes of one training, the first does."""
+    jax = sys.modules.get("jax")  # not imported yet: there is one process
+    if jax is None or not jax.distributed.is_initialized():
+        return True
+    return jax.process_index() == 0
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object; NaN and infinity are refused, since JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -452,11 +470,14 @@ def write_parquet(path: Path, table: pd.DataFrame) -> None:
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary path, then rename it to `path`; makes the folder.
 
-    A symbolic link stays, and the file that it points to is replaced.
+    A symbolic link stays, and the file that it points to is replaced. Only the writer of several
+    processes (`is_writer`) does anything.
 
     Raises:
         UserError: naming the file, if it cannot be written, or is a folder or a device.
     """
+    if not is_writer():
+        return
     with named_errors(path, "write"):
         path = path.resolve()
         if path.exists() and not path.is_file():
@@ -507,11 +528,13 @@ def refuse_filled(out: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file.
+    """Append a line to a text file; as for `write_file`, only the writer does.
 
     Raises:
         UserError: naming the file, if it cannot be written.
     """
+    if not is_writer():
+        return
     with named_errors(path, "write"), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 

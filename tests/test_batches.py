@@ -6,6 +6,7 @@ from seqfair_jax.training.batches import (
     Batches,
     choose_sizes,
     draw_batches,
+    spread,
     epoch_batches,
     token_sizes,
 )
@@ -39,12 +40,37 @@ def test_the_batches_of_several_runs_and_their_tokens(side_by_side):
     drawn = draw_batches(seeds, 2, lengths=lengths, batch_size=4, steps=6, vmap=side_by_side)
     assert drawn.user_ids.shape == (3, 6, 4)
     for run, seed in enumerate(seeds):
-        alone = epoch_batches(seed, 2, num_users=10, batch_size=4, steps=6)
+        alone = spread(epoch_batches(seed, 2, num_users=10, batch_size=4, steps=6), lengths)
         np.testing.assert_array_equal(drawn.user_ids[run], alone)
         for step, users in enumerate(alone):
             assert drawn.targets[run, step] == sum(lengths[user] for user in users)
     expected = drawn.targets.max(axis=0) if side_by_side else drawn.targets
     np.testing.assert_array_equal(drawn.tokens, expected)
+
+
+def test_a_batch_is_spread_so_that_its_equal_parts_have_similar_lengths():
+    rng = np.random.default_rng(0)
+    lengths = rng.geometric(0.08, size=500).clip(max=199)
+    drawn = epoch_batches(0, 0, num_users=500, batch_size=64, steps=20)
+    ordered = spread(drawn, lengths)
+    np.testing.assert_array_equal(np.sort(ordered), np.sort(drawn))
+    for parts in (2, 4, 8):
+        sums = lengths[ordered].reshape(20, parts, -1).sum(axis=-1)
+        assert (sums.max(axis=-1) - sums.min(axis=-1) <= lengths[drawn].max(axis=-1)).all()
+    # The first half gets 50 and 8, the second one 20 and 9.
+    assert spread(np.array([[0, 1, 2, 3]]), np.array([8, 50, 9, 20])).tolist() == [[1, 0, 3, 2]]
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_the_tokens_of_a_step_fit_every_part_of_its_batch(shards):
+    lengths = np.array([1, 20, 3, 4, 50, 6, 7, 8, 9, 2], np.int32)
+    drawn = draw_batches(
+        (5,), 0, lengths=lengths, batch_size=7, steps=4, vmap=False, shards=shards
+    )
+    for users, tokens in zip(drawn.user_ids[0], drawn.tokens[0], strict=True):
+        part = -(-7 // shards)
+        sums = [lengths[users[i : i + part]].sum() for i in range(0, 7, part)]
+        assert tokens == max(sums)
 
 
 def test_the_smallest_size_that_fits_a_batch():

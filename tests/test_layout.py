@@ -15,6 +15,7 @@ ROOMS = (
     "errors",
     "workdir",
     "settings",
+    "devices",
     "data",
     "model",
     "objectives",

@@ -52,7 +52,7 @@ def make_data(weights=None):
 
 
 @functools.cache
-def make_task(objective="erm", *, dropout=0.0, **optimizer):
+def make_task(objective="erm", *, dropout=0.0, **settings):
     data = make_data()
     model = SASRec(
         num_items=NUM_ITEMS,
@@ -70,7 +70,8 @@ def make_task(objective="erm", *, dropout=0.0, **optimizer):
     return Task(
         model,
         make_objective(objective, membership=np.asarray(data.membership), train_lengths=lengths),
-        make_optimizer(learning_rate=1e-2, **optimizer),
+        make_optimizer(learning_rate=1e-2),
+        **settings,
     )
 
 
@@ -303,23 +304,32 @@ def test_train_step_returns_its_metrics():
     assert state.step == 1
 
 
-def test_clipping_and_weight_decay_act():
+def test_weight_decay_acts():
     grads = {"w": jnp.array([3.0, 4.0])}
     params = {"w": jnp.array([10.0, 10.0])}
 
     def update(**settings):
         optimizer = make_optimizer(learning_rate=0.1, **settings)
-        state = optimizer.init(params)
-        updates, state = optimizer.update(grads, state, params)
-        return updates["w"], state
+        return optimizer.update(grads, optimizer.init(params), params)[0]["w"]
 
-    plain, _ = update()
+    plain = update()
     assert_allclose(plain, [-0.1, -0.1], rtol=1e-4)
-    decayed, _ = update(weight_decay=0.01)
+    decayed = update(weight_decay=0.01)
     assert_allclose(decayed, [-0.11, -0.11], rtol=1e-4)  # rate * decay * parameter more
-    _, state = update(clip_norm=1.0)
-    mu = jax.tree.leaves(state)[1]
-    assert_allclose(mu, [0.06, 0.08], rtol=1e-5)  # a tenth of the gradient scaled to norm 1
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 1e6])
+def test_clipping_scales_the_gradient_as_optax_does(clip_norm):
+    _, plain, metrics = one_step(make_task())
+    state, clipped, _ = one_step(make_task(clip_norm=clip_norm))
+    assert 0.01 < metrics["grad_norm"] < 1e6
+    grads = jax.tree.map(lambda mu: 10 * mu, plain.opt_state[0].mu)  # mu is 0.1 g after a step
+    clip = optax.clip_by_global_norm(clip_norm)
+    expected, _ = clip.update(grads, clip.init(grads))
+    for mine, theirs in zip(
+        jax.tree.leaves(clipped.opt_state[0].mu), jax.tree.leaves(expected), strict=True
+    ):
+        assert_allclose(mine, 0.1 * theirs, rtol=1e-4, atol=1e-9)
 
 
 def test_the_rate_falls_to_zero_by_a_cosine():

@@ -1,11 +1,13 @@
 """`seqfair train --config=NAME --workdir=DIR`: train, test and report the runs of one config."""
 
+import contextlib
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from seqfair_jax.cli import Command
+from seqfair_jax.devices import several_processes
 from seqfair_jax.errors import UserError
 from seqfair_jax.run import run
 
@@ -21,6 +23,12 @@ def main(argv: Sequence[str]) -> None:
     )
     command.string("workdir", "where the run's files go (required)")
     command.string("init_from", "the same as --config.train.init_from")
+    command.bool(
+        "distributed",
+        "this is one of several processes of one training, which share --workdir; Slurm and Open "
+        "MPI say which, or the environment variables JAX_COORDINATOR_ADDRESS (HOST:PORT of the "
+        "first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
 
     def work(flags: flags.FlagValues, config: ConfigDict) -> None:
         folder = command.required("workdir")
@@ -31,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
                     f"{config.train.init_from}: give one of them"
                 )
             config.train.init_from = flags.init_from
-        run(config, folder)
+        with several_processes() if flags.distributed else contextlib.nullcontext():
+            run(config, folder)
 
     command.run(argv, work)

@@ -52,6 +52,7 @@ PARTS = {
     "model": "The model",
     "objective": "The objective",
     "train": "Training",
+    "train.mesh": "The devices of a training",
     "select": "The choice of epochs",
     "evaluate": "The test",
     "search": "A search",  # `sweeps.search_plan`
@@ -348,6 +349,27 @@ _TRAIN = (
         "How the runs of a grid train: side by side (`vmap`) or one after another (`map`). "
         "`auto` is `map` on a CPU.",
         choices=("auto", "vmap", "map"),
+    ),
+    Setting(
+        "train.mesh.run",
+        1,
+        "The number of parts of the runs of a grid, each on its own devices.",
+        whole(1),
+        resumable=True,
+    ),
+    Setting(
+        "train.mesh.data",
+        1,
+        "The number of devices that share the users of a batch, and the rows of the log.",
+        whole(1),
+        resumable=True,
+    ),
+    Setting(
+        "train.mesh.catalogue",
+        1,
+        "The number of devices that share the item tables and the logits.",
+        whole(1),
+        resumable=True,
     ),
     Setting(
         "train.segment_seconds",

@@ -12,14 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from seqfair_jax import devices
 from seqfair_jax.data.split import Dataset, Targets
+from seqfair_jax.devices import CATALOGUE, DATA, USERS
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
-from seqfair_jax.model.sasrec import PRECISIONS, SASRec
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
 
 _TOKENS = 4096  # packed tokens encoded at once
 _WIDER = 4  # M is 1, 4, 16, ...: each is compiled
+_MAX_SCORES = 2**27  # of a batch on a device: half a GiB; fewer users are scored at once beyond it
 
 
 class Block(NamedTuple):
@@ -56,6 +61,7 @@ def make_ranker(
     mask_seen: bool,
     batch_size: int,
     top_k: int,
+    mesh: Mesh | None = None,
 ) -> Callable[[Any, str], Ranking]:
     """The function that ranks the targets of a split by a run's parameters.
 
@@ -63,15 +69,25 @@ def make_ranker(
         model: the network.
         dataset, split, mask_seen, batch_size: as for `make_queries`.
         top_k: k, how many recommended items to return; 0 for none.
+        mesh: the devices; one if None. They share the users and the model's catalogue.
 
     Returns:
-        rank(params, what) -> Ranking. It raises DivergedError where a score is not finite; the
-        message says whose scores they were, which is `what`.
+        rank(params, what) -> Ranking, for the parameters of one run. It raises DivergedError where
+        a score is not finite; the message says whose scores they were, which is `what`.
     """
+    mesh = mesh or devices.make_mesh()
     queries = make_queries(
-        dataset, split, max_len=model.max_len, mask_seen=mask_seen, batch_size=batch_size
+        dataset,
+        split,
+        max_len=model.max_len,
+        mask_seen=mask_seen,
+        batch_size=min(batch_size, max_users(len(dataset.item_ids), model.shards)),
+        mesh=mesh,
     )
-    rank_fn = jax.jit(functools.partial(rank_targets, model, top_k=top_k))
+    rank_fn = jax.jit(
+        functools.partial(rank_targets, model, mesh=mesh, top_k=top_k),
+        out_shardings=NamedSharding(mesh, P()),
+    )
 
     def rank(params: Any, what: str) -> Ranking:
         ranks, top_items, finite = rank_fn(params, queries)
@@ -99,8 +115,19 @@ def split_targets(dataset: Dataset, split: str) -> tuple[Targets, np.ndarray]:
     raise ValueError(f"split is {split!r}: expected 'valid' or 'test'")
 
 
+def max_users(num_items: int, shards: int = 1) -> int:
+    """The most users that are scored at once, so that their scores fit into memory."""
+    return max(1, _MAX_SCORES // -(-num_items // shards))
+
+
 def make_queries(
-    dataset: Dataset, split: str, *, max_len: int, mask_seen: bool, batch_size: int
+    dataset: Dataset,
+    split: str,
+    *,
+    max_len: int,
+    mask_seen: bool,
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> Queries:
     """Lay out the users of a split for `rank_targets`.
 
@@ -108,8 +135,11 @@ def make_queries(
         dataset, split: as for `split_targets`.
         max_len: L. A history is the begin token and the last L - 2 items.
         mask_seen: remove every item of the whole history but the targets from the ranking.
-        batch_size: B, users scored at once.
+        batch_size: B, users that a device scores at once.
+        mesh: the devices, which share the batches; one if None.
     """
+    mesh = mesh or devices.make_mesh()
+    shards = devices.size(mesh, USERS)
     targets, num_history = split_targets(dataset, split)
     starts = dataset.offsets[:-1][targets.users]
     lengths = np.minimum(num_history + 1, max_len - 1).astype(np.int32)
@@ -118,6 +148,7 @@ def make_queries(
 
     num_tokens = packed_tokens(max_len)
     encode_batches = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
+    encode_batches = _pad(encode_batches, shards, -1)
     encoded_at = np.empty(len(lengths), np.int32)
     real = encode_batches >= 0
     encoded_at[encode_batches[real]] = np.flatnonzero(real)
@@ -129,12 +160,12 @@ def make_queries(
     owner = targets.owners
     among_own = np.arange(len(owner)) - targets.offsets[:-1][owner]
     users_at, targets_at = np.empty(len(sizes), np.int32), np.empty(len(owner), np.int32)
-    blocks: list[Block] = []
+    blocks: list[tuple] = []
     num_slots = num_places = 0
     for width in np.unique(widths).tolist():
         mine = np.flatnonzero(widths == width)
-        size = min(batch_size, len(mine))
-        num_batches = -(-len(mine) // size)
+        size = min(batch_size, -(-len(mine) // shards))
+        num_batches = devices.padded(-(-len(mine) // size), shards)
         slot = np.full(len(sizes), -1)
         slot[mine] = np.arange(len(mine))
         in_block = slot[owner] >= 0
@@ -148,23 +179,41 @@ def make_queries(
         seen = _seen_pairs(dataset, targets, num_history, slot, mask_seen, (num_batches, size))
         pad = (0, num_batches * size - len(mine))
         blocks.append(
-            Block(
-                jnp.asarray(np.pad(encoded_at[mine], pad).reshape(num_batches, size)),
-                jnp.asarray(padded.reshape(num_batches, size, width)),
-                *map(jnp.asarray, seen),
+            (
+                np.pad(encoded_at[mine], pad).reshape(num_batches, size),
+                padded.reshape(num_batches, size, width),
+                *seen,
             )
         )
-    return Queries(
-        Sequences(jnp.asarray(dataset.items), jnp.asarray(ends), jnp.asarray(lengths)),
-        jnp.asarray(encode_batches),
-        tuple(blocks),
-        jnp.asarray(users_at),
-        jnp.asarray(targets_at),
+    items = devices.pad_rows(dataset.items.astype(np.int32), mesh.shape[DATA])
+    sequences: Any = (items, ends, lengths)
+    queries: Any = (
+        Sequences(*sequences),
+        encode_batches,
+        tuple(Block(*block) for block in blocks),
+        users_at,
+        targets_at,
     )
+    put = functools.partial(devices.put, mesh)
+    return jax.tree.map(put, Queries(*queries), _specs(len(blocks)))
+
+
+def _pad(rows: np.ndarray, shards: int, value: int) -> np.ndarray:
+    extra = devices.padded(len(rows), shards) - len(rows)
+    return np.pad(rows, [(0, extra), (0, 0)], constant_values=value)
+
+
+def _specs(num_blocks: int) -> Any:
+    """How the mesh splits `Queries`: the batches over all devices that have users."""
+    by_user: Any = P(USERS)
+    log: Any = (P(DATA), P(), P())
+    whole: Any = P()
+    blocks = (Block(by_user, by_user, by_user, by_user),) * num_blocks
+    return Queries(Sequences(*log), by_user, blocks, whole, whole)
 
 
 def rank_targets(
-    model: SASRec, params, queries: Queries, *, top_k: int
+    model: SASRec, params, queries: Queries, *, top_k: int, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rank each user's targets by their scores among all V items; a pure function, to be jitted.
 
@@ -177,35 +226,66 @@ def rank_targets(
         params: its parameters.
         queries: the users.
         top_k: k, how many of the best items to return; 0 for none (it costs a partial sort).
+        mesh: the devices; one if None. A rank is the sum of the counts of the devices of the
+            catalogue axis, and the best items are the best of those of each.
 
     Returns:
         The ranks and the top items as `Ranking` has them, and a bool[]: whether every score was
         finite.
     """
-    encode = functools.partial(encode_newest, model, params, queries.sequences)
-    hidden = lax.map(encode, queries.encode_batches).reshape(-1, model.dim)
-    table = jnp.asarray(model.apply(params, train=False, method="output_table"))
+    mesh = mesh or devices.make_mesh()
+    shards, user_shards = model.shards, devices.size(mesh, USERS)
 
-    def score(batch: Block):
-        encoded_at, targets, seen_rows, seen_items = batch
-        scores, finite = score_items(model, hidden[encoded_at], table, seen_rows, seen_items)
-        ranks = _count_ranks(scores, targets)
-        best, top_items = lax.top_k(scores, top_k)
-        top_items = jnp.where(best > -jnp.inf, top_items, -1)  # a masked item is not recommended
-        return ranks, top_items.astype(jnp.int32), finite
+    def on_device(params, queries: Queries):
+        encode = functools.partial(
+            encode_newest, model, params, queries.sequences, shards=mesh.shape[DATA]
+        )
+        hidden = lax.map(encode, queries.encode_batches).reshape(-1, model.dim)
+        hidden = devices.gather(hidden, USERS, user_shards)
+        table = jnp.asarray(model.apply(params, train=False, method="output_table"))
 
-    scored = [lax.map(score, block) for block in queries.blocks]
-    ranks = jnp.concatenate([ranks.reshape(-1) for ranks, _, _ in scored])
-    top_items = jnp.concatenate([jnp.concatenate(top) for _, top, _ in scored])
-    finite = jnp.stack([finite.all() for _, _, finite in scored]).all()
-    return ranks[queries.targets_at], top_items[queries.users_at], finite
+        def score(batch: Block):
+            encoded_at, targets, seen_rows, seen_items = batch
+            scores, finite = score_items(
+                model,
+                hidden[encoded_at],
+                table,
+                seen_rows,
+                seen_items,
+                num_items=model.num_items,
+            )
+            return _count_ranks(scores, targets, shards), *top_items(scores, top_k, shards), finite
+
+        scored = [lax.map(score, block) for block in queries.blocks]
+        finite = jnp.stack([finite.all() for _, _, _, finite in scored]).all()
+        return (
+            [ranks for ranks, _, _, _ in scored],
+            # A masked item is not recommended.
+            [jnp.where(best > -jnp.inf, items, -1) for _, best, items, _ in scored],
+            devices.everywhere(finite, devices.AXES, mesh.size),
+        )
+
+    split = [P(USERS)] * len(queries.blocks)
+    ranks, items, finite = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(param_specs(params), _specs(len(queries.blocks))),
+        out_specs=(split, split, P()),
+        check_vma=False,
+    )(params, queries)
+    all_ranks = jnp.concatenate([part.reshape(-1) for part in ranks])
+    all_items = jnp.concatenate([jnp.concatenate(part) for part in items])
+    return all_ranks[queries.targets_at], all_items[queries.users_at], finite
 
 
-def _count_ranks(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """The rank of each target, i32[B, M], from the scores f32[B, V]; 0 for target -1."""
+def _count_ranks(scores: jax.Array, targets: jax.Array, shards: int = 1) -> jax.Array:
+    """The rank of each target, i32[B, M], from the scores f32[B, V / shards]; 0 for target -1."""
     known = targets >= 0
-    own = jnp.take_along_axis(scores, jnp.maximum(targets, 0), axis=-1)
+    place, here = devices.own_rows(jnp.maximum(targets, 0), scores.shape[1], CATALOGUE, shards)
+    own = jnp.take_along_axis(scores, place, axis=-1, mode="clip")
+    own = devices.total(jnp.where(here, own, 0), CATALOGUE, shards)
     ranks = jnp.sum(scores[:, None, :] >= own[:, :, None], axis=-1, dtype=jnp.int32)
+    ranks = devices.total(ranks, CATALOGUE, shards)
     if targets.shape[1] > 1:
         tied = own[:, None, :] == own[:, :, None]
         behind = (targets[:, None, :] > targets[:, :, None]) & known[:, None, :]
@@ -213,7 +293,29 @@ def _count_ranks(scores: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.where(known, ranks, 0)
 
 
-def encode_newest(model: SASRec, params, sequences: Sequences, users: jax.Array) -> jax.Array:
+def top_items(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
+    """The k best scores f32[B, k] and their items i32[B, k]; equal scores in the items' order.
+
+    Args:
+        scores: f32[B, V / shards] on this device.
+        k: at most V.
+        shards: devices of the catalogue axis.
+    """
+    num_items = scores.shape[1]
+    best, items = lax.top_k(scores, min(k, num_items))
+    items = items.astype(jnp.int32) + devices.index(CATALOGUE, shards) * num_items
+    if shards == 1:
+        return best, items
+    # The best of each device, in the items' order, which `top_k` keeps among equal scores.
+    best = devices.gather(best, CATALOGUE, shards, dim=1)
+    items = devices.gather(items, CATALOGUE, shards, dim=1)
+    best, places = lax.top_k(best, k)
+    return best, jnp.take_along_axis(items, places, axis=1)
+
+
+def encode_newest(
+    model: SASRec, params, sequences: Sequences, users: jax.Array, *, shards: int = 1
+) -> jax.Array:
     """The hidden state of each user's newest token, f[B, D]: what the model predicts from.
 
     Args:
@@ -221,9 +323,10 @@ def encode_newest(model: SASRec, params, sequences: Sequences, users: jax.Array)
         params: its parameters.
         sequences: the users' windows.
         users: i32[B], of at most `packed_tokens` tokens together; -1 for an empty slot.
+        shards: devices of the data axis, over which the rows of the log are split.
     """
     num_tokens = packed_tokens(model.max_len)
-    packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items)
+    packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items, shards=shards)
     hidden: Any = model.apply(params, packed, train=False)
     newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
     return hidden[newest]
@@ -235,23 +338,31 @@ def score_items(
     table: jax.Array,
     seen_rows: jax.Array,
     seen_items: jax.Array,
+    *,
+    num_items: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The score of every item for each user, f32[B, V].
+    """The score of every item for each user, f32[B, V], or of the device's items on a mesh.
 
     Args:
         model: the network.
         hidden: f[B, D], as `encode_newest` gives it.
-        table: f[V, D], the items' output embeddings.
+        table: f[V / shards, D], the device's items' output embeddings.
         seen_rows, seen_items: i32[S], pairs whose score becomes -inf; an item V is padding.
+        num_items: V, if the last rows of the table may belong to no item.
 
     Returns:
-        The scores, and a bool[]: whether all were finite before the mask.
+        The scores, -inf for a row of the table that belongs to no item, and a bool[]: whether
+        all were finite before the mask.
     """
-    precision = PRECISIONS[model.dtype][1]
+    precision, rows, shards = PRECISIONS[model.dtype][1], len(table), model.shards
     scores = jnp.matmul(hidden, table.T, precision=precision, preferred_element_type=jnp.float32)
     finite = jnp.isfinite(scores.sum(axis=-1)).all()  # one pass; NaN and inf survive a sum
+    if num_items is not None and num_items != rows * shards:
+        own = devices.index(CATALOGUE, shards) * rows + jnp.arange(rows)
+        scores = jnp.where(own < num_items, scores, -jnp.inf)
     if seen_rows.size:
-        scores = scores.at[seen_rows, seen_items].set(-jnp.inf, mode="drop")
+        place, _ = devices.own_rows(seen_items, rows, CATALOGUE, shards)
+        scores = scores.at[seen_rows, place].set(-jnp.inf, mode="drop")
     return scores, finite
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
+from jax.sharding import PartitionSpec as P
 
+from seqfair_jax import devices
 from seqfair_jax.model.packing import BLOCK, Packed
 
 PRECISIONS = {
@@ -20,35 +23,57 @@ PRECISIONS = {
     "bfloat16": (jnp.bfloat16, lax.Precision.DEFAULT),
 }
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
+_TABLES = ("item_embedding", "output_embedding")  # parameters with a row for each item
 _LAYER_NORM_EPSILON = 1e-5
 
 
-def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+def dropout(
+    key: jax.Array,
+    x: jax.Array,
+    rate: float,
+    *,
+    rows: jax.Array | None = None,
+    start: jax.Array | int = 0,
+    shift: jax.Array | int = 0,
+) -> jax.Array:
     """Zero each entry with probability `rate`, scale the others by 1 / (1 - rate).
 
-    One threefry block gives four entries 16 bits each (`jax.random.bernoulli` uses a whole block
-    for one entry). So the rate is rounded to a multiple of 2**-16; the scale follows the rounded
-    rate, and the mean is exact. Threefry, unlike `rbg`, draws the same bits under `vmap` as
-    alone. Entry i of the flattened array uses block i // 4, so a token's dropout does not depend
-    on the amount of padding.
+    One threefry block gives four entries of a row 16 bits each (`jax.random.bernoulli` uses a
+    whole block for one entry). So the rate is rounded to a multiple of 2**-16; the scale follows
+    the rounded rate, and the mean is exact. Threefry, unlike `rbg`, draws the same bits under
+    `vmap` as alone. Column c of the row with number r uses block (c // 4, r). So a token's
+    dropout depends neither on the amount of padding nor on the device that has the token.
 
     Args:
         key: a threefry key.
-        x: any shape.
+        x: f[..., columns]; the dimensions before the last one make N rows.
         rate: 0 to `MAX_DROPOUT`; below 2**-17 nothing is dropped.
+        rows: i32[N], the rows' numbers; 0, 1, 2, ... if None.
+        start: the number of each row's first column, a multiple of 4: i32[N], or one for all.
+        shift: 0 to 3, added to `start`. The int 0 costs less than an array.
     """
     threshold = round((1.0 - rate) * 2**16)
     if threshold == 2**16:  # does not fit into the 16 bits that it is compared with
         return x
-    num_blocks = -(-x.size // 4)
-    counter = lax.iota(jnp.uint32, num_blocks)
+    columns = x.shape[-1]
+    aligned = isinstance(shift, int) and shift == 0
+    num_blocks = -(-columns // 4) + (not aligned)
+    shape = (x.size // columns, num_blocks)
+    numbers = jnp.arange(shape[0]) if rows is None else rows
+    blocks = jnp.asarray(start // 4, jnp.uint32).reshape(-1, 1) + jnp.arange(
+        num_blocks, dtype=jnp.uint32
+    ).reshape(1, -1)
+    counters = (blocks, numbers.astype(jnp.uint32)[:, None])
     key_words = jax.random.key_data(key)
     words = threefry_2x32(
-        (key_words[0], key_words[1]), jnp.concatenate([counter, jnp.zeros_like(counter)])
+        (key_words[0], key_words[1]),
+        jnp.concatenate([jnp.broadcast_to(counter, shape).reshape(-1) for counter in counters]),
     )  # every block's first word, then every block's second
-    bits = lax.bitcast_convert_type(words.reshape(2, num_blocks).T, jnp.uint16)
-    bits = bits.reshape(-1)[: x.size].reshape(x.shape)
-    return jnp.where(bits < threshold, x * (2**16 / threshold), jnp.zeros_like(x))
+    bits = lax.bitcast_convert_type(words.reshape(2, -1).T, jnp.uint16)
+    bits = bits.reshape(shape[0], 4 * num_blocks)
+    bits = lax.dynamic_slice_in_dim(bits, 0 if aligned else shift, columns, axis=1)
+    kept = bits.reshape(x.shape) < threshold
+    return jnp.where(kept, x * (2**16 / threshold), jnp.zeros_like(x))
 
 
 def _bias_init(fan_in: int) -> nn.initializers.Initializer:
@@ -81,11 +106,22 @@ class Block(nn.Module):
     precision: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, visible: jax.Array, train: bool) -> jax.Array:
-        """Map x f[T, D] to f[T, D]; `visible` bool[T/block, block, K] is `visible_keys`."""
+    def __call__(
+        self, x: jax.Array, visible: jax.Array, first: jax.Array | int, train: bool
+    ) -> jax.Array:
+        """Map x f[T, D] to f[T, D].
 
-        def drop(y):
-            return dropout(self.make_rng("dropout"), y, self.dropout) if train else y
+        Args:
+            x: the tokens.
+            visible: bool[T/block, block, K], `visible_keys`.
+            first: the number of the first token in the batch, for dropout.
+            train: apply dropout.
+        """
+
+        def drop(y, **place):
+            return dropout(self.make_rng("dropout"), y, self.dropout, **place) if train else y
+
+        tokens = {"rows": first + jnp.arange(len(x))}
 
         def dense(features, name, **init):
             init = {"kernel_init": _uniform_fan_in, **init}
@@ -108,15 +144,23 @@ class Block(nn.Module):
         logits = jnp.einsum("nqhd,nkhd->nhqk", query, key, precision=self.precision)
         logits = logits.astype(jnp.float32) * head_dim**-0.5
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
-        weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype))
+        # A row for each query and head, a column for each key, both counted in the batch.
+        n, h, q = jnp.meshgrid(*map(jnp.arange, logits.shape[:3]), indexing="ij")
+        pairs = {
+            "rows": (((first + n * block + q) * self.num_heads) + h).reshape(-1),
+            "start": (n * block).reshape(-1) + first // 4 * 4,
+            "shift": first % 4,
+        }
+        weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype), **pairs)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value, precision=self.precision)
         mixed = mixed.reshape(x.shape)
-        x = x + drop(dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed))
+        mixed = dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed)
+        x = x + drop(mixed, **tokens)
 
         y = dense(self.ff_dim, "ff_in", bias_init=_bias_init(self.dim))(norm("ff_norm")(x))
-        y = drop(nn.relu(y))
+        y = drop(nn.relu(y), **tokens)
         y = dense(self.dim, "ff_out", bias_init=_bias_init(self.ff_dim))(y)
-        return x + drop(y)
+        return x + drop(y, **tokens)
 
 
 def _with_previous(blocks: jax.Array, visible: jax.Array) -> jax.Array:
@@ -167,6 +211,9 @@ class SASRec(nn.Module):
         tie_embeddings: score with the input embeddings instead of separate output embeddings.
         init_scale: standard deviation of the initial embeddings and positions.
         dtype: a key of `PRECISIONS`. Parameters are always float32.
+        shards: devices of the mesh's catalogue axis. Above 1 the tables have zero to
+            `shards - 1` more rows than items, `init` makes them whole, and every other method
+            works inside the mesh on the device's own V / shards rows.
     """
 
     num_items: int
@@ -179,20 +226,22 @@ class SASRec(nn.Module):
     tie_embeddings: bool
     init_scale: float
     dtype: str
+    shards: int = 1
 
     def setup(self) -> None:
         """Name the parameters."""
         self._dtype, self._precision = PRECISIONS[self.dtype]
         normal = nn.initializers.normal(self.init_scale)
-        self.item_embedding = self.param("item_embedding", normal, (self.num_items, self.dim))
+        rows = devices.padded(self.num_items, self.shards)
+        if not self.is_initializing():
+            rows //= self.shards
+        self.item_embedding = self.param("item_embedding", normal, (rows, self.dim))
         self.begin_embedding = self.param("begin_embedding", normal, (1, self.dim))
         self.position_embedding = self.param(
             "position_embedding", normal, (self.max_len - 1, self.dim)
         )
         if not self.tie_embeddings:
-            self.output_embedding = self.param(
-                "output_embedding", normal, (self.num_items, self.dim)
-            )
+            self.output_embedding = self.param("output_embedding", normal, (rows, self.dim))
         self.blocks = [
             Block(
                 self.dim,
@@ -217,22 +266,59 @@ class SASRec(nn.Module):
             train: apply dropout, with the rng "dropout".
         """
         is_begin = (packed.items == self.num_items)[:, None]
-        embedded = self.item_embedding[jnp.minimum(packed.items, self.num_items - 1)]
+        embedded = self._rows(self.item_embedding, jnp.minimum(packed.items, self.num_items - 1))
         x = jnp.where(is_begin, self.begin_embedding, embedded)
-        x = self._drop((x + self.position_embedding[packed.positions]).astype(self._dtype), train)
+        x = (x + self.position_embedding[packed.positions]).astype(self._dtype)
+        x = self._drop(x, train, packed.first)
         visible = visible_keys(packed.slots, block=BLOCK, window=self.max_len - 1)
         for block in self.blocks:
-            x = block(x, visible, train)
+            x = block(x, visible, packed.first, train)
         return self.final_norm(x)
 
     def output_table(self, *, train: bool) -> jax.Array:
         """The embeddings that score the catalogue: f[V, D], with dropout on them in training."""
         table = self.item_embedding if self.tie_embeddings else self.output_embedding
-        return self._drop(table.astype(self._dtype), train)
+        first = devices.index(devices.CATALOGUE, self.shards) * len(table)
+        return self._drop(table.astype(self._dtype), train, first)
 
-    def _drop(self, x: jax.Array, train: bool) -> jax.Array:
-        return dropout(self.make_rng("dropout"), x, self.dropout) if train else x
+    def _rows(self, table: jax.Array, ids: jax.Array) -> jax.Array:
+        # `init` has the whole table.
+        return devices.lookup(table, ids, 1 if self.is_initializing() else self.shards)
+
+    def _drop(self, x: jax.Array, train: bool, first: jax.Array | int) -> jax.Array:
+        if not train:
+            return x
+        rows = first + jnp.arange(len(x))
+        return dropout(self.make_rng("dropout"), x, self.dropout, rows=rows)
 
     def encode_and_table(self, packed: Packed, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """`__call__` and `output_table` under one `apply`, which share its rngs."""
         return self(packed, train=train), self.output_table(train=train)
+
+
+def is_table(path: tuple) -> bool:
+    """Whether a leaf of a state has a row for each item: a table, or its optimiser state."""
+    return getattr(path[-1], "key", None) in _TABLES
+
+
+def param_specs(params: Any) -> Any:
+    """How the mesh splits a run's parameters: the item tables by rows."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: P(devices.CATALOGUE) if is_table(path) else P(), params
+    )
+
+
+def with_rows(params: Any, rows: int) -> Any:
+    """Parameters of the host whose tables have that many rows: the first ones, or zeros behind.
+
+    A table has more rows than items where a mesh splits it into equal parts.
+    """
+
+    def resize(path: tuple, leaf: np.ndarray) -> np.ndarray:
+        if not is_table(path) or leaf.shape[-2] == rows:
+            return leaf
+        pad = [(0, 0)] * leaf.ndim
+        pad[-2] = (0, max(rows - leaf.shape[-2], 0))
+        return np.pad(leaf[..., :rows, :], pad)
+
+    return jax.tree_util.tree_map_with_path(resize, params)

@@ -11,17 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqfair_jax import devices
+
 DEFAULT_MAX_LOGITS = 2**27  # half a GiB of float32
 _MIN_ITEMS = 1024  # of a chunk; the tokens are cut before a chunk gets fewer items
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def softmax_loss(
     hidden: jax.Array,
     table: jax.Array,
     targets: jax.Array,
     precision: Any = None,
     max_logits: int = DEFAULT_MAX_LOGITS,
+    num_items: int | None = None,
+    shards: int = 1,
 ) -> jax.Array:
     """Cross-entropy of each target against the softmax over all items (paper, section 2.1).
 
@@ -38,45 +42,67 @@ def softmax_loss(
     the tokens, where chunks of 1,024 items are still too large). The forward pass keeps only
     log S, and the backward pass computes each chunk again: four matrix products instead of three.
 
+    On a mesh, each device of the catalogue axis has some rows of the table and computes their
+    logits. The devices combine their row maxima and row sums, and their parts of dL/dh.
+
     Args:
-        hidden: f[T, D].
-        table: f[V, D], the output embedding of every item.
+        hidden: f[T, D], the same on all devices of the catalogue axis.
+        table: f[V / shards, D], the output embeddings of the device's items.
         targets: i32[T] in [0, V). Give padding any valid item; mask its loss outside.
         precision: of the matrix products (`jax.lax.Precision`); sums are float32 at least.
-        max_logits: the most entries of [tokens, items] alive at once.
+        max_logits: the most entries of [tokens, items] alive at once on a device.
+        num_items: V, where the last rows of the table belong to no item; None where all do.
+        shards: devices of the catalogue axis.
 
     Returns:
         f32[T], in nats.
     """
-    return _forward(hidden, table, targets, precision, max_logits)[0]
+    return _forward(hidden, table, targets, precision, max_logits, num_items, shards)[0]
 
 
-def _forward(hidden, table, targets, precision, max_logits):
+def _forward(hidden, table, targets, precision, max_logits, num_items, shards):
+    real = _real_items(table, num_items, shards)
     if len(hidden) * len(table) > max_logits:
-        losses, log_sum = _chunked_losses(hidden, table, targets, precision, max_logits)
+        losses, log_sum = _chunked_losses(
+            hidden, table, targets, precision, max_logits, real, shards
+        )
         return losses, (hidden, table, targets, None, log_sum)
     logits = _matmul(hidden, table.T, precision)
-    row_max = logits.max(axis=-1, keepdims=True)
+    if real is not None:
+        logits = jnp.where(jnp.arange(len(table)) < real, logits, -jnp.inf)
+    row_max = devices.largest(logits.max(axis=-1, keepdims=True), devices.CATALOGUE, shards)
     exp = jnp.exp(logits - row_max)
-    row_sum = exp.sum(axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    row_sum = devices.total(exp.sum(axis=-1), devices.CATALOGUE, shards)
+    place, here = devices.own_rows(targets, len(table), devices.CATALOGUE, shards)
+    target_logits = jnp.take_along_axis(logits, place[:, None], axis=-1, mode="clip")[:, 0]
+    target_logits = devices.total(jnp.where(here, target_logits, 0), devices.CATALOGUE, shards)
     losses = jnp.log(row_sum) + row_max[:, 0] - target_logits
     return losses, (hidden, table, targets, exp.astype(hidden.dtype), row_sum)
 
 
-def _backward(precision, max_logits, residuals, cotangent):
+def _real_items(table, num_items, shards):
+    """How many of the device's rows belong to items; None where all rows of all devices do."""
+    if num_items is None or num_items == len(table) * shards:
+        return None
+    return num_items - devices.index(devices.CATALOGUE, shards) * len(table)
+
+
+def _backward(precision, max_logits, num_items, shards, residuals, cotangent):
     hidden, table, targets, exp, row_sum = residuals
     if exp is None:
+        real = _real_items(table, num_items, shards)
         d_hidden, d_table = _chunked_gradients(
-            hidden, table, row_sum, cotangent, precision, max_logits
+            hidden, table, row_sum, cotangent, precision, max_logits, real
         )
     else:
         scale = (cotangent / row_sum)[:, None]
         d_hidden = scale * _matmul(exp, table, precision)
         d_table = _matmul(exp.T, (scale * hidden).astype(exp.dtype), precision)
     weight = cotangent[:, None]
-    d_hidden = d_hidden - weight * table[targets]
-    d_table = d_table.at[targets].add(-weight * hidden)
+    place, here = devices.own_rows(targets, len(table), devices.CATALOGUE, shards)
+    target_rows = jnp.where(here[:, None], table.at[place].get(mode="clip"), 0)
+    d_hidden = devices.total(d_hidden - weight * target_rows, devices.CATALOGUE, shards)
+    d_table = d_table.at[place].add(-weight * hidden, mode="drop")
     return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None
 
 
@@ -122,13 +148,18 @@ def _add_slice(x, start, update):
     return lax.dynamic_update_slice_in_dim(x, _slice(x, start, size) + update, start, 0)
 
 
-def _chunk_logits(hidden, table, start, first_new, size, precision):
-    """Logits of a window of items, f32[t, v]; -inf for items of the window before."""
+def _chunk_logits(hidden, table, start, first_new, size, precision, real):
+    """Logits of a window of items, f32[t, v]; -inf for items of the window before, and for rows
+    that belong to no item."""
     logits = _matmul(hidden, _slice(table, start, size).T, precision)
-    return jnp.where(start + jnp.arange(size) >= first_new, logits, -jnp.inf)
+    item = start + jnp.arange(size)
+    counts = item >= first_new
+    if real is not None:
+        counts &= item < real
+    return jnp.where(counts, logits, -jnp.inf)
 
 
-def _chunked_losses(hidden, table, targets, precision, max_logits):
+def _chunked_losses(hidden, table, targets, precision, max_logits, real, shards):
     num_tokens, num_items = len(hidden), len(table)
     t, v = chunk_sizes(num_tokens, num_items, max_logits)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -138,7 +169,7 @@ def _chunked_losses(hidden, table, targets, precision, max_logits):
 
         def over_items(start, first_new, carry):
             row_max, row_sum = carry
-            logits = _chunk_logits(rows, table, start, first_new, v, precision)
+            logits = _chunk_logits(rows, table, start, first_new, v, precision, real)
             new_max = jnp.maximum(row_max, logits.max(axis=-1))
             row_sum = row_sum * jnp.exp(row_max - new_max)
             return new_max, row_sum + jnp.exp(logits - new_max[:, None]).sum(axis=-1)
@@ -149,13 +180,18 @@ def _chunked_losses(hidden, table, targets, precision, max_logits):
         return lax.dynamic_update_slice_in_dim(log_sum, row_max + jnp.log(row_sum), token_start, 0)
 
     log_sum = _over_chunks(num_tokens, t, over_tokens, jnp.zeros(num_tokens, dtype))
+    if shards > 1:
+        largest = devices.largest(log_sum, devices.CATALOGUE, shards)
+        sums = devices.total(jnp.exp(log_sum - largest), devices.CATALOGUE, shards)
+        log_sum = largest + jnp.log(sums)
+    target_rows = devices.lookup(table, targets, shards)
     target_logits = jnp.einsum(
-        "td,td->t", hidden, table[targets], precision=precision, preferred_element_type=dtype
+        "td,td->t", hidden, target_rows, precision=precision, preferred_element_type=dtype
     )
     return log_sum - target_logits, log_sum
 
 
-def _chunked_gradients(hidden, table, log_sum, cotangent, precision, max_logits):
+def _chunked_gradients(hidden, table, log_sum, cotangent, precision, max_logits, real):
     """The softmax's part of both gradients; the targets' part is the caller's."""
     num_tokens, num_items = len(hidden), len(table)
     t, v = chunk_sizes(num_tokens, num_items, max_logits)
@@ -170,7 +206,7 @@ def _chunked_gradients(hidden, table, log_sum, cotangent, precision, max_logits)
 
         def over_items(start, first_new, carry):
             d_rows, d_table = carry
-            logits = _chunk_logits(rows, table, start, first_new, v, precision)
+            logits = _chunk_logits(rows, table, start, first_new, v, precision, real)
             probability = jnp.exp(logits - sums[:, None]).astype(hidden.dtype)
             d_rows = d_rows + _matmul(probability, _slice(table, start, v), precision)
             d_chunk = _matmul(probability.T, weighted_rows, precision)

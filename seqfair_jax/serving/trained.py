@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from seqfair_jax import workdir
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.packing import BLOCK, Packed
-from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.model.sasrec import SASRec, is_table
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.training import checkpoint, selection
@@ -66,7 +66,7 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
     )
     path = workdir.best_checkpoint(folder, rule)
     try:
-        params, _ = checkpoint.load(path, template)
+        params, _ = checkpoint.load(path, template, resizes=is_table)
     except (FileNotFoundError, checkpoint.CorruptCheckpointError):
         raise UserError(
             f"{path} is damaged or missing. Restore it, or remove finished.json from {folder} and "

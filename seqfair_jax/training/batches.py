@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from seqfair_jax import devices
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.packing import BLOCK
 
@@ -33,17 +35,19 @@ class EpochBatches(NamedTuple):
 class Draw(NamedTuple):
     """The batches of R runs over S steps."""
 
-    user_ids: np.ndarray  # i32[R, S, B]
+    user_ids: np.ndarray  # i32[R, S, B], in the order of `spread`
     targets: np.ndarray  # i64[R, S], real targets of each batch
-    tokens: np.ndarray  # the least packed size of a step: i64[R, S], or i64[S] for all runs
+    # The least packed size of a step, which every device's part of the batch fits: i64[R, S], or
+    # i64[S] for all runs.
+    tokens: np.ndarray
 
 
 class Batches:
     """Draws the batches of an epoch: a pure function of the seeds and the epoch.
 
-    The packed sizes are a function of the log, the batch size and the steps of an epoch (under
-    vmap also of the number of runs), but not of the seeds. So a run in a grid that trains its
-    runs one after another has the sizes, and the bits, that it has alone.
+    The packed sizes are a function of the log, the batch size, the steps of an epoch and the mesh
+    (under vmap also of the number of runs), but not of the seeds. So a run in a grid that trains
+    its runs one after another has the sizes, and the bits, that it has alone.
 
     The last two epochs are kept, so that the next one can be drawn while the device works.
     """
@@ -56,6 +60,7 @@ class Batches:
         batch_size: int,
         steps: int,
         vmap: bool,
+        mesh: Mesh | None = None,
     ):
         """Fit the packed sizes.
 
@@ -65,10 +70,18 @@ class Batches:
             batch_size: B.
             steps: S.
             vmap: the runs share each step's packed size.
+            mesh: the devices; one if None.
         """
         self._seeds = seeds
+        self._vmap = vmap
+        self._mesh = mesh or devices.make_mesh()
         self._draw_runs = functools.partial(
-            draw_batches, lengths=lengths, batch_size=batch_size, steps=steps, vmap=vmap
+            draw_batches,
+            lengths=lengths,
+            batch_size=batch_size,
+            steps=steps,
+            vmap=vmap,
+            shards=self._mesh.shape[devices.DATA],
         )
         self._kept: dict[int, EpochBatches] = {}
         sample_seeds = range(len(seeds) if vmap else _SAMPLED_SEEDS)
@@ -89,8 +102,13 @@ class Batches:
         if tokens.max() > sizes[-1]:
             # Rare, since the sizes come from thousands of batches. Compiles one more program.
             sizes += (-(-int(tokens.max()) // _OVERSIZE) * _OVERSIZE,)
-        size_index = jnp.asarray(choose_sizes(sizes, tokens))
-        return EpochBatches(jnp.asarray(user_ids), size_index, sizes, targets)
+        by_run = P(devices.RUN)
+        return EpochBatches(
+            devices.put(self._mesh, user_ids, by_run),
+            devices.put(self._mesh, choose_sizes(sizes, tokens), P() if self._vmap else by_run),
+            sizes,
+            targets,
+        )
 
 
 def epoch_batches(
@@ -137,8 +155,9 @@ def draw_batches(
     batch_size: int,
     steps: int,
     vmap: bool,
+    shards: int = 1,
 ) -> Draw:
-    """`epoch_batches` of every run, with the tokens that they need.
+    """`epoch_batches` of every run, in the order of `spread`, with the tokens that they need.
 
     Args:
         seeds: of the R runs; runs of one seed see the same batches.
@@ -146,14 +165,45 @@ def draw_batches(
         lengths: i[U], tokens of each user.
         batch_size, steps: as for `epoch_batches`.
         vmap: the runs share each step's packed size.
+        shards: devices that share the users of a batch.
     """
     drawn = {
-        seed: epoch_batches(seed, epoch, num_users=len(lengths), batch_size=batch_size, steps=steps)
+        seed: spread(
+            epoch_batches(seed, epoch, num_users=len(lengths), batch_size=batch_size, steps=steps),
+            lengths,
+        )
         for seed in seeds
     }
     user_ids = np.stack([drawn[seed] for seed in seeds])
-    targets = lengths[user_ids].sum(axis=-1, dtype=np.int64)
-    return Draw(user_ids, targets, targets.max(axis=0) if vmap else targets)
+    sizes = lengths[user_ids]
+    pad = devices.padded(batch_size, shards) - batch_size
+    parts = np.pad(sizes, [(0, 0), (0, 0), (0, pad)]).reshape(*sizes.shape[:2], shards, -1)
+    targets = parts.sum(axis=-1, dtype=np.int64)
+    tokens = targets.max(axis=-1)
+    return Draw(user_ids, targets.sum(axis=-1), tokens.max(axis=0) if vmap else tokens)
+
+
+def spread(user_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Order the users of each batch so that equal parts of it have similar numbers of tokens.
+
+    From the longest user to the shortest, the two halves of the batch get the users in turn, in
+    the order 1 2 2 1 1 2 2 1 ...; so do the halves of each half, and so on. The order is the same
+    on every mesh, so that a mesh does not change a batch.
+
+    Args:
+        user_ids: i32[steps, B].
+        lengths: i[U], tokens of each user.
+    """
+    batch_size = user_ids.shape[-1]
+    longest_first = np.argsort(-lengths[user_ids], axis=-1, kind="stable")
+    rank = np.arange(batch_size)
+    # The bits of the Gray code of a user's rank, the lowest first, say in which half of the
+    # batch, of that half, and so on, the user is.
+    gray, place = rank ^ (rank >> 1), np.zeros(batch_size, np.int64)
+    for bit in range(max(batch_size - 1, 1).bit_length()):
+        place = 2 * place + ((gray >> bit) & 1)
+    order = longest_first[..., np.argsort(place)]
+    return np.take_along_axis(user_ids, order, axis=-1)
 
 
 def choose_sizes(sizes: Sequence[int], tokens: np.ndarray) -> np.ndarray:

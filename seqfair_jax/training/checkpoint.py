@@ -5,6 +5,9 @@ So every file is hashed after the write and checked before a restore, and the sh
 every array are compared with those stored. A checkpoint is written under a temporary name and
 renamed, so a process that is killed while it writes does not harm the previous one. (Nothing is
 synced to the disk: this covers the death of the process, not a loss of power.)
+
+Of several processes of one training, each writes the arrays of its own devices, and the first
+one does the rest. They share the folder. All must call the functions that save and load.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from seqfair_jax import workdir
+from seqfair_jax import devices, workdir
 from seqfair_jax.errors import UserError
 
 _ARRAYS, _PROGRESS, _MANIFEST = "arrays", "progress.json", "manifest.json"
@@ -48,10 +51,18 @@ def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
         UserError: naming the folder, if it cannot be written.
     """
     temporary = path.with_name(_TEMPORARY + path.name)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    first = devices.is_first_process()
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
         with workdir.named_errors(path, "write the checkpoint"):
             temporary.mkdir(parents=True)
+    devices.wait_for_all("a folder for the checkpoint")
+    if not first:
+        _save_arrays(temporary / _ARRAYS, tree)
+        devices.wait_for_all("the checkpoint")
+        return
+    try:
+        with workdir.named_errors(path, "write the checkpoint"):
             _save_arrays(temporary / _ARRAYS, tree)
             (temporary / _PROGRESS).write_text(json.dumps(progress))
             manifest = {"signature": _signature(tree), "files": _hashes(temporary)}
@@ -65,6 +76,7 @@ def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+    devices.wait_for_all("the checkpoint")
 
 
 def _save_arrays(path: Path, tree: Any) -> None:
@@ -91,19 +103,26 @@ def _silent_orbax() -> Iterator[None]:
         absl_logging.set_verbosity(verbosity)
 
 
-def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
+def load(
+    path: Path, template: Any, *, resizes: Callable[[tuple], bool] = lambda path: False
+) -> tuple[Any, dict[str, Any]]:
     """Read back what `save` wrote.
 
     Args:
         path: the checkpoint's folder.
-        template: a pytree of arrays or `jax.ShapeDtypeStruct`, of the structure stored.
+        template: a pytree of arrays or `jax.ShapeDtypeStruct`, of the structure stored. Their
+            shardings say where the arrays go.
+        resizes: whether the leaf at a path may have another number of rows than stored: the
+            first ones are read, or zeros follow them. The rows are the last dimension but one.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CorruptCheckpointError: if a file is missing, changed or added.
         UserError: if the stored structure, shapes or dtypes differ from the template's.
     """
-    _recover(path)
+    if devices.is_first_process():
+        _recover(path)
+    devices.wait_for_all("a checkpoint to be in its place")
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         whole = manifest.pop("digest") == _digest(manifest)
@@ -113,10 +132,9 @@ def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
         whole = False
     if not whole:
         raise CorruptCheckpointError(f"{path / _MANIFEST} is damaged; remove {path}")
-    found = _hashes(path)
-    expected = manifest["files"]
+    hashes, files = _hashes(path), manifest["files"]
     changed = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        name for name in files.keys() | hashes.keys() if files.get(name) != hashes.get(name)
     )
     if changed:
         raise CorruptCheckpointError(
@@ -124,39 +142,61 @@ def load(path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
             "was written; remove the folder, and the same command resumes from the previous one"
         )
     stored, wanted = manifest["signature"], _signature(template)
+    may_resize = {
+        jax.tree_util.keystr(place): resizes(place)
+        for place, _ in jax.tree_util.tree_leaves_with_path(template)
+    }
     for name in sorted(stored.keys() | wanted.keys()):
-        if stored.get(name) != wanted.get(name):
+        found, expected = stored.get(name), wanted.get(name)
+        if may_resize.get(name) and found and expected:
+            found, expected = _without_rows(found), _without_rows(expected)
+        if found != expected:
             raise UserError(
                 f"checkpoint {path}: {name} is {stored.get(name, 'absent')} there, but this "
                 f"version expects {wanted.get(name, 'nothing of that name')}; use another "
                 "--workdir, or the version that wrote it"
             )
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), template)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        template,
+    )
     with ocp.StandardCheckpointer() as checkpointer, warnings.catch_warnings():
-        # Orbax warns about missing shardings; on one device there is only one.
+        # Orbax warns about missing shardings; without any there is one device.
         warnings.filterwarnings("ignore", message=".*[Ss]harding.*")
-        tree = checkpointer.restore((path / _ARRAYS).absolute(), abstract)
+        # Orbax resizes silently if asked to; what may be resized was checked above.
+        tree = checkpointer.restore((path / _ARRAYS).absolute(), abstract, strict=False)
     return tree, json.loads((path / _PROGRESS).read_text())
 
 
 def save_step(directory: Path, step: int, tree: Any, progress: dict[str, Any]):
     """`save` to `directory/step` and remove all but the newest `_KEPT` steps."""
     save(directory / str(step), tree, progress)
+    if not devices.is_first_process():
+        return
     for old in _steps(directory)[_KEPT:]:
         shutil.rmtree(directory / str(old), ignore_errors=True)
 
 
-def load_latest(directory: Path, template: Any) -> tuple[Any, dict[str, Any]] | None:
+def load_latest(
+    directory: Path, template: Any, *, resizes: Callable[[tuple], bool] = lambda path: False
+) -> tuple[Any, dict[str, Any]] | None:
     """The newest step in `directory` that is whole, None where there is no step at all.
+
+    Args:
+        directory: of the steps.
+        template, resizes: as for `load`.
 
     Raises:
         CorruptCheckpointError: if there are steps and none is whole.
         UserError: see `load`.
     """
+    if devices.is_first_process():
+        _steps(directory)  # before others look: it restores what a killed process moved aside
+    devices.wait_for_all("the list of checkpoints")
     steps = _steps(directory)
     for step in steps:
         try:
-            return load(directory / str(step), template)
+            return load(directory / str(step), template, resizes=resizes)
         except (CorruptCheckpointError, FileNotFoundError) as error:
             logging.getLogger(__name__).warning("skipped: %s", error)
     if steps:
@@ -185,7 +225,7 @@ def latest_progress(directory: Path) -> dict[str, Any] | None:
 def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
-    for replaced in directory.glob(f"{_REPLACED}*"):
+    for replaced in directory.glob(f"{_REPLACED}*") if devices.is_first_process() else ():
         _recover(directory / replaced.name.removeprefix(_REPLACED))
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), reverse=True)
 
@@ -208,6 +248,13 @@ def _signature(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
         for path, leaf in leaves
     }
+
+
+def _without_rows(signature: str) -> str:
+    """A leaf's entry of the signature without the last dimension but one."""
+    kind, _, dims = signature.partition("[")
+    *before, _, last = dims.removesuffix("]").split(", ")
+    return f"{kind}[{', '.join([*before, last])}]"
 
 
 def _hashes(directory: Path) -> dict[str, str]:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from seqfair_jax import objectives
+from seqfair_jax import devices, objectives
 from seqfair_jax.config import RunSpec, plan_runs
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import (
@@ -23,12 +24,13 @@ from seqfair_jax.data.groups import (
     unused_families,
 )
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.evaluation.slices import judged_groups
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import check_batch_size
-from seqfair_jax.training.step import Task, TrainData, make_optimizer
+from seqfair_jax.training.step import DATA_SPECS, Task, TrainData, make_optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Experiment:
     data: TrainData
     hparams: objectives.HParams  # those that the objective reads, each f32[R]
     vmap: bool  # train the runs side by side; else one after another within each segment
+    mesh: Mesh  # the devices
 
     @property
     def names(self) -> list[str]:
@@ -60,7 +63,7 @@ class Experiment:
     @property
     def train_lengths(self) -> np.ndarray:
         """Real targets of each user in training, i32[U]: rows, at most L - 1."""
-        return np.asarray(self.data.sequences.lengths)
+        return devices.to_host(self.data.sequences.lengths)
 
     def make_ranker(self, split: str, *, top_k: int) -> Callable[[Any, str], Ranking]:
         """`ranking.make_ranker` of this model, log and these evaluation settings."""
@@ -72,6 +75,7 @@ class Experiment:
             mask_seen=settings.mask_seen,
             batch_size=settings.batch_size,
             top_k=top_k,
+            mesh=self.mesh,
         )
 
 
@@ -83,9 +87,17 @@ def build_experiment(config: ConfigDict) -> Experiment:
 
     Raises:
         UserError: on bad data, a batch larger than the log, an unknown group family, a group
-            method whose family does not place every user in exactly one group, or a family
-            without a group of `select.min_users` validation users.
+            method whose family does not place every user in exactly one group, a family
+            without a group of `select.min_users` validation users, or a mesh that the devices or
+            the runs do not fill.
     """
+    runs = plan_runs(config)
+    mesh = devices.make_mesh(**config.train.mesh)
+    if len(runs) % config.train.mesh.run:
+        raise UserError(
+            f"train.mesh.run is {config.train.mesh.run}, but the grid has {len(runs)} runs: give a "
+            "number that divides them"
+        )
     dataset = load_dataset(config.data)
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
     group_table = read_group_table(config.data.group_file, config.data.columns.user_id)
@@ -128,10 +140,22 @@ def build_experiment(config: ConfigDict) -> Experiment:
         learning_rate=config.train.learning_rate,
         decay_steps=config.train.decay_steps,
         weight_decay=config.train.weight_decay,
-        clip_norm=config.train.clip_norm,
     )
-    model = SASRec(num_items=len(dataset.item_ids), **config.model)
-    runs = plan_runs(config)
+    shape = config.train.mesh
+    model = SASRec(num_items=len(dataset.item_ids), shards=shape.catalogue, **config.model)
+    sequences: Any = (
+        # No step can read another row.
+        devices.pad_rows(training_rows(dataset)[1].astype(np.int32), shape.data),
+        np.cumsum(dataset.train_lengths, dtype=np.int32),
+        np.minimum(dataset.train_lengths, config.model.max_len - 1).astype(np.int32),
+    )
+    item_weights = objective.target_weights(dataset.item_counts).astype(np.float32)
+    data: Any = (
+        Sequences(*sequences),
+        loss_family.membership,
+        devices.pad_rows(item_weights, shape.catalogue),
+    )
+    put = functools.partial(devices.put, mesh)
     axis = config.train.runs_axis
     return Experiment(
         config=config,
@@ -139,16 +163,19 @@ def build_experiment(config: ConfigDict) -> Experiment:
         dataset=dataset,
         families=families,
         loss_family=loss_family,
-        task=Task(model, objective, optimizer, config.train.max_logits),
-        data=TrainData(
-            sequences=Sequences(
-                items=jnp.asarray(training_rows(dataset)[1]),  # no step can read another row
-                ends=jnp.asarray(np.cumsum(dataset.train_lengths), jnp.int32),
-                lengths=jnp.asarray(np.minimum(dataset.train_lengths, config.model.max_len - 1)),
-            ),
-            membership=jnp.asarray(loss_family.membership),
-            target_weights=jnp.asarray(objective.target_weights(dataset.item_counts), jnp.float32),
+        task=Task(
+            model,
+            objective,
+            optimizer,
+            max_logits=config.train.max_logits,
+            clip_norm=config.train.clip_norm,
+            shards=shape.data,
         ),
-        hparams={key: jnp.float32([run.hparams[key] for run in runs]) for key in method.reads},
+        data=jax.tree.map(put, TrainData(*data), DATA_SPECS),
+        hparams={
+            key: put(np.array([run.hparams[key] for run in runs], np.float32), P(devices.RUN))
+            for key in method.reads
+        },
         vmap=axis == "vmap" or (axis == "auto" and jax.default_backend() != "cpu"),
+        mesh=mesh,
     )

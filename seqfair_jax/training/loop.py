@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import workdir
+from seqfair_jax.devices import RUN, of_largest, put, to_host
 from seqfair_jax.errors import DivergedError, Interrupted
 from seqfair_jax.evaluation.slices import Slices, target_means, worst_group
 from seqfair_jax.training import environment
@@ -27,7 +29,7 @@ from seqfair_jax.training.resume import Saver
 from seqfair_jax.training.segments import Segments
 from seqfair_jax.training.selection import RULES, close_epoch
 from seqfair_jax.training.signals import catch_signals
-from seqfair_jax.training.step import TrainState, empty_totals, is_training
+from seqfair_jax.training.step import TrainState, empty_totals, is_training, run_params
 
 Scores = dict[str, Slices]  # metric -> slices
 _log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ def fit(
         batch_size=config.train.batch_size,
         steps=config.train.steps_per_epoch,
         vmap=experiment.vmap,
+        mesh=experiment.mesh,
     )
     segments, validate = Segments(experiment), make_validation(experiment)
     saver = Saver(folder, snapshot, minutes=config.train.checkpoint_minutes)
@@ -76,7 +79,7 @@ def fit(
         stop_requested = stack.enter_context(catch_signals())
 
         def end_if_requested(snapshot: Snapshot) -> None:
-            if number := stop_requested():
+            if number := of_largest(stop_requested()):
                 saver.save(snapshot)
                 raise Interrupted(
                     f"stopped at step {snapshot.progress.step}; the state is saved in {folder}, "
@@ -140,13 +143,14 @@ def _train_epoch(
     start = snapshot.progress.step - epoch * num_steps
     while start < num_steps:
         # Copies, since the segment donates the states' buffers.
-        before, known = np.array(snapshot.states.step), np.array(snapshot.states.failed_step)
+        before = np.copy(to_host(snapshot.states.step))
+        known = np.copy(to_host(snapshot.states.failed_step))
         states, stop, seconds = segments(
             snapshot.states, drawn, start, meanwhile=functools.partial(batches, epoch + 1)
         )
         progress = snapshot.progress
         # A run that fails, or has stopped, does fewer steps than the segment has.
-        done = np.asarray(states.step) - before
+        done = to_host(states.step) - before
         targets = [int(drawn.targets[r, start : start + n].sum()) for r, n in enumerate(done)]
         progress = dataclasses.replace(
             progress,
@@ -169,20 +173,21 @@ def _validate(
 ) -> tuple[Snapshot, list[Scores | None]]:
     """Score every run that still trains; one whose scores are not finite has failed."""
     states = snapshot.states
-    known = np.asarray(states.failed_step)
-    failed_step = known.copy()
+    known, step = to_host((states.failed_step, states.step))
+    failed_step = np.copy(known)
     scores: list[Scores | None] = []
-    for r, training in enumerate(np.asarray(is_training(states))):
+    for r, training in enumerate(to_host(is_training(states))):
         scores.append(None)
         if training:
-            params = jax.tree.map(lambda leaf, r=r: leaf[r], states.params)
+            params = run_params(experiment.mesh, states.params, r)
             try:
                 scores[r] = validate(params, experiment.runs[r].name)
             except DivergedError:
-                failed_step[r] = states.step[r]
+                failed_step[r] = step[r]
     if (failed_step == known).all():
         return snapshot, scores
-    snapshot = snapshot._replace(states=states._replace(failed_step=jnp.asarray(failed_step)))
+    failed = put(experiment.mesh, failed_step, P(RUN))
+    snapshot = snapshot._replace(states=states._replace(failed_step=failed))
     _report_failures(experiment, snapshot, known)
     return snapshot, scores
 
@@ -217,16 +222,18 @@ def _close_epoch(
                 config.train.early_stop_epochs,
             )
     best = {
-        name: _keep_better(best[name], states.params, jnp.asarray(improved[name]))
+        name: _keep_better(best[name], states.params, improved[name])
         if improved[name].any()
         else best[name]
         for name in RULES
     }
-    num_groups = experiment.num_groups
-    totals = jax.vmap(lambda _: empty_totals(experiment.task, num_groups))(states.step)
-    is_stopped = jnp.asarray([at is not None for at in stopped])
+    no_totals = empty_totals(experiment.task, experiment.num_groups)
+    totals = jax.tree.map(
+        lambda x: put(experiment.mesh, np.stack([x] * len(scores)), P(RUN)), no_totals
+    )
+    is_stopped = np.array([at is not None for at in stopped])
     return Snapshot(
-        states._replace(totals=totals, stopped=is_stopped),
+        states._replace(totals=totals, stopped=put(experiment.mesh, is_stopped, P(RUN))),
         best,
         dataclasses.replace(progress, epoch=epoch, best=records, stopped=stopped),
     )
@@ -243,7 +250,7 @@ _keep_better = jax.jit(_keep_better_fn, donate_argnums=0)
 
 
 def _any_training(states: TrainState) -> bool:
-    return bool(is_training(states).any())
+    return bool(to_host(is_training(states)).any())
 
 
 def _report_failures(experiment: Experiment, snapshot: Snapshot, known: np.ndarray) -> None:
@@ -252,7 +259,7 @@ def _report_failures(experiment: Experiment, snapshot: Snapshot, known: np.ndarr
     Raises:
         DivergedError: if every run has failed, and none has a best epoch to test.
     """
-    failed = np.asarray(snapshot.states.failed_step)
+    failed = to_host(snapshot.states.failed_step)
     names = experiment.names
     for name, step, before in zip(names, failed, known, strict=True):
         if step >= 0 and before < 0:
@@ -272,10 +279,11 @@ def _report_failures(experiment: Experiment, snapshot: Snapshot, known: np.ndarr
 
 def _epoch_row(experiment: Experiment, states: TrainState, r: int, score: Scores) -> dict[str, Any]:
     """The figures of run r's line of `metrics.jsonl`."""
-    totals, latest = jax.device_get(jax.tree.map(lambda x: x[r], (states.totals, states.latest)))
+    of_runs = to_host((states.totals, states.latest, states.step))
+    totals, latest, step = jax.tree.map(lambda x: x[r], of_runs)
     steps = int(totals.steps)
     row: dict[str, Any] = {
-        "step": int(states.step[r]),
+        "step": int(step),
         "train/loss": float(totals.loss) / steps,
         "train/grad_norm": float(totals.grad_norm) / steps,
     }

@@ -48,7 +48,9 @@ class MetricsLog:
                 kept.append(line)
         workdir.write_text(self._path, "".join(kept))
         with workdir.named_errors(folder, "write TensorBoard events to"):
-            self._writer = SummaryWriter(str(folder), purge_step=last_epoch + 1)
+            self._writer = SummaryWriter(
+                str(folder), purge_step=last_epoch + 1, write_to_disk=workdir.is_writer()
+            )
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
         """Append a row; its `epoch` is the events' step. Values that are not finite are null."""
@@ -64,7 +66,8 @@ class MetricsLog:
             for key, value in row.items()
             if "/" in key and value is not None
         ]
-        self._writer.file_writer.add_summary(Summary(value=values), row["epoch"])
+        if workdir.is_writer():
+            self._writer.file_writer.add_summary(Summary(value=values), row["epoch"])
 
     def close(self) -> None:
         """Write what is still buffered."""

@@ -1,12 +1,14 @@
 """What a run has done so far, and the bar that shows it."""
 
 import dataclasses
+import io
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from seqfair_jax.devices import is_first_process, to_host
 from seqfair_jax.training.selection import RULES, Best
 from seqfair_jax.training.step import TrainState, is_training
 
@@ -51,6 +53,7 @@ class ProgressBar:
             desc=config.objective.name + (f" x {num_runs} runs" if num_runs > 1 else ""),
             postfix="compiling",  # until the first steps are done
             dynamic_ncols=True,
+            file=None if is_first_process() else io.StringIO(),  # one bar for all processes
         )
         self._seconds = snapshot.progress.seconds
 
@@ -91,5 +94,5 @@ class ProgressBar:
 
 def _mean_loss(states: TrainState) -> float:
     """The mean over this epoch's steps and the runs that still train."""
-    totals = states.totals
-    return float(jnp.mean(totals.loss / jnp.maximum(totals.steps, 1), where=is_training(states)))
+    totals, training = to_host((states.totals, is_training(states)))
+    return float(np.mean(totals.loss / np.maximum(totals.steps, 1), where=training))

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqfair_jax import workdir
+from seqfair_jax import devices, workdir
 from seqfair_jax.errors import UserError
+from seqfair_jax.model.sasrec import is_table, with_rows
 from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.progress import Progress, Snapshot
@@ -35,6 +36,7 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
             config asks for; if none is whole; if a finished run has none; or if `source` has
             other ids.
     """
+    mesh = experiment.mesh
     stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
     if stored is not None:
         _check(stored, experiment, folder)  # before the arrays' shapes, whose error is less clear
@@ -42,16 +44,21 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
         experiment.task,
         seeds=[run.seed for run in experiment.runs],
         num_groups=experiment.num_groups,
+        mesh=mesh,
     )
     init_from = None
     if source is not None and stored is None:
-        params, init_from = warm_start(source, experiment.dataset, states.params)
+        num_items = len(experiment.dataset.item_ids)
+        random = with_rows(devices.to_host(states.params), num_items)
+        params, init_from = warm_start(source, experiment.dataset, random)
         warn_of_trained_targets(init_from, experiment.dataset)
-        states = with_params(experiment.task, states, params)
+        rows = devices.padded(num_items, mesh.shape[devices.CATALOGUE])
+        params = with_rows(devices.to_host(params), rows)
+        states = with_params(experiment.task, states, params, mesh)
     # Copies, since a segment donates the states' buffers.
     best = {name: jax.tree.map(jnp.copy, states.params) for name in RULES}
     found = checkpoint.load_latest(
-        folder / workdir.LATEST_CHECKPOINT, {"states": states, "best": best}
+        folder / workdir.LATEST_CHECKPOINT, {"states": states, "best": best}, resizes=is_table
     )
     if found is None:
         if workdir.is_finished(folder):
@@ -100,7 +107,7 @@ class Saver:
 
     def save_if_due(self, snapshot: Snapshot) -> None:
         """Save it if the last save was long enough ago."""
-        if time.monotonic() - self._at > 60 * self._minutes:
+        if devices.of_first(time.monotonic() - self._at) > 60 * self._minutes:
             self.save(snapshot)
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from seqfair_jax import devices
 from seqfair_jax.training.batches import EpochBatches
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.step import TrainState, make_segment
@@ -45,11 +46,13 @@ class Segments:
         compiles = batches.sizes not in self._programs
         if compiles:
             self._programs[batches.sizes] = make_segment(
-                experiment.task, batches.sizes, vmap=experiment.vmap
+                experiment.task, batches.sizes, vmap=experiment.vmap, mesh=experiment.mesh
             )
         length = 1
         if not compiles and self._seconds_per_step is not None:
-            length = int(experiment.config.train.segment_seconds / self._seconds_per_step)
+            # Every process must run the same steps.
+            seconds = devices.of_first(self._seconds_per_step)
+            length = int(experiment.config.train.segment_seconds / seconds)
         stop = min(start + max(length, 1), batches.user_ids.shape[1])
         began = time.monotonic()
         states = self._programs[batches.sizes](
@@ -58,8 +61,8 @@ class Segments:
             experiment.data,
             batches.user_ids,
             batches.size_index,
-            jnp.int32(start),
-            jnp.int32(stop),
+            np.int32(start),
+            np.int32(stop),
         )
         meanwhile()
         jax.block_until_ready(states)

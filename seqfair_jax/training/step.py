@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from seqfair_jax.model.packing import BLOCK, Sequences, pack, user_means
-from seqfair_jax.model.sasrec import PRECISIONS, SASRec
+from seqfair_jax import devices
+from seqfair_jax.devices import CATALOGUE, DATA, RUN
+from seqfair_jax.model.packing import BLOCK, Sequences, pack, pack_batch, user_means
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, param_specs
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 from seqfair_jax.objectives import HParams, Objective
 
@@ -53,13 +58,23 @@ class TrainData(NamedTuple):
     target_weights: jax.Array  # f32[V]
 
 
+# How the mesh splits it: the rows of the log over the data axis, those of the catalogue as the
+# item tables.
+_BY_ROW: Any = P(DATA)
+_BY_ITEM: Any = P(CATALOGUE)
+_WHOLE: Any = P()
+DATA_SPECS = TrainData(Sequences(_BY_ROW, _WHOLE, _WHOLE), _WHOLE, _BY_ITEM)
+
+
 class Task(NamedTuple):
     """The static parts of a step."""
 
-    model: SASRec
+    model: SASRec  # its `shards` are the devices of the mesh's catalogue axis
     objective: Objective
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation  # elementwise, so that it may see a part of a table
     max_logits: int = DEFAULT_MAX_LOGITS  # see `softmax_loss`
+    clip_norm: float = 0.0  # the largest norm of the gradient; 0 for any
+    shards: int = 1  # devices of the mesh's data axis
 
 
 def make_optimizer(
@@ -67,17 +82,15 @@ def make_optimizer(
     learning_rate: float,
     decay_steps: int = 0,
     weight_decay: float = 0.0,
-    clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam; decoupled weight decay and clipping by the global norm where they are above 0.
+    """Adam, with decoupled weight decay where it is above 0.
 
     With `decay_steps` n > 0 the rate at step t is learning_rate (1 + cos(pi min(t / n, 1))) / 2.
     """
     rate: float | optax.Schedule = learning_rate
     if decay_steps:
         rate = optax.cosine_decay_schedule(learning_rate, decay_steps)
-    adam = optax.adamw(rate, weight_decay=weight_decay) if weight_decay else optax.adam(rate)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
+    return optax.adamw(rate, weight_decay=weight_decay) if weight_decay else optax.adam(rate)
 
 
 def create_train_state(task: Task, *, seed: int | jax.Array, num_groups: int) -> TrainState:
@@ -111,19 +124,71 @@ def is_training(state: TrainState) -> jax.Array:
     return (state.failed_step < 0) & ~state.stopped
 
 
-def initial_states(task: Task, *, seeds: Sequence[int], num_groups: int) -> TrainState:
-    """`create_train_state` of every seed, stacked: each leaf [R, ...]."""
+def state_specs(states: Any) -> Any:
+    """How the mesh splits states or parameters [R, ...]: by runs, and the item tables by rows."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: P(RUN, CATALOGUE) if is_table(path) else P(RUN), states
+    )
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """The shardings of a tree of partition specs."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def initial_states(
+    task: Task, *, seeds: Sequence[int], num_groups: int, mesh: Mesh | None = None
+) -> TrainState:
+    """`create_train_state` of every seed, stacked: each leaf [R, ...], on the mesh."""
+    mesh = mesh or devices.make_mesh()
 
     def create(seed: jax.Array) -> TrainState:
         return create_train_state(task, seed=seed, num_groups=num_groups)
 
     # Compiling the initialisation as one program saves half a second of the first step.
-    return jax.jit(functools.partial(lax.map, create))(jnp.asarray(seeds, jnp.uint32))
+    create_all = jax.vmap(create)
+    array = np.asarray(seeds, np.uint32)
+    specs = state_specs(jax.eval_shape(create_all, array))
+    return jax.jit(create_all, out_shardings=shardings(mesh, specs))(array)
 
 
-def with_params(task: Task, states: TrainState, params: Any) -> TrainState:
-    """States before the first step with other parameters [R, ...], and a new optimiser."""
-    return states._replace(params=params, opt_state=jax.vmap(task.optimizer.init)(params))
+def with_params(
+    task: Task, states: TrainState, params: Any, mesh: Mesh | None = None
+) -> TrainState:
+    """States before the first step with other parameters [R, ...], and a new optimiser.
+
+    Args:
+        task: the optimiser.
+        states: on the mesh.
+        params: of the host.
+        mesh: the devices.
+    """
+    mesh = mesh or devices.make_mesh()
+    params = jax.tree.map(functools.partial(devices.put, mesh), params, state_specs(params))
+    init = jax.vmap(task.optimizer.init)
+    specs = state_specs(jax.eval_shape(init, params))
+    opt_state = jax.jit(init, out_shardings=shardings(mesh, specs))(params)
+    return states._replace(params=params, opt_state=opt_state)
+
+
+def run_params(mesh: Mesh, params: Any, run: int) -> Any:
+    """The parameters of one run of [R, ...], on all devices of the run axis."""
+    specs = state_specs(params)
+    specs_of_one = param_specs(params)
+    shards = mesh.shape[RUN]
+
+    def pick(params: Any, run: jax.Array) -> Any:
+        def of_leaf(leaf: jax.Array) -> jax.Array:
+            place, here = devices.own_rows(run, len(leaf), RUN, shards)
+            found = leaf.at[place].get(mode="clip")
+            return devices.total(jnp.where(here, found, 0), RUN, shards)
+
+        return jax.tree.map(of_leaf, params)
+
+    picked = jax.shard_map(
+        pick, mesh=mesh, in_specs=(specs, P()), out_specs=specs_of_one, check_vma=False
+    )
+    return jax.jit(picked)(params, np.int32(run))
 
 
 def empty_totals(task: Task, num_groups: int) -> Totals:
@@ -156,12 +221,19 @@ def user_losses(
         task: the model.
         params: its parameters.
         data: the training rows.
-        user_ids: i32[B].
-        num_tokens: T, at least the users' tokens together.
+        user_ids: i32[B]. On a mesh, a device has the losses of its own B / shards users, in order.
+        num_tokens: T, at least the tokens of a device's users together.
         key: dropout's key; None turns dropout off.
     """
-    packed = pack(data.sequences, user_ids, num_tokens=num_tokens, num_items=task.model.num_items)
-    hidden, table = task.model.apply(
+    model = task.model
+    packed = pack_batch(
+        data.sequences,
+        user_ids,
+        num_tokens=num_tokens,
+        num_items=model.num_items,
+        shards=task.shards,
+    )
+    hidden, table = model.apply(
         params,
         packed,
         train=key is not None,
@@ -169,9 +241,16 @@ def user_losses(
         rngs=None if key is None else {"dropout": key},
     )
     losses = softmax_loss(
-        hidden, table, packed.targets, PRECISIONS[task.model.dtype][1], task.max_logits
+        hidden,
+        table,
+        packed.targets,
+        PRECISIONS[model.dtype][1],
+        task.max_logits,
+        model.num_items,
+        model.shards,
     )
-    return user_means(losses * data.target_weights[packed.targets], packed)
+    weights = devices.lookup(data.target_weights, packed.targets, model.shards)
+    return user_means(losses * weights, packed)
 
 
 def train_step(
@@ -201,25 +280,36 @@ def train_step(
     membership = data.membership[user_ids]
 
     def loss_and_grads(num_tokens: int, params):
-        def loss_fn(params):
+        def losses_of(params):
             dropout_key = key if task.model.dropout else None
-            losses = user_losses(task, params, data, user_ids, num_tokens, dropout_key)
+            return user_losses(task, params, data, user_ids, num_tokens, dropout_key)
+
+        def loss_of(losses):
             loss, objective_state, aux = task.objective.apply(
                 losses, membership, state.objective_state, hparams
             )
             return loss, (objective_state, aux)
 
-        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+        # In two parts, since the objective sees the losses of all devices.
+        own, pull_back = jax.vjp(losses_of, params)
+        losses = devices.gather(own, DATA, task.shards)[: len(user_ids)]
+        (loss, found), weights = jax.value_and_grad(loss_of, has_aux=True)(losses)
+        (grads,) = pull_back(_own_part(weights, len(own), task.shards))
+        return (loss, found), devices.total(grads, DATA, task.shards)
 
     branches = [lambda params, size=size: loss_and_grads(size, params) for size in sizes]
     (loss, (objective_state, aux)), grads = lax.switch(size_index, branches, state.params)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = _norm(grads, task.model.shards)
+    if task.clip_norm:  # as `optax.clip_by_global_norm`, which would see a part of the tables
+        scale = jnp.where(grad_norm < task.clip_norm, 1.0, task.clip_norm / grad_norm)
+        grads = jax.tree.map(lambda grad: grad * scale, grads)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # A finite gradient can still lead to a parameter that overflows.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     for leaf in jax.tree.leaves(params):
         finite &= jnp.isfinite(leaf).all()
+    finite = devices.everywhere(finite, CATALOGUE, task.model.shards)
     training = is_training(state)
     totals = Totals(
         steps=state.totals.steps + 1,
@@ -247,8 +337,28 @@ def train_step(
     return state, {"loss": loss, "grad_norm": grad_norm, **aux}
 
 
-def make_segment(task: Task, sizes: Sequence[int], *, vmap: bool) -> jax.stages.Wrapped:
-    """The jitted loop over steps and runs.
+def _own_part(weights: jax.Array, part: int, shards: int) -> jax.Array:
+    """The weights of the device's `part` users; 0 behind the end of the batch."""
+    if shards == 1:
+        return weights
+    weights = jnp.pad(weights, (0, part * shards - len(weights)))
+    return lax.dynamic_slice_in_dim(weights, devices.index(DATA, shards) * part, part)
+
+
+def _norm(grads: Any, shards: int) -> jax.Array:
+    """The global norm of a gradient whose tables are split over the catalogue axis."""
+    if shards == 1:
+        return optax.tree.norm(grads)
+    squares = [jnp.float32(0), jnp.float32(0)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        squares[is_table(path)] += jnp.sum(leaf**2)
+    return jnp.sqrt(squares[0] + devices.total(squares[1], CATALOGUE, shards))
+
+
+def make_segment(
+    task: Task, sizes: Sequence[int], *, vmap: bool, mesh: Mesh | None = None
+) -> jax.stages.Wrapped:
+    """The jitted loop over steps and runs, on the mesh of devices.
 
     Returns:
         segment(states [R, ...], hparams [R], data, user_ids i32[R, S, B], size_index, start, stop)
@@ -278,4 +388,16 @@ def make_segment(task: Task, sizes: Sequence[int], *, vmap: bool) -> jax.stages.
 
         return lax.map(run, (states, hparams, user_ids, size_index))
 
-    return jax.jit(side_by_side if vmap else in_turn, donate_argnums=0)
+    def on_mesh(states, hparams, data, user_ids, size_index, start, stop):
+        specs = state_specs(states)
+        each = P() if vmap else P(RUN)
+        run = jax.shard_map(
+            side_by_side if vmap else in_turn,
+            mesh=mesh or devices.make_mesh(),
+            in_specs=(specs, P(RUN), DATA_SPECS, P(RUN), each, P(), P()),
+            out_specs=specs,
+            check_vma=False,  # the functions of `seqfair_jax.devices` say what is summed
+        )
+        return run(states, hparams, data, user_ids, size_index, start, stop)
+
+    return jax.jit(on_mesh, donate_argnums=0)

@@ -1,0 +1,242 @@
+"""The mesh of devices, and what crosses between them.
+
+The axes of the mesh, from the outermost:
+
+- `run`: the runs of a grid, each on its own devices;
+- `data`: the users of a batch, and the rows of the log;
+- `catalogue`: the rows of the item tables, their optimiser state, and the logits.
+
+A step runs as one program on every device (`jax.shard_map`). The functions below with a `shards`
+argument are called inside it. They cost nothing where an axis has one device.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from seqfair_jax.errors import UserError
+
+RUN, DATA, CATALOGUE = AXES = ("run", "data", "catalogue")
+USERS = (RUN, DATA)  # in evaluation, one run's users are on all of these
+
+
+def make_mesh(*, run: int = 1, data: int = 1, catalogue: int = 1) -> Mesh:
+    """The mesh of the first `run * data * catalogue` devices.
+
+    Raises:
+        UserError: if there are fewer devices, or if one of several processes has none in the mesh.
+    """
+    devices = jax.devices()
+    wanted = run * data * catalogue
+    shape = f"train.mesh.run={run}, data={data}, catalogue={catalogue}"
+    if wanted > len(devices):
+        raise UserError(
+            f"{shape} needs {wanted} devices, but there are {len(devices)} "
+            f"({devices[0].platform}): give axes whose product is at most {len(devices)}. For a "
+            "trial on a CPU, set the environment variable "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
+        )
+    if jax.process_count() > 1 and wanted != len(devices):
+        raise UserError(
+            f"{shape} uses {wanted} of the {len(devices)} devices of {jax.process_count()} "
+            f"processes, but several processes must use all: give axes whose product is "
+            f"{len(devices)}"
+        )
+    sizes = (run, data, catalogue)
+    return jax.make_mesh(sizes, AXES, devices=devices[:wanted], axis_types=(AxisType.Auto,) * 3)
+
+
+def size(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
+    """How many parts an array has that is split over these axes."""
+    names = (axes,) if isinstance(axes, str) else axes
+    return int(np.prod([mesh.shape[axis] for axis in names]))
+
+
+def put(mesh: Mesh, array: Any, spec: P) -> jax.Array:
+    """An array of the host on the devices, split by `spec`; a process reads its own part only.
+
+    Args:
+        mesh: the devices.
+        array: the same on every process.
+        spec: the mesh axis of each dimension.
+    """
+    array = np.asarray(array)
+    sharding = NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of a tree as numpy arrays; every process must call it, and each gets all."""
+
+    def fetch(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)
+
+
+# Several processes, each with some of the devices: `jax.distributed`.
+
+
+@contextlib.contextmanager
+def several_processes() -> Iterator[None]:
+    """Join the processes of one training, before JAX looks for devices.
+
+    The processes are told of each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or else by what started them: JAX knows Slurm, Open MPI and others. Only the
+    first process prints and logs, but for errors.
+
+    Raises:
+        UserError: if nothing says which process this is, or the others cannot be reached.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    try:
+        if any(given):
+            address, count, number = given
+            jax.distributed.initialize(address, int(count or ""), int(number or ""))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        found = ", ".join(f"{name}={value or ''}" for name, value in zip(names, given, strict=True))
+        raise UserError(
+            f"--distributed: cannot join the other processes ({str(error).splitlines()[0]}). Start "
+            "the processes by srun or mpirun, or give each one JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+            f"JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0); here: {found}"
+        ) from None
+    if jax.process_index() == 0:
+        yield
+    else:
+        logging.getLogger("seqfair_jax").setLevel(logging.ERROR)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    # Not after an error: it waits for processes that may be lost.
+    jax.distributed.shutdown()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one, or the one that decides and writes for all."""
+    return jax.process_index() == 0
+
+
+def of_first(value: float) -> float:
+    """The first process's value, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return multihost_utils.broadcast_one_to_all(np.float64(value)).item()
+
+
+def of_largest(value: int) -> int:
+    """The largest of the processes' values, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until every process has called this."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+# Arrays.
+
+
+def padded(count: int, shards: int) -> int:
+    """The smallest multiple of `shards` that is at least `count`."""
+    return -(-count // shards) * shards
+
+
+def pad_rows(array: Any, shards: int) -> np.ndarray:
+    """Zeros behind the rows of an array, so that it can be split into `shards` equal parts."""
+    array = np.asarray(array)
+    extra = padded(len(array), shards) - len(array)
+    return np.pad(array, [(0, extra)] + [(0, 0)] * (array.ndim - 1)) if extra else array
+
+
+# Inside the program of a device.
+
+
+def index(axis: str, shards: int) -> jax.Array | int:
+    """The device's place on an axis of `shards` devices."""
+    return lax.axis_index(axis) if shards > 1 else 0
+
+
+def total(tree: Any, axis: str | tuple[str, ...], shards: int) -> Any:
+    """The sum of a tree's arrays over the devices of an axis."""
+    return lax.psum(tree, axis) if shards > 1 else tree
+
+
+def largest(x: jax.Array, axis: str, shards: int) -> jax.Array:
+    """The elementwise maximum over the devices of an axis."""
+    return lax.pmax(x, axis) if shards > 1 else x
+
+
+def everywhere(x: jax.Array, axis: str | tuple[str, ...], shards: int) -> jax.Array:
+    """Whether a bool is true on all devices of an axis."""
+    return lax.pmin(x.astype(jnp.int32), axis) > 0 if shards > 1 else x
+
+
+def gather(x: jax.Array, axis: str | tuple[str, ...], shards: int, *, dim: int = 0) -> jax.Array:
+    """The arrays of all devices of an axis, one after another along a dimension."""
+    return lax.all_gather(x, axis, axis=dim, tiled=True) if shards > 1 else x
+
+
+def own_rows(ids: jax.Array, rows: int, axis: str, shards: int) -> tuple[jax.Array, jax.Array]:
+    """Where ids of a table are in this device's `rows` rows: places, and whether they are there.
+
+    A place outside of the device's rows is `rows`, which a scatter with mode "drop" ignores.
+    """
+    if shards == 1:
+        return ids, jnp.ones(ids.shape, bool)
+    place = ids - index(axis, shards) * rows
+    here = (place >= 0) & (place < rows)
+    return jnp.where(here, place, rows), here
+
+
+def lookup(table: jax.Array, ids: jax.Array, shards: int = 1) -> jax.Array:
+    """The rows `table[ids]` of a table whose rows are split over the catalogue axis.
+
+    Each device reads the ids that it has, and the devices sum. A row's gradient stays on the
+    device that has the row.
+
+    Args:
+        table: [V / shards, ...] on this device.
+        ids: i32[...] in [0, V), the same on all devices of the axis.
+        shards: devices of the axis.
+    """
+    return table[ids] if shards == 1 else _lookup(table, ids, shards)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table, ids, shards):
+    place, here = own_rows(ids, len(table), CATALOGUE, shards)
+    found = table.at[place].get(mode="clip")
+    found = jnp.where(here.reshape(here.shape + (1,) * (table.ndim - 1)), found, 0)
+    return lax.psum(found, CATALOGUE)
+
+
+def _lookup_forward(table, ids, shards):
+    return _lookup(table, ids, shards), (table, ids)
+
+
+def _lookup_backward(shards, residuals, cotangent):
+    table, ids = residuals
+    place, _ = own_rows(ids, len(table), CATALOGUE, shards)
+    # No sum over the devices: each has the whole cotangent.
+    return jnp.zeros_like(table).at[place].add(cotangent.astype(table.dtype), mode="drop"), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
