@@ -26,8 +26,9 @@ fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch
 status=0
 # Every process sees all GPUs of its machine: JAX takes the one with the process's local number.
-# If a process ends with an error, the others wait for it, so all of them are ended.
-srun --gpu-bind=none --kill-on-bad-exit=1 "$@" --distributed || status=$?
+# If a process is lost, JAX ends the others. Slurm must not: when all have saved their state, the
+# first to end would stop those that still write.
+srun --gpu-bind=none --kill-on-bad-exit=0 "$@" --distributed || status=$?
 # The signal before the time limit gives status 130. After `scancel` it is 143.
 if ((status == 130)); then
   scontrol requeue "$SLURM_JOB_ID"

@@ -72,9 +72,11 @@ def write_stubs(folder):
             path.chmod(0o755)
     (folder / ".venv/bin/activate").touch()
     (folder / "bash").symlink_to(shutil.which("bash"))
-    launch = folder / "launch/local.sh"
-    launch.write_text('#!/bin/sh\nshift\nexec "$@"\n')
-    launch.chmod(0o755)
+    # They start the command after their own arguments.
+    launchers = {"launch/local.sh": "shift", "sbatch": 'while [ "$1" != seqfair ]; do shift; done'}
+    for name, skip in launchers.items():
+        (folder / name).write_text(f'#!/bin/sh\n{skip}\nexec "$@"\n')
+        (folder / name).chmod(0o755)
     return folder
 
 

@@ -56,6 +56,8 @@ def check_command(words):
             raise DocsError(f"{module} is no command")
         case ["python" | "python3", "-m", module, *rest] if module.startswith("benchmarks."):
             check_benchmark(module, rest)
+        case ["python" | "python3", "launch/ray_sweep.py", *rest]:
+            check_ray_sweep(rest)
         case ["make", target] if not re.search(rf"^{target}:", _read("Makefile"), re.MULTILINE):
             raise DocsError(f"make {target}: no such target")
 
@@ -96,6 +98,16 @@ def check_config(config):
         resolve(search_plan.split_search(config).base)
     else:
         resolve(config)
+
+
+def check_ray_sweep(words):
+    """Check the launcher's own flags, and the command after them."""
+    place = words.index("seqfair")
+    source = _read("launch/ray_sweep.py")
+    for word in words[:place]:
+        if f'"{word.partition("=")[0]}"' not in source:
+            raise DocsError(f"launch/ray_sweep.py has no flag {word}")
+    check_call(words[place + 1 :])
 
 
 def check_benchmark(module, arguments):
@@ -243,6 +255,10 @@ def test_every_setting_is_explained():
          "--config.search.space.model.width=64", "width"),
         ("launch/local.sh 2 seqfair reproduce --config=configs/paper_rr.py --workdir=DIR "
          "--config.sweep.runs_per_call=1", "runs_per_call"),
+        ("python launch/ray_sweep.py --gpu=1 seqfair reproduce --config=paper_rr --workdir=DIR",
+         "no flag --gpu=1"),
+        ("python launch/ray_sweep.py --gpus=1 seqfair reproduce --config=paper_rr", "missing"),
+        ("sbatch launch/slurm_sweep.sh seqfair serach --config=paper_rr --workdir=DIR", "serach"),
         ("seqfair report --family=pop33", "names no folder"),
         ("seqfair report DIR --famly=pop33", "famly"),
         ("seqfair table1 --ml20m=DIR", "ml20m"),

@@ -33,7 +33,8 @@ _DEFAULTS = {
     "train.weight_decay": "0,0.001,0.01,0.1",
 }
 _PARTS = ("model", "objective", "train")  # of the settings that a search may vary
-_FIXED = ("train.segment_seconds", "train.checkpoint_minutes", "train.runs_axis")
+# Settings whose keys begin with these do not change what is trained.
+_FIXED = ("train.segment_seconds", "train.checkpoint_minutes", "train.runs_axis", "train.mesh.")
 
 
 class Choices(NamedTuple):
@@ -89,7 +90,7 @@ def searchable() -> dict[str, Setting]:
         setting.key: setting
         for setting in settings()
         if setting.key.partition(".")[0] in _PARTS
-        and setting.key not in _FIXED
+        and not setting.key.startswith(_FIXED)
         and (setting.key in numbers or setting.type in (int, float, bool) or setting.choices)
         and setting.key not in ("objective.name", "train.decay_steps")
     }
