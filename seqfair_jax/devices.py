@@ -39,7 +39,7 @@ def make_mesh(*, run: int = 1, data: int = 1, catalogue: int = 1) -> Mesh:
     """
     devices = jax.devices()
     wanted = run * data * catalogue
-    shape = f"train.mesh.run={run}, data={data}, catalogue={catalogue}"
+    shape = f"a mesh of run={run}, data={data}, catalogue={catalogue}"
     if wanted > len(devices):
         raise UserError(
             f"{shape} needs {wanted} devices, but there are {len(devices)} "
@@ -169,7 +169,7 @@ def pad_rows(array: Any, shards: int) -> np.ndarray:
 # Inside the program of a device.
 
 
-def index(axis: str, shards: int) -> jax.Array | int:
+def index(axis: str | tuple[str, ...], shards: int) -> jax.Array | int:
     """The device's place on an axis of `shards` devices."""
     return lax.axis_index(axis) if shards > 1 else 0
 
@@ -194,7 +194,9 @@ def gather(x: jax.Array, axis: str | tuple[str, ...], shards: int, *, dim: int =
     return lax.all_gather(x, axis, axis=dim, tiled=True) if shards > 1 else x
 
 
-def own_rows(ids: jax.Array, rows: int, axis: str, shards: int) -> tuple[jax.Array, jax.Array]:
+def own_rows(
+    ids: jax.Array, rows: int, axis: str | tuple[str, ...], shards: int
+) -> tuple[jax.Array, jax.Array]:
     """Where ids of a table are in this device's `rows` rows: places, and whether they are there.
 
     A place outside of the device's rows is `rows`, which a scatter with mode "drop" ignores.

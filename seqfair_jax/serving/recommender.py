@@ -11,17 +11,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from seqfair_jax import devices
+from seqfair_jax.devices import CATALOGUE, USERS
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.ranking import (
     encode_newest,
     fill_batches,
+    max_users,
     packed_tokens,
     score_items,
+    top_items,
 )
 from seqfair_jax.model.packing import Sequences
-from seqfair_jax.model.sasrec import PRECISIONS, SASRec
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.trained import TrainedModel
 
@@ -82,31 +87,36 @@ def recommend(
         DivergedError: if a score is not finite.
     """
     model, params = trained.model, trained.params
+    mesh = trained.mesh or devices.make_mesh()
+    shards = devices.size(mesh, USERS)
     mask_seen = trained.mask_seen if mask_seen is None else mask_seen
     num_users = len(histories.offsets) - 1
     batch_size = min(batch_size or trained.config.evaluate.batch_size, max(num_users, 1))
-    table = model.apply(params, train=False, method="output_table")
+    batch_size = min(batch_size, shards * max_users(model.num_items, model.shards))
+    batch_size = devices.padded(batch_size, shards)
+    table = _output_table(model, mesh, params)
     if candidates is None:
         candidates = np.arange(model.num_items, dtype=np.int32)
     else:
-        table = table[candidates]
+        rows = devices.pad_rows(devices.to_host(table)[candidates], model.shards)
+        table = devices.put(mesh, rows, P(CATALOGUE))
     k = min(k, len(candidates))
     # The place of each item among the candidates; an item that is none is dropped from the mask.
-    places = np.full(model.num_items, len(candidates), np.int32)
+    places = np.full(model.num_items, table.shape[0], np.int32)
     places[candidates] = np.arange(len(candidates))
-    table = jnp.asarray(table)
+    score = functools.partial(_top_items, model, mesh, k, len(candidates))
 
     num_batches = max(1, min(_BLOCK_USERS, _BLOCK_ROWS // k) // batch_size)
     block = num_batches * batch_size
     for first in range(0, num_users, block):
         users = slice(first, min(first + block, num_users))
-        hidden = encode_users(model, params, histories, users, batch_size)
+        hidden = encode_users(model, params, histories, users, batch_size, mesh)
         found = []
         for start in range(users.start, users.stop, batch_size):
             batch = slice(start, min(start + batch_size, users.stop))
             rows = hidden[start - first : start - first + batch_size]
-            seen = _seen(histories, batch, places, mask_seen)
-            found.append(_top_items(model, rows, table, *seen, k=k))
+            seen = _seen(histories, batch, places, mask_seen, nowhere=table.shape[0])
+            found.append(score(rows, table, *seen))
             if len(found) > 1:  # at most two batches of scores are alive
                 jax.block_until_ready(found[-2])
         scores, items, finite = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -120,7 +130,12 @@ def recommend(
 
 
 def encode_users(
-    model: SASRec, params: Any, histories: Histories, users: slice, batch_size: int
+    model: SASRec,
+    params: Any,
+    histories: Histories,
+    users: slice,
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """The newest hidden state of each user, f[n, D], padded to whole batches.
 
@@ -132,44 +147,95 @@ def encode_users(
         histories: of all users.
         users: those to encode, n before the padding.
         batch_size: n is padded to a multiple of it.
+        mesh: the devices, which share the users; one if None.
     """
+    mesh = mesh or devices.make_mesh()
+    shards = devices.size(mesh, USERS)
     num_tokens = packed_tokens(model.max_len)
-    max_users = num_tokens // 8
     stops = histories.offsets[users.start + 1 : users.stop + 1]
     sizes = stops - histories.offsets[users]
     lengths = np.minimum(sizes + 1, model.max_len - 1)  # the begin token and the last L - 2 items
     padded = -(-len(sizes) // batch_size) * batch_size
     hidden = np.zeros((padded, model.dim), PRECISIONS[model.dtype][0])
-    for batch in fill_batches(lengths, num_tokens, max_users=max_users):
-        batch = batch[batch >= 0]
-        tokens = lengths[batch]
-        ends = np.cumsum(tokens)
-        # Each user's items, then a row for the target, which is never an input.
-        rows = np.arange(ends[-1]) + np.repeat(stops[batch] + 1 - ends, tokens)
-        items = np.zeros(num_tokens, np.int32)
-        real = np.ones(ends[-1], bool)
-        real[ends - 1] = False
-        items[: ends[-1]][real] = histories.items[rows[real]]
-        pad = (0, max_users - len(batch))
-        windows = (items, np.pad(ends, pad), np.pad(tokens, pad))
-        sequences = Sequences(*(jnp.asarray(part, jnp.int32) for part in windows))
-        hidden[batch] = np.asarray(_encode(model, params, sequences))[: len(batch)]
+    batches = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
+    for first in range(0, len(batches), shards):
+        group = [batch[batch >= 0] for batch in batches[first : first + shards]]
+        windows = [_windows(histories, stops, lengths, batch, num_tokens) for batch in group]
+        windows += [windows[0]] * (shards - len(group))  # devices that are left over
+        sequences: Any = [np.stack(parts) for parts in zip(*windows, strict=True)]
+        encoded = np.asarray(_encode(model, mesh, params, Sequences(*sequences)))
+        for batch, rows in zip(group, encoded, strict=False):
+            hidden[batch] = rows[: len(batch)]
     return hidden
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _encode(model: SASRec, params: Any, sequences: Sequences) -> jax.Array:
-    return encode_newest(model, params, sequences, jnp.arange(len(sequences.lengths)))
+def _windows(
+    histories: Histories, stops: np.ndarray, lengths: np.ndarray, batch: np.ndarray, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The histories of a batch's users as the arrays of `Sequences`, in fixed shapes."""
+    tokens = lengths[batch]
+    ends = np.cumsum(tokens)
+    # Each user's items, then a row for the target, which is never an input.
+    rows = np.arange(ends[-1]) + np.repeat(stops[batch] + 1 - ends, tokens)
+    items = np.zeros(num_tokens, np.int32)
+    real = np.ones(ends[-1], bool)
+    real[ends - 1] = False
+    items[: ends[-1]][real] = histories.items[rows[real]]
+    pad = (0, num_tokens // 8 - len(batch))
+    return items, np.pad(ends, pad).astype(np.int32), np.pad(tokens, pad).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "k"))
-def _top_items(model, hidden, table, seen_rows, seen_items, *, k):
-    scores, finite = score_items(model, hidden, table, seen_rows, seen_items)
-    return *lax.top_k(scores, k), finite[None]
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _output_table(model: SASRec, mesh: Mesh, params: Any) -> jax.Array:
+    """The item embeddings that score, f[V, D], split over the catalogue axis."""
+    return jax.shard_map(
+        lambda params: jnp.asarray(model.apply(params, train=False, method="output_table")),
+        mesh=mesh,
+        in_specs=(param_specs(params),),
+        out_specs=P(CATALOGUE),
+        check_vma=False,
+    )(params)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _encode(model: SASRec, mesh: Mesh, params: Any, sequences: Sequences) -> jax.Array:
+    """The newest hidden states f[devices, users, D] of a batch for each device."""
+
+    def on_device(params, sequences):
+        own = Sequences(*(part[0] for part in sequences))
+        return encode_newest(model, params, own, jnp.arange(len(own.lengths)))[None]
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(param_specs(params), P(USERS)),
+        out_specs=P(USERS),
+        check_vma=False,
+    )(params, sequences)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh", "k", "num_items"))
+def _top_items(model, mesh, k, num_items, hidden, table, seen_rows, seen_items):
+    """The k best of the first `num_items` rows of the table, for each user of a batch."""
+    shards = devices.size(mesh, USERS)
+
+    def on_device(hidden, table, seen_rows, seen_items):
+        own, _ = devices.own_rows(seen_rows, len(hidden), USERS, shards)
+        scores, finite = score_items(model, hidden, table, own, seen_items, num_items=num_items)
+        finite = devices.everywhere(finite, CATALOGUE, model.shards)
+        return *top_items(scores, k, model.shards), finite[None]
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(P(USERS), P(CATALOGUE), P(), P()),
+        out_specs=P(USERS),
+        check_vma=False,
+    )(hidden, table, seen_rows, seen_items)
 
 
 def _seen(
-    histories: Histories, users: slice, places: np.ndarray, mask_seen: bool
+    histories: Histories, users: slice, places: np.ndarray, mask_seen: bool, *, nowhere: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The (row of the batch, candidate) pairs to mask: two arrays i32[S].
 
@@ -181,4 +247,4 @@ def _seen(
     rows = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
     items = places[histories.items[offsets[0] : offsets[-1]]]
     pad = (0, (1 << max(len(rows) - 1, 0).bit_length()) - len(rows))
-    return np.pad(rows, pad), np.pad(items, pad, constant_values=len(places))
+    return np.pad(rows, pad), np.pad(items, pad, constant_values=nowhere)

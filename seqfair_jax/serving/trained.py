@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from seqfair_jax import workdir
+from seqfair_jax import devices, workdir
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.packing import BLOCK, Packed
-from seqfair_jax.model.sasrec import SASRec, is_table
+from seqfair_jax.model.sasrec import SASRec, is_table, param_specs
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.training import checkpoint, selection
@@ -33,9 +34,16 @@ class TrainedModel:
     user_ids: np.ndarray  # i64[U] or object[U] of text
     histories: Histories  # of the U users, the newest item included
     mask_seen: bool  # whether the run was evaluated without the items of the history
+    mesh: Mesh | None = None  # the devices that have the parameters; one if None
 
 
-def load(directory: str | Path, *, run: str | None = None, rule: str = "overall") -> TrainedModel:
+def load(
+    directory: str | Path,
+    *,
+    run: str | None = None,
+    rule: str = "overall",
+    mesh: Mesh | None = None,
+) -> TrainedModel:
     """Load a finished run from its folder. The log is not needed.
 
     Args:
@@ -43,6 +51,8 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
         run: the name of a run of the grid; None for the one that validation selected: the first
             seed of the best hyperparameters.
         rule: which epoch to load: the one that was best "overall", or for the "worst_group".
+        mesh: the devices that share the users and the catalogue of `recommend`; one if None. They
+            need not be those of the training.
 
     Raises:
         UserError: if the run has not finished or failed, if its files are missing or changed, or
@@ -59,11 +69,18 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
         )
     item_ids, user_ids, histories = catalogue.read(folder)
     config = ConfigDict(workdir.read_json(folder / workdir.CONFIG))
-    model = SASRec(num_items=len(item_ids), **config.model)
+    shards = mesh.shape[devices.CATALOGUE] if mesh else 1
+    model = SASRec(num_items=len(item_ids), shards=shards, **config.model)
     tokens: Any = jax.ShapeDtypeStruct((BLOCK,), jnp.int32)
     template = jax.eval_shape(
         functools.partial(model.init, train=False), jax.random.key(0), Packed(*[tokens] * 5)
     )
+    if mesh:
+        template = jax.tree.map(
+            lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)),
+            template,
+            param_specs(template),
+        )
     path = workdir.best_checkpoint(folder, rule)
     try:
         params, _ = checkpoint.load(path, template, resizes=is_table)
@@ -82,6 +99,7 @@ def load(directory: str | Path, *, run: str | None = None, rule: str = "overall"
         user_ids=user_ids,
         histories=histories,
         mask_seen=config.evaluate.mask_seen,
+        mesh=mesh,
     )
 
 
