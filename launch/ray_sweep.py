@@ -180,7 +180,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("command", choices=["reproduce", "search"], metavar="reproduce|search")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as for seqfair COMMAND")
     options = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # of this process; the GPUs are for the jobs
+    # Of this process; the GPUs are for the jobs. Their mesh must be possible here too.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(1, int(options.gpus)))
     command = importlib.import_module(f"seqfair_jax.commands.{options.command}")
     if any(re.match(r"-h$|--?(help|dry_run)\b", word) for word in options.arguments):
         command.main(options.arguments)
