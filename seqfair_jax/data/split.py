@@ -368,7 +368,7 @@ def by_part(
                 f"{name}: no user has both a training row and a {what} row after filtering, so "
                 "nobody can be judged; choose another split, or lower data.min_interactions"
             )
-    candidates = np.unique(user[part == _VALID])
+    candidates = np.flatnonzero(np.bincount(user[part == _VALID]))
     return _build(
         _Rows(user, item, time, part, user_ids, item_ids),
         name=name,
@@ -449,10 +449,11 @@ def _build(
 
     def targets(number: int) -> Targets:
         at = np.flatnonzero(is_target[number])
-        users, sizes = np.unique(user[at], return_counts=True)
+        sizes = np.bincount(user[at], minlength=num_users)
+        users = np.flatnonzero(sizes)
         return Targets(
             users.astype(np.int32),
-            csr_offsets(sizes),
+            csr_offsets(sizes[users]),
             place[item[at]],
             rows.item_ids[item[at]],
             repeat[at],
@@ -542,8 +543,8 @@ def _sizes(log: Log) -> dict[str, int]:
     """How many rows, users and items a log has."""
     return {
         "rows": len(log),
-        "users": len(np.unique(log.users)),
-        "items": len(np.unique(log.items)),
+        "users": int(np.count_nonzero(np.bincount(log.users))),
+        "items": int(np.count_nonzero(np.bincount(log.items))),
     }
 
 

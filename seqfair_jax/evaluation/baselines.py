@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqfair_jax.data.log import group_rows, user_blocks
+from seqfair_jax.data.log import group_rows, repeats, user_blocks
 from seqfair_jax.data.split import Dataset, Targets, training_rows
 from seqfair_jax.evaluation.ranking import split_targets
 
@@ -78,7 +78,7 @@ def _ranks_of(
     markov_rank = following.rank(last[targets.owners], targets.items)
     if mask_seen:
         # Masked items ahead of a target move it up.
-        seen = np.unique(owner * np.int64(num_items) + history)
+        seen = (owner * np.int64(num_items) + history)[~repeats(owner, history)]
         own = targets.owners[known] * np.int64(num_items) + targets.items[known]
         masked = np.setdiff1d(seen, own, assume_unique=True)
         who, item = masked // num_items, masked % num_items

@@ -199,7 +199,8 @@ def recommendation_stats(
         shown = top_items[:, :k]
         shown = shown[shown >= 0]
         known = shown[shown < num_items]
-        exposure = np.sort(np.unique(known, return_counts=True)[1])  # others are 0 and come first
+        exposure = np.bincount(known)
+        exposure = np.sort(exposure[exposure > 0])  # others are 0 and come first
         place = np.arange(num_items - len(exposure) + 1, num_items + 1)
         gini = ((2 * place - num_items - 1) * exposure).sum() / (num_items * max(len(known), 1))
         found[f"coverage@{k}"] = len(exposure) / num_items if len(shown) else None
