@@ -38,6 +38,8 @@ def make_model(dataset):
 @pytest.mark.parametrize("top_k", [3, 20])  # of 20 some are masked
 def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, top_k, monkeypatch):
     monkeypatch.setattr(ranking, "_TOKENS", 64)  # several batches to encode
+    monkeypatch.setattr(ranking, "_SHORT", 5)
+    monkeypatch.setattr(ranking, "_MANY", 0)  # histories of up to 5 tokens are encoded apart
     dataset = make_dataset()
     model, params = make_model(dataset)
     rank = ranking.make_ranker(
@@ -66,6 +68,18 @@ def test_ranks_match_the_reference_one_user_at_a_time(split, mask_seen, top_k, m
 
 def ranker(model, dataset):
     return ranking.make_ranker(model, dataset, "test", mask_seen=False, batch_size=8, top_k=0)
+
+
+@pytest.mark.parametrize("num_items", [1000, 1001, 1024])
+@pytest.mark.parametrize("masked", [0.0, 0.5, 0.999])
+def test_top_items_of_a_large_catalogue(num_items, masked):
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-20, 20, (64, num_items)).astype(np.float32)  # most are equal to others
+    scores[rng.random(scores.shape) < masked] = -np.inf
+    best, items = ranking.top_items(jnp.asarray(scores), 7)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :7]
+    np.testing.assert_array_equal(items, expected)
+    np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, axis=1))
 
 
 def test_a_constant_scorer_gains_nothing():

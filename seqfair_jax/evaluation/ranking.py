@@ -4,6 +4,7 @@ Shape letters: U users, n users of a split, m targets of all of them, M targets 
 padding, B users in a batch, T packed tokens, V catalogue, D width, k length of a recommended list.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,14 +24,26 @@ from seqfair_jax.model.packing import BLOCK, Sequences, pack
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
 
 _TOKENS = 4096  # packed tokens encoded at once
+_SHORT = 65  # tokens: attention within so short a history needs one block of 64 before each
+_MANY = 2**17  # tokens of such histories: if fewer, a second encoder would not be worth compiling
+_PART = 32  # items: `_best` looks for the best of such parts first
 _WIDER = 4  # M is 1, 4, 16, ...: each is compiled
 _MAX_SCORES = 2**27  # of a batch on a device: half a GiB; fewer users are scored at once beyond it
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["users"], meta_fields=["window"])
+@dataclasses.dataclass(frozen=True)
+class EncodeBatches:
+    """Users with histories of a similar length."""
+
+    users: jax.Array  # i32[batches, B] positions among the n users, -1 for an empty slot
+    window: int | None  # no user has more tokens; None for L - 1
 
 
 class Block(NamedTuple):
     """Users with a similar number of targets, in N batches."""
 
-    encoded_at: jax.Array  # i32[N, B] where each user is in `Queries.encode_batches`
+    encoded_at: jax.Array  # i32[N, B] where each user is among the slots of `encode_batches`
     targets: jax.Array  # i32[N, B, M], -1 for a target outside the vocabulary or an empty slot
     seen_rows: jax.Array  # i32[N, S] the row of the batch that has seen the item in `seen_items`
     seen_items: jax.Array  # i32[N, S], V for padding; S is 0 where nothing is masked
@@ -40,7 +53,7 @@ class Queries(NamedTuple):
     """The users of a split, laid out in batches for the device."""
 
     sequences: Sequences  # of the n users: their histories, then a row for the target
-    encode_batches: jax.Array  # i32[batches, B] positions among the n users, -1 for an empty slot
+    encode_batches: tuple[EncodeBatches, ...]  # each is compiled
     blocks: tuple[Block, ...]  # by M; users are scored once
     users_at: jax.Array  # i32[n] where each user is among the blocks' slots
     targets_at: jax.Array  # i32[m] where each target is among them
@@ -147,11 +160,16 @@ def make_queries(
     ends = (starts + num_history + 1).astype(np.int32)
 
     num_tokens = packed_tokens(max_len)
-    encode_batches = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
-    encode_batches = _pad(encode_batches, shards, -1)
     encoded_at = np.empty(len(lengths), np.int32)
-    real = encode_batches >= 0
-    encoded_at[encode_batches[real]] = np.flatnonzero(real)
+    encode_batches: list[Any] = []
+    num_encoded = 0
+    for window, members in _by_window(lengths, max_len - 1):
+        filled = fill_batches(lengths[members], num_tokens, max_users=num_tokens // 8)
+        filled = _pad(filled, shards, -1)
+        users: Any = np.where(filled >= 0, members[filled], -1).astype(np.int32)
+        encoded_at[users[users >= 0]] = num_encoded + np.flatnonzero(users >= 0)
+        num_encoded += users.size
+        encode_batches.append(EncodeBatches(users, window))
 
     sizes = targets.sizes
     widths = np.ones(len(sizes), np.int64)
@@ -189,13 +207,22 @@ def make_queries(
     sequences: Any = (items, ends, lengths)
     queries: Any = (
         Sequences(*sequences),
-        encode_batches,
+        tuple(encode_batches),
         tuple(Block(*block) for block in blocks),
         users_at,
         targets_at,
     )
     put = functools.partial(devices.put, mesh)
-    return jax.tree.map(put, Queries(*queries), _specs(len(blocks)))
+    return jax.tree.map(put, Queries(*queries), _specs(Queries(*queries)))
+
+
+def _by_window(lengths: np.ndarray, longest: int) -> list[tuple[int | None, np.ndarray]]:
+    """The users in parts, each with its window: short histories apart where there are many."""
+    short = lengths <= _SHORT
+    if longest <= _SHORT or lengths[short].sum() < _MANY:
+        return [(None, np.arange(len(lengths)))]
+    parts = [(_SHORT, np.flatnonzero(short)), (None, np.flatnonzero(~short))]
+    return [(window, users) for window, users in parts if len(users)]
 
 
 def _pad(rows: np.ndarray, shards: int, value: int) -> np.ndarray:
@@ -203,13 +230,14 @@ def _pad(rows: np.ndarray, shards: int, value: int) -> np.ndarray:
     return np.pad(rows, [(0, extra), (0, 0)], constant_values=value)
 
 
-def _specs(num_blocks: int) -> Any:
+def _specs(queries: Queries) -> Any:
     """How the mesh splits `Queries`: the batches over all devices that have users."""
     by_user: Any = P(USERS)
     log: Any = (P(DATA), P(), P())
     whole: Any = P()
-    blocks = (Block(by_user, by_user, by_user, by_user),) * num_blocks
-    return Queries(Sequences(*log), by_user, blocks, whole, whole)
+    encode = tuple(EncodeBatches(by_user, part.window) for part in queries.encode_batches)
+    blocks = (Block(by_user, by_user, by_user, by_user),) * len(queries.blocks)
+    return Queries(Sequences(*log), encode, blocks, whole, whole)
 
 
 def rank_targets(
@@ -240,8 +268,11 @@ def rank_targets(
         encode = functools.partial(
             encode_newest, model, params, queries.sequences, shards=mesh.shape[DATA]
         )
-        hidden = lax.map(encode, queries.encode_batches).reshape(-1, model.dim)
-        hidden = devices.gather(hidden, USERS, user_shards)
+        parts = []
+        for batches in queries.encode_batches:
+            part = lax.map(functools.partial(encode, window=batches.window), batches.users)
+            parts.append(devices.gather(part.reshape(-1, model.dim), USERS, user_shards))
+        hidden = jnp.concatenate(parts)
         table = jnp.asarray(model.apply(params, train=False, method="output_table"))
 
         def score(batch: Block):
@@ -269,7 +300,7 @@ def rank_targets(
     ranks, items, finite = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(param_specs(params), _specs(len(queries.blocks))),
+        in_specs=(param_specs(params), _specs(queries)),
         out_specs=(split, split, P()),
         check_vma=False,
     )(params, queries)
@@ -302,8 +333,8 @@ def top_items(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, ja
         shards: devices of the catalogue axis.
     """
     num_items = scores.shape[1]
-    best, items = lax.top_k(scores, min(k, num_items))
-    items = items.astype(jnp.int32) + devices.index(CATALOGUE, shards) * num_items
+    best, items = _best(scores, min(k, num_items))
+    items += devices.index(CATALOGUE, shards) * num_items
     if shards == 1:
         return best, items
     # The best of each device, in the items' order, which `top_k` keeps among equal scores.
@@ -313,8 +344,34 @@ def top_items(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, ja
     return best, jnp.take_along_axis(items, places, axis=1)
 
 
+def _best(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` of scores f32[B, V], in less time if V is large.
+
+    The k best items are in the k parts of the catalogue whose best items are best. As these parts
+    are in order, equal scores stay in the items' order.
+    """
+    batch_size, num_items = scores.shape
+    if num_items <= 2 * k * _PART:
+        best, items = lax.top_k(scores, k)
+        return best, items.astype(jnp.int32)
+    extra = -num_items % _PART
+    padded = jnp.pad(scores, [(0, 0), (0, extra)], constant_values=-jnp.inf)
+    parts = jnp.sort(lax.top_k(padded.reshape(batch_size, -1, _PART).max(axis=-1), k)[1])
+    items = parts[:, :, None] * _PART + jnp.arange(_PART)[None, None, :]
+    items = items.astype(jnp.int32).reshape(batch_size, -1)
+    found = jnp.take_along_axis(scores, items, axis=1, mode="fill", fill_value=-jnp.inf)
+    best, places = lax.top_k(found, k)
+    return best, jnp.take_along_axis(items, places, axis=1)
+
+
 def encode_newest(
-    model: SASRec, params, sequences: Sequences, users: jax.Array, *, shards: int = 1
+    model: SASRec,
+    params,
+    sequences: Sequences,
+    users: jax.Array,
+    *,
+    shards: int = 1,
+    window: int | None = None,
 ) -> jax.Array:
     """The hidden state of each user's newest token, f[B, D]: what the model predicts from.
 
@@ -324,10 +381,11 @@ def encode_newest(
         sequences: the users' windows.
         users: i32[B], of at most `packed_tokens` tokens together; -1 for an empty slot.
         shards: devices of the data axis, over which the rows of the log are split.
+        window: as for the model's `__call__`.
     """
     num_tokens = packed_tokens(model.max_len)
     packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items, shards=shards)
-    hidden: Any = model.apply(params, packed, train=False)
+    hidden: Any = model.apply(params, packed, train=False, window=window)
     newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
     return hidden[newest]
 

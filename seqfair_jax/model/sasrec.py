@@ -256,7 +256,7 @@ class SASRec(nn.Module):
         ]
         self.final_norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self._dtype)
 
-    def __call__(self, packed: Packed, *, train: bool) -> jax.Array:
+    def __call__(self, packed: Packed, *, train: bool, window: int | None = None) -> jax.Array:
         """Encode packed users: hidden f[T, D], after the final LayerNorm.
 
         The scores of what follows token t are `hidden[t] @ output_table().T`.
@@ -264,13 +264,19 @@ class SASRec(nn.Module):
         Args:
             packed: T tokens (see `packing.pack`).
             train: apply dropout, with the rng "dropout".
+            window: no user has more tokens than this; L - 1 if None. A short one costs less.
         """
         is_begin = (packed.items == self.num_items)[:, None]
         embedded = self._rows(self.item_embedding, jnp.minimum(packed.items, self.num_items - 1))
         x = jnp.where(is_begin, self.begin_embedding, embedded)
         x = (x + self.position_embedding[packed.positions]).astype(self._dtype)
         x = self._drop(x, train, packed.first)
-        visible = visible_keys(packed.slots, block=BLOCK, window=self.max_len - 1)
+        size = BLOCK
+        if window is None:
+            window = self.max_len - 1
+        else:  # the smallest block that needs a single one before it
+            size = min(BLOCK, 1 << max(window - 2, 0).bit_length())
+        visible = visible_keys(packed.slots, block=size, window=window)
         for block in self.blocks:
             x = block(x, visible, packed.first, train)
         return self.final_norm(x)
