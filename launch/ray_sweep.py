@@ -15,6 +15,7 @@ import importlib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ class RayWorkers:
                 cause = error.cause  # without the traceback, which only a bug needs
                 result.set_exception(cause if isinstance(cause, UserError) else error)
             elif isinstance(error, RayError):
-                lost = " ".join(str(error).split())
+                lost = textwrap.shorten(str(error).strip().splitlines()[0], 300)
                 result.set_exception(
                     UserError(f"lost in {options.retries + 1} attempts; the last: {lost}")
                 )
@@ -117,6 +118,8 @@ class RayWorkers:
 
     def _start(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray ends a job if a machine's memory runs out. By default it tries it again for ever.
+        os.environ.setdefault("RAY_task_oom_retries", str(self._options.retries))
         address, cpus, gpus = self._options.address, self._options.cpus, self._options.gpus
         own = {} if address != "local" else {
             "num_cpus": self._options.local_cpus,
