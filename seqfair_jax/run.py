@@ -84,6 +84,12 @@ def _exclusive(folder: Path) -> Iterator[None]:
         except KeyboardInterrupt as error:  # outside of the training steps, which handle signals
             raise Interrupted(_interrupted(folder), error) from None
         except jax.errors.JaxRuntimeError as error:
+            lost = "gloo|nccl|connection|heartbeat|another task|UNAVAILABLE|DEADLINE_EXCEEDED"
+            if jax.process_count() > 1 and re.search(lost, str(error), re.IGNORECASE):
+                raise UserError(
+                    f"lost another process of this training ({str(error).splitlines()[0]}); end "
+                    "those that are left and start all again, to resume from the newest checkpoint"
+                ) from error
             # A GPU reports RESOURCE_EXHAUSTED, a CPU an INTERNAL error with these words.
             if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE):
                 raise

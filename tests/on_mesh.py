@@ -1,0 +1,218 @@
+"""What `test_mesh.py` compares, computed in a process with eight virtual devices.
+
+python tests/on_mesh.py NAME [ARGUMENT ...] prints a JSON object. The process's XLA_FLAGS make the
+devices, since JAX reads them once.
+"""
+
+import functools
+import json
+import math
+import re
+import sys
+
+import jax
+import numpy as np
+import pandas as pd
+
+from seqfair_jax import devices
+from seqfair_jax.data.readers import log_from_table
+from seqfair_jax.data.split import by_time
+from seqfair_jax.evaluation.ranking import make_ranker
+from seqfair_jax.model.packing import Sequences
+from seqfair_jax.model.sasrec import SASRec, param_specs, with_rows
+from seqfair_jax.objectives import make_objective
+from seqfair_jax.training import step
+from seqfair_jax.training.batches import Batches
+
+NUM_USERS, NUM_ITEMS, MAX_LEN, BATCH, STEPS = 40, 27, 20, 7, 2
+HPARAMS = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 0.5}
+_rng = np.random.default_rng(0)
+LENGTHS = _rng.integers(1, 40, NUM_USERS)
+ITEMS = _rng.integers(NUM_ITEMS, size=LENGTHS.sum()).astype(np.int32)
+MEMBERSHIP = np.eye(3, dtype=bool)[np.arange(NUM_USERS) % 3]
+WINDOWS = np.minimum(LENGTHS, MAX_LEN - 1).astype(np.int32)
+
+
+def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8):
+    return SASRec(
+        num_items=num_items,
+        dim=dim,
+        ff_dim=dim,
+        num_blocks=1,
+        num_heads=2,
+        dropout=dropout,
+        max_len=MAX_LEN,
+        tie_embeddings=False,
+        init_scale=1.0,
+        dtype="float32",
+        shards=shards,
+    )
+
+
+def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, **model_settings):
+    """A segment, and a function that makes its arguments."""
+    data_shards, shards = mesh.shape[devices.DATA], mesh.shape[devices.CATALOGUE]
+    model = make_model(shards, **model_settings)
+    method = make_objective(objective, membership=MEMBERSHIP, train_lengths=LENGTHS)
+    task = step.Task(
+        model,
+        method,
+        step.make_optimizer(learning_rate=1e-2),
+        max_logits=max_logits,
+        clip_norm=2.0,
+        shards=data_shards,
+    )
+    batches = Batches(seeds, lengths=WINDOWS, batch_size=BATCH, steps=STEPS, vmap=vmap, mesh=mesh)(
+        0
+    )
+    weights = method.target_weights(np.bincount(ITEMS, minlength=model.num_items).clip(min=1))
+    data = step.TrainData(
+        Sequences(
+            devices.pad_rows(ITEMS, data_shards), np.cumsum(LENGTHS, dtype=np.int32), WINDOWS
+        ),
+        MEMBERSHIP,
+        devices.pad_rows(np.float32(weights), shards),
+    )
+    data = jax.tree.map(functools.partial(devices.put, mesh), data, step.DATA_SPECS)
+    hparams = {key: np.full(len(seeds), HPARAMS[key], np.float32) for key in method.method.reads}
+
+    def arguments():
+        states = step.initial_states(task, seeds=seeds, num_groups=3, mesh=mesh)
+        return states, hparams, data, batches.user_ids, np.zeros_like(batches.size_index)
+
+    # The largest size alone, which compiles sooner.
+    return step.make_segment(task, batches.sizes[-1:], vmap=vmap, mesh=mesh), arguments
+
+
+def after_one_step(shape, objective, **settings):
+    """The states of two runs after their first step, on the host.
+
+    Parameters are left out: Adam's first step is the sign of the gradient, and that of a gradient
+    which is zero but for rounding is arbitrary. Its first moment is a tenth of the gradient.
+    """
+    mesh = devices.make_mesh(run=shape[0], data=shape[1], catalogue=shape[2])
+    seeds = range(math.lcm(2, shape[0]))
+    segment, arguments = make_program(mesh, objective, seeds, **settings)
+    states = devices.to_host(segment(*arguments(), np.int32(0), np.int32(1)))
+    states = jax.tree.map(lambda leaf: leaf[:2], with_rows(states, NUM_ITEMS))
+    return states._replace(params=())
+
+
+def difference(one, other):
+    """The largest difference between two trees, relative to the largest number of its array."""
+    worst = 0.0
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    for expected, found in pairs:
+        if expected.dtype.kind == "f":
+            scale = max(float(np.abs(expected).max(initial=0)), 1e-30)
+            worst = max(worst, float(np.abs(expected - found).max(initial=0)) / scale)
+        elif (expected != found).any():
+            worst = math.inf
+    return worst
+
+
+def steps(objective, *shapes, **settings):
+    one = after_one_step((1, 1, 1), objective, **settings)
+    assert int(one.step[0]) == 1
+    return {
+        shape: difference(
+            one, after_one_step(tuple(map(int, shape.split(","))), objective, **settings)
+        )
+        for shape in shapes
+    }
+
+
+def with_dropout(*shapes):
+    """With dropout, a loss in chunks, and runs one after another."""
+    return steps("gdro", *shapes, dropout=0.3, vmap=False, max_logits=300)
+
+
+def without_dropout(objective, *shapes):
+    return steps(objective, *shapes, vmap=True)
+
+
+def make_dataset():
+    """Users with several targets each."""
+    rng = np.random.default_rng(1)
+    log = pd.DataFrame(
+        {
+            "user_id": np.repeat(np.arange(NUM_USERS), 15),
+            "item_id": rng.integers(NUM_ITEMS, size=15 * NUM_USERS),
+            "timestamp": rng.integers(10_000, size=15 * NUM_USERS),
+        }
+    )
+    return by_time(
+        log_from_table(log),
+        name="csv",
+        valid_from=None,
+        test_from=None,
+        valid_share=0.1,
+        test_share=0.3,
+        targets="every",
+        min_interactions=1,
+        num_valid_users=0,
+        split_seed=0,
+    )
+
+
+def random_params(model):
+    """Parameters on the host; some items have equal vectors, so their scores are equal."""
+    task = step.Task(model, make_objective("erm", membership=MEMBERSHIP, train_lengths=LENGTHS),
+                     step.make_optimizer(learning_rate=1))  # fmt: skip
+    state = step.create_train_state(task, seed=0, num_groups=3)
+    params = devices.to_host(state.params)["params"]
+    table = np.copy(params["output_embedding"])
+    table[5:15], table[20:22] = table[4], table[19]
+    return {"params": params | {"output_embedding": table}}
+
+
+def rankings(*shapes):
+    """Whether ranks and lists are those of one device, with equal scores among the items."""
+    ranks, lists = {}, {}
+    dataset, params = make_dataset(), random_params(make_model(1))
+    assert len(dataset.item_ids) == NUM_ITEMS
+    for shape in ("1,1,1", *shapes):
+        run, data, catalogue = map(int, shape.split(","))
+        mesh = devices.make_mesh(run=run, data=data, catalogue=catalogue)
+        model = make_model(catalogue)
+        sharded = jax.tree.map(
+            functools.partial(devices.put, mesh),
+            with_rows(params, devices.padded(NUM_ITEMS, catalogue)),
+            param_specs(params),
+        )
+        for mask_seen in (False, True):
+            rank = make_ranker(
+                model,
+                dataset,
+                "test",
+                mask_seen=mask_seen,
+                batch_size=8,
+                top_k=10,
+                mesh=mesh,
+            )
+            found = rank(sharded, "x")
+            ranks.setdefault(mask_seen, []).append(found.ranks)
+            lists.setdefault(mask_seen, []).append(found.top_items)
+    return {
+        shape: all(
+            (kept[mask][0] == kept[mask][place]).all() for kept in (ranks, lists) for mask in kept
+        )
+        for place, shape in enumerate(shapes, start=1)
+    }
+
+
+def gathers():
+    """The elements of the largest all-gather of a step, and those of the tables."""
+    mesh = devices.make_mesh(data=2, catalogue=4)
+    settings = {"num_items": 4001, "dim": 16, "dropout": 0.3}
+    segment, arguments = make_program(mesh, "cvar", [0], vmap=True, **settings)
+    text = segment.lower(*arguments(), np.int32(0), np.int32(1)).compile().as_text()
+    sizes = [0]
+    for shapes in re.findall(r"= (.*?) all-gather(?:-start)?\(", text):
+        for dims in re.findall(r"\[([\d,]*)\]", shapes):
+            sizes.append(math.prod(int(n) for n in dims.split(",") if n))
+    return {"largest": max(sizes), "count": len(sizes) - 1, "table": 4001 * 16}
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

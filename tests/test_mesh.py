@@ -1,0 +1,70 @@
+"""Several devices give what one device gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqfair_jax import devices, objectives
+from seqfair_jax.errors import UserError
+
+SHAPES = ("8,1,1", "1,8,1", "1,1,8", "2,2,2")  # run, data, catalogue
+FOLDER = Path(__file__).parent
+
+
+def on_mesh(*words):
+    """What a function of `on_mesh.py` returns in a process with eight devices."""
+    process = subprocess.run(
+        [sys.executable, FOLDER / "on_mesh.py", *words],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        cwd=FOLDER.parent,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def assert_equal_steps(found):
+    """Losses, gradients and states are equal but for rounding."""
+    assert found
+    assert all(worst < 1e-5 for worst in found.values()), found
+
+
+@pytest.mark.parametrize("objective", ["erm", "gdro", "cvar"])
+def test_a_mesh_takes_the_step_of_one_device(objective):
+    assert_equal_steps(on_mesh("without_dropout", objective, "2,2,2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", list(objectives.METHODS))
+def test_every_mesh_takes_the_step_of_one_device(objective):
+    assert_equal_steps(on_mesh("without_dropout", objective, *SHAPES))
+
+
+def test_dropout_has_the_bits_of_one_device():
+    # Other bits would change the loss and the gradients by far more.
+    assert_equal_steps(on_mesh("with_dropout", "2,2,2"))
+
+
+@pytest.mark.slow
+def test_dropout_has_the_bits_of_one_device_on_every_mesh():
+    assert_equal_steps(on_mesh("with_dropout", *SHAPES))
+
+
+def test_a_mesh_ranks_as_one_device():
+    assert on_mesh("rankings", *SHAPES) == dict.fromkeys(SHAPES, True)
+
+
+def test_no_step_gathers_a_table_or_logits():
+    found = on_mesh("gathers")
+    assert found["count"] > 0  # of users' losses and of rows of the log
+    assert found["largest"] < found["table"] / 50
+
+
+def test_too_few_devices_for_a_mesh():
+    with pytest.raises(UserError, match="run=1, data=2, catalogue=4 needs 8 devices, but there"):
+        devices.make_mesh(data=2, catalogue=4)
