@@ -3,11 +3,24 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
+from runs import small
+from test_step import (
+    LARGEST,
+    STEPS,
+    make_data,
+    make_hparams,
+    make_task,
+    run_segment,
+)
 
+from seqfair_jax import objectives
+from seqfair_jax.config import default_config, resolve
+from seqfair_jax.errors import UserError
 from seqfair_jax.model.sampled_loss import (
     KINDS,
     Sampled,
@@ -18,6 +31,8 @@ from seqfair_jax.model.sampled_loss import (
     sampled_softmax,
 )
 from seqfair_jax.model.softmax_loss import softmax_loss
+from seqfair_jax.training.experiment import build_experiment
+from seqfair_jax.training.step import create_train_state, user_losses
 
 NUM_ITEMS = 11
 MAX_LOGITS = [28, 9]  # of the 28 scores of `draw`: all at once, in chunks
@@ -228,3 +243,157 @@ def test_bfloat16_factors_are_summed_in_float32(kind):
     assert found.dtype == jnp.float32
     # The factors' 8 bits cost about 1e-2; a sum of 300 terms in bfloat16 would cost far more.
     assert_allclose(found, exact, rtol=2e-2)
+
+
+# The training step.
+
+KEY = jax.random.key(3, impl="threefry2x32")
+
+
+@functools.cache
+def make_sampled_task(objective="erm", *, kind="softmax", negatives=5, dropout=0.0):
+    task = make_task(objective, dropout=dropout)
+    return task._replace(sampled=Sampled(kind, negatives, 0.5))
+
+
+def start_params(task):
+    return create_train_state(task, seed=0, num_groups=3).params
+
+
+@functools.cache
+def losses_fn(task, num_tokens=LARGEST):
+    """The losses of six users, compiled."""
+
+    def losses(params, key):
+        return user_losses(task, params, make_data(), jnp.arange(6), num_tokens, key)
+
+    return jax.jit(losses)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_step_with_all_items_as_negatives_is_that_of_the_full_softmax(dropout):
+    task = make_sampled_task(negatives=make_task().model.num_items, dropout=dropout)
+    params = start_params(task)
+    (sampled, sampled_pull_back), (full, full_pull_back) = (
+        jax.vjp(lambda p, t=t: losses_fn(t)(p, KEY), params)
+        for t in (task, task._replace(sampled=None))
+    )
+    assert_allclose(sampled, full, rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        sampled_pull_back(jnp.ones(6)),
+        full_pull_back(jnp.ones(6)),
+    )
+
+
+def test_without_a_key_the_loss_is_the_full_softmax():
+    task = make_sampled_task()
+    params = start_params(task)
+    sampled, full = (losses_fn(t)(params, None) for t in (task, task._replace(sampled=None)))
+    assert_array_equal(sampled, full)
+
+
+def test_the_packed_size_changes_nothing():
+    task = make_sampled_task(dropout=0.3)
+    params = start_params(task)
+    losses = [losses_fn(task, size)(params, KEY) for size in (LARGEST, 2 * LARGEST)]
+    assert_allclose(*losses, rtol=1e-6)
+
+
+def test_every_step_draws_other_negatives():
+    task = make_sampled_task()
+    params = start_params(task)
+    first, same, other = (
+        losses_fn(task)(params, jax.random.fold_in(KEY, step)) for step in (0, 0, 1)
+    )
+    assert_array_equal(first, same)
+    assert (first != other).all()
+
+
+def test_every_objective_has_a_gradient_through_it():
+    task = make_sampled_task()
+    losses, pull_back = jax.vjp(lambda p: losses_fn(task)(p, KEY), start_params(task))
+    membership = make_data().membership[:6]
+    for name in objectives.METHODS:
+        objective = make_task(name).objective
+        loss, weights = jax.value_and_grad(
+            lambda losses, o=objective: o.apply(losses, membership, o.init(), make_hparams())[0]
+        )(losses)
+        norm = optax.tree.norm(pull_back(weights))
+        assert loss > 0
+        assert 0 < norm < np.inf, name
+
+
+def train(vmap, cuts):
+    """Two runs of one task, so that these tests share two compiled programs."""
+    task = make_sampled_task("sdro", kind="gbce", dropout=0.3)
+    return run_segment(task, [0, 1], [make_hparams()] * 2, vmap=vmap, cuts=cuts)
+
+
+def test_runs_side_by_side_take_the_first_step_that_they_take_alone():
+    together, alone = (train(vmap, [(0, 1)]) for vmap in (True, False))
+    jax.tree.map(
+        lambda x, y: assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+        (together.totals, together.opt_state[0].mu),
+        (alone.totals, alone.opt_state[0].mu),
+    )
+
+
+def test_a_segment_cut_in_two_is_the_same_bit_for_bit():
+    whole, cut = (train(False, cuts) for cuts in ([(0, STEPS)], [(0, 2), (2, STEPS)]))
+    jax.tree.map(assert_array_equal, whole, cut)
+
+
+def test_training_lowers_the_full_loss():
+    task = make_task()
+    before, after = (
+        losses_fn(task)(jax.tree.map(lambda x: x[0], train(False, cuts).params), None).mean()
+        for cuts in ([(0, 1)], [(0, STEPS)] * 20)
+    )
+    assert after < 0.8 * before
+
+
+def test_no_array_of_the_backward_pass_has_tokens_times_items():
+    task, num_items = make_sampled_task(dropout=0.3), 100_000
+    task = task._replace(model=task.model.clone(num_items=num_items))
+    params = jax.eval_shape(lambda: start_params(task))
+    data = make_data(np.ones(num_items))
+
+    def loss(params):
+        return user_losses(task, params, data, jnp.arange(6), LARGEST, KEY).sum()
+
+    memory = jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis()
+    table = 4 * num_items * task.model.dim
+    assert memory.temp_size_in_bytes < 2 * table < 4 * LARGEST * num_items
+
+
+# The settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train.loss": "sample"}, ".*did you mean 'sampled'"),
+        ({"train.negatives": 0}, "train.negatives is 0: expected a whole number, 1 or more"),
+        ({"train.gbce_t": 1.5}, "train.gbce_t is 1.5: expected a number from 0 to 1"),
+        ({"train.sampled_loss": "bce"}, "train.sampled_loss is 'bce'.*known: softmax, gbce"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    config = default_config()
+    config.update_from_flattened_dict(settings)
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+def test_more_negatives_than_items_are_refused():
+    config = small(**{"train.loss": "sampled"})
+    with pytest.raises(UserError, match=r"train.negatives is 1,024, but the log has 80 items"):
+        build_experiment(resolve(config))
+
+
+def test_a_config_chooses_the_loss():
+    assert build_experiment(resolve(small())).task.sampled is None
+    changes = {"train.loss": "sampled", "train.negatives": 20, "train.gbce_t": 1.0}
+    task = build_experiment(resolve(small(**changes, **{"train.sampled_loss": "gbce"}))).task
+    assert task.sampled == Sampled("gbce", 20, 1.0)

@@ -10,6 +10,7 @@ from seqfair_jax.data import synthetic
 from seqfair_jax.data.groups import MISSING_GROUP
 from seqfair_jax.data.split import SPLITS, TARGETS
 from seqfair_jax.data.times import is_time_format
+from seqfair_jax.model.sampled_loss import KINDS
 from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 from seqfair_jax.settings import Check, Setting, above, between, build, number, whole
@@ -336,6 +337,35 @@ _TRAIN = (
         0,
         "Stop after this many epochs without a better validation score. 0: never.",
         whole(0),
+    ),
+    Setting(
+        "train.loss",
+        "full",
+        "The loss of a target: the softmax over all items (`full`), or a loss over the target and "
+        "a few other items (`sampled`), which is faster for a large catalogue. Validation and "
+        "test always rank all items.",
+        choices=("full", "sampled"),
+    ),
+    Setting(
+        "train.sampled_loss",
+        "softmax",
+        "Of `train.loss=sampled`: `softmax` estimates the full softmax by the log-q correction, "
+        "`gbce` is the calibrated binary cross-entropy of gSASRec.",
+        choices=KINDS,
+    ),
+    Setting(
+        "train.negatives",
+        1024,
+        "Of `train.loss=sampled`: the items k that are drawn in each step, uniformly, for all "
+        "targets of the batch.",
+        whole(1),
+    ),
+    Setting(
+        "train.gbce_t",
+        0.75,
+        "Of `train.sampled_loss=gbce`: the calibration t. 0 is the plain binary cross-entropy, 1 "
+        "corrects it fully for the sampling.",
+        between(0, 1),
     ),
     Setting(
         "train.max_logits",

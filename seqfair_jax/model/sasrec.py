@@ -283,9 +283,19 @@ class SASRec(nn.Module):
 
     def output_table(self, *, train: bool) -> jax.Array:
         """The embeddings that score the catalogue: f[V, D], with dropout on them in training."""
-        table = self.item_embedding if self.tie_embeddings else self.output_embedding
+        table = self._output_embedding()
         first = devices.index(devices.CATALOGUE, self.shards) * len(table)
         return self._drop(table.astype(self._dtype), train, first)
+
+    def output_rows(self, items: jax.Array, *, train: bool) -> jax.Array:
+        """The rows of `output_table` for items i32[N], without a pass over the table: f[N, D]."""
+        rows = self._rows(self._output_embedding(), items).astype(self._dtype)
+        if not train:
+            return rows
+        return dropout(self.make_rng("dropout"), rows, self.dropout, rows=items)
+
+    def _output_embedding(self) -> jax.Array:
+        return self.item_embedding if self.tie_embeddings else self.output_embedding
 
     def _rows(self, table: jax.Array, ids: jax.Array) -> jax.Array:
         # `init` has the whole table.
@@ -300,6 +310,12 @@ class SASRec(nn.Module):
     def encode_and_table(self, packed: Packed, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """`__call__` and `output_table` under one `apply`, which share its rngs."""
         return self(packed, train=train), self.output_table(train=train)
+
+    def encode_and_rows(
+        self, packed: Packed, items: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """`__call__` and `output_rows` under one `apply`, which share its rngs."""
+        return self(packed, train=train), self.output_rows(items, train=train)
 
 
 def is_table(path: tuple) -> bool:

@@ -28,6 +28,7 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.evaluation.slices import judged_groups
 from seqfair_jax.model.packing import Sequences
+from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import check_batch_size
 from seqfair_jax.training.step import DATA_SPECS, Task, TrainData, make_optimizer
@@ -168,6 +169,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
             objective,
             optimizer,
             max_logits=config.train.max_logits,
+            sampled=_sampled(config.train, model.num_items),
             clip_norm=config.train.clip_norm,
             shards=shape.data,
         ),
@@ -179,3 +181,19 @@ def build_experiment(config: ConfigDict) -> Experiment:
         vmap=axis == "vmap" or (axis == "auto" and jax.default_backend() != "cpu"),
         mesh=mesh,
     )
+
+
+def _sampled(train: ConfigDict, num_items: int) -> Sampled | None:
+    """The sampled loss of a config, or None for the softmax over the whole catalogue.
+
+    Raises:
+        UserError: if more negatives are drawn than there are items.
+    """
+    if train.loss == "full":
+        return None
+    if train.negatives > num_items:
+        raise UserError(
+            f"train.negatives is {train.negatives:,}, but the log has {num_items:,} items: "
+            "expected at most as many, or train.loss=full"
+        )
+    return Sampled(train.sampled_loss, train.negatives, train.gbce_t)

@@ -17,12 +17,14 @@ from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
 from seqfair_jax.devices import CATALOGUE, DATA, RUN
-from seqfair_jax.model.packing import BLOCK, Sequences, pack, pack_batch, user_means
+from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack, pack_batch, user_means
+from seqfair_jax.model.sampled_loss import Sampled, draw_negatives, sampled_loss
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, param_specs
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 from seqfair_jax.objectives import HParams, Objective
 
 KEY_IMPL = "threefry2x32"  # the one implementation that draws the same bits under vmap as alone
+_NEGATIVES = 0x6E656773  # folded into the key of a step, for the key of its negatives
 
 
 class Totals(NamedTuple):
@@ -73,6 +75,7 @@ class Task(NamedTuple):
     objective: Objective
     optimizer: optax.GradientTransformation  # elementwise, so that it may see a part of a table
     max_logits: int = DEFAULT_MAX_LOGITS  # see `softmax_loss`
+    sampled: Sampled | None = None  # None: the softmax over the whole catalogue
     clip_norm: float = 0.0  # the largest norm of the gradient; 0 for any
     shards: int = 1  # devices of the mesh's data axis
 
@@ -223,7 +226,8 @@ def user_losses(
         data: the training rows.
         user_ids: i32[B]. On a mesh, a device has the losses of its own B / shards users, in order.
         num_tokens: T, at least the tokens of a device's users together.
-        key: dropout's key; None turns dropout off.
+        key: of dropout and of the negatives of a sampled loss. None turns dropout off and takes
+            the softmax over the whole catalogue.
     """
     model = task.model
     packed = pack_batch(
@@ -233,24 +237,46 @@ def user_losses(
         num_items=model.num_items,
         shards=task.shards,
     )
-    hidden, table = model.apply(
-        params,
-        packed,
-        train=key is not None,
-        method="encode_and_table",
-        rngs=None if key is None else {"dropout": key},
-    )
-    losses = softmax_loss(
-        hidden,
-        table,
-        packed.targets,
-        PRECISIONS[model.dtype][1],
-        task.max_logits,
-        model.num_items,
-        model.shards,
-    )
+    losses = _target_losses(task, params, packed, key)
     weights = devices.lookup(data.target_weights, packed.targets, model.shards)
     return user_means(losses * weights, packed)
+
+
+def _target_losses(task: Task, params: Any, packed: Packed, key: jax.Array | None) -> jax.Array:
+    """The loss of each token's target, f32[T], over the whole catalogue or a sample of it."""
+    model, sampled = task.model, task.sampled
+    precision = PRECISIONS[model.dtype][1]
+    rngs = None if key is None else {"dropout": key}
+    encode: Any = functools.partial(model.apply, params, packed, train=key is not None, rngs=rngs)
+    if sampled is None or key is None:
+        hidden, table = encode(method="encode_and_table")
+        return softmax_loss(
+            hidden,
+            table,
+            packed.targets,
+            precision,
+            task.max_logits,
+            model.num_items,
+            model.shards,
+        )
+    # From the step's key alone, so all devices draw the same negatives.
+    negatives = draw_negatives(
+        jax.random.fold_in(key, _NEGATIVES), model.num_items, sampled.negatives
+    )
+    # One lookup, so that the backward pass adds to the table's gradient once.
+    items = jnp.concatenate([negatives, packed.targets])
+    hidden, rows = encode(items=items, method="encode_and_rows")
+    return sampled_loss(
+        sampled,
+        hidden,
+        packed.targets,
+        rows[len(negatives) :],
+        negatives,
+        rows[: len(negatives)],
+        num_items=model.num_items,
+        precision=precision,
+        max_logits=task.max_logits,
+    )
 
 
 def train_step(
@@ -281,8 +307,8 @@ def train_step(
 
     def loss_and_grads(num_tokens: int, params):
         def losses_of(params):
-            dropout_key = key if task.model.dropout else None
-            return user_losses(task, params, data, user_ids, num_tokens, dropout_key)
+            random = key if task.model.dropout or task.sampled else None
+            return user_losses(task, params, data, user_ids, num_tokens, random)
 
         def loss_of(losses):
             loss, objective_state, aux = task.objective.apply(
