@@ -18,7 +18,7 @@ from seqfair_jax import serving, workdir
 pytestmark = pytest.mark.slow
 _TRAIN = [
     "--config=demo",
-    "--config.data.synthetic.users=600",
+    "--config.data.synthetic.num_users=600",
     "--config.model.dim=8",
     "--config.model.ff_dim=8",
     "--config.train.epochs=3",
