@@ -18,7 +18,7 @@ from seqfair_jax.data.groups import GroupFamily
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.devices import to_host
 from seqfair_jax.errors import DivergedError
-from seqfair_jax.evaluation.baselines import baseline_ranks
+from seqfair_jax.evaluation.baselines import Tuning, baseline_ranks, tuned_baseline_ranks
 from seqfair_jax.evaluation.metrics import item_popularity
 from seqfair_jax.evaluation.slices import OVERALL, Slices, list_means, target_means
 from seqfair_jax.serving.catalogue import target_columns
@@ -50,7 +50,7 @@ def test(
     config = experiment.config
     method = experiment.task.objective.method
     judge = Judge(experiment.dataset, experiment.families, config.evaluate.cutoffs)
-    baseline_table, baselines = judge.baselines(mask_seen=config.evaluate.mask_seen)
+    baseline_table, baselines = judge.baselines(config)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
         "dataset": dataset_summary(experiment.dataset, config),
@@ -59,7 +59,7 @@ def test(
         "needs_groups": method.needs_groups,
         "label": method.label,
         "logs": [log._asdict() for log in method.logs],
-        "baselines": baselines,
+        **baselines,
     }
     if snapshot.progress.init_from:
         shared["init_from"] = snapshot.progress.init_from
@@ -203,16 +203,31 @@ class Judge:
         """
         return list_means(top_items, self._families, self._cutoffs, self._popularity)
 
-    def baselines(self, *, mask_seen: bool) -> tuple[pd.DataFrame, dict[str, dict[str, Slices]]]:
-        """The baselines' metrics of each user, for paired tests, and their means by group."""
-        ranks = baseline_ranks(self._dataset, split="test", mask_seen=mask_seen, k=self.top_k)
-        scored = {name: self.ranks(rank) for name, rank in ranks.items()}
+    def baselines(self, config: ConfigDict) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """The baselines' metrics of each user, for paired tests, and their part of `summary.json`.
+
+        That part has their means by group, `baselines`, and what validation chose for those with
+        numbers of their own, `baseline_choices`.
+
+        Args:
+            config: its parts `evaluate` and `select`.
+        """
+        settings = config.evaluate
+        shared: dict[str, Any] = {"mask_seen": settings.mask_seen, "k": self.top_k}
+        tuning = Tuning(config.select.metric, settings.neighbour_draws, settings.ease_items)
+        ranks = baseline_ranks(self._dataset, "test", **shared)
+        tuned, choices = tuned_baseline_ranks(self._dataset, "test", tuning=tuning, **shared)
+        for name, choice in choices.items():
+            if "left_out" in choice:
+                _log.info("The baseline %s is left out. %s", name, choice["left_out"])
+        scored = {name: self.ranks(rank) for name, rank in {**ranks, **tuned}.items()}
         parts = [
             table[["user_id", *(c for c in map(str, table) if "@" in c)]].assign(baseline=name)
             for name, (table, _) in scored.items()
         ]
         means = {name: means for name, (_, means) in scored.items()}
-        return pd.concat(parts, ignore_index=True), means
+        found = {"baselines": means, "baseline_choices": choices}
+        return pd.concat(parts, ignore_index=True), found
 
 
 def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any] | None:

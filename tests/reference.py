@@ -363,3 +363,46 @@ def list_stats(lists, k, item_counts, audience, num_users):
         f"popularity_percentile@{k}": mean(percentiles),
         f"novelty@{k}": mean(novelties),
     }
+
+
+def neighbour_scores(sequences, history, num_items, w, delta, beta, a, b, gamma, rho, phi):
+    """Scores of all items by triple loops; `sequences` are the training rows of each user."""
+    near = np.zeros((num_items, num_items))
+    count = np.zeros(num_items)
+    for sequence in sequences:
+        for place, x in enumerate(sequence):
+            count[x] += 1
+            for distance in range(1, w + 1):
+                if place + distance < len(sequence) and sequence[place + distance] != x:
+                    y = sequence[place + distance]
+                    near[x, y] += delta ** (distance - 1)
+                    near[y, x] += beta * delta ** (distance - 1)
+    scores = np.zeros(num_items)
+    newest_first = history[::-1]
+    for i in range(num_items):
+        for age, x in enumerate(newest_first):
+            if near[x, i] > 0:
+                scores[i] += gamma**age * near[x, i] / (near[x].sum() ** a * (count[i] + 1) ** b)
+    if scores.max() > 0:
+        scores = scores / scores.max()
+    for i in set(history):
+        scores[i] += rho * phi ** newest_first.index(i)
+    return scores
+
+
+def ease_scores(sequences, histories, num_items, l2):
+    """Scores [n, V] by the inverse of a dense matrix."""
+
+    def binary(rows):
+        found = np.zeros((len(rows), num_items))
+        for row, items in enumerate(rows):
+            found[row, list(items)] = 1
+        return found
+
+    has = binary(sequences)
+    inverse = np.linalg.inv(has.T @ has + l2 * np.eye(num_items))
+    weights = np.zeros((num_items, num_items))
+    for i in range(num_items):
+        for j in range(num_items):
+            weights[i, j] = 0 if i == j else -inverse[i, j] / inverse[j, j]
+    return binary(histories) @ weights

@@ -46,6 +46,7 @@ def small(method="erm", **changes):
     config.train.learning_rate = 1e-3
     config.train.decay_steps = 0
     config.select.min_users = 1
+    config.evaluate.neighbour_draws = 1
     config.update_from_flattened_dict(changes)
     return config
 

@@ -206,7 +206,7 @@ def _one_seed(table: pd.DataFrame) -> PerUser:
     return lambda: {0: table}
 
 
-_SHARED = ("schema_version", "dataset", "baselines", "evaluation")
+_SHARED = ("schema_version", "dataset", "baselines", "baseline_choices", "evaluation")
 
 
 def evaluate(
@@ -229,16 +229,18 @@ def evaluate(
     """
     config = judged.config
     judge = Judge(judged.dataset, judged.families, config.evaluate.cutoffs)
-    table, baselines = judge.baselines(mask_seen=config.evaluate.mask_seen)
+    table, baselines = judge.baselines(config)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
         "dataset": dict(judged.description),
-        "baselines": baselines,
+        **baselines,
     }
     systems = []
     if judged.folder is not None:
         systems.append(_test_run(judged, judge, rule, shared))
-    taken = [system.name for system in systems] + [baseline_name(name) for name in baselines]
+    taken = [system.name for system in systems] + [
+        baseline_name(name) for name in baselines["baselines"]
+    ]
     found: dict[str, Mapping[str, int | str]] = {}
     for name, given in lists.items():
         row = unique_name(name, taken)

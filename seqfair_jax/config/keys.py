@@ -434,4 +434,19 @@ _EVALUATE = (
     Setting(
         "evaluate.batch_size", 256, "The number of users ranked at once.", whole(1), resumable=True
     ),
+    Setting(
+        "evaluate.neighbour_draws",
+        20,
+        "How many values the baseline `neighbours` tries on the validation users. 0: leave it out.",
+        whole(0),
+        resumable=True,
+    ),
+    Setting(
+        "evaluate.ease_items",
+        5000,
+        "The largest catalogue of the baseline `ease`. Its time grows with the cube of the items, "
+        "and its memory with their square. 0: leave it out.",
+        whole(0),
+        resumable=True,
+    ),
 )

@@ -1,15 +1,19 @@
-"""Recommenders without any training, ranked like the model, to compare every table with.
+"""Recommenders without training by gradients, ranked like the model, to compare every table with.
 
 Shape letters: n users of a split, m targets of all of them, V catalogue, k length of a list.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from seqfair_jax.data.log import group_rows, repeats, user_blocks
 from seqfair_jax.data.split import Dataset, Targets, training_rows
+from seqfair_jax.evaluation.ease import ease_ranks
+from seqfair_jax.evaluation.neighbours import neighbour_ranks
 from seqfair_jax.evaluation.ranking import split_targets
+from seqfair_jax.evaluation.score_ranks import Choice
 
 _NONE = -1  # an empty place in a list
 _USERS = 2**15  # ranked at once
@@ -47,6 +51,52 @@ def baseline_ranks(
         some, sizes = targets.of_users(start, stop), lengths[start:stop]
         parts.append(_ranks_of(dataset, some, sizes, popularity, following, after, mask_seen, k))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Tuning(NamedTuple):
+    """How the baselines with numbers of their own choose them on the validation users."""
+
+    metric: str  # such as NDCG@20
+    neighbour_draws: int  # 0 leaves `neighbours` out
+    ease_items: int  # the largest catalogue of `ease`; 0 leaves it out
+
+
+def tuned_baseline_ranks(
+    dataset: Dataset, split: str, *, mask_seen: bool, tuning: Tuning, k: int = 20
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """As `baseline_ranks`, for the baselines whose numbers validation chooses.
+
+    - neighbours: what was near the history's items in training, and these items again, see
+      `neighbours.neighbour_scores`.
+    - ease: a linear model of the items that a user has, see `ease`.
+
+    Args:
+        dataset, split, mask_seen, k: as for `baseline_ranks`.
+        tuning: see there.
+
+    Returns:
+        The ranks, and what was chosen for each: the fields of `score_ranks.Choice`, or `left_out`,
+        a sentence that says why the log is too large for it.
+    """
+    rankers: dict[str, Callable[[], tuple[np.ndarray, Choice] | str]] = {}
+    shared: dict[str, Any] = {"mask_seen": mask_seen, "metric": tuning.metric}
+    if tuning.neighbour_draws:
+        rankers["neighbours"] = lambda: neighbour_ranks(
+            dataset, split, draws=tuning.neighbour_draws, **shared
+        )
+    if tuning.ease_items:
+        rankers["ease"] = lambda: ease_ranks(dataset, split, max_items=tuning.ease_items, **shared)
+    ranks: dict[str, np.ndarray] = {}
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, ranker in rankers.items():
+        result = ranker()
+        if isinstance(result, str):
+            chosen[name] = {"left_out": result}
+        else:
+            found, choice = result
+            ranks[name] = np.where(found <= k, found, 0).astype(np.int32)
+            chosen[name] = choice._asdict()
+    return ranks, chosen
 
 
 def _ranks_of(
