@@ -63,6 +63,7 @@ _TRAIN = {
     "config.train.batch_size": "8",
     "config.train.epochs": "1",
     "config.train.steps_per_epoch": "2",
+    "config.train.negatives": "8",
 }
 _REPRODUCE = {
     "config.seeds": "0",
