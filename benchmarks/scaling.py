@@ -79,6 +79,7 @@ def measure(experiment, size, steps, repeats):
         ),
         membership=jnp.ones((size["users"], 1), bool),
         target_weights=jnp.ones(size["items"]),
+        user_mass=jnp.ones(size["users"]),
     )
     sizes = {"dim": size["width"], "ff_dim": size["width"], "max_len": size["length"]}
     model = SASRec(num_items=size["items"], **(config.model.to_dict() | sizes))

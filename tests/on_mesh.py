@@ -20,7 +20,7 @@ from seqfair_jax.data.split import by_time
 from seqfair_jax.evaluation.ranking import make_ranker
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sasrec import SASRec, param_specs, with_rows
-from seqfair_jax.objectives import make_objective
+from seqfair_jax.objectives import make_objective, user_mass
 from seqfair_jax.training import step
 from seqfair_jax.training.batches import Batches
 
@@ -72,6 +72,7 @@ def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, **model_sett
         ),
         MEMBERSHIP,
         devices.pad_rows(np.float32(weights), shards),
+        user_mass(WINDOWS, "sum"),
     )
     data = jax.tree.map(functools.partial(devices.put, mesh), data, step.DATA_SPECS)
     hparams = {key: np.full(len(seeds), HPARAMS[key], np.float32) for key in method.method.reads}

@@ -170,6 +170,10 @@ def test_arguments_of_the_papers_configs():
         load("rr_gdro", "group=pop33")
     with pytest.raises(UserError, match="scale=big: expected paper or small"):
         load("rr_gdro", "scale=big")
+    assert load("rr_gdro").objective.user_loss == "mean"
+    assert load("rr_gdro", "loss=text").objective.user_loss == "sum"
+    with pytest.raises(UserError, match="loss=table: expected tables or text"):
+        load("rr_gdro", "loss=table")
 
 
 @pytest.mark.parametrize("name", ["own_log", "rr_cvar"])

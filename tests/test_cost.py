@@ -49,7 +49,7 @@ def xla_flop(model, lengths):
         jnp.asarray(np.cumsum(lengths + 1), jnp.int32),
         jnp.asarray(lengths, jnp.int32),
     )
-    data = TrainData(sequences, jnp.ones((num_users, 1), bool), jnp.ones(model.num_items))
+    data = TrainData(sequences, jnp.ones((num_users, 1), bool), jnp.ones(model.num_items), jnp.ones(num_users))
     user_ids = jnp.arange(num_users, dtype=jnp.int32)
 
     def init(key):

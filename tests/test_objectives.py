@@ -106,6 +106,46 @@ def test_stateless_objective_agrees_with_the_reference(name, level):
 
 
 @pytest.mark.parametrize("level", [2.0, 70.0])
+@pytest.mark.parametrize("name", NINE)
+def test_a_user_of_mass_k_counts_as_k_users(name, level):
+    """With objective.user_loss=sum: a user's targets are as many users with the mean loss."""
+    objective = make(name)
+    step = jax.jit(objective.apply)
+    state, of_copies = objective.init(), objective.init()
+    rng = np.random.default_rng(3)
+    for losses, groups in zip(*fifty_batches(level), strict=True):
+        targets = rng.integers(1, 5, len(losses))
+        member = np.eye(3, dtype=bool)[groups]
+        copies = np.repeat(np.arange(len(losses)), targets)
+        found, state, logged = step(losses, member, state, HYPERPARAMS, np.float32(targets))
+        expected, of_copies, log_of_copies = step(
+            losses[copies], member[copies], of_copies, HYPERPARAMS
+        )
+        # Group weights are normalised. Other losses are divided by the users of the batch.
+        scale = 1 if name in ("gdro", "sdro") else len(copies) / len(losses)
+        assert_allclose(found, scale * expected, rtol=1e-5)
+        jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-4), state, of_copies)
+        assert_allclose(logged["group_loss"], log_of_copies["group_loss"], rtol=1e-5)
+        assert_allclose(logged["group_mass"], log_of_copies["group_count"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("cvar", {"alpha": 1.0}), ("chi2", {"radius": 0.0})])
+def test_the_limits_of_tails_by_target_are_erm(name, limit):
+    losses, mass = fifty_batches(2.0)[0][0], np.linspace(0.2, 1.8, 16, dtype=np.float32)
+    member = np.eye(3, dtype=bool)[fifty_batches(2.0)[1][0]]
+    values = HYPERPARAMS | {key: jnp.float32(value) for key, value in limit.items()}
+    found = make(name).apply(losses, member, (), values, mass)[0]
+    assert_allclose(found, make("erm").apply(losses, member, (), values, mass)[0], rtol=1e-5)
+    assert_allclose(found, (losses * mass).mean(), rtol=1e-5)
+
+
+def test_masses_of_users():
+    targets = np.array([1, 3, 8])
+    assert_array_equal(objectives.user_mass(targets, "mean"), [1, 1, 1])
+    assert_allclose(objectives.user_mass(targets, "sum"), [0.25, 0.75, 2])
+
+
+@pytest.mark.parametrize("level", [2.0, 70.0])
 @pytest.mark.parametrize("method", ["gdro", "sdro-decay", "sdro-hold"])
 def test_group_dro_agrees_with_the_reference_over_fifty_steps(method, level):
     name, _, absent_groups = method.partition("-")
@@ -231,7 +271,7 @@ def test_erm_by_hand():
     assert loss == 3
     assert_array_equal(logged["group_loss"], [2, 5, 3])
     assert_array_equal(logged["group_count"], [2, 1, 2])
-    assert set(logged) == {"group_loss", "group_count"}
+    assert set(logged) == {"group_loss", "group_count", "group_mass"}
 
 
 def test_ipw_counts_rows_or_users_by_hand():

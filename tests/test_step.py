@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from seqfair_jax.model.packing import BLOCK, Sequences
 from seqfair_jax.model.sasrec import SASRec
-from seqfair_jax.objectives import make_objective
+from seqfair_jax.objectives import make_objective, user_mass
 from seqfair_jax.training.batches import epoch_batches
 from seqfair_jax.training.step import (
     Task,
@@ -48,6 +48,7 @@ def make_data(weights=None):
         ),
         jnp.asarray(membership),
         jnp.ones(NUM_ITEMS) if weights is None else jnp.asarray(weights, jnp.float32),
+        jnp.ones(NUM_USERS),
     )
 
 
@@ -295,6 +296,29 @@ def test_a_stopped_run_is_frozen_and_does_not_change_the_others_bits(vmap):
     assert_array_equal(after.step, [STEPS, 2])
     whole = run_segment(task, [0, 1], hparams, cuts=[(0, 2), (2, STEPS)], **settings)
     jax.tree.map(lambda x, y: assert_array_equal(x[0], y[0]), after, whole)
+
+
+def test_with_the_sum_a_step_is_on_the_mean_over_targets():
+    task, data = make_task(), make_data()
+    lengths = np.asarray(data.sequences.lengths)
+    data = data._replace(user_mass=jnp.asarray(user_mass(lengths, "sum")))
+    state = create_train_state(task, seed=0, num_groups=3)
+    users, size_index = make_batches([0], (LARGEST,), vmap=False)
+    step = jax.jit(functools.partial(train_step, task, (LARGEST,)))
+    after, metrics = step(state, (users[0, 0], size_index[0, 0]), data, make_hparams())
+
+    batch = np.asarray(users[0, 0])
+
+    def mean_over_targets(params):
+        means = user_losses(task, params, data, batch, LARGEST, None)
+        return (means * lengths[batch]).sum() / (BATCH * lengths.mean())
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_over_targets))(state.params)
+    assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    for moment, grad in zip(
+        jax.tree.leaves(after.opt_state[0].mu), jax.tree.leaves(grads), strict=True
+    ):
+        assert_allclose(moment, 0.1 * grad, rtol=1e-4, atol=1e-8)
 
 
 def test_train_step_returns_its_metrics():

@@ -291,6 +291,13 @@ def _objective() -> tuple[Setting, ...]:
             "",
             "The group family that the objective uses. If empty, the first of `groups`.",
         ),
+        Setting(
+            "objective.user_loss",
+            "mean",
+            "What a user counts for: with `mean` every user alike, so a target of a user with many "
+            "counts less, as in the paper's tables; with `sum` every target alike, as in its text.",
+            choices=objectives.USER_LOSSES,
+        ),
         *(
             Setting(
                 f"objective.{name}",

@@ -9,6 +9,7 @@ from seqfair_jax.objectives.builtin import BUILT_IN
 from seqfair_jax.objectives.method import (
     GROUP_WEIGHT,
     TAIL_SHARE,
+    USER_LOSSES,
     Batch,
     Formula,
     HParam,
@@ -21,6 +22,7 @@ from seqfair_jax.objectives.method import (
     group_shares,
     ones,
     per_user,
+    user_mass,
     weighted,
 )
 from seqfair_jax.objectives.registry import (
@@ -40,6 +42,7 @@ __all__ = [
     "GROUP_WEIGHT",
     "METHODS",
     "TAIL_SHARE",
+    "USER_LOSSES",
     "Batch",
     "Formula",
     "HParam",
@@ -61,6 +64,7 @@ __all__ = [
     "options",
     "per_user",
     "register",
+    "user_mass",
     "weighted",
 ]
 

@@ -4,6 +4,11 @@
 Every one is a weighted sum of the users' losses, sum_u q_u l_u. The weights q are constants in the
 gradient. The objectives differ in q; CB and CBlog also weigh the targets inside l_u.
 
+l_u is the mean over the user's targets, and m_u is the user's mass: 1 in the paper's tables, and in
+proportion to the user's targets with objective.user_loss=sum. Then means over users, group losses
+and tails are means over targets. M is the sum of the batch's masses. So with the sum, every loss is
+a constant times a sum over targets.
+
 Shape letters: U users, B users in a batch, G groups, V catalogue.
 """
 
@@ -110,12 +115,12 @@ def _log_inverse_frequency(item_counts: np.ndarray) -> np.ndarray:
 
 
 def _mean(batch: Batch, state: State, hparams: HParams):
-    """ERM (equation 1): q_u = 1 / B."""
-    return jnp.full_like(batch.losses, 1 / batch.losses.size), state, {}
+    """ERM (equation 1): q_u = m_u / B."""
+    return batch.mass / batch.losses.size, state, {}
 
 
 def _inverse_propensity(sizes: np.ndarray, *, log: bool):
-    """IPW (equation 3): q_u = w(g_u) / B, w(g) = sum_h f(h) / f(g); IPWlog: its logarithm."""
+    """IPW (equation 3): q_u = w(g_u) m_u / B, w(g) = sum_h f(h) / f(g); IPWlog: its logarithm."""
     weights = sizes.sum() / np.maximum(sizes, 1)
     if log:
         weights = np.log(weights)
@@ -127,7 +132,8 @@ def _inverse_propensity(sizes: np.ndarray, *, log: bool):
 
     def weigh(batch: Batch, state: State, hparams: HParams):
         group_weights = jnp.asarray(weights, batch.losses.dtype)
-        return per_user(group_weights, batch.membership) / batch.losses.size, state, {}
+        user_weights = per_user(group_weights, batch.membership) * batch.mass
+        return user_weights / batch.losses.size, state, {}
 
     return weigh
 
@@ -162,55 +168,65 @@ def _init_groups(users: Users) -> Callable[[], GroupState]:
 
 def _ascend(batch: Batch, log_weights: jax.Array, estimate: jax.Array, hparams: HParams):
     """omega_g <- omega_g exp(eta estimate_g), normalised; then sum_u q_u l_u = sum_g omega_g L_g
-    (equation 5)."""
+    (equation 5), where L_g is the mean of the group's l_u weighted by m_u."""
     log_weights = jax.nn.log_softmax(log_weights + hparams["step_size"] * estimate)
     weights = jnp.exp(log_weights)
-    user_weights = per_user(weights / jnp.maximum(batch.group_counts, 1), batch.membership)
+    shares = weights / jnp.where(batch.group_counts > 0, batch.group_mass, 1)
+    user_weights = per_user(shares, batch.membership) * batch.mass
     return user_weights, GroupState(log_weights, estimate), {GROUP_WEIGHT.key: weights}
 
 
 def _cvar(batch: Batch, state: State, hparams: HParams):
-    """CVaR (equation 4): q = clip(alpha B - r, 0, 1) / (alpha B) for the r-th largest loss, from 0.
+    """CVaR (equation 4): q_u = clip(alpha M - a_u, 0, m_u) / (alpha B), where a_u is the mass of
+    the users with larger losses.
 
-    Equal losses rank in the batch's order.
+    Equal losses rank in the batch's order. With masses of 1 and a_u = r for the r-th largest loss,
+    from 0, this is clip(alpha B - r, 0, 1) / (alpha B). alpha = 1 is ERM.
     """
-    tail = hparams["alpha"] * batch.losses.size
-    rank = jnp.argsort(jnp.argsort(-batch.losses))  # jnp's sort is stable
-    weights = jnp.clip(tail - rank, 0, 1) / tail
+    order = jnp.argsort(-batch.losses)  # jnp's sort is stable
+    mass = batch.mass[order]
+    before = jnp.cumsum(mass) - mass
+    tail = jnp.clip(hparams["alpha"] * mass.sum() - before, 0, mass)
+    weights = jnp.zeros_like(mass).at[order].set(tail)
+    weights /= hparams["alpha"] * batch.losses.size
     return weights, state, {TAIL_SHARE.key: group_shares(batch, weights)}
 
 
 def _chi2(batch: Batch, state: State, hparams: HParams):
-    """Chi-square ball (Levy et al. 2020): the q of sup sum_u q_u l_u over the simplex with
-    (1 / 2B) sum_u (B q_u - 1)^2 <= rho.
+    """Chi-square ball (Levy et al. 2020): with p_u = m_u / M, (M / B) times the q of
+    sup sum_u q_u l_u over the simplex with (1 / 2) sum_u p_u (q_u / p_u - 1)^2 <= rho.
 
-    The constraint reads sum_u q_u^2 <= (1 + 2 rho) / B, and the optimum is q_u ∝ max(l_u - eta, 0)
-    for some eta. As eta rises to the largest loss, sum q^2 rises from 1 / B to 1 / (number of
-    users who share that loss), so user j has weight if and only if eta = l_j breaks the constraint.
-    For the k users who have weight, with mean m and variance v, the constraint then gives
+    The constraint reads sum_u q_u^2 / p_u <= 1 + 2 rho, and the optimum is q_u ∝ p_u max(l_u - eta,
+    0) for some eta. As eta rises to the largest loss, sum q^2 / p rises from 1 to 1 / (the share of
+    those with that loss), so user j has weight if and only if eta = l_j breaks the constraint. For
+    the users who have weight, with share P, mean m and variance v, the constraint then gives
 
-        q_u = (1 + s (l_u - m)) / k,    s^2 = (k (1 + 2 rho) / B - 1) / v.
+        q_u = p_u (1 + s (l_u - m)) / P,    s^2 = (P (1 + 2 rho) - 1) / v.
 
     If no eta below the largest loss breaks it, v is 0, and the users with that loss share the
-    weight equally.
+    weight by their masses. With rho = 0 this is ERM.
     """
     size, radius = batch.losses.size, hparams["radius"]
     # Relative to the largest loss, which keeps the digits of a small spread, and scaled, so that
     # squares of small gaps do not underflow.
     losses = batch.losses - batch.losses.max()
     losses /= jnp.maximum(-losses.min(), jnp.finfo(losses.dtype).tiny)
+    mass = batch.mass
+    whole = mass.sum()
 
     excess = jnp.maximum(losses[:, None] - losses[None, :], 0)  # [u, j]: l_u - eta at eta = l_j
-    square_sum = (excess**2).sum(axis=0)
-    active = (losses == 0) | (size * square_sum > (1 + 2 * radius) * excess.sum(axis=0) ** 2)
+    square_sum = (mass[:, None] * excess**2).sum(axis=0)
+    sums = (mass[:, None] * excess).sum(axis=0)
+    active = (losses == 0) | (whole * square_sum > (1 + 2 * radius) * sums**2)
 
-    count = active.sum()
-    centred = jnp.where(active, losses - losses.sum(where=active) / count, 0)
-    variance = (centred**2).sum() / count
-    slack = jnp.maximum((count - size + 2 * radius * count) / size, 0)
+    active_mass = mass.sum(where=active)
+    mean = (mass * losses).sum(where=active) / active_mass
+    centred = jnp.where(active, losses - mean, 0)
+    variance = (mass * centred**2).sum() / active_mass
+    slack = jnp.maximum((active_mass - whole + 2 * radius * active_mass) / whole, 0)
     slope = jnp.where(variance > 0, jnp.sqrt(slack / jnp.where(variance > 0, variance, 1)), 0)
-    weights = jnp.where(active, jnp.maximum(1 + slope * centred, 0), 0)
-    weights /= weights.sum()
+    weights = jnp.where(active, mass * jnp.maximum(1 + slope * centred, 0), 0)
+    weights *= whole / (size * weights.sum())
     return weights, state, {TAIL_SHARE.key: group_shares(batch, weights)}
 
 

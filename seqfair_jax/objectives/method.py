@@ -88,15 +88,39 @@ class Users(NamedTuple):
 class Batch(NamedTuple):
     """What a loss is computed from. The losses carry the gradient."""
 
-    losses: jax.Array  # f[B], the users' losses
+    losses: jax.Array  # f[B], the users' mean losses over their targets
     membership: jax.Array  # bool[B, G]
-    group_losses: jax.Array  # f[G], means over the batch's users of a group; 0 where it has none
+    # f[G], means over the group's part of the batch, weighted by mass; 0 where it has none
+    group_losses: jax.Array
     group_counts: jax.Array  # i32[G], the group's users in the batch
+    # f[B], how much each user counts: 1, or with objective.user_loss=sum the user's targets over
+    # the log's mean number of targets of a user
+    mass: jax.Array
+    group_mass: jax.Array  # f[G], the sum of the group's masses in the batch
 
 
 def ones(item_counts: np.ndarray) -> np.ndarray:
     """Weigh all targets alike: f32[V]."""
     return np.ones(len(item_counts), np.float32)
+
+
+USER_LOSSES = ("mean", "sum")  # what objective.user_loss may be
+
+
+def user_mass(train_targets: np.ndarray, user_loss: str) -> np.ndarray:
+    """How much each user counts in an objective, f32[U].
+
+    With `mean` every user counts 1, so a target of a user with many targets counts less. With
+    `sum` a user counts n_u / C, where n_u are the user's targets and C is their mean over the
+    users. So every target counts alike, and losses have the same scale as with `mean`.
+
+    Args:
+        train_targets: i32[U], n_u.
+        user_loss: one of `USER_LOSSES`.
+    """
+    if user_loss == "mean":
+        return np.ones(len(train_targets), np.float32)
+    return (train_targets / train_targets.mean()).astype(np.float32)
 
 
 class Formula(NamedTuple):

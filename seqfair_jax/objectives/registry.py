@@ -27,8 +27,12 @@ from seqfair_jax.objectives.method import (
 
 _methods: dict[str, Method] = {}
 METHODS: Mapping[str, Method] = MappingProxyType(_methods)  # a view: it shows later registrations
-_TAKEN = ("name", "group_family")  # settings of config.objective that no objective declares
-_LOGGED = ("group_loss", "group_count")  # for every objective
+_TAKEN = (
+    "name",
+    "group_family",
+    "user_loss",
+)  # settings of config.objective that no objective declares
+_LOGGED = ("group_loss", "group_count", "group_mass")  # for every objective
 
 
 def register(method: Method) -> Method:
@@ -173,25 +177,25 @@ def check_hparams(name: str, values: Mapping[str, float | Sequence[float]]) -> N
 class Objective(NamedTuple):
     """An objective as three pure functions.
 
-    `apply(user_losses f[B], membership bool[B, G], state, hparams)` returns the scalar loss,
+    `apply(user_losses f[B], membership bool[B, G], state, hparams, mass)` returns the scalar loss,
     the next state and what is worth logging, each f[G] or i32[G]:
 
-    - `group_loss`: mean over the batch's users of the group, 0 where it has none;
+    - `group_loss`: mean over the batch's users of the group, weighted by their masses, 0 where it
+      has none;
     - `group_count`: its users in the batch;
+    - `group_mass`: the sum of their masses;
     - what the method's `logs` declare: omega after this step's move for GDRO and SDRO, the share
       of the users' weights that falls on the group for CVaR and chi2.
 
     `hparams` is a mapping of the method's hyperparameters, each a number or a traced scalar.
+    `mass` f[B] says how much each user counts (`user_mass`); 1 if it is left out.
     """
 
     name: str
     method: Method
     target_weights: Callable[[np.ndarray], np.ndarray]  # item counts i32[V] -> f32[V]
     init: Callable[[], State]  # the state before the first step
-    apply: Callable[
-        [jax.Array, jax.Array, State, HParams],
-        tuple[jax.Array, State, dict[str, jax.Array]],
-    ]
+    apply: Callable[..., tuple[jax.Array, State, dict[str, jax.Array]]]
 
 
 def make_objective(
@@ -255,10 +259,19 @@ def _kind(value: Any) -> str:
 def _apply_fn(formula: Formula, method: Method):
     keys = {log.key for log in method.logs}
 
-    def apply(user_losses: jax.Array, membership: jax.Array, state: State, hparams: HParams):
+    def apply(
+        user_losses: jax.Array,
+        membership: jax.Array,
+        state: State,
+        hparams: HParams,
+        mass: jax.Array | None = None,
+    ):
+        mass = jnp.ones_like(user_losses) if mass is None else mass
         counts = membership.sum(axis=0)
-        sums = jnp.where(membership, user_losses[:, None], 0).sum(axis=0)
-        batch = Batch(user_losses, membership, sums / jnp.maximum(counts, 1), counts)
+        group_mass = jnp.where(membership, mass[:, None], 0).sum(axis=0)
+        sums = jnp.where(membership, (mass * user_losses)[:, None], 0).sum(axis=0)
+        means = sums / jnp.where(counts > 0, group_mass, 1)
+        batch = Batch(user_losses, membership, means, counts, mass, group_mass)
         before = state
         loss, state, logs = formula.loss(batch, state, hparams)
         # What follows is found while tracing, so a step pays nothing for it.
@@ -282,7 +295,7 @@ def _apply_fn(formula: Formula, method: Method):
                 f"{where}: the state was {kinds[0]}, and is {kinds[1]} after a step: the two must "
                 "be the same"
             )
-        always = {"group_loss": batch.group_losses, "group_count": counts}
+        always = {"group_loss": means, "group_count": counts, "group_mass": group_mass}
         return loss, state, {**always, **logs}
 
     return apply
@@ -308,9 +321,15 @@ def mean_objective(parts: Sequence[Objective], num_groups: Sequence[int]) -> Obj
     def init() -> State:
         return tuple(part.init() for part in parts)
 
-    def apply(user_losses: jax.Array, membership: jax.Array, state: State, hparams: HParams):
+    def apply(
+        user_losses: jax.Array,
+        membership: jax.Array,
+        state: State,
+        hparams: HParams,
+        mass: jax.Array | None = None,
+    ):
         results = [
-            part.apply(user_losses, membership[:, end - size : end], own, hparams)
+            part.apply(user_losses, membership[:, end - size : end], own, hparams, mass)
             for part, own, size, end in zip(parts, state, num_groups, ends, strict=True)
         ]
         losses, states, logs = zip(*results, strict=True)

@@ -14,6 +14,8 @@ def retailrocket(method: str, arg: str | None) -> ConfigDict:
         scale: `paper`, or `small`: the model and training of `default_config`, for two cores.
         tie: 1 uses one item embedding for input and output, 0 uses two. Default: the scale's.
         init: initial scale of the embeddings. Default: the scale's.
+        loss: `tables` divides a user's loss by the user's targets, as in the published runs;
+            `text` divides by a constant, as in the paper's text.
     """
     config = _paper(method, arg)
     config.data.name = "retailrocket"
@@ -42,9 +44,13 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
 
 
 def _arguments(arg: str | None) -> ConfigDict:
-    arguments = parse_arguments(arg, groups="pop33+seq33", scale="paper", tie=-1, init=-1.0)
+    arguments = parse_arguments(
+        arg, groups="pop33+seq33", scale="paper", tie=-1, init=-1.0, loss="tables"
+    )
     if arguments.scale not in ("paper", "small"):
         raise UserError(f"scale={arguments.scale}: expected paper or small")
+    if arguments.loss not in ("tables", "text"):
+        raise UserError(f"loss={arguments.loss}: expected tables or text")
     return arguments
 
 
@@ -58,6 +64,7 @@ def _paper(method: str, arg: str | None) -> ConfigDict:
     config = default_config()
     config.groups = tuple(arguments.groups.split("+"))
     config.objective.name = method
+    config.objective.user_loss = "sum" if arguments.loss == "text" else "mean"
     config.objective.absent_groups = "decay"  # as in the published runs
     if arguments.scale == "paper":
         config.model.dim = 256

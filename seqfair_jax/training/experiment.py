@@ -155,6 +155,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
         Sequences(*sequences),
         loss_family.membership,
         devices.pad_rows(item_weights, shape.catalogue),
+        objectives.user_mass(sequences[2], config.objective.user_loss),
     )
     put = functools.partial(devices.put, mesh)
     axis = config.train.runs_axis

@@ -288,8 +288,8 @@ def _epoch_row(experiment: Experiment, states: TrainState, r: int, score: Scores
         "train/grad_norm": float(totals.grad_norm) / steps,
     }
     for g, group in enumerate(experiment.loss_family.groups):
-        users = float(totals.group_users[g])
-        row[f"train/group_loss/{group}"] = float(totals.group_loss[g]) / users if users else None
+        mass = float(totals.group_mass[g])
+        row[f"train/group_loss/{group}"] = float(totals.group_loss[g]) / mass if mass else None
         for log in experiment.task.objective.method.logs:
             value = (
                 latest[log.key][g] if log.epoch == "last" else totals.objective[log.key][g] / steps

@@ -33,8 +33,8 @@ class Totals(NamedTuple):
     steps: jax.Array  # i32[]
     loss: jax.Array  # f32[]
     grad_norm: jax.Array  # f32[]
-    group_loss: jax.Array  # f32[G], summed over users
-    group_users: jax.Array  # f32[G]
+    group_loss: jax.Array  # f32[G], summed over users by their masses
+    group_mass: jax.Array  # f32[G]
     objective: dict[str, jax.Array]  # each f32[G]: what else the objective logs
 
 
@@ -58,6 +58,7 @@ class TrainData(NamedTuple):
     sequences: Sequences
     membership: jax.Array  # bool[U, G]
     target_weights: jax.Array  # f32[V]
+    user_mass: jax.Array  # f32[U], see `objectives.user_mass`
 
 
 # How the mesh splits it: the rows of the log over the data axis, those of the catalogue as the
@@ -65,7 +66,7 @@ class TrainData(NamedTuple):
 _BY_ROW: Any = P(DATA)
 _BY_ITEM: Any = P(CATALOGUE)
 _WHOLE: Any = P()
-DATA_SPECS = TrainData(Sequences(_BY_ROW, _WHOLE, _WHOLE), _WHOLE, _BY_ITEM)
+DATA_SPECS = TrainData(Sequences(_BY_ROW, _WHOLE, _WHOLE), _WHOLE, _BY_ITEM, _WHOLE)
 
 
 class Task(NamedTuple):
@@ -207,8 +208,11 @@ def empty_totals(task: Task, num_groups: int) -> Totals:
     return Totals(jnp.int32(0), zero, zero, zeros, zeros, dict.fromkeys(_extra(aux), zeros))
 
 
+_SUMMED = ("group_loss", "group_count", "group_mass")
+
+
 def _extra(aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {key: value for key, value in aux.items() if key not in ("group_loss", "group_count")}
+    return {key: value for key, value in aux.items() if key not in _SUMMED}
 
 
 def user_losses(
@@ -303,7 +307,7 @@ def train_step(
     user_ids, size_index = batch
     key = jax.random.wrap_key_data(state.key, impl=KEY_IMPL)
     key = jax.random.fold_in(key, state.step)
-    membership = data.membership[user_ids]
+    membership, mass = data.membership[user_ids], data.user_mass[user_ids]
 
     def loss_and_grads(num_tokens: int, params):
         def losses_of(params):
@@ -312,7 +316,7 @@ def train_step(
 
         def loss_of(losses):
             loss, objective_state, aux = task.objective.apply(
-                losses, membership, state.objective_state, hparams
+                losses, membership, state.objective_state, hparams, mass
             )
             return loss, (objective_state, aux)
 
@@ -341,8 +345,8 @@ def train_step(
         steps=state.totals.steps + 1,
         loss=state.totals.loss + loss,
         grad_norm=state.totals.grad_norm + grad_norm,
-        group_loss=state.totals.group_loss + aux["group_loss"] * aux["group_count"],
-        group_users=state.totals.group_users + aux["group_count"],
+        group_loss=state.totals.group_loss + aux["group_loss"] * aux["group_mass"],
+        group_mass=state.totals.group_mass + aux["group_mass"],
         objective=jax.tree.map(jnp.add, state.totals.objective, _extra(aux)),
     )
     after = TrainState(
