@@ -19,6 +19,7 @@ from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import by_time
 from seqfair_jax.evaluation.ranking import make_ranker
 from seqfair_jax.model.packing import Sequences
+from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec, param_specs, with_rows
 from seqfair_jax.objectives import make_objective, user_mass
 from seqfair_jax.training import step
@@ -49,7 +50,7 @@ def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8):
     )
 
 
-def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, **model_settings):
+def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, sampled=None, **model_settings):
     """A segment, and a function that makes its arguments."""
     data_shards, shards = mesh.shape[devices.DATA], mesh.shape[devices.CATALOGUE]
     model = make_model(shards, **model_settings)
@@ -60,6 +61,7 @@ def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, **model_sett
         step.make_optimizer(learning_rate=1e-2),
         max_logits=max_logits,
         clip_norm=2.0,
+        sampled=sampled,
         shards=data_shards,
     )
     batches = Batches(seeds, lengths=WINDOWS, batch_size=BATCH, steps=STEPS, vmap=vmap, mesh=mesh)(
@@ -126,6 +128,11 @@ def steps(objective, *shapes, **settings):
 def with_dropout(*shapes):
     """With dropout, a loss in chunks, and runs one after another."""
     return steps("gdro", *shapes, dropout=0.3, vmap=False, max_logits=300)
+
+
+def with_negatives(*shapes):
+    """A loss over sampled negatives, with dropout."""
+    return steps("cvar", *shapes, vmap=True, dropout=0.3, sampled=Sampled("softmax", 9, 0.0))
 
 
 def without_dropout(objective, *shapes):

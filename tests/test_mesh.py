@@ -45,14 +45,17 @@ def test_every_mesh_takes_the_step_of_one_device(objective):
     assert_equal_steps(on_mesh("without_dropout", objective, *SHAPES))
 
 
+# Other bits would change the loss and the gradients by far more than rounding.
+
+
 def test_dropout_has_the_bits_of_one_device():
-    # Other bits would change the loss and the gradients by far more.
     assert_equal_steps(on_mesh("with_dropout", "2,2,2"))
 
 
 @pytest.mark.slow
-def test_dropout_has_the_bits_of_one_device_on_every_mesh():
-    assert_equal_steps(on_mesh("with_dropout", *SHAPES))
+@pytest.mark.parametrize("loss", ["with_dropout", "with_negatives"])
+def test_dropout_and_negatives_have_the_bits_of_one_device_on_every_mesh(loss):
+    assert_equal_steps(on_mesh(loss, *SHAPES))
 
 
 def test_a_mesh_ranks_as_one_device():
