@@ -388,7 +388,7 @@ def test_settings_out_of_range_are_named(settings, message):
 
 def test_more_negatives_than_items_are_refused():
     config = small(**{"train.loss": "sampled"})
-    with pytest.raises(UserError, match=r"train.negatives is 1,024, but the log has 80 items"):
+    with pytest.raises(UserError, match=r"train.negatives is 4,096, but the log has 80 items"):
         build_experiment(resolve(config))
 
 

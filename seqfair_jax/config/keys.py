@@ -362,7 +362,7 @@ _TRAIN = (
     ),
     Setting(
         "train.negatives",
-        1024,
+        4096,
         "Of `train.loss=sampled`: the items k that are drawn in each step, uniformly, for all "
         "targets of the batch.",
         whole(1),
