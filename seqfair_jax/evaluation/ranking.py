@@ -385,9 +385,9 @@ def encode_newest(
     """
     num_tokens = packed_tokens(model.max_len)
     packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items, shards=shards)
-    hidden: Any = model.apply(params, packed, train=False, window=window)
     newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
-    return hidden[newest]
+    hidden: Any = model.apply(params, packed, train=False, window=window, only=newest)
+    return hidden
 
 
 def score_items(

@@ -107,15 +107,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, visible: jax.Array, first: jax.Array | int, train: bool
+        self,
+        x: jax.Array,
+        visible: jax.Array,
+        first: jax.Array | int,
+        train: bool,
+        only: jax.Array | None = None,
     ) -> jax.Array:
-        """Map x f[T, D] to f[T, D].
+        """Map x f[T, D] to f[T, D], or to f[N, D] for some of the tokens.
 
         Args:
             x: the tokens.
             visible: bool[T/block, block, K], `visible_keys`.
             first: the number of the first token in the batch, for dropout.
             train: apply dropout.
+            only: i32[N], the tokens to return; None for all. Not in training.
         """
 
         def drop(y, **place):
@@ -154,6 +160,8 @@ class Block(nn.Module):
         weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype), **pairs)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value, precision=self.precision)
         mixed = mixed.reshape(x.shape)
+        if only is not None:
+            x, mixed = x[only], mixed[only]
         mixed = dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed)
         x = x + drop(mixed, **tokens)
 
@@ -256,7 +264,14 @@ class SASRec(nn.Module):
         ]
         self.final_norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self._dtype)
 
-    def __call__(self, packed: Packed, *, train: bool, window: int | None = None) -> jax.Array:
+    def __call__(
+        self,
+        packed: Packed,
+        *,
+        train: bool,
+        window: int | None = None,
+        only: jax.Array | None = None,
+    ) -> jax.Array:
         """Encode packed users: hidden f[T, D], after the final LayerNorm.
 
         The scores of what follows token t are `hidden[t] @ output_table().T`.
@@ -265,6 +280,7 @@ class SASRec(nn.Module):
             packed: T tokens (see `packing.pack`).
             train: apply dropout, with the rng "dropout".
             window: no user has more tokens than this; L - 1 if None. A short one costs less.
+            only: i32[N], the tokens to encode, which costs less; None for all. Not in training.
         """
         is_begin = (packed.items == self.num_items)[:, None]
         embedded = self._rows(self.item_embedding, jnp.minimum(packed.items, self.num_items - 1))
@@ -277,9 +293,9 @@ class SASRec(nn.Module):
         else:  # the smallest block that needs a single one before it
             size = min(BLOCK, 1 << max(window - 2, 0).bit_length())
         visible = visible_keys(packed.slots, block=size, window=window)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, visible, packed.first, train)
-        return self.final_norm(x)
+        return self.final_norm(self.blocks[-1](x, visible, packed.first, train, only))
 
     def output_table(self, *, train: bool) -> jax.Array:
         """The embeddings that score the catalogue: f[V, D], with dropout on them in training."""
