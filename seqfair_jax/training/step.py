@@ -177,8 +177,11 @@ def with_params(
 
 def run_params(mesh: Mesh, params: Any, run: int) -> Any:
     """The parameters of one run of [R, ...], on all devices of the run axis."""
-    specs = state_specs(params)
-    specs_of_one = param_specs(params)
+    return _run_params(mesh, params, np.int32(run))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_params(mesh: Mesh, params: Any, run: jax.Array) -> Any:
     shards = mesh.shape[RUN]
 
     def pick(params: Any, run: jax.Array) -> Any:
@@ -189,10 +192,13 @@ def run_params(mesh: Mesh, params: Any, run: int) -> Any:
 
         return jax.tree.map(of_leaf, params)
 
-    picked = jax.shard_map(
-        pick, mesh=mesh, in_specs=(specs, P()), out_specs=specs_of_one, check_vma=False
-    )
-    return jax.jit(picked)(params, np.int32(run))
+    return jax.shard_map(
+        pick,
+        mesh=mesh,
+        in_specs=(state_specs(params), P()),
+        out_specs=param_specs(params),
+        check_vma=False,
+    )(params, run)
 
 
 def empty_totals(task: Task, num_groups: int) -> Totals:
