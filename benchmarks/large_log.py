@@ -71,9 +71,10 @@ def lists(config, users, k):
     return {f"{len(users):,} lists": took}
 
 
-def benchmark(config, *, users, k):
+def benchmark(config, *, repeats, users, k):
     rows = []
-    for function, arguments in ((start, ()), (step, ()), (validation, ()), (lists, (users, k))):
+    stages = ((start, ()), (step, ()), (validation, ()), (lists, (users, k)))
+    for function, arguments in repeats * stages:
         took, parts = measure(function, config, *arguments)
         rows.append(
             {
@@ -90,6 +91,7 @@ if __name__ == "__main__":
         "large_log",
         benchmark,
         "Time and memory of a large log's start, steps, validation and lists.",
+        repeats=(1, "measurements"),
         users=(10_000, "users who get a list"),
         k=(20, "items in a list"),
     )
