@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling --config=configs/rr_erm.py:scale=small --config.data.path=DIR
     python -m benchmarks.scaling --config=... --only=items --sizes=1000000  # one huge catalogue
+    python -m benchmarks.scaling --config=... --config.train.loss=sampled   # and a sampled loss
 
 The lengths of the users' histories come from the config's log, their items are random. Each table
 varies one factor. The exponent is the slope of log time over log size.
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from benchmarks.common import Steps, peak_memory_gb, print_table, run, spread
+from benchmarks.common import Steps, machine_load, peak_memory_gb, print_table, run, spread
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import choose_sizes, draw_batches, token_sizes
@@ -48,23 +49,26 @@ def benchmark(config, *, steps, repeats, only, sizes):
         rows, medians = [], []
         for value in values:
             times, targets = measure(experiment, base | {factor: value}, steps, repeats)
-            medians.append(float(np.median(times)))
+            walls, cpu = zip(*times, strict=True)
+            medians.append(float(np.median(walls)))
             rows.append(
                 {
                     factor: value,
-                    "ms a step": spread([1000 * t for t in times], "{:.1f}"),
+                    "ms a step": spread([1000 * t for t in walls], "{:.1f}"),
+                    "CPU ms a step": spread([1000 * t for t in cpu], "{:.1f}"),
                     "real targets/s": f"{targets / medians[-1]:,.0f}",
                     "peak memory so far, GB": f"{peak_memory_gb():.2f}",
                 }
             )
         print_table(rows)
+        print(machine_load())
         if len(values) > 1:
             slope = stats.linregress(np.log(values), np.log(medians)).slope
             print(f"time grows with {factor} to the power {slope:.2f}\n", flush=True)
 
 
 def measure(experiment, size, steps, repeats):
-    """Seconds of a step, and its real targets over all runs."""
+    """Seconds of a step and of its CPU cores together, and its real targets over all runs."""
     config = experiment.config
     rng = np.random.default_rng(0)
     lengths = rng.choice(experiment.train_lengths, size["users"])
@@ -99,13 +103,14 @@ def measure(experiment, size, steps, repeats):
     hparams = jax.tree.map(lambda leaf: jnp.full(size["runs"], leaf[0]), experiment.hparams)
     times = []
     for i in range(repeats + 1):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         states = segment(
             states, hparams, data, jnp.asarray(user_ids), index, jnp.int32(0), jnp.int32(steps)
         )
         jax.block_until_ready(states)
         if i:  # the first compiles
-            times.append((time.perf_counter() - began) / steps)
+            passed = time.perf_counter() - began, time.process_time() - cpu_began
+            times.append([seconds / steps for seconds in passed])
     return times, targets.sum() / steps
 
 
