@@ -22,7 +22,7 @@ from seqfair_jax.evaluation.slices import target_means
 from seqfair_jax.report import contents, html, runs, text
 
 _FAMILIES = {"pop33": ("niche", "diverse", "popular"), "seq33": ("short", "medium", "long")}
-_BASELINES = ("most_popular", "markov", "last_viewed", "interleaved")
+_BASELINES = ("most_popular", "markov", "last_viewed", "interleaved", "neighbours", "ease")
 
 
 def write_run(folder: Path, number: int, users: int) -> None:

@@ -348,7 +348,7 @@ def test_evaluate_by_other_groups_cutoffs_and_metrics(model, folder):
     table = model.evaluate(plans, cutoffs=7, metrics="Recall", baselines=True)
     assert list(table.columns[5:]) == ["Recall@7"]
     assert list(table.model.unique()) == [
-        "erm", "most_popular", "markov", "last_viewed", "interleaved",
+        "erm", "most_popular", "markov", "last_viewed", "interleaved", "neighbours", "ease",
     ]  # fmt: skip
     own = table[table.model == "erm"].set_index("slice")["Recall@7"]
     hits = (per_user["rank"] <= 7).fillna(False).to_numpy(bool)

@@ -559,7 +559,9 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
         (
             "[brackets]",
             "Baselines without training: the most popular items; what most often followed the last "
-            "item (Markov); the user's own last items; these two in turns.",
+            "item (Markov); the user's own last items; these two in turns; what was near the "
+            "history's items (neighbours); a linear model (EASE). Validation chooses the numbers "
+            "of the last two.",
         ),
         (
             "best worst group",
