@@ -57,7 +57,7 @@ def benchmark(config, *, steps, repeats, parts, first_step, one_step):
     states = go(states, steps)
     memory = peak_memory_gb()  # before the matmul's own arrays
     matmul = matmul_timer(config.model.dtype)
-    flop = flop_per_target(experiment.task.model, experiment.train_lengths)
+    flop = flop_per_target(experiment.task.model, experiment.train_lengths, experiment.task.sampled)
     rates, shares, peaks = [], [], []
     for _ in range(repeats):
         before = matmul()

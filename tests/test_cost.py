@@ -9,6 +9,7 @@ from sweeps import tiny
 from seqfair_jax.config import plan_runs, resolve
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
+from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.sweeps import cost, grid
 from seqfair_jax.training.experiment import build_experiment
@@ -35,6 +36,8 @@ def test_flop_by_hand():
     block = query_key_value + attention_out + feed_forward + attention
     expected = 3 * (scores + 2 * block)  # the backward pass computes two products for each
     assert cost.flop_per_target(model, lengths) == pytest.approx(expected)
+    sampled = Sampled("softmax", negatives=2, gbce_t=0.0)  # three scores in place of five
+    assert cost.flop_per_target(model, lengths, sampled) == pytest.approx(expected - 3 * 2 * 2 * 2)
     # More users of the same lengths change nothing, nor does the integer type overflow.
     many = np.repeat(lengths, 1_000_000).astype(np.int32)
     assert cost.flop_per_target(model, many) == pytest.approx(expected)
@@ -49,7 +52,9 @@ def xla_flop(model, lengths):
         jnp.asarray(np.cumsum(lengths + 1), jnp.int32),
         jnp.asarray(lengths, jnp.int32),
     )
-    data = TrainData(sequences, jnp.ones((num_users, 1), bool), jnp.ones(model.num_items), jnp.ones(num_users))
+    data = TrainData(
+        sequences, jnp.ones((num_users, 1), bool), jnp.ones(model.num_items), jnp.ones(num_users)
+    )
     user_ids = jnp.arange(num_users, dtype=jnp.int32)
 
     def init(key):

@@ -11,6 +11,7 @@ import numpy as np
 
 from seqfair_jax.config import plan_runs
 from seqfair_jax.errors import UserError
+from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.sweeps.jobs import Job
 from seqfair_jax.training.batches import choose_sizes, draw_batches, token_sizes
@@ -22,24 +23,26 @@ _MEMORY_SHARE = 0.6  # of the device's memory for one job
 TIMED_STEPS = 4
 
 
-def flop_per_target(model: SASRec, lengths: np.ndarray) -> float:
+def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None = None) -> float:
     """Multiplications and additions of a step's matrix products per real target.
 
     3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with V items, width D, and n the mean number
-    of tokens that a token attends to. The terms are the scores of all items, the blocks' weights,
-    and the attention. The backward pass costs twice the forward pass, hence the factor 3. Padding
-    and masked pairs of tokens do not count, so a share of the peak that uses this figure counts
-    only useful work.
+    of tokens that a token attends to. A sampled loss with k negatives has 1 + k in place of V. The
+    terms are the scores of all items, the blocks' weights, and the attention. The backward pass
+    costs twice the forward pass, hence the factor 3. Padding and masked pairs of tokens do not
+    count, so a share of the peak that uses this figure counts only useful work.
 
     Args:
         model: the network.
         lengths: i[U], real targets of each user.
+        sampled: the sampled loss; None for the softmax over all items.
     """
+    scored = 1 + sampled.negatives if sampled else model.num_items
     lengths = lengths.astype(np.int64)
     dim = model.dim
     seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
     weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
-    return float(3 * (2 * model.num_items * dim + model.num_blocks * (weights + 4 * seen * dim)))
+    return float(3 * (2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)))
 
 
 def measure_runs_per_job(experiment: Experiment) -> int:
@@ -129,7 +132,7 @@ def estimate(
     lengths = experiment.train_lengths
     targets = steps * config.train.batch_size * float(lengths.mean())
     validated = runs * epochs * len(experiment.dataset.valid.users)
-    flop = targets * flop_per_target(experiment.task.model, lengths)
+    flop = targets * flop_per_target(experiment.task.model, lengths, experiment.task.sampled)
     if rates is None:
         seconds = steps * _time_step(experiment, min(runs_per_job, max(sizes_of)))
     else:
