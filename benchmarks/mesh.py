@@ -9,7 +9,6 @@ its result on one device, for one step. Beside them are the figures that `benchm
 """
 
 import collections
-import functools
 import math
 import os
 import re

@@ -39,6 +39,10 @@ NOT_RUN = {
     "python examples/serve.py": "it serves until it is stopped; tests/test_serve.py runs it",
     "python launch/ray_sweep.py": "it starts Ray; tests/test_ray_sweep.py runs it",
     "seqfair train --config.train.mesh.data=8": "it needs eight devices",
+    "seqfair train --config.train.mesh.catalogue=4": "it needs eight devices",
+    "seqfair train --distributed": "it is one of two processes; tests/test_processes.py runs both",
+    "seqfair recommend --catalogue=4": "it needs eight devices",
+    "python -m benchmarks.mesh": "it needs eight devices",
     "python -m benchmarks.peers": "it needs RecTools and PyTorch, which are no dependencies",
     "python -m benchmarks.train_step --first_step":
         "it starts six processes, three of them with an empty compilation cache",
@@ -72,7 +76,7 @@ _REPRODUCE = {
     "config.sweep.intersections": "",
     "config.sweep.step_size": "0.01",
 }
-# Flags that replace those of a command, or are added to it.
+# Flags that replace those of a command, or are added to it; None for one that it does not have.
 SMALL = {
     "train": _TRAIN,
     "reproduce": _TRAIN | _REPRODUCE,
@@ -83,6 +87,7 @@ SMALL = {
         "config.search.space.model.num_blocks": "1",
     },
     "benchmarks": _TRAIN | {"repeats": "1"},
+    "benchmarks.plan": {"repeats": None},
     "benchmarks.softmax_loss": {"items": "300", "tokens": "64"},
     "benchmarks.scaling": {"only": "items", "sizes": "100,200"},
 }
@@ -159,7 +164,7 @@ def small(words):
         for flag, (key, _, _) in zip(flags, given, strict=True)
         if key not in added
     ]
-    return name, [*kept, *(f"--{key}={value}" for key, value in added.items())]
+    return name, [*kept, *(f"--{k}={value}" for k, value in added.items() if value is not None)]
 
 
 def write_files(folder):
