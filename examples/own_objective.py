@@ -1,10 +1,11 @@
 """An objective from outside the package: tilted empirical risk minimisation (TERM).
 
-    R(t) = 1/t log( 1/B sum_u exp(t l_u) ),    t > 0
+    R(t) = 1/t log( 1/M sum_u m_u exp(t l_u) ),    t > 0
 
-where l_u is the loss of user u and B the number of users in the batch. Its gradient is
-sum_u q_u dl_u with q = softmax(t l), so users with a larger loss count more. As the tilt t falls
-to 0, R becomes the mean (ERM). As t grows, R becomes the largest loss.
+where l_u is the loss of user u, m_u the user's mass (1, unless objective.user_loss=sum), and M the
+sum of the batch's masses. Its gradient is sum_u q_u dl_u with q_u in proportion to m_u exp(t l_u),
+so users with a larger loss count more. As the tilt t falls to 0, R becomes the mean (ERM). As t
+grows, R becomes the largest loss.
 
 Source: T. Li, A. Beirami, M. Sanjabi and V. Smith, "Tilted Empirical Risk Minimization", ICLR 2021,
 equation (2). Here R is computed on each batch.
@@ -34,8 +35,9 @@ def make_term(users):
 
     def loss(batch, state, hparams):
         tilted = hparams["tilt"] * batch.losses
-        value = (jax.nn.logsumexp(tilted) - jnp.log(tilted.size)) / hparams["tilt"]
-        shares = objectives.group_shares(batch, jax.nn.softmax(tilted))
+        total = jax.nn.logsumexp(tilted, b=batch.mass)
+        value = (total - jnp.log(batch.mass.sum())) / hparams["tilt"]
+        shares = objectives.group_shares(batch, batch.mass * jnp.exp(tilted - total))
         return value, state, {objectives.TAIL_SHARE.key: shares}
 
     return objectives.Formula(loss)
@@ -47,6 +49,7 @@ TERM = objectives.register(
         label="TERM",
         make=make_term,
         hparams=(TILT,),
+        uses_mass=True,
         is_robust=True,
         logs=(objectives.TAIL_SHARE,),
     )

@@ -10,10 +10,12 @@ A step runs as one program on every device (`jax.shard_map`). The functions belo
 argument are called inside it. They cost nothing where an axis has one device.
 """
 
+import atexit
 import contextlib
 import functools
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +103,8 @@ def several_processes() -> Iterator[None]:
     Raises:
         UserError: if nothing says which process this is, or the others cannot be reached.
     """
+    # Else JAX swallows the SIGTERM that comes while the log is read.
+    jax.config.update("jax_enable_preemption_service", False)
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
     try:
@@ -116,14 +120,25 @@ def several_processes() -> Iterator[None]:
             "the processes by srun or mpirun, or give each one JAX_COORDINATOR_ADDRESS=HOST:PORT, "
             f"JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0); here: {found}"
         ) from None
-    if jax.process_index() == 0:
-        yield
-    else:
-        logging.getLogger("seqfair_jax").setLevel(logging.ERROR)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.ExitStack() as quiet:
+        if jax.process_index() > 0:
+            logging.getLogger("seqfair_jax").setLevel(logging.ERROR)
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+        try:
             yield
-    # Not after an error: it waits for processes that may be lost.
+        except BaseException as error:
+            # JAX waits at the exit for the other processes, which wait for this one. Handlers that
+            # are registered last run first.
+            atexit.register(_exit_at_once, getattr(error, "status", 1))
+            raise
     jax.distributed.shutdown()
+
+
+def _exit_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_first_process() -> bool:
@@ -177,6 +192,18 @@ def index(axis: str | tuple[str, ...], shards: int) -> jax.Array | int:
 def total(tree: Any, axis: str | tuple[str, ...], shards: int) -> Any:
     """The sum of a tree's arrays over the devices of an axis."""
     return lax.psum(tree, axis) if shards > 1 else tree
+
+
+def of_first_device(tree: Any, axis: str, shards: int) -> Any:
+    """The first device's values on all devices of an axis, bit for bit.
+
+    For what every device computes alike: on a GPU, sums in another order may differ in the last
+    bits, and copies of a parameter would drift apart.
+    """
+    if shards == 1:
+        return tree
+    is_first = index(axis, shards) == 0
+    return jax.tree.map(lambda x: lax.psum(jnp.where(is_first, x, 0), axis), tree)
 
 
 def largest(x: jax.Array, axis: str, shards: int) -> jax.Array:

@@ -16,7 +16,7 @@ from seqfair_jax import workdir
 from seqfair_jax.data.files import log_title
 from seqfair_jax.data.groups import GroupFamily
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.devices import to_host
+from seqfair_jax.devices import to_host, wait_for_all
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.baselines import Tuning, baseline_ranks, tuned_baseline_ranks
 from seqfair_jax.evaluation.metrics import item_popularity
@@ -97,6 +97,7 @@ def test(
     for part in workdir.run_folders(folder, experiment.names):
         workdir.finish(part, inputs)
     if len(summaries) == 1:
+        wait_for_all("the results")
         return summaries[0]
     whole = shared | {
         "runs": [
@@ -107,6 +108,7 @@ def test(
     }
     workdir.write_json(folder / workdir.SUMMARY, whole)
     workdir.finish(folder, inputs)
+    wait_for_all("the results")
     return whole
 
 

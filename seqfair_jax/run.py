@@ -69,6 +69,7 @@ def train(
     config = resolve(config)
     folder = workdir.create(directory)
     with _exclusive(folder):
+        checkpoint.recover(folder / workdir.LATEST_CHECKPOINT)
         settings = _check_folder(config, folder)
         source = _load_source(config, folder)
         experiment = build_experiment(config)
@@ -100,6 +101,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
+    checkpoint.recover(folder / workdir.LATEST_CHECKPOINT)
     saved = workdir.read_json(folder / workdir.CONFIG)
     settings = _check_folder(config, folder)
     if saved is not None and not changed_settings(saved, settings) and workdir.is_finished(folder):
@@ -113,8 +115,9 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     describe(experiment)
     snapshot = _train(experiment, folder, settings, source)
     summary = test(experiment, folder, snapshot, inputs)
-    print(text.tables([folder], config.select.metric))
-    print(f"\nfiles: {folder.resolve()}")
+    if workdir.is_writer():
+        print(text.tables([folder], config.select.metric))
+        print(f"\nfiles: {folder.resolve()}")
     return summary
 
 

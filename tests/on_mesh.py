@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,9 +21,9 @@ from seqfair_jax.data.split import by_time
 from seqfair_jax.evaluation.ranking import make_ranker
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sampled_loss import Sampled
-from seqfair_jax.model.sasrec import SASRec, param_specs, with_rows
+from seqfair_jax.model.sasrec import SASRec, is_table, param_specs, with_rows
 from seqfair_jax.objectives import make_objective, user_mass
-from seqfair_jax.training import step
+from seqfair_jax.training import checkpoint, step
 from seqfair_jax.training.batches import Batches
 
 NUM_USERS, NUM_ITEMS, MAX_LEN, BATCH, STEPS = 40, 27, 20, 7, 2
@@ -207,6 +208,33 @@ def rankings(*shapes):
         )
         for place, shape in enumerate(shapes, start=1)
     }
+
+
+def checkpoints(folder):
+    """Whether tables that were saved from a mesh are read back on other meshes and without one."""
+    params = random_params(make_model(1))
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    path, found = Path(folder, "saved"), []
+    mesh = devices.make_mesh(data=2, catalogue=4)
+    put = functools.partial(devices.put, mesh)
+    whole = with_rows(params, devices.padded(NUM_ITEMS, 4))
+    checkpoint.save(path, jax.tree.map(put, whole, param_specs(params)), {})
+    for shards in (None, 2, 8):
+        template = wanted
+        if shards:
+            other = devices.make_mesh(catalogue=shards)
+            more = with_rows(params, devices.padded(NUM_ITEMS, shards))
+            template = jax.tree.map(
+                lambda x, spec, on=other: jax.ShapeDtypeStruct(
+                    x.shape, x.dtype, sharding=jax.sharding.NamedSharding(on, spec)
+                ),
+                more,
+                param_specs(params),
+            )
+        loaded, _ = checkpoint.load(path, template, resizes=is_table)
+        loaded = with_rows(devices.to_host(loaded), NUM_ITEMS)
+        found.append(difference(params, loaded) == 0)
+    return found
 
 
 def gathers():

@@ -6,8 +6,8 @@ from seqfair_jax.training.batches import (
     Batches,
     choose_sizes,
     draw_batches,
-    spread,
     epoch_batches,
+    spread,
     token_sizes,
 )
 
@@ -64,9 +64,7 @@ def test_a_batch_is_spread_so_that_its_equal_parts_have_similar_lengths():
 @pytest.mark.parametrize("shards", [2, 3, 4])
 def test_the_tokens_of_a_step_fit_every_part_of_its_batch(shards):
     lengths = np.array([1, 20, 3, 4, 50, 6, 7, 8, 9, 2], np.int32)
-    drawn = draw_batches(
-        (5,), 0, lengths=lengths, batch_size=7, steps=4, vmap=False, shards=shards
-    )
+    drawn = draw_batches((5,), 0, lengths=lengths, batch_size=7, steps=4, vmap=False, shards=shards)
     for users, tokens in zip(drawn.user_ids[0], drawn.tokens[0], strict=True):
         part = -(-7 // shards)
         sums = [lengths[users[i : i + part]].sum() for i in range(0, 7, part)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from seqfair_jax import objectives
 from seqfair_jax.config import (
     check_resumable,
     default_config,
@@ -119,6 +120,21 @@ def test_a_log_that_is_read_otherwise_is_not_resumed(key, value):
     new.data[key] = value
     with pytest.raises(UserError, match=f"config.json was made by another config.* data.{key} "):
         check_resumable(resolve(old).to_dict(), resolve(new).to_dict(), "config.json")
+
+
+def test_what_a_user_counts_for_must_be_the_same_to_resume():
+    old, new = default_config(), default_config()
+    new.objective.user_loss = "sum"
+    with pytest.raises(UserError, match="objective.user_loss .'mean' there, 'sum' now"):
+        check_resumable(resolve(old).to_dict(), resolve(new).to_dict(), "config.json")
+
+
+def test_an_objective_that_reads_no_mass_refuses_the_sum():
+    objectives.register(objectives.METHODS["erm"]._replace(name="plain", uses_mass=False))
+    config = default_config()
+    config.objective.name, config.objective.user_loss = "plain", "sum"
+    with pytest.raises(UserError, match="user_loss is sum, but objective 'plain' counts all users"):
+        resolve(config)
 
 
 def test_a_changed_first_family_is_explained():

@@ -62,6 +62,10 @@ def test_a_mesh_ranks_as_one_device():
     assert on_mesh("rankings", *SHAPES) == dict.fromkeys(SHAPES, True)
 
 
+def test_a_checkpoint_of_a_mesh_is_read_by_others_and_by_one_device(tmp_path):
+    assert on_mesh("checkpoints", str(tmp_path)) == [True, True, True]
+
+
 def test_no_step_gathers_a_table_or_logits():
     found = on_mesh("gathers")
     assert found["count"] > 0  # of users' losses and of rows of the log

@@ -60,6 +60,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
     selects_at = parse_metric(config.select.metric)[1]
     if selects_at not in cutoffs:  # the tables show what the epochs are chosen by
         config.evaluate.cutoffs = (*cutoffs, selects_at)
+    method = objectives.find(config.objective.name)
+    if config.objective.user_loss == "sum" and not method.uses_mass:
+        raise UserError(
+            f"objective.user_loss is sum, but objective {method.name!r} counts all users alike: "
+            "use objective.user_loss=mean, or let its formula read batch.mass and declare "
+            "uses_mass=True"
+        )
     plan_runs(config)  # checks the objective's values
     return config
 

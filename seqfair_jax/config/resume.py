@@ -51,7 +51,7 @@ def changed_settings(saved: Mapping, config: Mapping) -> list[str]:
         saved, config: as for `check_resumable`.
     """
     method = objectives.find(config["objective"]["name"])
-    read = {"name", "group_family", *(setting.name for setting in method.settings)}
+    read = {*objectives.SHARED, *(setting.name for setting in method.settings)}
     old, new = dict(flatten(saved)), dict(flatten(config))
     return [
         key

@@ -44,8 +44,10 @@ def draw_negatives(key: jax.Array, num_items: int, num_negatives: int) -> jax.Ar
         i32[k].
 
     Raises:
-        ValueError: if k is not from 1 to V.
+        ValueError: if k is not from 1 to V, or V is too large.
     """
+    if num_items >= 2**30:
+        raise ValueError(f"{num_items} items: expected fewer than 2**30")
     if not 1 <= num_negatives <= num_items:
         raise ValueError(f"{num_negatives} negatives of {num_items} items: expected 1 to all")
     bounds = np.arange(num_negatives + 1, dtype=np.int64) * num_items // num_negatives

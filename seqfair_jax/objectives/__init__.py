@@ -27,6 +27,7 @@ from seqfair_jax.objectives.method import (
 )
 from seqfair_jax.objectives.registry import (
     METHODS,
+    SHARED,
     Objective,
     check_hparams,
     default_settings,
@@ -41,6 +42,7 @@ from seqfair_jax.objectives.registry import (
 __all__ = [
     "GROUP_WEIGHT",
     "METHODS",
+    "SHARED",
     "TAIL_SHARE",
     "USER_LOSSES",
     "Batch",

@@ -268,7 +268,7 @@ def _make_chi2(users: Users) -> Formula:
     return Formula(weighted(_chi2))
 
 
-BUILT_IN = (
+_METHODS = (
     Method("erm", "ERM", _make_erm),
     Method("cb", "CB", _make_cb),
     Method("cb_log", "CBlog", _make_cb_log),
@@ -302,3 +302,4 @@ BUILT_IN = (
     Method("cvar", "CVaR", _make_cvar, (ALPHA,), is_robust=True, logs=(TAIL_SHARE,)),
     Method("chi2", "chi2", _make_chi2, (RADIUS,), is_robust=True, logs=(TAIL_SHARE,)),
 )
+BUILT_IN = tuple(method._replace(uses_mass=True) for method in _METHODS)

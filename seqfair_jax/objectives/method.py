@@ -151,6 +151,7 @@ class Method(NamedTuple):
     needs_groups: bool = (
         False  # every user must then be in exactly one (`groups.require_partition`)
     )
+    uses_mass: bool = False  # its loss reads the batch's `mass`, or it refuses user_loss=sum
     is_robust: bool = False  # distributionally: of the paper's figures and claims
     logs: tuple[Log, ...] = ()
 
@@ -193,5 +194,5 @@ def per_user(group_values: jax.Array, membership: jax.Array) -> jax.Array:
 
 
 def group_shares(batch: Batch, weights: jax.Array) -> jax.Array:
-    """The sum of the users' weights f[B] in each group, f[G]: what `TAIL_SHARE` logs."""
-    return jnp.where(batch.membership, weights[:, None], 0).sum(axis=0)
+    """Each group's share of the users' weights f[B], f[G]: what `TAIL_SHARE` logs."""
+    return jnp.where(batch.membership, weights[:, None], 0).sum(axis=0) / weights.sum()

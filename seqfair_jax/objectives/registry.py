@@ -27,11 +27,7 @@ from seqfair_jax.objectives.method import (
 
 _methods: dict[str, Method] = {}
 METHODS: Mapping[str, Method] = MappingProxyType(_methods)  # a view: it shows later registrations
-_TAKEN = (
-    "name",
-    "group_family",
-    "user_loss",
-)  # settings of config.objective that no objective declares
+SHARED = ("name", "group_family", "user_loss")  # settings of config.objective, of every objective
 _LOGGED = ("group_loss", "group_count", "group_mass")  # for every objective
 
 
@@ -95,7 +91,7 @@ def _check_method(method: Method) -> None:
                 f"{where}: the name {name!r} is not allowed: use small letters, digits and _, with "
                 "a letter first"
             )
-    names = [*_TAKEN, *own]
+    names = [*SHARED, *own]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{where}: objective.{name} exists already: choose another name")

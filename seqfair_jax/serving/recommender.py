@@ -95,7 +95,7 @@ def recommend(
     batch_size = min(batch_size, shards * max_users(model.num_items, model.shards))
     batch_size = devices.padded(batch_size, shards)
     table = _output_table(model, mesh, params)
-    if candidates is None:
+    if candidates is None or len(candidates) == model.num_items:
         candidates = np.arange(model.num_items, dtype=np.int32)
     else:
         rows = devices.pad_rows(devices.to_host(table)[candidates], model.shards)

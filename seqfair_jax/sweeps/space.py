@@ -183,7 +183,8 @@ def _method(config: ConfigDict) -> objectives.Method:
 
 
 def _unread(key: str, reads: set[str]) -> bool:
-    return key.startswith("objective.") and key not in reads and key != "objective.group_family"
+    part, _, name = key.partition(".")
+    return part == "objective" and key not in reads and name not in objectives.SHARED
 
 
 def _parse(setting: Setting, text: str, own: Any) -> Choices | Interval:

@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,8 @@ def save(path: Path, tree: Any, progress: dict[str, Any]) -> None:
             temporary.mkdir(parents=True)
     devices.wait_for_all("a folder for the checkpoint")
     if not first:
-        _save_arrays(temporary / _ARRAYS, tree)
+        with workdir.named_errors(path, "write the checkpoint"):
+            _save_arrays(temporary / _ARRAYS, tree)
         devices.wait_for_all("the checkpoint")
         return
     try:
@@ -111,7 +111,7 @@ def load(
     Args:
         path: the checkpoint's folder.
         template: a pytree of arrays or `jax.ShapeDtypeStruct`, of the structure stored. Their
-            shardings say where the arrays go.
+            shardings say where the arrays go: without one, to the first device.
         resizes: whether the leaf at a path may have another number of rows than stored: the
             first ones are read, or zeros follow them. The rows are the last dimension but one.
 
@@ -122,7 +122,7 @@ def load(
     """
     if devices.is_first_process():
         _recover(path)
-    devices.wait_for_all("a checkpoint to be in its place")
+    devices.wait_for_all("the checkpoint to be in its place")
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         whole = manifest.pop("digest") == _digest(manifest)
@@ -156,13 +156,15 @@ def load(
                 f"version expects {wanted.get(name, 'nothing of that name')}; use another "
                 "--workdir, or the version that wrote it"
             )
+    # Without a sharding orbax takes the stored one, whose devices may not be there.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
+        ),
         template,
     )
-    with ocp.StandardCheckpointer() as checkpointer, warnings.catch_warnings():
-        # Orbax warns about missing shardings; without any there is one device.
-        warnings.filterwarnings("ignore", message=".*[Ss]harding.*")
+    with ocp.StandardCheckpointer() as checkpointer:
         # Orbax resizes silently if asked to; what may be resized was checked above.
         tree = checkpointer.restore((path / _ARRAYS).absolute(), abstract, strict=False)
     return tree, json.loads((path / _PROGRESS).read_text())
@@ -190,9 +192,7 @@ def load_latest(
         CorruptCheckpointError: if there are steps and none is whole.
         UserError: see `load`.
     """
-    if devices.is_first_process():
-        _steps(directory)  # before others look: it restores what a killed process moved aside
-    devices.wait_for_all("the list of checkpoints")
+    recover(directory)
     steps = _steps(directory)
     for step in steps:
         try:
@@ -222,11 +222,20 @@ def latest_progress(directory: Path) -> dict[str, Any] | None:
     return found
 
 
+def recover(directory: Path) -> None:
+    """Put checkpoints in their place that a killed process had moved aside to replace them.
+
+    All processes call it before any of them looks for checkpoints.
+    """
+    if devices.is_first_process():
+        for replaced in directory.glob(f"{_REPLACED}*"):
+            _recover(directory / replaced.name.removeprefix(_REPLACED))
+    devices.wait_for_all("the list of checkpoints")
+
+
 def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
-    for replaced in directory.glob(f"{_REPLACED}*") if devices.is_first_process() else ():
-        _recover(directory / replaced.name.removeprefix(_REPLACED))
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), reverse=True)
 
 

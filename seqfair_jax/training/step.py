@@ -329,9 +329,10 @@ def train_step(
         # In two parts, since the objective sees the losses of all devices.
         own, pull_back = jax.vjp(losses_of, params)
         losses = devices.gather(own, DATA, task.shards)[: len(user_ids)]
+        losses = devices.of_first_device(losses, CATALOGUE, task.model.shards)
         (loss, found), weights = jax.value_and_grad(loss_of, has_aux=True)(losses)
         (grads,) = pull_back(_own_part(weights, len(own), task.shards))
-        return (loss, found), devices.total(grads, DATA, task.shards)
+        return (loss, found), _alike(devices.total(grads, DATA, task.shards), task.model.shards)
 
     branches = [lambda params, size=size: loss_and_grads(size, params) for size in sizes]
     (loss, (objective_state, aux)), grads = lax.switch(size_index, branches, state.params)
@@ -379,6 +380,16 @@ def _own_part(weights: jax.Array, part: int, shards: int) -> jax.Array:
         return weights
     weights = jnp.pad(weights, (0, part * shards - len(weights)))
     return lax.dynamic_slice_in_dim(weights, devices.index(DATA, shards) * part, part)
+
+
+def _alike(grads: Any, shards: int) -> Any:
+    """A gradient that the devices of the catalogue axis agree on, but for their own rows."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            leaf if is_table(path) else devices.of_first_device(leaf, CATALOGUE, shards)
+        ),
+        grads,
+    )
 
 
 def _norm(grads: Any, shards: int) -> jax.Array:

@@ -16,10 +16,10 @@ import pandas as pd
 
 from seqfair_jax.data.split import Dataset, Targets, training_rows
 from seqfair_jax.errors import UserError
+from seqfair_jax.model.sasrec import is_table
 
 # What the parameters' shapes and meaning depend on; max_len may be smaller than before.
 _SHAPES = ("dim", "ff_dim", "num_blocks", "num_heads", "tie_embeddings")
-_TABLES = ("item_embedding", "output_embedding")  # [V, D], a row for each item
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def warm_start(source: Source, dataset: Dataset, params: Any) -> tuple[Any, dict
         # A checkpoint's arrays are committed to a device. Mixed with those of the optimizer, which
         # are not, they would make JAX compile the first step on its own.
         trained = np.asarray(trained)
-        if name in _TABLES:
+        if is_table(path):
             return _tables(new, jnp.asarray(trained), items)
         if name == "position_embedding":
             trained = trained[: new.shape[1]]
