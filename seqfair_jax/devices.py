@@ -15,6 +15,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seqfair_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 RUN, DATA, CATALOGUE = AXES = ("run", "data", "catalogue")
 USERS = (RUN, DATA)  # in evaluation, one run's users are on all of these
@@ -107,12 +110,14 @@ def several_processes() -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", False)
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ.get(name) for name in names]
+    _log.info("joining the other processes; this waits until all have started")
     try:
-        if any(given):
-            address, count, number = given
-            jax.distributed.initialize(address, int(count or ""), int(number or ""))
-        else:
-            jax.distributed.initialize()
+        with _default_signals():
+            if any(given):
+                address, count, number = given
+                jax.distributed.initialize(address, int(count or ""), int(number or ""))
+            else:
+                jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
         found = ", ".join(f"{name}={value or ''}" for name, value in zip(names, given, strict=True))
         raise UserError(
@@ -133,6 +138,18 @@ def several_processes() -> Iterator[None]:
             atexit.register(_exit_at_once, getattr(error, "status", 1))
             raise
     jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _default_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the process: it waits in compiled code, where no handler runs."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _exit_at_once(status: int) -> None:
@@ -158,6 +175,27 @@ def of_largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def require_equal(digest: bytes, what: str) -> None:
+    """Refuse processes that would train different things; all must call it.
+
+    Args:
+        digest: a hash of what must be equal.
+        what: its name in the message.
+
+    Raises:
+        UserError: on every process, if the hashes differ.
+    """
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (found != found[0]).any():
+        others = np.flatnonzero((found != found[0]).any(axis=1)).tolist()
+        raise UserError(
+            f"the processes of this training have unequal {what} (processes {others} differ from "
+            "process 0): start all by the same command, in the same version"
+        )
 
 
 def wait_for_all(what: str) -> None:

@@ -1,6 +1,8 @@
 """From a config to the files of its runs: load, train, test, write, print."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ import jax
 import pandas as pd
 from ml_collections import ConfigDict
 
-from seqfair_jax import workdir
+from seqfair_jax import __version__, devices, workdir
 from seqfair_jax.config import RunSpec, changed_settings, check_resumable, resolve
 from seqfair_jax.data.cache import source_hashes, source_path
 from seqfair_jax.data.split import counted, describe_counts, describe_split
@@ -47,6 +49,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
     """
     config = resolve(config)
     folder = workdir.create(directory)
+    _check_processes(config, folder)
     with _exclusive(folder):
         return _run(config, folder)
 
@@ -76,10 +79,29 @@ def train(
         return experiment, _train(experiment, folder, settings, source, after_epoch)
 
 
+def _check_processes(config: ConfigDict, folder: Path) -> None:
+    """Refuse several processes with unequal settings, folders or versions.
+
+    Raises:
+        UserError: on every process.
+    """
+    settings = workdir.jsonable(config.to_dict())
+    words = json.dumps([settings, str(folder.resolve()), __version__], sort_keys=True)
+    digest = hashlib.sha256(words.encode()).digest()
+    devices.require_equal(digest, "settings, --workdir or versions")
+
+
 @contextlib.contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     """Lock a work directory, and turn a signal and a full memory into their messages."""
-    with workdir.exclusive(folder):
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(workdir.exclusive(folder))
+        except UserError:
+            devices.of_first(0)  # tells the others
+            raise
+        if not devices.of_first(1):
+            raise UserError("the first process could not start; see its message")
         try:
             yield
         except KeyboardInterrupt as error:  # outside of the training steps, which handle signals

@@ -127,7 +127,7 @@ class Block(nn.Module):
         def drop(y, **place):
             return dropout(self.make_rng("dropout"), y, self.dropout, **place) if train else y
 
-        tokens = {"rows": first + jnp.arange(len(x))}
+        tokens = {"rows": first + jnp.arange(x.shape[0])}
 
         def dense(features, name, **init):
             init = {"kernel_init": _uniform_fan_in, **init}
