@@ -23,6 +23,7 @@ _TRAIN = [
     "--config.model.ff_dim=8",
     "--config.train.epochs=3",
     "--config.train.steps_per_epoch=4",
+    "--config.train.decay_steps=16",
     "--config.train.checkpoint_minutes=0",
     "--config.train.segment_seconds=0",
     "--config.train.mesh.data=2",
@@ -40,8 +41,8 @@ def command(folder):
     ]
 
 
-def start(folder, *, number, port):
-    """One of two processes with two devices each."""
+def start(folder, *, number, port, own=()):
+    """One of two processes with two devices each; `own` are words of this one alone."""
     settings = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "2",
@@ -49,7 +50,7 @@ def start(folder, *, number, port):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
     return subprocess.Popen(
-        command(folder),
+        [*command(folder), *own],
         env=os.environ | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -57,11 +58,12 @@ def start(folder, *, number, port):
     )
 
 
-def start_both(folder):
+def start_both(folder, own=()):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(folder, number=number, port=port) for number in (0, 1)]
+    words = {0: (), 1: own}
+    return [start(folder, number=n, port=port, own=words[n]) for n in (0, 1)]
 
 
 def train_to_the_end(folder):
@@ -98,6 +100,14 @@ def test_two_processes_of_which_one_is_killed_resume_to_the_same_bits(tmp_path):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     one, other = (serving.load(folder).params for folder in (whole, killed))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_processes_with_unequal_settings_train_nothing(tmp_path):
+    processes = start_both(tmp_path / "run", own=["--config.train.learning_rate=0.5"])
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert any("have unequal settings, --workdir or versions" in text for text in outputs)
+    assert not list((tmp_path / "run").glob("*.json"))
 
 
 def test_a_checkpoint_of_four_devices_resumes_on_one(tmp_path):
