@@ -143,7 +143,7 @@ def test_names_from_the_data_are_no_markup(copied):
     card = model_card(copied, "overall", EXPORTED)
     shown = r"\<b>\|\`x\`\_\*\\n[a\](b)"
     assert shown in [row[0] for row in rows_of(card, "Groups of pop33:")]
-    assert {len(row) for row in rows_of(card, "Groups of pop33:")} == {8}
+    assert {len(row) for row in rows_of(card, "Groups of pop33:")} == {10}
     assert f"# Model card: ERM on {shown}" in card.splitlines()
     assert "<b>" not in card.replace(r"\<b>", "")
     assert f"pop33={shown}" in card

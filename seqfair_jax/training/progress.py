@@ -94,5 +94,6 @@ class ProgressBar:
 
 def _mean_loss(states: TrainState) -> float:
     """The mean over this epoch's steps and the runs that still train."""
-    totals, training = to_host((states.totals, is_training(states)))
-    return float(np.mean(totals.loss / np.maximum(totals.steps, 1), where=training))
+    totals = states.totals
+    loss, steps, training = to_host((totals.loss, totals.steps, is_training(states)))
+    return float(np.mean(loss / np.maximum(steps, 1), where=training))
