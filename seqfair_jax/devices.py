@@ -250,7 +250,7 @@ def largest(x: jax.Array, axis: str, shards: int) -> jax.Array:
 
 
 def everywhere(x: jax.Array, axis: str | tuple[str, ...], shards: int) -> jax.Array:
-    """Whether a bool is true on all devices of an axis."""
+    """Whether a bool is true on all devices of the given axes."""
     return lax.pmin(x.astype(jnp.int32), axis) > 0 if shards > 1 else x
 
 

@@ -20,10 +20,9 @@ from seqfair_jax.data.groups import (
     build_family,
     read_group_table,
     require_partition,
-    training_rows,
     unused_families,
 )
-from seqfair_jax.data.split import Dataset
+from seqfair_jax.data.split import Dataset, training_rows
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.evaluation.slices import judged_groups
