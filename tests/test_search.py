@@ -518,6 +518,42 @@ def test_two_processes_never_work_on_one_trial(tmp_path):
         assert one.best().number == 1
 
 
+def test_a_trial_that_ends_before_its_lock_is_taken_is_not_claimed(tmp_path, monkeypatch):
+    plan = split_search(searchable())
+    options = {"sampler": "tpe", "seed": 0, "prune": True, "first": plan.first()}
+    with (
+        studies.opened(tmp_path, plan.space, **options) as one,
+        studies.opened(tmp_path, plan.space, **options) as other,
+    ):
+        with other.claim(2) as trial:
+            pass
+        real = studies.Study.lock
+
+        def lock(self, number, **options):
+            if self is one and number == trial.number and one.best() is None:
+                other.finish(trial, 0.5, {"overall": 0.5})
+            return real(self, number, **options)
+
+        monkeypatch.setattr(studies.Study, "lock", lock)
+        with one.claim(2) as claimed:
+            assert claimed.number == 1
+        assert one.best().number == 0
+
+
+def test_a_trial_without_its_values_is_not_in_the_table(tmp_path):
+    """Another process writes the results while a trial gets its values."""
+    plan = split_search(searchable())
+    options = {"sampler": "tpe", "seed": 0, "prune": True, "first": plan.first()}
+    with studies.opened(tmp_path, plan.space, **options) as study:
+        study._study.ask()  # as `claim` does before it draws the values
+        table = searches._write(plan, study, tmp_path, "overall", None)
+        assert len(table) == 0
+        with study.claim(1) as trial:
+            assert trial.number == 0
+            table = searches._write(plan, study, tmp_path, "overall", None)
+        assert table["trial"].tolist() == [0]
+
+
 def test_workers_find_what_one_process_finds(tmp_path, trainings, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
     config = searchable({"model.dropout": "0.1,0.2,0.5,0.3,0.4"}, sampler="grid", prune=False)

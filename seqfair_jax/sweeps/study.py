@@ -65,6 +65,8 @@ class Study:
             if not stack.enter_context(self.lock(found.number)):
                 continue  # another process works on it
             trial = Trial(self._study, found._trial_id)
+            if trial.storage.get_trial(found._trial_id).state != TrialState.RUNNING:
+                continue  # another process finished it between the list and the lock
             if not found.user_attrs.get(_PAUSED):
                 deaths = found.user_attrs.get(_DEATHS, 0) + 1
                 if deaths == _MOST_DEATHS:
@@ -112,8 +114,12 @@ class Study:
         return len(self._study.get_trials(deepcopy=False, states=states))
 
     def trials(self) -> list[FrozenTrial]:
-        """The trials that have begun, by their number."""
-        return [t for t in self._study.get_trials() if t.state != TrialState.WAITING]
+        """The trials that have begun and have all their values, by their number.
+
+        Another process may be between the start of a trial and its values.
+        """
+        begun = [t for t in self._study.get_trials() if t.state != TrialState.WAITING]
+        return [t for t in begun if self._space.keys() <= t.params.keys()]
 
     def twin(self, trial: Trial) -> FrozenTrial | None:
         """A finished trial of the same values, or None."""
