@@ -2,7 +2,7 @@
 
     R(t) = 1/t log( 1/M sum_u m_u exp(t l_u) ),    t > 0
 
-where l_u is the loss of user u, m_u the user's mass (1, unless objective.user_loss=sum), and M the
+where l_u is the loss of user u, m_u the user's mass (1 with objective.user_loss=mean), and M the
 sum of the batch's masses. Its gradient is sum_u q_u dl_u with q_u in proportion to m_u exp(t l_u),
 so users with a larger loss count more. As the tilt t falls to 0, R becomes the mean (ERM). As t
 grows, R becomes the largest loss.

@@ -124,8 +124,8 @@ def test_a_log_that_is_read_otherwise_is_not_resumed(key, value):
 
 def test_what_a_user_counts_for_must_be_the_same_to_resume():
     old, new = default_config(), default_config()
-    new.objective.user_loss = "sum"
-    with pytest.raises(UserError, match="objective.user_loss .'mean' there, 'sum' now"):
+    new.objective.user_loss = "mean"
+    with pytest.raises(UserError, match="objective.user_loss .'sum' there, 'mean' now"):
         check_resumable(resolve(old).to_dict(), resolve(new).to_dict(), "config.json")
 
 

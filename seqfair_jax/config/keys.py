@@ -293,9 +293,10 @@ def _objective() -> tuple[Setting, ...]:
         ),
         Setting(
             "objective.user_loss",
-            "mean",
-            "What a user counts for: with `mean` every user alike, so a target of a user with many "
-            "counts less, as in the paper's tables; with `sum` every target alike, as in its text.",
+            "sum",
+            "What a user counts for: with `sum` every target alike, as in the paper's text; with "
+            "`mean` every user alike, so a target of a user with many counts less, as in the "
+            "paper's tables.",
             choices=objectives.USER_LOSSES,
         ),
         *(

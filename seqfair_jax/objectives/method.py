@@ -104,7 +104,7 @@ def ones(item_counts: np.ndarray) -> np.ndarray:
     return np.ones(len(item_counts), np.float32)
 
 
-USER_LOSSES = ("mean", "sum")  # what objective.user_loss may be
+USER_LOSSES = ("sum", "mean")  # what objective.user_loss may be
 
 
 def user_mass(train_targets: np.ndarray, user_loss: str) -> np.ndarray:
