@@ -307,7 +307,8 @@ class Model:
         """The vectors of the items and of the users; a score is their product.
 
         A user's vector is the encoder's output after the whole history, and an item's is its row
-        of the output table. So `users @ items.T` has the scores of `recommend`.
+        of the output table. So `users @ items.T` has the scores of `recommend`. With
+        `model.pointer` or `model.neighbours` these are the scores of the catalogue's part alone.
 
         Returns:
             items f32[V, D], whose index is `item_id`, and users f32[U, D], whose index is
@@ -320,10 +321,11 @@ class Model:
             encode_users(
                 model,
                 params,
+                trained.neighbours,
                 histories,
                 slice(first, min(first + _BLOCK, len(trained.user_ids))),
                 1,
-            )
+            ).hidden
             for first in range(0, len(trained.user_ids), _BLOCK)
         ]
         return (

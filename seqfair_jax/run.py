@@ -248,3 +248,5 @@ def _write_data_files(folder: Path, experiment: Experiment) -> None:
         folder / workdir.GROUPS, pd.DataFrame({"user_id": dataset.user_ids, **groups})
     )
     catalogue.write(folder, dataset)
+    if experiment.data.neighbours is not None:
+        catalogue.write_neighbours(folder, devices.to_host(experiment.data.neighbours), dataset)

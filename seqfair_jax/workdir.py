@@ -40,6 +40,7 @@ SCHEMA_VERSION = 3  # of summary.json and the other files of a run
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.json", "env.json", "metrics.jsonl", "summary.json"
 GROUPS, SPLIT = "groups.parquet", "split.parquet"
 ITEMS, HISTORIES = "items.parquet", "histories.parquet"
+NEIGHBOURS = "neighbours.npz"  # of a model with neighbours
 BASELINES = "baselines.parquet"
 SEARCH, STUDY = "search.json", "study.db"  # of a search: its settings, its trials
 TRIALS, RANKING, BEST = "trials.csv", "search.md", "best.json"  # and its results
@@ -238,6 +239,7 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
     if not is_writer():
         return
     names = [SUMMARY, CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES, BASELINES]
+    names.append(NEIGHBOURS)
     names += [path.name for path in sorted(folder.glob("per_user*.parquet"))]
     files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     write_json(folder / _FINISHED, {"files": files, "inputs": dict(inputs)})

@@ -170,6 +170,12 @@ def _linear(x, parameters):
 
 def sasrec(parameters, inputs, *, num_blocks, num_heads):
     """Hidden states [n, D] of one user, alone and without dropout: pre-norm causal transformer."""
+    x = after_blocks(parameters, inputs, num_blocks=num_blocks, num_heads=num_heads)
+    return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
+
+
+def after_blocks(parameters, inputs, *, num_blocks, num_heads):
+    """What the first blocks make of one user's tokens, [n, D]."""
     length = len(inputs)
     x = []
     for place, item in enumerate(inputs):
@@ -203,7 +209,79 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
         for place in range(length):
             y = _linear(_layer_norm(x[place], block["ff_norm"]), block["ff_in"])
             x[place] = x[place] + _linear(np.maximum(y, 0.0), block["ff_out"])
-    return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
+    return np.array(x)
+
+
+def nearby(sequences, num_items, weights, user=None, row=None):
+    """M [V, V] times the weights by popularity; without pairs of a user from some row on."""
+    counts = [sum(items.count(i) for items in sequences) for i in range(num_items)]
+    found = np.zeros((num_items, num_items))
+    for owner, items in enumerate(sequences):
+        for later in range(len(items)):
+            if owner == user and later >= row:
+                continue
+            for earlier in range(max(0, later - weights.window), later):
+                x, y = items[earlier], items[later]
+                if x != y:
+                    value = weights.distance_decay ** (later - earlier - 1)
+                    found[x, y] += value
+                    found[y, x] += weights.backward * value
+    return found * (np.array(counts) + 1.0) ** -weights.item_power
+
+
+def largest_of_rows(matrix, count):
+    """A matrix with the `count` largest values of each row; the first of equal ones."""
+    kept = np.zeros_like(matrix)
+    for row, values in enumerate(matrix):
+        best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+        kept[row, best] = values[best]
+    return kept
+
+
+def mixture(parameters, inputs, *, num_blocks, totals, shares, place=None):
+    """Each item's probability after one user's inputs, [V], by the parts that the model has.
+
+    Args:
+        place: of the token after which; the last one if None.
+        totals: t [V], or None without neighbours.
+        shares: S [V, V].
+    """
+    own = parameters["mixture"]
+    place = len(inputs) - 1 if place is None else place
+    hidden = sasrec(parameters, inputs, num_blocks=num_blocks, num_heads=1)[place]
+    context = after_blocks(parameters, inputs, num_blocks=num_blocks - 1, num_heads=1)
+    logits = parameters.get("output_embedding", parameters["item_embedding"]) @ hidden
+    parts = [np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()]
+    history = [(p, inputs[p]) for p in range(place, -1, -1) if inputs[p] is not None]
+    gates = list(_linear(hidden, own["gate"]))
+    if "query" in own:
+        query = hidden @ own["query"]["kernel"]
+        part, scores = np.zeros_like(logits), []
+        for age, (p, _) in enumerate(history[:64]):
+            key = _layer_norm(context[p], own["norm"]) @ own["key"]["kernel"]
+            scores.append(np.dot(query, key) / np.sqrt(len(hidden)) + own["pointer_age"][age])
+        for (_, item), weight in zip(history, _softmax(scores), strict=False):
+            part[item] += weight
+        parts.append(part)
+    if totals is not None:
+        known = [(age, x) for age, (_, x) in enumerate(history[:12]) if totals[x] > 0]
+        part = np.zeros_like(logits)
+        scores = [own["near_age"][a] + own["near_total"] * np.log(totals[x]) for a, x in known]
+        for (_, item), weight in zip(known, _softmax(scores), strict=True):
+            part += weight * shares[item]
+        parts.append(part)
+        if not known:
+            gates[-1] = -np.inf
+    if "query" in own and not history:
+        gates[1] = -np.inf
+    return sum(gate * part for gate, part in zip(_softmax(gates), parts, strict=True))
+
+
+def _softmax(logits):
+    if len(logits) == 0:
+        return np.zeros(0)
+    values = np.exp(np.array(logits) - max(logits))
+    return values / values.sum()
 
 
 def user_loss(parameters, items, *, max_len, num_blocks, num_heads):

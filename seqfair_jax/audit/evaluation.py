@@ -300,6 +300,7 @@ def _test_run(judged: Source, judge: Judge, rule: str, shared: dict[str, Any]) -
             mask_seen=settings.mask_seen,
             batch_size=settings.batch_size,
             top_k=top_k,
+            neighbours=trained.neighbours,
         )
         return rank(trained.params, f"test of {trained.run}")
 

@@ -67,6 +67,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
             "use objective.user_loss=mean, or let its formula read batch.mass and declare "
             "uses_mass=True"
         )
+    mixes = config.model.pointer or config.model.neighbours
+    if mixes and config.train.loss == "sampled" and config.train.sampled_loss == "gbce":
+        raise UserError(
+            "train.sampled_loss is gbce, which gives no probability that model.pointer or "
+            "model.neighbours could be mixed with: use train.sampled_loss=softmax"
+        )
     plan_runs(config)  # checks the objective's values
     return config
 

@@ -279,6 +279,19 @@ _MODEL = (
         "The precision of the computations. Parameters are always float32.",
         choices=tuple(PRECISIONS),
     ),
+    Setting(
+        "model.pointer",
+        False,
+        "Mix the scores of the catalogue with a pointer to the user's own items, for logs where "
+        "users return to items.",
+    ),
+    Setting(
+        "model.neighbours",
+        0,
+        "Mix the scores of the catalogue with those of that many items which are near the "
+        "history's items in training. 0: none.",
+        whole(0),
+    ),
 )
 
 

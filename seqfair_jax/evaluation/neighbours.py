@@ -92,7 +92,7 @@ def count_pairs(dataset: Dataset, window: int) -> Pairs:
             (np.ones(near.sum(), np.int32), (first[near], then[near])), shape=(num_items,) * 2
         ).tocsr()  # sums the counts of a pair
         found.sort_indices()
-        keys.append(_keys(found.indptr, found.indices))
+        keys.append(pair_keys(found.indptr, found.indices))
         counts.append(found.data)
     every = np.concatenate(keys)
     before, after = every // num_items, every % num_items
@@ -104,7 +104,7 @@ def count_pairs(dataset: Dataset, window: int) -> Pairs:
         shape=(num_items,) * 2,
     ).tocsr()
     pattern.sort_indices()
-    known = _keys(pattern.indptr, pattern.indices)
+    known = pair_keys(pattern.indptr, pattern.indices)
     places = np.arange(len(known), dtype=np.int32)
     mirror = scipy.sparse.csr_array((places, pattern.indices, pattern.indptr), pattern.shape)
     mirror = mirror.T.tocsr()
@@ -121,10 +121,18 @@ def count_pairs(dataset: Dataset, window: int) -> Pairs:
     )
 
 
-def _keys(indptr: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def pair_keys(indptr: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Row times V plus column of each stored place: i64, ascending if the columns are."""
     num_items = len(indptr) - 1
     return np.repeat(np.arange(num_items) * num_items, np.diff(indptr)) + indices
+
+
+def weighted_pairs(pairs: Pairs, weights: Weights) -> np.ndarray:
+    """M of `neighbour_matrix`, as the values of its pairs: f[P]."""
+    by_distance = weights.distance_decay ** np.arange(-1.0, pairs.window)
+    by_distance[weights.window + 1 :] = 0
+    forward = np.bincount(pairs.at, pairs.counts * by_distance[pairs.distances], len(pairs.indices))
+    return forward + weights.backward * forward[pairs.mirror]
 
 
 def neighbour_matrix(pairs: Pairs, weights: Weights) -> scipy.sparse.csr_matrix:
@@ -136,10 +144,7 @@ def neighbour_matrix(pairs: Pairs, weights: Weights) -> scipy.sparse.csr_matrix:
 
     N counts training rows of one user; f(y) is the number of training rows of y.
     """
-    by_distance = weights.distance_decay ** np.arange(-1.0, pairs.window)
-    by_distance[weights.window + 1 :] = 0
-    forward = np.bincount(pairs.at, pairs.counts * by_distance[pairs.distances], len(pairs.indices))
-    values = forward + weights.backward * forward[pairs.mirror]
+    values = weighted_pairs(pairs, weights)
     shape = (len(pairs.indptr) - 1,) * 2
     found = scipy.sparse.csr_matrix((values, pairs.indices, pairs.indptr), shape=shape)
     totals = np.asarray(found.sum(axis=1)).ravel()

@@ -20,8 +20,9 @@ from seqfair_jax import devices
 from seqfair_jax.data.split import Dataset, Targets
 from seqfair_jax.devices import CATALOGUE, DATA, USERS
 from seqfair_jax.errors import DivergedError
+from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours, mixture_scores, newest_items
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
-from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
+from seqfair_jax.model.sasrec import PRECISIONS, Encoded, SASRec, param_specs
 
 _TOKENS = 4096  # packed tokens encoded at once
 _SHORT = 65  # tokens: attention within so short a history needs one block of 64 before each
@@ -74,6 +75,7 @@ def make_ranker(
     mask_seen: bool,
     batch_size: int,
     top_k: int,
+    neighbours: Neighbours | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[Any, str], Ranking]:
     """The function that ranks the targets of a split by a run's parameters.
@@ -82,6 +84,7 @@ def make_ranker(
         model: the network.
         dataset, split, mask_seen, batch_size: as for `make_queries`.
         top_k: k, how many recommended items to return; 0 for none.
+        neighbours: of a model with neighbours, on the mesh.
         mesh: the devices; one if None. They share the users and the model's catalogue.
 
     Returns:
@@ -103,7 +106,7 @@ def make_ranker(
     )
 
     def rank(params: Any, what: str) -> Ranking:
-        ranks, top_items, finite = rank_fn(params, queries)
+        ranks, top_items, finite = rank_fn(params, queries, neighbours)
         if not np.asarray(finite):
             raise DivergedError(
                 f"{what}: a score is not finite, so no rank can be given. The parameters have "
@@ -241,7 +244,13 @@ def _specs(queries: Queries) -> Any:
 
 
 def rank_targets(
-    model: SASRec, params, queries: Queries, *, top_k: int, mesh: Mesh | None = None
+    model: SASRec,
+    params,
+    queries: Queries,
+    neighbours: Neighbours | None = None,
+    *,
+    top_k: int,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rank each user's targets by their scores among all V items; a pure function, to be jitted.
 
@@ -253,6 +262,7 @@ def rank_targets(
         model: the network.
         params: its parameters.
         queries: the users.
+        neighbours: of a model with neighbours.
         top_k: k, how many of the best items to return; 0 for none (it costs a partial sort).
         mesh: the devices; one if None. A rank is the sum of the counts of the devices of the
             catalogue axis, and the best items are the best of those of each.
@@ -264,25 +274,35 @@ def rank_targets(
     mesh = mesh or devices.make_mesh()
     shards, user_shards = model.shards, devices.size(mesh, USERS)
 
-    def on_device(params, queries: Queries):
+    def on_device(params, queries: Queries, neighbours: Neighbours | None):
         encode = functools.partial(
-            encode_newest, model, params, queries.sequences, shards=mesh.shape[DATA]
+            encode_newest,
+            model,
+            params,
+            queries.sequences,
+            neighbours=neighbours,
+            shards=mesh.shape[DATA],
         )
+
+        def rows(leaf: jax.Array) -> jax.Array:  # of all devices' batches
+            return devices.gather(leaf.reshape(-1, leaf.shape[-1]), USERS, user_shards)
+
         parts = []
         for batches in queries.encode_batches:
             part = lax.map(functools.partial(encode, window=batches.window), batches.users)
-            parts.append(devices.gather(part.reshape(-1, model.dim), USERS, user_shards))
-        hidden = jnp.concatenate(parts)
+            parts.append(jax.tree.map(rows, part))
+        encoded = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
         table = jnp.asarray(model.apply(params, train=False, method="output_table"))
 
         def score(batch: Block):
             encoded_at, targets, seen_rows, seen_items = batch
             scores, finite = score_items(
                 model,
-                hidden[encoded_at],
+                jax.tree.map(lambda leaf: leaf[encoded_at], encoded),
                 table,
                 seen_rows,
                 seen_items,
+                neighbours=neighbours,
                 num_items=model.num_items,
             )
             return _count_ranks(scores, targets, shards), *top_items(scores, top_k, shards), finite
@@ -300,10 +320,10 @@ def rank_targets(
     ranks, items, finite = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(param_specs(params), _specs(queries)),
+        in_specs=(param_specs(params), _specs(queries), P(CATALOGUE)),
         out_specs=(split, split, P()),
         check_vma=False,
-    )(params, queries)
+    )(params, queries, neighbours)
     all_ranks = jnp.concatenate([part.reshape(-1) for part in ranks])
     all_items = jnp.concatenate([jnp.concatenate(part) for part in items])
     return all_ranks[queries.targets_at], all_items[queries.users_at], finite
@@ -370,42 +390,53 @@ def encode_newest(
     sequences: Sequences,
     users: jax.Array,
     *,
+    neighbours: Neighbours | None = None,
     shards: int = 1,
     window: int | None = None,
-) -> jax.Array:
-    """The hidden state of each user's newest token, f[B, D]: what the model predicts from.
+) -> Encoded:
+    """Each user's history up to the newest token: what the model predicts from.
 
     Args:
         model: the network.
         params: its parameters.
         sequences: the users' windows.
         users: i32[B], of at most `packed_tokens` tokens together; -1 for an empty slot.
+        neighbours: the device's part, of a model with neighbours.
         shards: devices of the data axis, over which the rows of the log are split.
         window: as for the model's `__call__`.
     """
     num_tokens = packed_tokens(model.max_len)
     packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items, shards=shards)
     newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
-    hidden: Any = model.apply(params, packed, train=False, window=window, only=newest)
-    return hidden
+    log_totals = None
+    if neighbours is not None:
+        items = newest_items(packed, NEAR_ITEMS, model.num_items, newest)
+        items = jnp.minimum(items, model.num_items - 1)
+        log_totals = devices.lookup(neighbours.log_totals, items, model.shards)
+    encoded: Any = model.apply(
+        params, packed, train=False, window=window, log_totals=log_totals, only=newest
+    )
+    return encoded
 
 
 def score_items(
     model: SASRec,
-    hidden: jax.Array,
+    encoded: Encoded,
     table: jax.Array,
     seen_rows: jax.Array,
     seen_items: jax.Array,
     *,
+    neighbours: Neighbours | None = None,
     num_items: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The score of every item for each user, f32[B, V], or of the device's items on a mesh.
 
     Args:
         model: the network.
-        hidden: f[B, D], as `encode_newest` gives it.
+        encoded: of B users, as `encode_newest` gives it.
         table: f[V / shards, D], the device's items' output embeddings.
         seen_rows, seen_items: i32[S], pairs whose score becomes -inf; an item V is padding.
+        neighbours: the device's part, of a model with neighbours.
         num_items: V, if the last rows of the table may belong to no item.
 
     Returns:
@@ -413,11 +444,15 @@ def score_items(
         all were finite before the mask.
     """
     precision, rows, shards = PRECISIONS[model.dtype][1], len(table), model.shards
-    scores = jnp.matmul(hidden, table.T, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.matmul(
+        encoded.hidden, table.T, precision=precision, preferred_element_type=jnp.float32
+    )
     finite = jnp.isfinite(scores.sum(axis=-1)).all()  # one pass; NaN and inf survive a sum
     if num_items is not None and num_items != rows * shards:
         own = devices.index(CATALOGUE, shards) * rows + jnp.arange(rows)
         scores = jnp.where(own < num_items, scores, -jnp.inf)
+    if encoded.copies is not None:
+        scores = mixture_scores(scores, encoded.copies, neighbours, shards)
     if seen_rows.size:
         place, _ = devices.own_rows(seen_items, rows, CATALOGUE, shards)
         scores = scores.at[seen_rows, place].set(-jnp.inf, mode="drop")

@@ -1,6 +1,7 @@
 """A batch's users packed one after another into tokens, without padding between them.
 
-Shape letters: U users, N rows, B users in a batch, L window, T packed tokens, V catalogue.
+Shape letters: U users, N rows, B users in a batch, L window, T packed tokens, V catalogue, W newest
+items of a history.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,7 @@ class Sequences(NamedTuple):
     items: jax.Array  # i32[N]
     ends: jax.Array  # i32[U], one past the row of the newest token's target
     lengths: jax.Array  # i32[U] tokens, 1 to L - 1
+    near: jax.Array | None = None  # f32[N, 2 W] for a mixture, see `training.nearby`
 
 
 class Packed(NamedTuple):
@@ -37,6 +39,7 @@ class Packed(NamedTuple):
     positions: jax.Array  # i32[T], counted from the user's newest token, which has 0
     lengths: jax.Array  # i32[B]
     first: jax.Array | int = 0  # tokens of the users that are in the batch before these
+    near: jax.Array | None = None  # f32[T, 2 W], of the targets
 
 
 def pack(
@@ -69,7 +72,8 @@ def pack(
     before, at = _read(sequences.items, jnp.stack([jnp.maximum(rows - 1, 0), rows]), shards)
     inputs = jnp.where(first | ~real, num_items, before)
     targets = jnp.where(real, at, 0)
-    return Packed(inputs, targets, slots, positions, lengths)
+    near = None if sequences.near is None else _read(sequences.near, rows, shards)
+    return Packed(inputs, targets, slots, positions, lengths, near=near)
 
 
 def pack_batch(
@@ -106,13 +110,14 @@ def _lengths(sequences: Sequences, user_ids: jax.Array) -> tuple[jax.Array, jax.
     return user_ids, jnp.where(real, sequences.lengths[user_ids], 0)
 
 
-def _read(items: jax.Array, rows: jax.Array, shards: int) -> jax.Array:
-    """The items in rows of the log; each device asks for its own rows i32[...]."""
+def _read(table: jax.Array, rows: jax.Array, shards: int) -> jax.Array:
+    """What is in rows of the log; each device asks for its own rows i32[...]."""
     if shards == 1:
-        return items[rows]
+        return table[rows]
     wanted = devices.gather(rows[None], devices.DATA, shards)
-    place, here = devices.own_rows(wanted, len(items), devices.DATA, shards)
-    found = jnp.where(here, items.at[place].get(mode="clip"), 0)
+    place, here = devices.own_rows(wanted, len(table), devices.DATA, shards)
+    here = here.reshape(here.shape + (1,) * (table.ndim - 1))
+    found = jnp.where(here, table.at[place].get(mode="clip"), 0)
     return lax.psum_scatter(found, devices.DATA)
 
 

@@ -3,7 +3,7 @@
 Shape letters: T packed tokens, D width, H heads, V catalogue, L window, K keys a query block sees.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
+from seqfair_jax.model.mixture import Copies, Mixture
 from seqfair_jax.model.packing import BLOCK, Packed
 
 PRECISIONS = {
@@ -207,6 +208,13 @@ def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
     return same_user & (key_index[:, None, :] <= own_index[:, :, None])
 
 
+class Encoded(NamedTuple):
+    """What predicts the items that follow N histories."""
+
+    hidden: jax.Array  # f[N, D], after the final LayerNorm
+    copies: Copies | None  # None for a model without a mixture
+
+
 class SASRec(nn.Module):
     """SASRec with a softmax over the catalogue (Kang and McAuley 2018; paper, sections 2.1, 3.1).
 
@@ -219,6 +227,8 @@ class SASRec(nn.Module):
         tie_embeddings: score with the input embeddings instead of separate output embeddings.
         init_scale: standard deviation of the initial embeddings and positions.
         dtype: a key of `PRECISIONS`. Parameters are always float32.
+        pointer: mix the softmax with a pointer to the user's own items (`mixture`).
+        neighbours: mix it with that many neighbours of each item (`mixture`); 0 for none.
         shards: devices of the mesh's catalogue axis. Above 1 the tables have zero to
             `shards - 1` more rows than items, `init` makes them whole, and every other method
             works inside the mesh on the device's own V / shards rows.
@@ -234,6 +244,8 @@ class SASRec(nn.Module):
     tie_embeddings: bool
     init_scale: float
     dtype: str
+    pointer: bool = False
+    neighbours: int = 0
     shards: int = 1
 
     def setup(self) -> None:
@@ -263,6 +275,15 @@ class SASRec(nn.Module):
             for i in range(self.num_blocks)
         ]
         self.final_norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self._dtype)
+        if self.is_mixture:
+            self.mixture = Mixture(
+                self.dim, self.num_items, self.pointer, self.neighbours > 0, self._precision
+            )
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are other parts beside the softmax over the catalogue."""
+        return self.pointer or self.neighbours > 0
 
     def __call__(
         self,
@@ -270,15 +291,17 @@ class SASRec(nn.Module):
         *,
         train: bool,
         window: int | None = None,
+        log_totals: jax.Array | None = None,
         only: jax.Array | None = None,
-    ) -> jax.Array:
-        """Encode packed users: hidden f[T, D], after the final LayerNorm.
+    ) -> Encoded:
+        """Encode packed users.
 
-        The scores of what follows token t are `hidden[t] @ output_table().T`.
+        Without a mixture, the scores of what follows token t are `hidden[t] @ output_table().T`.
 
         Args:
             packed: T tokens (see `packing.pack`).
             train: apply dropout, with the rng "dropout".
+            log_totals: f32[N, W], as for `Mixture`; None without neighbours.
             window: no user has more tokens than this; L - 1 if None. A short one costs less.
             only: i32[N], the tokens to encode, which costs less; None for all. Not in training.
         """
@@ -295,7 +318,10 @@ class SASRec(nn.Module):
         visible = visible_keys(packed.slots, block=size, window=window)
         for block in self.blocks[:-1]:
             x = block(x, visible, packed.first, train)
-        return self.final_norm(self.blocks[-1](x, visible, packed.first, train, only))
+        hidden = self.final_norm(self.blocks[-1](x, visible, packed.first, train, only))
+        if not self.is_mixture:
+            return Encoded(hidden, None)
+        return Encoded(hidden, self.mixture(hidden, x, packed, log_totals, only))
 
     def output_table(self, *, train: bool) -> jax.Array:
         """The embeddings that score the catalogue: f[V, D], with dropout on them in training."""
@@ -323,15 +349,23 @@ class SASRec(nn.Module):
         rows = first + jnp.arange(len(x))
         return dropout(self.make_rng("dropout"), x, self.dropout, rows=rows)
 
-    def encode_and_table(self, packed: Packed, *, train: bool) -> tuple[jax.Array, jax.Array]:
+    def encode_and_table(
+        self, packed: Packed, *, train: bool, log_totals: jax.Array | None = None
+    ) -> tuple[Encoded, jax.Array]:
         """`__call__` and `output_table` under one `apply`, which share its rngs."""
-        return self(packed, train=train), self.output_table(train=train)
+        return self(packed, train=train, log_totals=log_totals), self.output_table(train=train)
 
     def encode_and_rows(
-        self, packed: Packed, items: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        packed: Packed,
+        items: jax.Array,
+        *,
+        train: bool,
+        log_totals: jax.Array | None = None,
+    ) -> tuple[Encoded, jax.Array]:
         """`__call__` and `output_rows` under one `apply`, which share its rngs."""
-        return self(packed, train=train), self.output_rows(items, train=train)
+        encoded = self(packed, train=train, log_totals=log_totals)
+        return encoded, self.output_rows(items, train=train)
 
 
 def is_table(path: tuple) -> bool:

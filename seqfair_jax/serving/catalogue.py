@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from seqfair_jax import workdir
 from seqfair_jax.data.split import Dataset, Targets, csr_offsets, first_rows
 from seqfair_jax.errors import UserError
+from seqfair_jax.model.mixture import Neighbours
 
 
 class Histories(NamedTuple):
@@ -84,6 +85,23 @@ def write(folder: Path, dataset: Dataset) -> None:
         for name, values in target_columns(targets, columns).items():
             split[f"{part}_target_{name}"] = _of_users(values, targets.users, len(is_validation))
     workdir.write_parquet(folder / workdir.SPLIT, pd.DataFrame(split))
+
+
+def write_neighbours(folder: Path, neighbours: Neighbours, dataset: Dataset) -> None:
+    """Write the neighbours of a model, without the rows that pad them on a mesh."""
+    arrays = {name: part[: len(dataset.item_ids)] for name, part in neighbours._asdict().items()}
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    workdir.write_file(folder / workdir.NEIGHBOURS, write)
+
+
+def read_neighbours(folder: Path) -> Neighbours:
+    """What `write_neighbours` wrote."""
+    with np.load(folder / workdir.NEIGHBOURS) as found:
+        return Neighbours(**found)
 
 
 def target_columns(targets: Targets, columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jax import export, lax
 from seqfair_jax import __version__, workdir
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import score_items
+from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours, newest_items
 from seqfair_jax.model.packing import BLOCK, Packed
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.serving import exported
@@ -35,6 +36,7 @@ FORMATS = ("jax", "onnx")
 ONNX_PROGRAM = "program.onnx"
 ONNX_LENGTH = 1024  # L of an ONNX program; of a longer history the newest items are used
 _SEPARATOR = "/"  # between the parts of a parameter's name
+_NEIGHBOURS = "neighbours"
 _CHECKED_USERS = 16
 # How far a score may be from that of `recommend`, over the largest score. The batches have other
 # shapes, so sums are in another order; bfloat16 has three digits.
@@ -57,7 +59,7 @@ def top_items(
     Args:
         model: the network.
         max_k: K.
-        params: its parameters by name (`flat_params`).
+        params: its parameters by name (`flat_params`), and its neighbours if it has any.
         items: i32[B, L] positions in the vocabulary, oldest first; any value behind the end.
         lengths: i32[B], the number of items of each history, 0 to L.
         mask_seen: bool[], whether no item of the whole history is recommended.
@@ -67,6 +69,8 @@ def top_items(
         Items with the same score are in the order of the vocabulary.
     """
     tree = {"params": unflatten_dict(dict(params), sep=_SEPARATOR)}
+    parts = tree["params"].pop(_NEIGHBOURS, None)
+    neighbours = parts and Neighbours(**parts)
     num_rows, longest = items.shape
     window, num_items = model.max_len - 1, model.num_items
     num_tokens = jnp.minimum(lengths + 1, window)[:, None]  # the begin token is one of them
@@ -90,20 +94,27 @@ def top_items(
         positions=flat(jnp.where(real, ages, 0), 0),
         lengths=num_tokens[:, 0],
     )
-    hidden: Any = model.apply(tree, packed, train=False)
-    newest = hidden[(row[:, 0] + 1) * window - 1]
+    log_totals = None
+    if neighbours:
+        known = jnp.minimum(newest_items(packed, NEAR_ITEMS, num_items), num_items - 1)
+        log_totals = neighbours.log_totals[known]
+    encoded: Any = model.apply(tree, packed, train=False, log_totals=log_totals)
+    newest = jax.tree.map(lambda leaf: leaf[(row[:, 0] + 1) * window - 1], encoded)
     table: Any = model.apply(tree, train=False, method="output_table")
     is_seen = mask_seen & (jnp.arange(longest, dtype=jnp.int32)[None] < lengths[:, None])
     seen_rows = jnp.broadcast_to(row, (num_rows, longest)).reshape(-1)
     seen_items = jnp.where(is_seen, items, num_items).reshape(-1)
-    scores, _ = score_items(model, newest, table, seen_rows, seen_items)
+    scores, _ = score_items(model, newest, table, seen_rows, seen_items, neighbours=neighbours)
     best, places = lax.top_k(scores, max_k)
     return best, places.astype(jnp.int32)
 
 
-def flat_params(params: Any) -> dict[str, np.ndarray]:
-    """The parameters by name, such as `block_0/ff_in/kernel`."""
-    return jax.tree.map(np.asarray, flatten_dict(params["params"], sep=_SEPARATOR))
+def flat_params(params: Any, neighbours: Neighbours | None = None) -> dict[str, np.ndarray]:
+    """The parameters by name, such as `block_0/ff_in/kernel`, and the neighbours."""
+    tree = dict(params["params"])
+    if neighbours is not None:
+        tree[_NEIGHBOURS] = neighbours._asdict()
+    return jax.tree.map(np.asarray, flatten_dict(tree, sep=_SEPARATOR))
 
 
 def export_program(
@@ -160,7 +171,7 @@ def write(
         The settings in `model.json`.
     """
     max_k = min(max_k, len(trained.item_ids))
-    params = flat_params(trained.params)
+    params = flat_params(trained.params, trained.neighbours)
     program = export_program(trained.model, params, max_k=max_k, platforms=platforms)
     (folder / PROGRAM).write_bytes(program.serialize())
     np.savez(folder / PARAMS, allow_pickle=False, **params)
@@ -195,7 +206,7 @@ def write_onnx(
     model = trained.model.clone(dtype="float32")
     shape = batch_size, max(ONNX_LENGTH, model.max_len)
     shaped = jax.ShapeDtypeStruct
-    params = jax.tree.map(jnp.asarray, flat_params(trained.params))
+    params = jax.tree.map(jnp.asarray, flat_params(trained.params, trained.neighbours))
     jax2onnx.to_onnx(
         functools.partial(top_items, model, max_k, params),
         [shaped(shape, jnp.int32), shaped(shape[:1], jnp.int32), shaped((), jnp.bool_)],

@@ -25,8 +25,9 @@ from seqfair_jax.evaluation.ranking import (
     score_items,
     top_items,
 )
+from seqfair_jax.model.mixture import Neighbours
 from seqfair_jax.model.packing import Sequences
-from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
+from seqfair_jax.model.sasrec import Encoded, SASRec, param_specs
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.trained import TrainedModel
 
@@ -86,7 +87,7 @@ def recommend(
     Raises:
         DivergedError: if a score is not finite.
     """
-    model, params = trained.model, trained.params
+    model, params, neighbours = trained.model, trained.params, trained.neighbours
     mesh = trained.mesh or devices.make_mesh()
     shards = devices.size(mesh, USERS)
     mask_seen = trained.mask_seen if mask_seen is None else mask_seen
@@ -95,8 +96,15 @@ def recommend(
     batch_size = min(batch_size, shards * max_users(model.num_items, model.shards))
     batch_size = devices.padded(batch_size, shards)
     table = _output_table(model, mesh, params)
+    everything = np.arange(model.num_items, dtype=np.int32)
+    banned: Any = None
     if candidates is None or len(candidates) == model.num_items:
-        candidates = np.arange(model.num_items, dtype=np.int32)
+        candidates = everything
+    elif model.is_mixture:  # the softmax in it is over the whole catalogue
+        k = min(k, len(candidates))
+        banned = ~np.isin(everything, candidates)
+        banned = devices.put(mesh, devices.pad_rows(banned, model.shards), P(CATALOGUE))
+        candidates = everything
     else:
         rows = devices.pad_rows(devices.to_host(table)[candidates], model.shards)
         table = devices.put(mesh, rows, P(CATALOGUE))
@@ -104,17 +112,18 @@ def recommend(
     # The place of each item among the candidates; an item that is none is dropped from the mask.
     places = np.full(model.num_items, table.shape[0], np.int32)
     places[candidates] = np.arange(len(candidates))
-    score = functools.partial(_top_items, model, mesh, k, len(candidates))
+    score = functools.partial(_top_items, model, mesh, k, len(candidates), neighbours, banned)
 
     num_batches = max(1, min(_BLOCK_USERS, _BLOCK_ROWS // k) // batch_size)
     block = num_batches * batch_size
     for first in range(0, num_users, block):
         users = slice(first, min(first + block, num_users))
-        hidden = encode_users(model, params, histories, users, batch_size, mesh)
+        encoded = encode_users(model, params, neighbours, histories, users, batch_size, mesh)
         found = []
         for start in range(users.start, users.stop, batch_size):
             batch = slice(start, min(start + batch_size, users.stop))
-            rows = hidden[start - first : start - first + batch_size]
+            place = slice(start - first, start - first + batch_size)
+            rows = jax.tree.map(lambda leaf, place=place: leaf[place], encoded)
             seen = _seen(histories, batch, places, mask_seen, nowhere=table.shape[0])
             found.append(score(rows, table, *seen))
             if len(found) > 1:  # at most two batches of scores are alive
@@ -132,18 +141,19 @@ def recommend(
 def encode_users(
     model: SASRec,
     params: Any,
+    neighbours: Neighbours | None,
     histories: Histories,
     users: slice,
     batch_size: int,
     mesh: Mesh | None = None,
-) -> np.ndarray:
-    """The newest hidden state of each user, f[n, D], padded to whole batches.
+) -> Encoded:
+    """What the model predicts from for each user, as arrays [n, ...] padded to whole batches.
 
-    A user's score of an item is the product of this state with the item's row of the model's
-    `output_table`, in float32.
+    Without a mixture, a user's score of an item is the product of the hidden state with the item's
+    row of the model's `output_table`, in float32.
 
     Args:
-        model, params: the network and its parameters.
+        model, params, neighbours: the network, its parameters, and its neighbours if it has any.
         histories: of all users.
         users: those to encode, n before the padding.
         batch_size: n is padded to a multiple of it.
@@ -156,17 +166,23 @@ def encode_users(
     sizes = stops - histories.offsets[users]
     lengths = np.minimum(sizes + 1, model.max_len - 1)  # the begin token and the last L - 2 items
     padded = -(-len(sizes) // batch_size) * batch_size
-    hidden = np.zeros((padded, model.dim), PRECISIONS[model.dtype][0])
+    found: Any = None
     batches = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
     for first in range(0, len(batches), shards):
         group = [batch[batch >= 0] for batch in batches[first : first + shards]]
         windows = [_windows(histories, stops, lengths, batch, num_tokens) for batch in group]
         windows += [windows[0]] * (shards - len(group))  # devices that are left over
         sequences: Any = [np.stack(parts) for parts in zip(*windows, strict=True)]
-        encoded = np.asarray(_encode(model, mesh, params, Sequences(*sequences)))
-        for batch, rows in zip(group, encoded, strict=False):
-            hidden[batch] = rows[: len(batch)]
-    return hidden
+        encoded = _encode(model, mesh, params, neighbours, Sequences(*sequences))
+        encoded = jax.tree.map(np.asarray, encoded)
+        if found is None:
+            found = jax.tree.map(
+                lambda leaf: np.zeros((padded, *leaf.shape[2:]), leaf.dtype), encoded
+            )
+        for device, batch in enumerate(group):
+            for all_rows, rows in zip(*map(jax.tree.leaves, (found, encoded)), strict=True):
+                all_rows[batch] = rows[device, : len(batch)]
+    return found
 
 
 def _windows(
@@ -198,40 +214,50 @@ def _output_table(model: SASRec, mesh: Mesh, params: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
-def _encode(model: SASRec, mesh: Mesh, params: Any, sequences: Sequences) -> jax.Array:
-    """The newest hidden states f[devices, users, D] of a batch for each device."""
+def _encode(
+    model: SASRec, mesh: Mesh, params: Any, neighbours: Neighbours | None, sequences: Sequences
+) -> Encoded:
+    """What the model predicts from, as arrays [devices, users, ...]: a batch for each device."""
 
-    def on_device(params, sequences):
-        own = Sequences(*(part[0] for part in sequences))
-        return encode_newest(model, params, own, jnp.arange(len(own.lengths)))[None]
+    def on_device(params, neighbours, sequences):
+        own = jax.tree.map(lambda part: part[0], sequences)
+        users = jnp.arange(len(own.lengths))
+        encoded = encode_newest(model, params, own, users, neighbours=neighbours)
+        return jax.tree.map(lambda leaf: leaf[None], encoded)
 
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(param_specs(params), P(USERS)),
+        in_specs=(param_specs(params), P(CATALOGUE), P(USERS)),
         out_specs=P(USERS),
         check_vma=False,
-    )(params, sequences)
+    )(params, neighbours, sequences)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh", "k", "num_items"))
-def _top_items(model, mesh, k, num_items, hidden, table, seen_rows, seen_items):
+def _top_items(
+    model, mesh, k, num_items, neighbours, banned, encoded, table, seen_rows, seen_items
+):
     """The k best of the first `num_items` rows of the table, for each user of a batch."""
     shards = devices.size(mesh, USERS)
 
-    def on_device(hidden, table, seen_rows, seen_items):
-        own, _ = devices.own_rows(seen_rows, len(hidden), USERS, shards)
-        scores, finite = score_items(model, hidden, table, own, seen_items, num_items=num_items)
+    def on_device(neighbours, banned, encoded, table, seen_rows, seen_items):
+        own, _ = devices.own_rows(seen_rows, len(encoded.hidden), USERS, shards)
+        scores, finite = score_items(
+            model, encoded, table, own, seen_items, neighbours=neighbours, num_items=num_items
+        )
+        if banned is not None:
+            scores = jnp.where(banned, -jnp.inf, scores)
         finite = devices.everywhere(finite, CATALOGUE, model.shards)
         return *top_items(scores, k, model.shards), finite[None]
 
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P(USERS), P(CATALOGUE), P(), P()),
+        in_specs=(P(CATALOGUE), P(CATALOGUE), P(USERS), P(CATALOGUE), P(), P()),
         out_specs=P(USERS),
         check_vma=False,
-    )(hidden, table, seen_rows, seen_items)
+    )(neighbours, banned, encoded, table, seen_rows, seen_items)
 
 
 def _seen(

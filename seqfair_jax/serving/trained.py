@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from seqfair_jax import devices, workdir
 from seqfair_jax.errors import UserError
+from seqfair_jax.model.mixture import Neighbours, pad_neighbours
 from seqfair_jax.model.packing import BLOCK, Packed
 from seqfair_jax.model.sasrec import SASRec, is_table, param_specs
 from seqfair_jax.serving import catalogue
@@ -35,6 +37,7 @@ class TrainedModel:
     histories: Histories  # of the U users, the newest item included
     mask_seen: bool  # whether the run was evaluated without the items of the history
     mesh: Mesh | None = None  # the devices that have the parameters; one if None
+    neighbours: Neighbours | None = None  # of a model with neighbours, on the devices
 
 
 def load(
@@ -89,6 +92,11 @@ def load(
             f"{path} is damaged or missing. Restore it, or remove finished.json from {folder} and "
             "run the training command again: it repeats the test"
         ) from None
+    neighbours: Any = None
+    if model.neighbours:
+        neighbours = pad_neighbours(catalogue.read_neighbours(folder), shards)
+        put = functools.partial(devices.put, mesh or devices.make_mesh())
+        neighbours = jax.tree.map(lambda part: put(part, P(devices.CATALOGUE)), neighbours)
     return TrainedModel(
         run=summary["run"],
         folder=folder,
@@ -100,6 +108,7 @@ def load(
         histories=histories,
         mask_seen=config.evaluate.mask_seen,
         mesh=mesh,
+        neighbours=neighbours,
     )
 
 

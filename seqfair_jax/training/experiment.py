@@ -26,11 +26,13 @@ from seqfair_jax.data.split import Dataset, training_rows
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.evaluation.slices import judged_groups
+from seqfair_jax.model.mixture import pad_neighbours
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import check_batch_size
-from seqfair_jax.training.step import DATA_SPECS, Task, TrainData, make_optimizer
+from seqfair_jax.training.nearby import find_nearby
+from seqfair_jax.training.step import Task, TrainData, data_specs, make_optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class Experiment:
             mask_seen=settings.mask_seen,
             batch_size=settings.batch_size,
             top_k=top_k,
+            neighbours=self.data.neighbours,
             mesh=self.mesh,
         )
 
@@ -143,11 +146,13 @@ def build_experiment(config: ConfigDict) -> Experiment:
     )
     shape = config.train.mesh
     model = SASRec(num_items=len(dataset.item_ids), shards=shape.catalogue, **config.model)
+    nearby = find_nearby(dataset, model.neighbours) if model.neighbours else None
     sequences: Any = (
         # No step can read another row.
         devices.pad_rows(training_rows(dataset)[1].astype(np.int32), shape.data),
         np.cumsum(dataset.train_lengths, dtype=np.int32),
         np.minimum(dataset.train_lengths, config.model.max_len - 1).astype(np.int32),
+        nearby and devices.pad_rows(nearby.rows, shape.data),
     )
     item_weights = objective.target_weights(dataset.item_counts).astype(np.float32)
     data: Any = (
@@ -155,6 +160,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
         loss_family.membership,
         devices.pad_rows(item_weights, shape.catalogue),
         objectives.user_mass(sequences[2], config.objective.user_loss),
+        nearby and pad_neighbours(nearby.neighbours, shape.catalogue),
     )
     put = functools.partial(devices.put, mesh)
     axis = config.train.runs_axis
@@ -173,7 +179,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
             clip_norm=config.train.clip_norm,
             shards=shape.data,
         ),
-        data=jax.tree.map(put, TrainData(*data), DATA_SPECS),
+        data=jax.tree.map(put, TrainData(*data), data_specs(TrainData(*data))),
         hparams={
             key: put(np.array([run.hparams[key] for run in runs], np.float32), P(devices.RUN))
             for key in method.reads

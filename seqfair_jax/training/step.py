@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
 from seqfair_jax.devices import CATALOGUE, DATA, RUN
+from seqfair_jax.model.mixture import Neighbours, mixture_losses
 from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack, pack_batch, user_means
 from seqfair_jax.model.sampled_loss import Sampled, draw_negatives, sampled_loss
-from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, param_specs
+from seqfair_jax.model.sasrec import PRECISIONS, Encoded, SASRec, is_table, param_specs
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 from seqfair_jax.objectives import HParams, Objective
 
@@ -59,6 +60,7 @@ class TrainData(NamedTuple):
     membership: jax.Array  # bool[U, G]
     target_weights: jax.Array  # f32[V]
     user_mass: jax.Array  # f32[U], see `objectives.user_mass`
+    neighbours: Neighbours | None = None  # of the model's mixture, for validation and the test
 
 
 # How the mesh splits it: the rows of the log over the data axis, those of the catalogue as the
@@ -66,7 +68,14 @@ class TrainData(NamedTuple):
 _BY_ROW: Any = P(DATA)
 _BY_ITEM: Any = P(CATALOGUE)
 _WHOLE: Any = P()
-DATA_SPECS = TrainData(Sequences(_BY_ROW, _WHOLE, _WHOLE), _WHOLE, _BY_ITEM, _WHOLE)
+
+
+def data_specs(data: TrainData) -> Any:
+    """How the mesh splits the data of a training."""
+    is_near = data.neighbours is not None
+    sequences: Any = Sequences(_BY_ROW, _WHOLE, _WHOLE, _BY_ROW if is_near else None)
+    neighbours: Any = Neighbours(_BY_ITEM, _BY_ITEM, _BY_ITEM) if is_near else None
+    return TrainData(sequences, _WHOLE, _BY_ITEM, _WHOLE, neighbours)
 
 
 class Task(NamedTuple):
@@ -226,9 +235,10 @@ def user_losses(
 ) -> jax.Array:
     """Each user's mean loss over its real targets, f32[B], each target's loss times its weight.
 
-    l_u = 1 / n_u sum_j weight(y_j) * CE(softmax(W h_j), y_j)
+    l_u = -1 / n_u sum_j weight(y_j) * log p(y_j)
 
-    (Paper, section 2.1, whose text divides by L; the released code, and so its tables, by n_u.)
+    p is softmax(W h_j), or the mixture of `model.mixture`. (Paper, section 2.1, whose text divides
+    by L; the released code, and so its tables, by n_u.)
 
     Args:
         task: the model.
@@ -254,14 +264,30 @@ def user_losses(
 
 def _target_losses(task: Task, params: Any, packed: Packed, key: jax.Array | None) -> jax.Array:
     """The loss of each token's target, f32[T], over the whole catalogue or a sample of it."""
+    model = task.model
+    rngs = None if key is None else {"dropout": key}
+    shares, log_totals = None, None
+    if packed.near is not None:
+        shares, log_totals = jnp.split(packed.near, 2, axis=1)
+    encode: Any = functools.partial(
+        model.apply, params, packed, train=key is not None, log_totals=log_totals, rngs=rngs
+    )
+    encoded, losses = _catalogue_losses(task, encode, packed, key)
+    if encoded.copies is None:
+        return losses
+    return mixture_losses(losses, encoded.copies, packed.targets, shares)
+
+
+def _catalogue_losses(
+    task: Task, encode: Any, packed: Packed, key: jax.Array | None
+) -> tuple[Encoded, jax.Array]:
+    """What the model made of the tokens, and each target's loss in the softmax, f32[T]."""
     model, sampled = task.model, task.sampled
     precision = PRECISIONS[model.dtype][1]
-    rngs = None if key is None else {"dropout": key}
-    encode: Any = functools.partial(model.apply, params, packed, train=key is not None, rngs=rngs)
     if sampled is None or key is None:
-        hidden, table = encode(method="encode_and_table")
-        return softmax_loss(
-            hidden,
+        encoded, table = encode(method="encode_and_table")
+        return encoded, softmax_loss(
+            encoded.hidden,
             table,
             packed.targets,
             precision,
@@ -275,10 +301,10 @@ def _target_losses(task: Task, params: Any, packed: Packed, key: jax.Array | Non
     )
     # One lookup, so that the backward pass adds to the table's gradient once.
     items = jnp.concatenate([negatives, packed.targets])
-    hidden, rows = encode(items=items, method="encode_and_rows")
-    return sampled_loss(
+    encoded, rows = encode(items=items, method="encode_and_rows")
+    return encoded, sampled_loss(
         sampled,
-        hidden,
+        encoded.hidden,
         packed.targets,
         rows[len(negatives) :],
         negatives,
@@ -441,7 +467,7 @@ def make_segment(
         run = jax.shard_map(
             side_by_side if vmap else in_turn,
             mesh=mesh or devices.make_mesh(),
-            in_specs=(specs, P(RUN), DATA_SPECS, P(RUN), each, P(), P()),
+            in_specs=(specs, P(RUN), data_specs(data), P(RUN), each, P(), P()),
             out_specs=specs,
             check_vma=False,  # the functions of `seqfair_jax.devices` say what is summed
         )

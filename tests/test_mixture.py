@@ -1,0 +1,298 @@
+"""The mixture of the catalogue's softmax, a pointer and the neighbours, against plain loops."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+import reference
+from jax.test_util import check_grads
+from numpy.testing import assert_allclose, assert_array_equal
+from runs import small
+
+from seqfair_jax import run
+from seqfair_jax.config import resolve
+from seqfair_jax.data.readers import log_from_table
+from seqfair_jax.data.split import leave_one_out
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import neighbours as baseline
+from seqfair_jax.evaluation import ranking
+from seqfair_jax.evaluation.neighbours import Weights
+from seqfair_jax.model.mixture import NEAR_ITEMS
+from seqfair_jax.model.packing import BLOCK, Sequences, pack
+from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.objectives import make_objective
+from seqfair_jax.serving import catalogue, export
+from seqfair_jax.serving.catalogue import Histories
+from seqfair_jax.serving.recommender import recommend
+from seqfair_jax.serving.trained import load
+from seqfair_jax.training import nearby
+from seqfair_jax.training.experiment import build_experiment
+from seqfair_jax.training.step import Task, TrainData, make_optimizer, user_losses
+
+MAX_LEN, KEPT = 16, 4
+PARTS = [(True, 0), (False, KEPT), (True, KEPT)]
+
+
+@functools.cache
+def make_dataset():
+    """Users with few and with many rows, repeats, and an item that has nothing near it."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (user, int(item), place)
+        for user, length in enumerate([3, 30, 9, 4, 14, 3])
+        for place, item in enumerate(rng.integers(12, size=length))
+    ]
+    rows += [(6, 12, place) for place in range(4)]
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    return leave_one_out(log_from_table(frame), name="csv", num_valid_users=7, split_seed=0)
+
+
+def training_sequences(dataset):
+    return [
+        dataset.items[start : start + length].tolist()
+        for start, length in zip(dataset.offsets, dataset.train_lengths, strict=False)
+    ]
+
+
+@functools.cache
+def make_model(pointer, neighbours, num_blocks=2):
+    dataset = make_dataset()
+    model = SASRec(
+        len(dataset.item_ids), 8, 8, num_blocks, 1, 0.0, MAX_LEN, True, 1.0, "float32", pointer,
+        neighbours,
+    )  # fmt: skip
+    one = jnp.ones(1, int)
+    packed = pack(Sequences(one, one, one), one * 0, num_tokens=BLOCK, num_items=model.num_items)
+    params = model.init(jax.random.key(0), packed, train=False)
+    rng = np.random.default_rng(1)  # the gate starts at 0, which would hide its errors
+    own = jax.tree.map(
+        lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 2,
+        params["params"]["mixture"],
+    )
+    return model, {"params": params["params"] | {"mixture": own}}
+
+
+@functools.cache
+def kept_matrix():
+    """S and t of the reference."""
+    dataset = make_dataset()
+    matrix = reference.nearby(training_sequences(dataset), len(dataset.item_ids), Weights())
+    totals = matrix.sum(axis=1)
+    kept = reference.largest_of_rows(matrix, KEPT)
+    return kept, totals, kept / np.where(totals > 0, totals, 1)[:, None]
+
+
+@functools.cache
+def found_nearby():
+    return nearby.find_nearby(make_dataset(), KEPT)
+
+
+def neighbours_of(model):
+    return jax.tree.map(jnp.asarray, found_nearby().neighbours) if model.neighbours else None
+
+
+def test_the_nearest_items_of_each_item():
+    neighbours, (_, totals, shares) = found_nearby().neighbours, kept_matrix()
+    dense = np.zeros((len(totals), len(totals) + 1))
+    for item, (items, values) in enumerate(zip(*neighbours[:2], strict=True)):
+        dense[item, items] += values
+    assert_allclose(dense[:, :-1], shares, rtol=1e-6)
+    assert (dense[:, -1] == 0).all()
+    with np.errstate(divide="ignore"):
+        assert_allclose(neighbours.log_totals, np.log(totals), rtol=1e-6)
+    assert np.isneginf(neighbours.log_totals).sum() == 1
+
+
+@pytest.mark.parametrize("chunk", [2**18, 5])
+def test_a_training_target_does_not_count_itself(chunk, monkeypatch):
+    monkeypatch.setattr(nearby, "_CHUNK_ROWS", chunk)
+    dataset = make_dataset()
+    num_items = len(dataset.item_ids)
+    rows = iter(nearby.find_nearby(dataset, KEPT).rows)
+    kept, _, _ = kept_matrix()
+    sequences = training_sequences(dataset)
+    differs = 0
+    for user, items in enumerate(sequences):
+        for row, target in enumerate(items):
+            without = reference.nearby(sequences, num_items, Weights(), user, row)
+            totals = without.sum(axis=1)
+            shares, log_totals = np.split(next(rows), 2)
+            for age in range(NEAR_ITEMS):
+                source = items[row - 1 - age] if age < row else None
+                if source is None or totals[source] < 1e-9:
+                    assert (shares[age], log_totals[age]) == (0, -np.inf)
+                    continue
+                value = without[source, target] if kept[source, target] > 0 else 0
+                assert_allclose(shares[age], value / totals[source], rtol=1e-4, atol=1e-6)
+                assert_allclose(log_totals[age], np.log(totals[source]), rtol=1e-4, atol=1e-5)
+                differs += value < kept[source, target]
+    assert differs > 50
+    assert next(rows, None) is None
+
+
+@pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
+def test_ranks_match_the_reference_one_user_at_a_time(pointer, neighbours):
+    dataset = make_dataset()
+    model, params = make_model(pointer, neighbours)
+    _, totals, shares = kept_matrix()
+    rank = ranking.make_ranker(
+        model, dataset, "test", mask_seen=False, batch_size=4, top_k=5,
+        neighbours=neighbours_of(model),
+    )  # fmt: skip
+    found = rank(params, "x")
+    tree = jax.tree.map(np.float64, params["params"])
+    for place, (user, target) in enumerate(
+        zip(dataset.test.users, dataset.test.items, strict=True)
+    ):
+        history = dataset.items[slice(*dataset.offsets[user : user + 2])]
+        scores = reference.mixture(
+            tree,
+            [None, *history[-(MAX_LEN - 2) :]],
+            num_blocks=2,
+            totals=totals if neighbours else None,
+            shares=shares,
+        )
+        assert found.ranks[place] == reference.rank_ties_last(scores, target)
+        assert_array_equal(found.top_items[place], np.argsort(-scores)[:5])
+
+
+@pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
+def test_losses_match_the_reference_one_user_at_a_time(pointer, neighbours):
+    dataset = make_dataset()
+    model, params = make_model(pointer, neighbours)
+    num_items = model.num_items
+    sequences = training_sequences(dataset)
+    data = make_data(neighbours)
+    users = jnp.arange(len(sequences))
+    task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
+    losses = user_losses(task, params, data, users, 2 * BLOCK, None)
+    tree = jax.tree.map(np.float64, params["params"])
+    kept, _, _ = kept_matrix()
+    for user, items in enumerate(sequences):
+        inputs, targets = reference.window(items, MAX_LEN)
+        found = []
+        for place, target in enumerate(targets):
+            row = len(items) - len(targets) + place
+            without = reference.nearby(sequences, num_items, Weights(), user, row)
+            totals = np.where(without.sum(axis=1) > 1e-9, without.sum(axis=1), 0)
+            shares = np.where(kept > 0, without, 0) / np.where(totals > 0, totals, 1)[:, None]
+            scores = reference.mixture(
+                tree,
+                inputs,
+                place=place,
+                num_blocks=2,
+                totals=totals if neighbours else None,
+                shares=shares,
+            )
+            found.append(-np.log(scores[target]))
+        assert_allclose(losses[user], np.mean(found), rtol=1e-4)
+
+
+def make_erm():
+    lengths = make_dataset().train_lengths
+    return make_objective("erm", membership=np.ones((len(lengths), 1), bool), train_lengths=lengths)
+
+
+def make_data(neighbours):
+    dataset = make_dataset()
+    items = np.concatenate(training_sequences(dataset)).astype(np.int32)
+    lengths = dataset.train_lengths
+    return TrainData(
+        Sequences(
+            jnp.asarray(items),
+            jnp.cumsum(lengths),
+            jnp.minimum(lengths, MAX_LEN - 1),
+            jnp.asarray(found_nearby().rows) if neighbours else None,
+        ),
+        jnp.ones((len(lengths), 1), bool),
+        jnp.ones(len(dataset.item_ids)),
+        jnp.ones(len(lengths)),
+    )
+
+
+def test_gradients_match_finite_differences():
+    """Of the loss with respect to the mixture's parameters, in float64."""
+    with jax.enable_x64(True):
+        model, params = make_model(True, KEPT)
+        task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
+        data, users = make_data(KEPT), jnp.arange(4)
+
+        def loss(own):
+            whole = {"params": params["params"] | {"mixture": own}}
+            return user_losses(task, whole, data, users, BLOCK, None).sum()
+
+        check_grads(jax.jit(loss), (params["params"]["mixture"],), 1, ["rev"], rtol=2e-2, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The folder of two finished runs, trained side by side."""
+    config = small(
+        **{"model.pointer": True, "model.neighbours": 6, "seeds": (0, 1), "train.runs_axis": "vmap"}
+    )
+    folder = tmp_path_factory.mktemp("mixed")
+    run.run(config, folder)
+    return folder
+
+
+def losses_of(folder):
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["train/loss"] for row in rows]
+
+
+def test_a_run_is_the_same_alone_and_after_a_stop(mixed, tmp_path):
+    whole = small(**{"model.pointer": True, "model.neighbours": 6})
+    run.run(whole, tmp_path / "whole")
+    stopped = small(**{"model.pointer": True, "model.neighbours": 6, "train.epochs": 1})
+    run.run(stopped, tmp_path / "stopped")
+    run.run(whole, tmp_path / "stopped")
+    found = [load(tmp_path / name).params for name in ("whole", "stopped")]
+    jax.tree.map(assert_array_equal, *found)
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "stopped")
+    beside = losses_of(mixed / "runs" / "seed=0")
+    assert_allclose(losses_of(tmp_path / "whole"), beside, rtol=1e-5)
+
+
+def test_what_is_recommended_is_what_was_tested(mixed):
+    trained = load(mixed, run="seed=1")
+    dataset = catalogue.read_dataset(trained.folder)
+    rank = ranking.make_ranker(
+        trained.model, dataset, "test", mask_seen=False, batch_size=16, top_k=5,
+        neighbours=trained.neighbours,
+    )  # fmt: skip
+    starts, stops = dataset.offsets[dataset.test.users], dataset.offsets[dataset.test.users + 1]
+    histories = Histories(
+        np.concatenate([dataset.items[a:b] for a, b in zip(starts, stops, strict=True)]),
+        np.concatenate([[0], np.cumsum(stops - starts)]),
+    )
+    lists = list(recommend(trained, histories, k=5))
+    assert_array_equal(
+        np.concatenate([x.items for x in lists]), rank(trained.params, "x").top_items
+    )
+    scores = np.concatenate([x.scores for x in lists])
+    assert (np.exp(scores).sum(axis=1) < 1).all()  # probabilities
+    some = np.arange(0, len(dataset.item_ids), 3)
+    chosen = np.concatenate([x.items for x in recommend(trained, histories, k=99, candidates=some)])
+    assert set(chosen[0]) - {-1} <= set(some.tolist())
+
+
+def test_an_exported_mixture_gives_the_same_scores(mixed, tmp_path):
+    trained = load(mixed, run="seed=0")
+    export.write(tmp_path, trained, max_k=5, platforms=["cpu"])
+    assert export.check(tmp_path, trained) > 0
+
+
+def test_a_mixture_needs_probabilities():
+    config = small(**{"model.pointer": True, "train.loss": "sampled", "train.sampled_loss": "gbce"})
+    with pytest.raises(UserError, match="gbce, which gives no probability"):
+        resolve(config)
+
+
+def test_too_many_rows_are_refused(monkeypatch):
+    monkeypatch.setattr(baseline, "_MAX_PAIRS", 0)
+    with pytest.raises(UserError, match="model.neighbours: the log has too many training rows"):
+        build_experiment(resolve(small(**{"model.neighbours": 3})))
