@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from seqfair_jax import serving, workdir
+from seqfair_jax import devices, serving, workdir
 from seqfair_jax.audit import evaluation, source
 from seqfair_jax.cli import log_to_stderr
 from seqfair_jax.config import default_config, flatten, resolve
@@ -38,7 +38,7 @@ from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import contents, runs
 from seqfair_jax.run import run
 from seqfair_jax.serving import output, tables
-from seqfair_jax.serving.recommender import encode_users, parse_seen, recommend
+from seqfair_jax.serving.recommender import encode_users, item_vectors, parse_seen, recommend
 from seqfair_jax.training import selection
 
 _INPUTS = workdir.INPUTS  # `workdir` is an argument of `fit`
@@ -96,7 +96,8 @@ def fit(
                 _set_inputs(chosen, path, log, groups)
                 run(chosen, path)
             _remove_other_groups(path, chosen.data.group_file)
-            model = load(path)
+            mesh = devices.make_mesh(**chosen.train.mesh)  # those that the model was trained on
+            model = Model(serving.load(path, mesh=mesh), path, "overall")
     except Interrupted as stopped:
         if stopped.status != 130:  # SIGTERM asks the process to end
             raise
@@ -110,20 +111,31 @@ def fit(
     return model
 
 
-def load(folder: str | Path, *, run: str | None = None, rule: str = "overall") -> "Model":
+def load(
+    folder: str | Path,
+    *,
+    run: str | None = None,
+    rule: str = "overall",
+    data: int = 1,
+    catalogue: int = 1,
+) -> "Model":
     """Load the model of a finished run, by `fit` or `seqfair train`. Its log is not needed.
 
     Args:
         folder: the work directory of a run, or of a grid of runs.
         run: the name of a run of the grid; None for the one that validation selected.
         rule: which epoch: the one that validated best "overall", or for the "worst_group".
+        data: devices that share the users whom the model recommends to and is tested on.
+        catalogue: devices that share the items: each has a part of the item tables. The model is
+            on data * catalogue devices, which need not be those of the training.
 
     Raises:
-        UserError: if the run has not finished or failed, or its files are missing or changed.
+        UserError: if the run has not finished or failed, if its files are missing or changed, or
+            if there are fewer devices.
     """
     path = workdir.user_path(folder).absolute()
-    trained = serving.load(path, run=run, rule=rule)
-    return Model(trained, path, rule)
+    mesh = devices.make_mesh(data=data, catalogue=catalogue)
+    return Model(serving.load(path, run=run, rule=rule, mesh=mesh), path, rule)
 
 
 class Model:
@@ -151,9 +163,9 @@ class Model:
         )
 
     @staticmethod
-    def load(folder: str | Path, *, run: str | None = None, rule: str = "overall") -> "Model":
+    def load(folder: str | Path, **arguments: Any) -> "Model":
         """The same as `seqfair_jax.load`."""
-        return load(folder, run=run, rule=rule)
+        return load(folder, **arguments)
 
     @property
     def config(self) -> ConfigDict:
@@ -281,7 +293,7 @@ class Model:
             choice = source.Choice(groups=names or None, group_file=path, cutoffs=given)
             with stored_tables(Path(temporary) / workdir.INPUTS):
                 judged = source.from_run(self.folder, self._trained.run, choice)
-            found = evaluation.evaluate(judged, {}, rule=self._rule)
+            found = evaluation.evaluate(judged, {}, rule=self._rule, mesh=self._trained.mesh)
         wanted = [] if metrics is None else metrics if _is_several(metrics) else [str(metrics)]
         wanted = list(wanted) or found.metrics
         chosen = evaluation.parse_metrics(wanted, judged.config.evaluate.cutoffs)
@@ -315,21 +327,20 @@ class Model:
             `user_id`; the columns are 0 to D - 1.
         """
         trained = self._trained
-        model, params, histories = trained.model, trained.params, trained.histories
-        table = model.apply(params, train=False, method="output_table")
         parts = [
             encode_users(
-                model,
-                params,
+                trained.model,
+                trained.params,
                 trained.neighbours,
-                histories,
+                trained.histories,
                 slice(first, min(first + _BLOCK, len(trained.user_ids))),
                 1,
+                trained.mesh,
             ).hidden
             for first in range(0, len(trained.user_ids), _BLOCK)
         ]
         return (
-            _vectors(table, trained.item_ids, "item_id"),
+            _vectors(item_vectors(trained), trained.item_ids, "item_id"),
             _vectors(np.concatenate(parts), trained.user_ids, "user_id"),
         )
 

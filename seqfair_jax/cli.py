@@ -99,6 +99,11 @@ class Command:
         """Define a flag that is off by default."""
         flags.DEFINE_bool(name, False, help_text, flag_values=self.flags)
 
+    def mesh(self) -> None:
+        """Define the axes of a mesh that scores: `--data` and `--catalogue`."""
+        self.integer("data", "devices that share the users", 1)
+        self.integer("catalogue", "devices that share the items", 1)
+
     def required(self, name: str) -> str:
         """The value of a flag, after parsing.
 

@@ -17,7 +17,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ from jax.sharding import PartitionSpec as P
 
 from seqfair_jax.errors import UserError
 
+_LONGEST_WAIT = 10 * 24 * 3600 * 1000  # ms, of one process for the others: ten days
+
 _log = logging.getLogger(__name__)
 
 RUN, DATA, CATALOGUE = AXES = ("run", "data", "catalogue")
@@ -40,11 +43,15 @@ def make_mesh(*, run: int = 1, data: int = 1, catalogue: int = 1) -> Mesh:
     """The mesh of the first `run * data * catalogue` devices.
 
     Raises:
-        UserError: if there are fewer devices, or if one of several processes has none in the mesh.
+        UserError: if an axis is no number of devices, if there are fewer devices, or if one of
+            several processes has none in the mesh.
     """
+    shape = f"a mesh of run={run}, data={data}, catalogue={catalogue}"
+    sizes = (run, data, catalogue)
+    if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1 for n in sizes):
+        raise UserError(f"{shape}: expected 1 or more devices on each axis")
     devices = jax.devices()
     wanted = run * data * catalogue
-    shape = f"a mesh of run={run}, data={data}, catalogue={catalogue}"
     if wanted > len(devices):
         raise UserError(
             f"{shape} needs {wanted} devices, but there are {len(devices)} "
@@ -58,7 +65,6 @@ def make_mesh(*, run: int = 1, data: int = 1, catalogue: int = 1) -> Mesh:
             f"processes, but several processes must use all: give axes whose product is "
             f"{len(devices)}"
         )
-    sizes = (run, data, catalogue)
     return jax.make_mesh(sizes, AXES, devices=devices[:wanted], axis_types=(AxisType.Auto,) * 3)
 
 
@@ -73,12 +79,33 @@ def put(mesh: Mesh, array: Any, spec: P) -> jax.Array:
 
     Args:
         mesh: the devices.
-        array: the same on every process.
+        array: the same on every process. One that is on the devices already stays as it is.
         spec: the mesh axis of each dimension.
     """
+    if isinstance(array, jax.Array):
+        return array
     array = np.asarray(array)
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def put_rows(mesh: Mesh, read: Callable[[int, int], np.ndarray], rows: int) -> jax.Array:
+    """Rows [n] on the devices, split over the data axis, with zeros behind them in equal parts.
+
+    Args:
+        mesh: the devices.
+        read: returns the rows from one place to another, i32. A process reads its own part only.
+        rows: n.
+    """
+    shape = (padded(rows, mesh.shape[DATA]),)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        found = read(min(start, rows), min(stop, rows))
+        missing = stop - start - len(found)
+        return np.pad(found, (0, missing)) if missing else found
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(DATA)), part)
 
 
 def to_host(tree: Any) -> Any:
@@ -164,10 +191,11 @@ def is_first_process() -> bool:
 
 
 def of_first(value: float) -> float:
-    """The first process's value, on every process; all must call it."""
+    """The first process's value, on every process, an int or as a float32; all must call it."""
     if jax.process_count() == 1:
         return value
-    return multihost_utils.broadcast_one_to_all(np.float64(value)).item()
+    kind = np.int32 if isinstance(value, int) else np.float32
+    return multihost_utils.broadcast_one_to_all(kind(value)).item()
 
 
 def of_largest(value: int) -> int:
@@ -199,9 +227,60 @@ def require_equal(digest: bytes, what: str) -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Wait until every process has called this."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Wait until every process has called this, however long it takes.
+
+    Unlike a sum over the devices it needs none of them, and a signal ends it.
+    """
+    if jax.process_count() == 1:
+        return
+    failed: list[BaseException] = []
+
+    def wait() -> None:
+        import orbax.checkpoint as ocp  # slow to import
+
+        try:
+            ocp.multihost.get_barrier_sync_fn()(key=what, timeout_ms=_LONGEST_WAIT)
+        except BaseException as error:
+            failed.append(error)
+
+    # No handler of a signal runs in a thread that waits in compiled code.
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+@contextlib.contextmanager
+def first_process_first(what: str) -> Iterator[None]:
+    """Let the first process do something before the others do it; all must call it.
+
+    Args:
+        what: the verb and what it is done to, in the message.
+
+    Raises:
+        UserError: on the others, if the first one failed.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    if is_first_process():
+        try:
+            yield
+        except BaseException:
+            _tell(what, False)
+            raise
+        _tell(what, True)
+        return
+    if not _tell(what, True):
+        raise UserError(f"the first process could not {what}; see its message")
+    yield
+
+
+def _tell(what: str, succeeded: bool) -> bool:
+    """Whether the first process succeeded, on every process."""
+    wait_for_all(what)
+    return bool(of_first(int(succeeded)))
 
 
 # Arrays.

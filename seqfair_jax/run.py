@@ -95,13 +95,8 @@ def _check_processes(config: ConfigDict, folder: Path) -> None:
 def _exclusive(folder: Path) -> Iterator[None]:
     """Lock a work directory, and turn a signal and a full memory into their messages."""
     with contextlib.ExitStack() as lock:
-        try:
+        with devices.first_process_first("start"):
             lock.enter_context(workdir.exclusive(folder))
-        except UserError:
-            devices.of_first(0)  # tells the others
-            raise
-        if not devices.of_first(1):
-            raise UserError("the first process could not start; see its message")
         try:
             yield
         except KeyboardInterrupt as error:  # outside of the training steps, which handle signals
@@ -126,12 +121,15 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     checkpoint.recover(folder / workdir.LATEST_CHECKPOINT)
     saved = workdir.read_json(folder / workdir.CONFIG)
     settings = _check_folder(config, folder)
-    if saved is not None and not changed_settings(saved, settings) and workdir.is_finished(folder):
+    unchanged = saved is not None and not changed_settings(saved, settings)
+    # The first process decides: a shared file system may show others another state for a moment.
+    if devices.of_first(int(unchanged and workdir.is_finished(folder))):
         _log.info("%s has finished; this is its table", folder)
         _warn_of_changed_inputs(config, workdir.finished_inputs(folder))
         print(text.tables([folder], config.select.metric))
         return workdir.read_summary(folder)
-    inputs = source_hashes(config.data)
+    with devices.first_process_first("read the log"):
+        inputs = source_hashes(config.data) if workdir.is_writer() else {}
     source = _load_source(config, folder)
     experiment = build_experiment(config)
     describe(experiment)
@@ -241,6 +239,8 @@ def describe(experiment: Experiment) -> None:
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:
     """Write the groups of a run's users, and its log (`catalogue.write`)."""
+    if not workdir.is_writer():
+        return
     dataset = experiment.dataset
     folder.mkdir(parents=True, exist_ok=True)
     groups = {family.name: family.labels() for family in experiment.families}

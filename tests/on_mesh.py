@@ -4,6 +4,7 @@ python tests/on_mesh.py NAME [ARGUMENT ...] prints a JSON object. The process's 
 devices, since JAX reads them once.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+import seqfair_jax
 from seqfair_jax import devices
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import by_time
@@ -23,7 +25,8 @@ from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec, is_table, param_specs, with_rows
 from seqfair_jax.objectives import make_objective, user_mass
-from seqfair_jax.training import checkpoint, step
+from seqfair_jax.serving.trained import load_source
+from seqfair_jax.training import checkpoint, step, warm_start
 from seqfair_jax.training.batches import Batches
 
 NUM_USERS, NUM_ITEMS, MAX_LEN, BATCH, STEPS = 40, 27, 20, 7, 2
@@ -235,6 +238,48 @@ def checkpoints(folder):
         loaded = with_rows(devices.to_host(loaded), NUM_ITEMS)
         found.append(difference(params, loaded) == 0)
     return found
+
+
+def served(folder):
+    """Whether a finished run does the same on a mesh and on one device, and who has its tables."""
+    one, many = (seqfair_jax.load(folder, **mesh) for mesh in ({}, {"data": 2, "catalogue": 4}))
+    items = one.recommend(k=3)["item_id"].unique()[:10]
+    parts = many._trained.params["params"]["item_embedding"].addressable_shards
+
+    def same(left, right):
+        """Tables that are equal but for the last bits of scores."""
+        pd.testing.assert_frame_equal(left, right, rtol=1e-5, atol=1e-6)
+        return True
+
+    found = {
+        "lists": same(one.recommend(k=10), many.recommend(k=10)),
+        "some items": same(one.recommend(k=5, only=items), many.recommend(k=5, only=items)),
+        "test": same(one.evaluate(baselines=True), many.evaluate(baselines=True)),
+        "vectors": all(map(same, one.embeddings(), many.embeddings())),
+    }
+
+    # A run on a log with three new items starts from it.
+    source = load_source(folder)
+    new_ids = np.concatenate([source.dataset.item_ids[3:], 10**6 + np.arange(3)])
+    dataset = dataclasses.replace(source.dataset, item_ids=new_ids)
+    starts = []
+    for shards in (1, 7):
+        mesh = devices.make_mesh(catalogue=shards)
+        model = SASRec(num_items=len(new_ids), shards=shards, **source.model)
+        task = step.Task(model, make_objective("erm", membership=MEMBERSHIP, train_lengths=LENGTHS),
+                         step.make_optimizer(learning_rate=1))  # fmt: skip
+        states = step.initial_states(task, seeds=[0, 1], num_groups=3, mesh=mesh)
+        params, _ = warm_start.warm_start(source, dataset, states.params, mesh)
+        states = step.with_params(task, states, params, mesh)
+        starts.append(with_rows(devices.to_host(states.params), len(new_ids)))
+    own = params["params"]["item_embedding"].addressable_shards[0].data.shape[1]
+    return found | {
+        "start": difference(*starts) < 1e-6,
+        "own rows": [
+            parts[0].data.shape[0] / devices.padded(len(new_ids), 4),
+            own / devices.padded(len(new_ids), 7),
+        ],
+    }
 
 
 def gathers():

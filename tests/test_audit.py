@@ -532,6 +532,9 @@ def test_bad_flags(refused, one_run, tmp_path):
     assert "no such file" in refused(own, "--recommendations=nothing.csv")
     assert "--recommendations is missing" in refused("--config=own_log")
     assert "has no run 'x'" in refused(own, "--run=x")
+    assert "data=0, catalogue=1: expected 1 or more devices" in refused(own, "--data=0")
+    lists = ("--config=own_log", "--recommendations=lists.csv")
+    assert "--data and --catalogue are of a run" in refused(*lists, "--catalogue=2")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     assert "has files" in refused(own, f"--out={tmp_path / 'full'}")
@@ -543,7 +546,7 @@ def test_arguments_of_a_run_and_of_a_log_are_told_apart(one_run, tmp_path):
     with pytest.raises(UserError, match="settings are of a log, and .* is the folder of a run"):
         audit.evaluate_recommendations(table, one_run, settings={"data.split": "time"})
     for changes in ({"run": "seed=0"}, {"rule": "worst_group"}):
-        with pytest.raises(UserError, match="run and rule are of a run, and log is no folder"):
+        with pytest.raises(UserError, match="catalogue are of a run, and log is no folder"):
             audit.evaluate_recommendations(table, log, **changes)
     (tmp_path / workdir.CONFIG).write_text("{}")
     with pytest.raises(UserError, match="no summary.json; name the --workdir of a run that has"):

@@ -66,6 +66,12 @@ def test_a_checkpoint_of_a_mesh_is_read_by_others_and_by_one_device(tmp_path):
     assert on_mesh("checkpoints", str(tmp_path)) == [True, True, True]
 
 
+def test_a_finished_run_on_a_mesh_does_what_it_does_on_one_device(finished):
+    found = on_mesh("served", str(finished().folder))
+    assert found.pop("own rows") == [1 / 4, 1 / 7]
+    assert found == dict.fromkeys(("lists", "some items", "test", "vectors", "start"), True)
+
+
 def test_no_step_gathers_a_table_or_logits():
     found = on_mesh("gathers")
     assert found["count"] > 0  # of users' losses and of rows of the log
@@ -75,3 +81,6 @@ def test_no_step_gathers_a_table_or_logits():
 def test_too_few_devices_for_a_mesh():
     with pytest.raises(UserError, match="run=1, data=2, catalogue=4 needs 8 devices, but there"):
         devices.make_mesh(data=2, catalogue=4)
+    for sizes in ({"data": 0}, {"catalogue": "2"}):
+        with pytest.raises(UserError, match="expected 1 or more devices on each axis"):
+            devices.make_mesh(**sizes)

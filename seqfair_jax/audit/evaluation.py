@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow.parquet as pq
+from jax.sharding import Mesh
 
-from seqfair_jax import workdir
+from seqfair_jax import devices, workdir
 from seqfair_jax.audit import source
 from seqfair_jax.audit.lists import FLAG, describe, read_lists
 from seqfair_jax.audit.source import Choice, Source
@@ -215,6 +216,7 @@ def evaluate(
     *,
     rule: str = "overall",
     metrics: Sequence[str] = (),
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Judge a run's test again, and recommenders' lists.
 
@@ -223,6 +225,8 @@ def evaluate(
         lists: for each name a table or its path, see `lists.read_lists`.
         rule: which epoch of the run: the one that was best "overall", or for the "worst_group".
         metrics: to show, as `parse_metrics` returns them.
+        mesh: the devices that share the run's users and its catalogue; one if None. They need not
+            be those of the training.
 
     Raises:
         UserError: on bad lists, or if there is nothing to judge.
@@ -237,7 +241,7 @@ def evaluate(
     }
     systems = []
     if judged.folder is not None:
-        systems.append(_test_run(judged, judge, rule, shared))
+        systems.append(_test_run(judged, judge, rule, shared, mesh))
     taken = [system.name for system in systems] + [
         baseline_name(name) for name in baselines["baselines"]
     ]
@@ -285,11 +289,13 @@ def _judge_lists(
     return System(row, LIST, summary, per_user, inputs)
 
 
-def _test_run(judged: Source, judge: Judge, rule: str, shared: dict[str, Any]) -> System:
+def _test_run(
+    judged: Source, judge: Judge, rule: str, shared: dict[str, Any], mesh: Mesh | None
+) -> System:
     """Test a run again."""
     assert judged.folder is not None
     settings, dataset = judged.config.evaluate, judged.dataset
-    trained = load(judged.folder, rule=rule)
+    trained = load(judged.folder, rule=rule, mesh=mesh)
     suffix, folder = RULES[rule].suffix, judged.folder
 
     def ranking(split: str, top_k: int):
@@ -301,6 +307,7 @@ def _test_run(judged: Source, judge: Judge, rule: str, shared: dict[str, Any]) -
             batch_size=settings.batch_size,
             top_k=top_k,
             neighbours=trained.neighbours,
+            mesh=mesh,
         )
         return rank(trained.params, f"test of {trained.run}")
 
@@ -353,6 +360,8 @@ def evaluate_recommendations(
     mask_seen: bool | None = None,
     run: str | None = None,
     rule: str = "overall",
+    data: int = 1,
+    catalogue: int = 1,
     settings: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Judge any recommender's lists against the held-out targets of a log, by user group.
@@ -372,6 +381,7 @@ def evaluate_recommendations(
             what the run or the settings say.
         run: of a folder with a grid, the name of a run.
         rule: which epoch of a run: the one that was best "overall", or for the "worst_group".
+        data, catalogue: devices that share the users and the items of a run, as for `load`.
         settings: of a log, by key: {"data.split": "time", "data.min_interactions": 1}. See
             docs/settings.md.
 
@@ -381,6 +391,7 @@ def evaluate_recommendations(
     is_named = isinstance(recommendations, Mapping)
     given = dict(recommendations) if is_named else {FLAG: recommendations}
     given = {str(name): str(of) if _is_path(of) else of for name, of in given.items()}
+    mesh = devices.make_mesh(data=data, catalogue=catalogue)
     with tempfile.TemporaryDirectory() as temporary:
         choice = Choice(cutoffs=cutoffs, mask_seen=mask_seen)
         table, names = source.split_groups(groups)
@@ -399,9 +410,11 @@ def evaluate_recommendations(
                 raise UserError(f"settings are of a log, and {log} is the folder of a run")
             with stored_tables(Path(temporary)):
                 judged = source.from_run(log, run, choice)
-            return evaluate(judged, given, rule=rule)
-        if run is not None or rule != "overall":
-            raise UserError("run and rule are of a run, and log is no folder of a run")
+            return evaluate(judged, given, rule=rule, mesh=mesh)
+        if run is not None or rule != "overall" or mesh.size > 1:
+            raise UserError(
+                "run, rule, data and catalogue are of a run, and log is no folder of a run"
+            )
         config = default_config()
         config.data.name = "csv"
         change(config, settings or {})

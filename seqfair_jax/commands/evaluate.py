@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from seqfair_jax import workdir
+from seqfair_jax import devices, workdir
 from seqfair_jax.audit import evaluation, lists, source
 from seqfair_jax.cli import Command
 from seqfair_jax.data.split import describe_split
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     command.string("seen", "keep, or mask: no item of the user's history (default: as evaluated)")
     command.string("run", "the name of a run of a grid (default: the one that was selected)")
     command.string("rule", "the epoch that was best overall, or for the worst_group", "overall")
+    command.mesh()
     command.run(argv, _evaluate)
 
 
@@ -55,8 +56,12 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
     given = lists.name_lists(values.recommendations)
     if config is not None and not given:
         raise UserError("--recommendations is missing: there is no run and no list to judge")
-    if config is not None and (values.run or values.rule != "overall"):
-        raise UserError("--run and --rule are of a run; give --workdir, or leave them out")
+    of_run = values.run or values.rule != "overall" or values.data > 1 or values.catalogue > 1
+    if config is not None and of_run:
+        raise UserError(
+            "--run, --rule, --data and --catalogue are of a run; give --workdir, or leave them out"
+        )
+    mesh = devices.make_mesh(data=values.data, catalogue=values.catalogue)
     out = None if values.out is None else workdir.user_path(values.out)
     if out is not None:
         workdir.refuse_filled(out)
@@ -77,7 +82,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
         if judged.folder is not None:
             _LOG.info("%s, best epoch by %s", judged.folder, values.rule)
         print("\n".join(describe_split(judged.description["split"])))
-        found = evaluation.evaluate(judged, given, rule=values.rule, metrics=metrics)
+        found = evaluation.evaluate(judged, given, rule=values.rule, metrics=metrics, mesh=mesh)
         print("\n" + found.text(metrics, values.baseline))
         if out is not None:
             found.write(out)

@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> None:
     command.string("run", "the name of a run of a grid (default: the one that was selected)")
     command.string("rule", "the epoch that was best overall, or for the worst_group", "overall")
     command.integer("batch_size", "users scored at once (default: as evaluated)", 0)
-    command.integer("data", "devices that share the users", 1)
-    command.integer("catalogue", "devices that share the items", 1)
+    command.mesh()
     command.run(argv, lambda values, _: _recommend(command, values))
 
 
@@ -48,10 +47,6 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         raise UserError(f"--out={out} is a folder; name a file")
     if values.k < 1 or values.batch_size < 0:
         raise UserError(f"--k={values.k}, --batch_size={values.batch_size}: expected 1 or more")
-    if values.data < 1 or values.catalogue < 1:
-        raise UserError(
-            f"--data={values.data}, --catalogue={values.catalogue}: expected 1 or more devices"
-        )
     mesh = devices.make_mesh(data=values.data, catalogue=values.catalogue)
     mask_seen = parse_seen(values.seen, f"--seen={values.seen}")
     if values.users and values.histories:

@@ -185,6 +185,13 @@ def encode_users(
     return found
 
 
+def item_vectors(trained: TrainedModel) -> np.ndarray:
+    """The row of each item in the model's `output_table`, f[V, D]."""
+    mesh = trained.mesh or devices.make_mesh()
+    table = devices.to_host(_output_table(trained.model, mesh, trained.params))
+    return table[: trained.model.num_items]
+
+
 def _windows(
     histories: Histories, stops: np.ndarray, lengths: np.ndarray, batch: np.ndarray, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -46,6 +46,7 @@ def load(
     run: str | None = None,
     rule: str = "overall",
     mesh: Mesh | None = None,
+    on_host: bool = False,
 ) -> TrainedModel:
     """Load a finished run from its folder. The log is not needed.
 
@@ -56,6 +57,7 @@ def load(
         rule: which epoch to load: the one that was best "overall", or for the "worst_group".
         mesh: the devices that share the users and the catalogue of `recommend`; one if None. They
             need not be those of the training.
+        on_host: leave the parameters on the host, as numpy arrays, and not on a device.
 
     Raises:
         UserError: if the run has not finished or failed, if its files are missing or changed, or
@@ -78,7 +80,11 @@ def load(
     template = jax.eval_shape(
         functools.partial(model.init, train=False), jax.random.key(0), Packed(*[tokens] * 5)
     )
-    if mesh:
+    if on_host:  # arrays of the right shape, which take no memory
+        template = jax.tree.map(
+            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), template
+        )
+    elif mesh:
         template = jax.tree.map(
             lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)),
             template,
@@ -122,7 +128,7 @@ def load_source(directory: str) -> Source:
         UserError: naming `train.init_from`, for the same reasons as `load`.
     """
     try:
-        trained = load(directory)
+        trained = load(directory, on_host=True)
         summary = workdir.read_summary(trained.folder)
         dataset = catalogue.read_dataset(trained.folder)
     except UserError as error:

@@ -7,7 +7,8 @@ renamed, so a process that is killed while it writes does not harm the previous 
 synced to the disk: this covers the death of the process, not a loss of power.)
 
 Of several processes of one training, each writes the arrays of its own devices, and the first
-one does the rest. They share the folder. All must call the functions that save and load.
+one does the rest: it also decides which checkpoint all of them load. They share the folder. All
+must call the functions that save and load.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from seqfair_jax.errors import UserError
 _ARRAYS, _PROGRESS, _MANIFEST = "arrays", "progress.json", "manifest.json"
 _TEMPORARY, _REPLACED = ".unfinished-", ".replaced-"
 _KEPT = 2  # steps; the newest may be damaged
+_SHOWN_WITHIN = 60.0  # seconds: a shared file system may show a folder to a machine later
 
 
 class CorruptCheckpointError(UserError):
@@ -111,18 +114,30 @@ def load(
     Args:
         path: the checkpoint's folder.
         template: a pytree of arrays or `jax.ShapeDtypeStruct`, of the structure stored. Their
-            shardings say where the arrays go: without one, to the first device.
+            shardings say where the arrays go: without one, to the first device. In the place of
+            a numpy array is one of the host.
         resizes: whether the leaf at a path may have another number of rows than stored: the
             first ones are read, or zeros follow them. The rows are the last dimension but one.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
+        FileNotFoundError: if there is no checkpoint. This and the next on the first process; the
+            others raise UserError then.
         CorruptCheckpointError: if a file is missing, changed or added.
         UserError: if the stored structure, shapes or dtypes differ from the template's.
     """
-    if devices.is_first_process():
-        _recover(path)
-    devices.wait_for_all("the checkpoint to be in its place")
+    with devices.first_process_first(f"read the checkpoint {path}"):
+        if devices.is_first_process():
+            _recover(path)
+            _check_files(path)
+    return _restore(path, template, resizes)
+
+
+def _check_files(path: Path) -> None:
+    """Compare a checkpoint's files with those that were written.
+
+    Raises:
+        FileNotFoundError, CorruptCheckpointError: see `load`.
+    """
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         whole = manifest.pop("digest") == _digest(manifest)
@@ -141,6 +156,14 @@ def load(
             f"checkpoint {path}: {', '.join(changed)} changed, was removed or was added since it "
             "was written; remove the folder, and the same command resumes from the previous one"
         )
+
+
+def _restore(
+    path: Path, template: Any, resizes: Callable[[tuple], bool]
+) -> tuple[Any, dict[str, Any]]:
+    """Read a checkpoint that `_check_files` of the first process found to be whole."""
+    _await(path / _MANIFEST)
+    manifest = json.loads((path / _MANIFEST).read_bytes())
     stored, wanted = manifest["signature"], _signature(template)
     may_resize = {
         jax.tree_util.keystr(place): resizes(place)
@@ -158,15 +181,17 @@ def load(
             )
     # Without a sharding orbax takes the stored one, whose devices may not be there.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here
-        ),
-        template,
-    )
+
+    def abstract(leaf: Any) -> Any:
+        if isinstance(leaf, np.ndarray):
+            return leaf
+        sharding = getattr(leaf, "sharding", None) or here
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     with ocp.StandardCheckpointer() as checkpointer:
         # Orbax resizes silently if asked to; what may be resized was checked above.
-        tree = checkpointer.restore((path / _ARRAYS).absolute(), abstract, strict=False)
+        places = jax.tree.map(abstract, template)
+        tree = checkpointer.restore((path / _ARRAYS).absolute(), places, strict=False)
     return tree, json.loads((path / _PROGRESS).read_text())
 
 
@@ -189,14 +214,30 @@ def load_latest(
         template, resizes: as for `load`.
 
     Raises:
-        CorruptCheckpointError: if there are steps and none is whole.
+        CorruptCheckpointError: if there are steps and none is whole; on the first process, as in
+            `load`.
         UserError: see `load`.
     """
     recover(directory)
+    chosen = -1
+    with devices.first_process_first(f"read a checkpoint in {directory}"):
+        if devices.is_first_process():
+            chosen = _newest_whole(directory)
+    chosen = int(devices.of_first(chosen))
+    return None if chosen < 0 else _restore(directory / str(chosen), template, resizes)
+
+
+def _newest_whole(directory: Path) -> int:
+    """The newest step that is whole; -1 where there is no step at all.
+
+    Raises:
+        CorruptCheckpointError: if there are steps and none is whole.
+    """
     steps = _steps(directory)
     for step in steps:
         try:
-            return load(directory / str(step), template, resizes=resizes)
+            _check_files(directory / str(step))
+            return step
         except (CorruptCheckpointError, FileNotFoundError) as error:
             logging.getLogger(__name__).warning("skipped: %s", error)
     if steps:
@@ -204,12 +245,12 @@ def load_latest(
             f"none of the checkpoints in {directory} is whole; restore one, or start again in "
             "another --workdir"
         )
-    return None
+    return -1
 
 
 def exists(directory: Path) -> bool:
-    """Whether there is a step in `directory`, whole or not."""
-    return bool(_steps(directory))
+    """Whether the first process finds a step in `directory`, whole or not; all must call it."""
+    return bool(devices.of_first(int(bool(_steps(directory)))))
 
 
 def latest_progress(directory: Path) -> dict[str, Any] | None:
@@ -231,6 +272,22 @@ def recover(directory: Path) -> None:
         for replaced in directory.glob(f"{_REPLACED}*"):
             _recover(directory / replaced.name.removeprefix(_REPLACED))
     devices.wait_for_all("the list of checkpoints")
+
+
+def _await(path: Path) -> None:
+    """Wait for a file that the first process sees.
+
+    Raises:
+        UserError: if it does not appear.
+    """
+    until = time.monotonic() + _SHOWN_WITHIN
+    while not devices.is_first_process() and not path.is_file():
+        if time.monotonic() > until:
+            raise UserError(
+                f"{path} is not here, but the first process of this training reads it: name a "
+                "--workdir on a file system that all processes share"
+            )
+        time.sleep(0.5)
 
 
 def _steps(directory: Path) -> list[int]:

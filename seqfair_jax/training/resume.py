@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from seqfair_jax import devices, workdir
 from seqfair_jax.errors import UserError
-from seqfair_jax.model.sasrec import is_table, with_rows
+from seqfair_jax.model.sasrec import is_table
 from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.progress import Progress, Snapshot
@@ -47,13 +47,9 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
         mesh=mesh,
     )
     init_from = None
-    if source is not None and stored is None:
-        num_items = len(experiment.dataset.item_ids)
-        random = with_rows(devices.to_host(states.params), num_items)
-        params, init_from = warm_start(source, experiment.dataset, random)
+    if source is not None and not devices.of_first(int(stored is not None)):
+        params, init_from = warm_start(source, experiment.dataset, states.params, mesh)
         warn_of_trained_targets(init_from, experiment.dataset)
-        rows = devices.padded(num_items, mesh.shape[devices.CATALOGUE])
-        params = with_rows(devices.to_host(params), rows)
         states = with_params(experiment.task, states, params, mesh)
     # Copies, since a segment donates the states' buffers.
     best = {name: jax.tree.map(jnp.copy, states.params) for name in RULES}

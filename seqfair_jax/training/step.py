@@ -172,12 +172,10 @@ def with_params(
 
     Args:
         task: the optimiser.
-        states: on the mesh.
-        params: of the host.
+        states, params: on the mesh.
         mesh: the devices.
     """
     mesh = mesh or devices.make_mesh()
-    params = jax.tree.map(functools.partial(devices.put, mesh), params, state_specs(params))
     init = jax.vmap(task.optimizer.init)
     specs = state_specs(jax.eval_shape(init, params))
     opt_state = jax.jit(init, out_shardings=shardings(mesh, specs))(params)

@@ -7,16 +7,20 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from seqfair_jax import devices
 from seqfair_jax.data.split import Dataset, Targets, training_rows
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.sasrec import is_table
+from seqfair_jax.training.step import shardings, state_specs
 
 # What the parameters' shapes and meaning depend on; max_len may be smaller than before.
 _SHAPES = ("dim", "ff_dim", "num_blocks", "num_heads", "tie_embeddings")
@@ -33,7 +37,7 @@ class Source:
     rule: str  # which of its epochs
     epoch: int
     model: Mapping[str, Any]  # its model's settings
-    params: Any
+    params: Any  # on the host
     dataset: Dataset  # its split log
 
 
@@ -61,7 +65,9 @@ def check_model(source: Source, model: Mapping[str, Any]) -> None:
         )
 
 
-def warm_start(source: Source, dataset: Dataset, params: Any) -> tuple[Any, dict[str, Any]]:
+def warm_start(
+    source: Source, dataset: Dataset, params: Any, mesh: Mesh | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The parameters that runs start from, and what is known of the source.
 
     A known item keeps its vectors. Let m and s be the mean and the standard deviation of the
@@ -71,12 +77,13 @@ def warm_start(source: Source, dataset: Dataset, params: Any) -> tuple[Any, dict
     Args:
         source: the finished run; it passed `check_model`.
         dataset: the new run's split log.
-        params: random parameters of each run, [R, ...], whose tables z is made from. They are not
-            changed.
+        params: random parameters of each run, [R, ...] on the mesh, whose tables z is made from.
+            They are not changed.
+        mesh: the devices; one if None. Each gets its own rows of the tables alone.
 
     Returns:
-        parameters [R, ...] in new buffers, and a JSON object: the source's folder, run, epoch, log
-        and parameters, and how many items and users are known, new or gone.
+        parameters [R, ...] in new buffers on the mesh, and a JSON object: the source's folder, run,
+        epoch, log and parameters, and how many items and users are known, new or gone.
 
     Raises:
         UserError: if the ids are of another kind than those of the source, or no item is known.
@@ -96,18 +103,18 @@ def warm_start(source: Source, dataset: Dataset, params: Any) -> tuple[Any, dict
         for part, targets in (("validation", dataset.valid), ("test", dataset.test))
     }
 
-    def start(path: Any, new: jax.Array, trained: Any) -> jax.Array:
-        name = path[-1].key
-        # A checkpoint's arrays are committed to a device. Mixed with those of the optimizer, which
-        # are not, they would make JAX compile the first step on its own.
+    mesh = mesh or devices.make_mesh()
+
+    def known_parts(path: Any, new: jax.Array, trained: Any) -> Any:
         trained = np.asarray(trained)
         if is_table(path):
-            return _tables(new, jnp.asarray(trained), items)
-        if name == "position_embedding":
+            return _table_parts(mesh, trained, items, rows=new.shape[1])
+        if path[-1].key == "position_embedding":
             trained = trained[: new.shape[1]]
-        # A copy, since the training donates its parameters' buffers.
-        return jnp.array(jnp.broadcast_to(trained, new.shape), copy=True)
+        return devices.put(mesh, trained, P())
 
+    parts = jax.tree_util.tree_map_with_path(known_parts, params, source.params)
+    start = jax.jit(_start, out_shardings=shardings(mesh, state_specs(params)))
     record = {
         "folder": source.folder,
         "run": source.run,
@@ -124,21 +131,59 @@ def warm_start(source: Source, dataset: Dataset, params: Any) -> tuple[Any, dict
         "trained_validation_targets": trained_targets["validation"],
         "trained_test_targets": trained_targets["test"],
     }
-    return jax.tree_util.tree_map_with_path(start, params, source.params), record
+    return start(params, parts), record
 
 
-def _tables(new: jax.Array, trained: jax.Array, places: np.ndarray) -> jax.Array:
-    """The item vectors of every run, f32[R, V, D].
+class _TableParts(NamedTuple):
+    """What the item vectors of all runs are made from."""
+
+    known: jax.Array  # f32[V, D] vectors of known items; 0 for others
+    is_new: jax.Array  # bool[V]
+    is_item: jax.Array  # bool[V]; not so for the last rows where a mesh needs more
+    mean: jax.Array  # f32[D] of the source's vectors
+    std: jax.Array  # f32[D]
+
+
+def _table_parts(mesh: Mesh, trained: np.ndarray, places: np.ndarray, *, rows: int) -> _TableParts:
+    """The parts of a table, on the mesh.
 
     Args:
-        new: f32[R, V, D], normal.
+        mesh: the devices, which share the rows.
         trained: f32[old V, D].
         places: i64[V] rows of `trained`, -1 for new items.
+        rows: of the new table: V, or more, which belong to no item.
     """
-    # With model.init_scale=0 all noise is 0, and new items start at the mean.
-    noise = new / jnp.maximum(new.std(axis=(1, 2), keepdims=True), jnp.finfo(new.dtype).tiny)
-    drawn = trained.mean(axis=0)[None, None] + trained.std(axis=0)[None, None] * noise
-    return jnp.where(places[None, :, None] >= 0, trained[np.maximum(places, 0)][None], drawn)
+    is_item = np.arange(rows) < len(places)
+    is_new = is_item.copy()
+    is_new[: len(places)] &= places < 0
+    known = np.zeros((rows, trained.shape[1]), trained.dtype)
+    known[: len(places)][places >= 0] = trained[places[places >= 0]]
+    mean = trained.mean(axis=0, dtype=np.float64)
+    squares = np.einsum("vd,vd->d", trained, trained, dtype=np.float64) / len(trained)
+    std = np.sqrt(np.maximum(squares - mean**2, 0))
+    by_row: Any = P(devices.CATALOGUE)
+    return _TableParts(
+        devices.put(mesh, known, by_row),
+        devices.put(mesh, is_new, by_row),
+        devices.put(mesh, is_item, by_row),
+        devices.put(mesh, mean.astype(np.float32), P()),
+        devices.put(mesh, std.astype(np.float32), P()),
+    )
+
+
+def _start(params: Any, parts: Any) -> Any:
+    """The parameters of every run from random ones [R, ...] and what is known of the source."""
+
+    def of_leaf(new: jax.Array, part: jax.Array | _TableParts) -> jax.Array:
+        if not isinstance(part, _TableParts):
+            return jnp.broadcast_to(part, new.shape)
+        # With model.init_scale=0 all noise is 0, and new items start at the mean.
+        spread = new.std(axis=(1, 2), keepdims=True, where=part.is_item[None, :, None])
+        noise = new / jnp.maximum(spread, jnp.finfo(new.dtype).tiny)
+        drawn = part.mean[None, None] + part.std[None, None] * noise
+        return jnp.where(part.is_new[None, :, None], drawn, part.known[None])
+
+    return jax.tree.map(of_leaf, params, parts)
 
 
 def parameters_hash(params: Any) -> str:
