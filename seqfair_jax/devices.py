@@ -99,7 +99,7 @@ def put_rows(mesh: Mesh, read: Callable[[int, int], np.ndarray], rows: int) -> j
     """
     shape = (padded(rows, mesh.shape[DATA]),)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(shape[0])
         found = read(min(start, rows), min(stop, rows))
         missing = stop - start - len(found)

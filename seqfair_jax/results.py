@@ -16,7 +16,7 @@ from seqfair_jax import workdir
 from seqfair_jax.data.files import log_title
 from seqfair_jax.data.groups import GroupFamily
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.devices import to_host, wait_for_all
+from seqfair_jax.devices import is_first_process, to_host, wait_for_all
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.baselines import Tuning, baseline_ranks, tuned_baseline_ranks
 from seqfair_jax.evaluation.metrics import item_popularity
@@ -42,7 +42,8 @@ def test(
         inputs: SHA-256 of the log's files and of the group file (`data.cache.source_hashes`).
 
     Returns:
-        The content of `folder/summary.json`.
+        The content of `folder/summary.json`; without the baselines on all processes but the first,
+        which writes it.
 
     Raises:
         DivergedError: if no run can be tested.
@@ -50,7 +51,10 @@ def test(
     config = experiment.config
     method = experiment.task.objective.method
     judge = Judge(experiment.dataset, experiment.families, config.evaluate.cutoffs)
-    baseline_table, baselines = judge.baselines(config)
+    baseline_table, baselines = (
+        judge.baselines(config) if is_first_process() else (pd.DataFrame(), {})
+    )
+    wait_for_all("the baselines")
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
         "dataset": dataset_summary(experiment.dataset, config),

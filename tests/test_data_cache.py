@@ -119,6 +119,27 @@ def test_times_of_all_kinds_are_kept(config, tmp_path):
         assert load_dataset(config).log_hash == fresh.log_hash
 
 
+def test_numbers_are_read_from_the_disk_when_they_are_used(config, tmp_path, monkeypatch, caplog):
+    fresh = load_dataset(config, mapped=True)  # nothing is in the cache yet
+    for _ in range(2):
+        for numbers in (fresh.items, fresh.offsets, fresh.test.users, fresh.train_lengths):
+            assert isinstance(numbers.base, np.memmap)
+            assert not numbers.flags.writeable
+        monkeypatch.setattr(cache, "read_log", None)
+        assert_equal(fresh, load_dataset(config))
+        fresh = load_dataset(config, mapped=True)
+    monkeypatch.undo()
+    assert not caplog.records
+    (entry,) = (tmp_path / "cache").glob("split-*")
+    whole = bytearray(entry.read_bytes())
+    place = whole.index(fresh.items.tobytes())
+    whole[place] ^= 1
+    entry.unlink()  # the data set above is still read from it
+    entry.write_bytes(whole)
+    assert_equal(load_dataset(config, mapped=True), fresh)
+    assert "is made again" in caplog.text
+
+
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_damaged_entry_is_made_again(config, tmp_path, caplog, kept):
     fresh = load_dataset(config)

@@ -8,7 +8,15 @@ import reference
 from seqfair_jax.data import log as log_module
 from seqfair_jax.data.log import group_rows, repeats, sort_rows, user_blocks
 from seqfair_jax.data.readers import Rows, log_from_table
-from seqfair_jax.data.split import by_time, first_rows, k_core, leave_one_out
+from seqfair_jax.data.split import (
+    by_time,
+    first_rows,
+    k_core,
+    leave_one_out,
+    training_blocks,
+    training_items,
+    training_rows,
+)
 
 
 @pytest.fixture
@@ -103,3 +111,13 @@ def test_blocks_do_not_change_a_data_set(name, seed, monkeypatch):
         for item in set(whole.items[start : start + length].tolist()):
             expected[item] += 1
     assert whole.audience.tolist() == expected.tolist()
+    user, item = training_rows(whole)
+    blocks = list(training_blocks(parts))
+    assert len(blocks) > 5
+    found = [(users.start + own, items) for users, own, items in blocks]
+    np.testing.assert_array_equal(np.concatenate([own for own, _ in found]), user)
+    np.testing.assert_array_equal(np.concatenate([items for _, items in found]), item)
+    for start in range(0, len(item) + 1, 7):
+        for stop in range(start, len(item) + 1, 5):
+            assert training_items(whole, start, stop).tolist() == item[start:stop].tolist()
+    assert len(training_items(whole, len(item), len(item))) == 0

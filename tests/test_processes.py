@@ -58,11 +58,12 @@ def start(folder, *, number, port, own=()):
     )
 
 
-def start_both(folder, own=()):
+def start_both(folder, own=(), *, both=False):
+    """Two processes; the words `own` are those of the second one, or of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = {0: (), 1: own}
+    words = {0: own if both else (), 1: own}
     return [start(folder, number=n, port=port, own=words[n]) for n in (0, 1)]
 
 
@@ -108,6 +109,16 @@ def test_processes_with_unequal_settings_train_nothing(tmp_path):
     assert all(process.returncode for process in processes)
     assert any("have unequal settings, --workdir or versions" in text for text in outputs)
     assert not list((tmp_path / "run").glob("*.json"))
+
+
+def test_a_log_that_the_first_process_cannot_prepare_ends_all(tmp_path):
+    more = ("--config.data.min_interactions=1000",)
+    processes = start_both(tmp_path / "run", own=more, both=True)
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "nothing is left of" in outputs[0]
+    assert "the first process could not prepare the log; see its message" in outputs[1]
+    assert "Traceback" not in "".join(outputs)
 
 
 def test_a_checkpoint_of_four_devices_resumes_on_one(tmp_path):

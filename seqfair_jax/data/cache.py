@@ -5,6 +5,9 @@ import functools
 import hashlib
 import json
 import logging
+import os
+import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,18 +28,24 @@ _FILES = {"log": "path", "valid_log": "valid_path", "test_log": "test_path"}  # 
 # What the splits depend on, beside the log.
 _SPLIT = {"leave_one_out": (), "files": ("targets",),
           "time": ("targets", "valid_from", "test_from", "valid_share", "test_share")}  # fmt: skip
+_ZIP_LENGTHS = 26  # bytes of a member's header before the lengths of its two last parts
 _REPEATED_SHARE = 0.01  # of the rows: more are reported
 _LOG = logging.getLogger("seqfair_jax")
 _Kept = TypeVar("_Kept", Log, Dataset)
 
 
-def load_dataset(config_data: ConfigDict) -> Dataset:
+def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
     """Read, filter and split the log that a config's `data` part describes.
 
     The log and its split are kept in `data.cache_dir`: the log under the SHA-256 of its files'
     bytes and of the settings that say how to read them, the split under that and its own
     settings. So another split does not read the files again. A cache that cannot be read or
     written is reported and not used.
+
+    Args:
+        config_data: the part of the config.
+        mapped: read numbers from the cache when they are used, so that processes of one machine
+            share the memory of what they read. Such arrays cannot be written to.
 
     Raises:
         UserError: if the log is not there or cannot be used.
@@ -72,7 +81,7 @@ def load_dataset(config_data: ConfigDict) -> Dataset:
         return leave_one_out(filtered, **shared)
 
     key = _key([log.key for log in logs.values()], split)
-    dataset = _cached(config_data.cache_dir, f"split-{key}", Dataset, make)
+    dataset = _cached(config_data.cache_dir, f"split-{key}", Dataset, make, mapped=mapped)
     share = dataset.counts["repeated_rows"] / dataset.counts["raw_rows"]
     if share > _REPEATED_SHARE:
         if config_data.repeats == "keep":
@@ -159,15 +168,24 @@ def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, *parts], sort_keys=True).encode()).hexdigest()
 
 
-def _cached(cache_dir: str | None, key: str, kind: type[_Kept], make: Callable[[], _Kept]) -> _Kept:
+def _cached(
+    cache_dir: str | None,
+    key: str,
+    kind: type[_Kept],
+    make: Callable[[], _Kept],
+    *,
+    mapped: bool = False,
+) -> _Kept:
     """What is kept under that key; else it is made and kept."""
     entry = _cache_entry(cache_dir, key)
     if entry is None:
         return make()
-    value = _load(entry, kind)
+    value = _load(entry, kind, mapped)
     if value is None:
         value = make()
         _store(entry, value)
+        if mapped and entry.exists():
+            value = _load(entry, kind, mapped) or value
     return value
 
 
@@ -211,7 +229,7 @@ def _fields(value: Log | Dataset) -> Iterator[tuple[str, Any]]:
             yield field.name, content
 
 
-def _load(entry: Path, kind: type[_Kept]) -> _Kept | None:
+def _load(entry: Path, kind: type[_Kept], mapped: bool = False) -> _Kept | None:
     """What a cache entry holds; None if there is none, or it is not what it should be."""
     try:
         with entry.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -219,7 +237,11 @@ def _load(entry: Path, kind: type[_Kept]) -> _Kept | None:
             if values.pop("key") != entry.stem:
                 raise ValueError("it holds another data set")
 
+            places = _places(entry) if mapped else {}
+
             def get(name: str) -> np.ndarray:
+                if name in places:
+                    return _mapped(entry, places[name])
                 array = stored[name]
                 return np.array(_from_bytes(array), object) if array.dtype == np.uint8 else array
 
@@ -237,6 +259,43 @@ def _load(entry: Path, kind: type[_Kept]) -> _Kept | None:
     except Exception as error:  # damage can raise anything; the log is there to read again
         _LOG.warning("the cached data set %s cannot be used and is made again: %s", entry, error)
         return None
+
+
+class _Place(NamedTuple):
+    """Where an array is in a file."""
+
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _places(entry: Path) -> dict[str, _Place]:
+    """Where the arrays of numbers are in an entry, by name. Its checksums are compared first.
+
+    Raises:
+        ValueError: if one differs.
+    """
+    found = {}
+    with zipfile.ZipFile(entry) as archive, entry.open("rb") as file:
+        if damaged := archive.testzip():  # in small parts
+            raise ValueError(f"{damaged} has another checksum")
+        for member in archive.infolist():
+            # Before the array are the member's header, whose last two lengths vary, and numpy's.
+            file.seek(member.header_offset + _ZIP_LENGTHS)
+            lengths = struct.unpack("<HH", file.read(4))
+            file.seek(sum(lengths), os.SEEK_CUR)
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype != np.uint8:
+                found[member.filename.removesuffix(".npy")] = _Place(file.tell(), shape, dtype)
+    return found
+
+
+def _mapped(entry: Path, place: _Place) -> np.ndarray:
+    if 0 in place.shape:  # nothing to map
+        return np.empty(place.shape, place.dtype)
+    array = np.memmap(entry, place.dtype, "r", offset=place.offset, shape=place.shape)
+    return array.view(np.ndarray)
 
 
 def _to_bytes(value: object) -> np.ndarray:

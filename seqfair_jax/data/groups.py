@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from seqfair_jax.data.files import require_file
 from seqfair_jax.data.ids import encode_ids, missing, require_values
 from seqfair_jax.data.readers import find_column
-from seqfair_jax.data.split import Dataset, training_rows
+from seqfair_jax.data.split import Dataset, training_blocks
 from seqfair_jax.data.tables import fold, pick, read_table
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.workdir import user_path
@@ -331,9 +331,11 @@ def popular_rows(dataset: Dataset) -> np.ndarray:
     An item is popular if the number of distinct users who have it in training is strictly above
     the 0.8 quantile (linear) of that number over the items.
     """
-    user, item = training_rows(dataset)
     popular = dataset.audience > np.quantile(dataset.audience, POPULAR_QUANTILE)
-    return np.bincount(user[popular[item]], minlength=len(dataset.user_ids))
+    found = np.zeros(len(dataset.user_ids), np.int64)
+    for users, user, item in training_blocks(dataset):
+        found[users] = np.bincount(user[popular[item]], minlength=len(found[users]))
+    return found
 
 
 def cut_by_rows(key: np.ndarray, rows: np.ndarray, cuts: tuple[Fraction, ...]) -> np.ndarray:

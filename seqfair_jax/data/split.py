@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,11 +110,10 @@ class Dataset:
     @functools.cached_property
     def audience(self) -> np.ndarray:
         """How many distinct users have each item in their training rows: i64[V]."""
-        user, item = training_rows(self)
-        first = np.empty(len(item), bool)
-        for block in user_blocks(csr_offsets(self.train_lengths)):
-            first[block] = ~repeats(user[block], item[block])
-        return np.bincount(item[first], minlength=len(self.item_ids))
+        found = np.zeros(len(self.item_ids), np.int64)
+        for _, user, item in training_blocks(self):
+            np.add.at(found, item[~repeats(user, item)], 1)
+        return found
 
 
 def training_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +121,37 @@ def training_rows(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     user = np.repeat(np.arange(len(dataset.user_ids), dtype=np.int32), dataset.train_lengths)
     is_train = first_rows(dataset.train_lengths, np.diff(dataset.offsets))
     return user, dataset.items if is_train.all() else dataset.items[is_train]
+
+
+def training_blocks(dataset: Dataset) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """`training_rows` in blocks of whole users, so that few rows are in memory at once.
+
+    Yields:
+        the users of the block, and of its rows the user, counted from the block's first, and the
+        item.
+    """
+    ends = dataset.offsets[1:]
+    for block in user_blocks(dataset.offsets):
+        first, last = np.searchsorted(ends, [block.start, block.stop - 1], side="right").tolist()
+        users = slice(first, last + 1)
+        sizes = np.diff(dataset.offsets[first : last + 2])
+        is_train = first_rows(dataset.train_lengths[users], sizes)
+        user = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        yield users, user[is_train], dataset.items[block][is_train]
+
+
+def training_items(dataset: Dataset, start: int, stop: int) -> np.ndarray:
+    """The items of some training rows: `training_rows(dataset)[1][start:stop]`.
+
+    Only the users of these rows are read.
+    """
+    places = csr_offsets(dataset.train_lengths)
+    first = int(np.searchsorted(places, start, side="right")) - 1
+    last = int(np.searchsorted(places, stop, side="left"))  # behind the last user
+    rows = slice(dataset.offsets[first], dataset.offsets[last])
+    sizes = np.diff(dataset.offsets[first : last + 1])
+    items = dataset.items[rows][first_rows(dataset.train_lengths[first:last], sizes)]
+    return items[start - places[first] : stop - places[first]]
 
 
 def first_rows(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -206,7 +206,7 @@ def make_queries(
                 *seen,
             )
         )
-    items = devices.pad_rows(dataset.items.astype(np.int32), mesh.shape[DATA])
+    items = devices.put_rows(mesh, lambda a, b: dataset.items[a:b], len(dataset.items))
     sequences: Any = (items, ends, lengths)
     queries: Any = (
         Sequences(*sequences),

@@ -22,7 +22,7 @@ from seqfair_jax.data.groups import (
     require_partition,
     unused_families,
 )
-from seqfair_jax.data.split import Dataset, training_rows
+from seqfair_jax.data.split import Dataset, training_items
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.evaluation.slices import judged_groups
@@ -101,7 +101,10 @@ def build_experiment(config: ConfigDict) -> Experiment:
             f"train.mesh.run is {config.train.mesh.run}, but the grid has {len(runs)} runs: give a "
             "number that divides them"
         )
-    dataset = load_dataset(config.data)
+    several = jax.process_count() > 1
+    with devices.first_process_first("prepare the log"):
+        dataset = load_dataset(config.data, mapped=several)
+    devices.require_equal(bytes.fromhex(dataset.log_hash), "logs")
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
     group_table = read_group_table(config.data.group_file, config.data.columns.user_id)
     family = functools.partial(
@@ -147,9 +150,10 @@ def build_experiment(config: ConfigDict) -> Experiment:
     shape = config.train.mesh
     model = SASRec(num_items=len(dataset.item_ids), shards=shape.catalogue, **config.model)
     nearby = find_nearby(dataset, model.neighbours) if model.neighbours else None
+    rows = int(dataset.train_lengths.sum(dtype=np.int64))
     sequences: Any = (
         # No step can read another row.
-        devices.pad_rows(training_rows(dataset)[1].astype(np.int32), shape.data),
+        devices.put_rows(mesh, functools.partial(training_items, dataset), rows),
         np.cumsum(dataset.train_lengths, dtype=np.int32),
         np.minimum(dataset.train_lengths, config.model.max_len - 1).astype(np.int32),
         nearby and devices.pad_rows(nearby.rows, shape.data),
