@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -131,7 +132,8 @@ def several_processes() -> Iterator[None]:
     first process prints and logs, but for errors.
 
     Raises:
-        UserError: if nothing says which process this is, or the others cannot be reached.
+        UserError: if nothing says which process this is, if the others cannot be reached, or if
+            the first process's port is taken.
     """
     # Else JAX swallows the SIGTERM that comes while the log is read.
     jax.config.update("jax_enable_preemption_service", False)
@@ -142,6 +144,8 @@ def several_processes() -> Iterator[None]:
         with _default_signals():
             if any(given):
                 address, count, number = given
+                if address and number == "0":
+                    _require_free_port(address)
                 jax.distributed.initialize(address, int(count or ""), int(number or ""))
             else:
                 jax.distributed.initialize()
@@ -165,6 +169,20 @@ def several_processes() -> Iterator[None]:
             atexit.register(_exit_at_once, getattr(error, "status", 1))
             raise
     jax.distributed.shutdown()
+
+
+def _require_free_port(address: str) -> None:
+    """Refuse a port that is taken, on which JAX crashes.
+
+    Raises:
+        ValueError: if it is.
+    """
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ValueError(f"port {port} cannot be used: {reason}; name another") from None
 
 
 @contextlib.contextmanager

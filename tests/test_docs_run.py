@@ -41,6 +41,7 @@ NOT_RUN = {
     "seqfair train --config.train.mesh.data=8": "it needs eight devices",
     "seqfair train --config.train.mesh.catalogue=4": "it needs eight devices",
     "seqfair train --distributed": "it is one of two processes; tests/test_processes.py runs both",
+    "--workdir=runs/two": "two processes train that run",
     "seqfair recommend --catalogue=4": "it needs eight devices",
     "python -m benchmarks.mesh": "it needs eight devices",
     "python -m benchmarks.peers": "it needs RecTools and PyTorch, which are no dependencies",

@@ -138,6 +138,15 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(tmp_path):
     assert after["train/loss"][3] < after["train/loss"][0]
 
 
+def test_a_port_that_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(tmp_path / "run", number=0, port=port)
+        output = process.communicate(timeout=100)[0]
+    assert process.returncode == 1, output
+    assert f"port {port} cannot be used: Address already in use; name another" in output
+
+
 def test_a_process_that_is_told_nothing_of_the_others_says_so(tmp_path):
     process = subprocess.run(
         command(tmp_path / "run"),
