@@ -83,6 +83,7 @@ class Users(NamedTuple):
 
     membership: np.ndarray  # bool[U, G]; exactly one group each if the method needs groups
     train_lengths: np.ndarray  # i32[U], training rows
+    dim: int = 0  # D, the width of the users' vectors; 0 if they are not known
 
 
 class Batch(NamedTuple):
@@ -97,6 +98,9 @@ class Batch(NamedTuple):
     # the log's mean number of targets of a user
     mass: jax.Array
     group_mass: jax.Array  # f[G], the sum of the group's masses in the batch
+    # f[B, D], the mean of the user's hidden states over its targets, a constant in the gradient.
+    # None unless the method declares `uses_vectors`
+    vectors: jax.Array | None = None
 
 
 def ones(item_counts: np.ndarray) -> np.ndarray:
@@ -152,6 +156,7 @@ class Method(NamedTuple):
         False  # every user must then be in exactly one (`groups.require_partition`)
     )
     uses_mass: bool = False  # its loss reads the batch's `mass`, or it refuses user_loss=sum
+    uses_vectors: bool = False  # its loss reads the batch's `vectors`, which cost a little
     is_robust: bool = False  # distributionally: of the paper's figures and claims
     logs: tuple[Log, ...] = ()
 
@@ -182,6 +187,22 @@ def weighted(
     return loss
 
 
+def group_means(
+    losses: jax.Array, membership: jax.Array, mass: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each group's mean loss weighted by mass, its users, and the sum of their masses: 3 x [G].
+
+    Args:
+        losses: f[B].
+        membership: bool[B, G].
+        mass: f[B].
+    """
+    counts = membership.sum(axis=0)
+    group_mass = jnp.where(membership, mass[:, None], 0).sum(axis=0)
+    sums = jnp.where(membership, (mass * losses)[:, None], 0).sum(axis=0)
+    return sums / jnp.where(counts > 0, group_mass, 1), counts, group_mass
+
+
 def per_user(group_values: jax.Array, membership: jax.Array) -> jax.Array:
     """Each user's sum of the values of its groups, f[B].
 
@@ -194,5 +215,10 @@ def per_user(group_values: jax.Array, membership: jax.Array) -> jax.Array:
 
 
 def group_shares(batch: Batch, weights: jax.Array) -> jax.Array:
-    """Each group's share of the users' weights f[B], f[G]: what `TAIL_SHARE` logs."""
-    return jnp.where(batch.membership, weights[:, None], 0).sum(axis=0) / weights.sum()
+    """Each group's share of the users' weights f[B], f[G]: what `TAIL_SHARE` logs.
+
+    All are 0 if the weights are.
+    """
+    total = weights.sum()
+    shares = jnp.where(batch.membership, weights[:, None], 0).sum(axis=0)
+    return shares / jnp.where(total == 0, 1, total)

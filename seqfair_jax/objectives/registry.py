@@ -23,6 +23,7 @@ from seqfair_jax.objectives.method import (
     Option,
     State,
     Users,
+    group_means,
 )
 
 _methods: dict[str, Method] = {}
@@ -173,8 +174,8 @@ def check_hparams(name: str, values: Mapping[str, float | Sequence[float]]) -> N
 class Objective(NamedTuple):
     """An objective as three pure functions.
 
-    `apply(user_losses f[B], membership bool[B, G], state, hparams, mass)` returns the scalar loss,
-    the next state and what is worth logging, each f[G] or i32[G]:
+    `apply(user_losses f[B], membership bool[B, G], state, hparams, mass, vectors)` returns the
+    scalar loss, the next state and what is worth logging, each f[G] or i32[G]:
 
     - `group_loss`: mean over the batch's users of the group, weighted by their masses, 0 where it
       has none;
@@ -184,7 +185,8 @@ class Objective(NamedTuple):
       of the users' weights that falls on the group for CVaR and chi2.
 
     `hparams` is a mapping of the method's hyperparameters, each a number or a traced scalar.
-    `mass` f[B] says how much each user counts (`user_mass`); 1 if it is left out.
+    `mass` f[B] says how much each user counts (`user_mass`); 1 if it is left out. `vectors` f[B, D]
+    (`Batch.vectors`) may be left out unless the method declares `uses_vectors`.
     """
 
     name: str
@@ -199,6 +201,7 @@ def make_objective(
     *,
     membership: np.ndarray,
     train_lengths: np.ndarray,
+    dim: int = 0,
     **settings: str,
 ) -> Objective:
     """Build an objective for the users of a data set.
@@ -208,11 +211,13 @@ def make_objective(
         membership: bool[U, G]; G may be 0 if the objective needs no groups. If it needs groups,
             every user is in exactly one.
         train_lengths: i32[U], training rows of each user.
+        dim: the width of the users' vectors, for a method that declares `uses_vectors`.
         settings: values of options, such as `count_by="users"` for IPW; by default the options'
             defaults. Options of other objectives are checked and not used.
 
     Raises:
-        UserError: if a name is unknown, or the objective needs groups and there are none.
+        UserError: if a name is unknown, or the objective needs groups or vectors and there are
+            none.
     """
     method = find(name)
     known = options()
@@ -224,8 +229,12 @@ def make_objective(
             f"objective.name = {name!r} needs groups, but there are none: "
             "name a family in objective.group_family"
         )
+    if method.uses_vectors and dim < 1:
+        raise UserError(
+            f"objective.name = {name!r} reads the users' vectors: pass dim, the width of the model"
+        )
     chosen = {option.name: settings.get(option.name, option.default) for option in method.options}
-    formula = method.make(Users(membership, train_lengths), **chosen)
+    formula = method.make(Users(membership, train_lengths, dim), **chosen)
     weights_fn, apply_fn = _target_weights_fn(formula, method), _apply_fn(formula, method)
     return Objective(name, method, weights_fn, formula.init, apply_fn)
 
@@ -261,17 +270,19 @@ def _apply_fn(formula: Formula, method: Method):
         state: State,
         hparams: HParams,
         mass: jax.Array | None = None,
+        vectors: jax.Array | None = None,
     ):
+        where = f"objective {method.name!r}"
         mass = jnp.ones_like(user_losses) if mass is None else mass
-        counts = membership.sum(axis=0)
-        group_mass = jnp.where(membership, mass[:, None], 0).sum(axis=0)
-        sums = jnp.where(membership, (mass * user_losses)[:, None], 0).sum(axis=0)
-        means = sums / jnp.where(counts > 0, group_mass, 1)
+        means, counts, group_mass = group_means(user_losses, membership, mass)
         batch = Batch(user_losses, membership, means, counts, mass, group_mass)
+        if method.uses_vectors:
+            if vectors is None:
+                raise UserError(f"{where} reads the users' vectors: pass them to `apply`")
+            batch = batch._replace(vectors=jax.lax.stop_gradient(vectors))
         before = state
         loss, state, logs = formula.loss(batch, state, hparams)
         # What follows is found while tracing, so a step pays nothing for it.
-        where = f"objective {method.name!r}"
         if set(logs) != keys:
             raise UserError(
                 f"{where} logs {sorted(logs)}, but declares {sorted(keys)}: the two must be the "
@@ -323,9 +334,10 @@ def mean_objective(parts: Sequence[Objective], num_groups: Sequence[int]) -> Obj
         state: State,
         hparams: HParams,
         mass: jax.Array | None = None,
+        vectors: jax.Array | None = None,
     ):
         results = [
-            part.apply(user_losses, membership[:, end - size : end], own, hparams, mass)
+            part.apply(user_losses, membership[:, end - size : end], own, hparams, mass, vectors)
             for part, own, size, end in zip(parts, state, num_groups, ends, strict=True)
         ]
         losses, states, logs = zip(*results, strict=True)

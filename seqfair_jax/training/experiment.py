@@ -136,6 +136,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
                 name,
                 membership=part.membership,
                 train_lengths=dataset.train_lengths,
+                dim=config.model.dim,
                 **{option.name: config.objective[option.name] for option in method.options},
             )
             for part in parts

@@ -216,6 +216,8 @@ def empty_totals(task: Task, num_groups: int) -> Totals:
         jnp.zeros((1, num_groups), bool),
         task.objective.init(),
         dict.fromkeys(task.objective.method.reads, jnp.ones(())),
+        None,
+        jnp.zeros((1, task.model.dim)),
     )[2]
     zero, zeros = jnp.float32(0), jnp.zeros(num_groups, jnp.float32)
     return Totals(jnp.int32(0), zero, zero, zeros, zeros, dict.fromkeys(_extra(aux), zeros))
@@ -247,6 +249,13 @@ def user_losses(
         key: of dropout and of the negatives of a sampled loss. None turns dropout off and takes
             the softmax over the whole catalogue.
     """
+    return _user_losses(task, params, data, user_ids, num_tokens, key)[0]
+
+
+def _user_losses(
+    task: Task, params, data: TrainData, user_ids: jax.Array, num_tokens: int, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Packed]:
+    """`user_losses`, the hidden states of the targets, f[T, D], and the tokens."""
     model = task.model
     packed = pack_batch(
         data.sequences,
@@ -255,13 +264,21 @@ def user_losses(
         num_items=model.num_items,
         shards=task.shards,
     )
-    losses = _target_losses(task, params, packed, key)
+    losses, hidden = _target_losses(task, params, packed, key)
     weights = devices.lookup(data.target_weights, packed.targets, model.shards)
-    return user_means(losses * weights, packed)
+    return user_means(losses * weights, packed), hidden, packed
 
 
-def _target_losses(task: Task, params: Any, packed: Packed, key: jax.Array | None) -> jax.Array:
-    """The loss of each token's target, f32[T], over the whole catalogue or a sample of it."""
+def _user_vectors(hidden: jax.Array, packed: Packed) -> jax.Array:
+    """The mean of each user's hidden states, f32[B, D], a constant in the gradient."""
+    hidden = lax.stop_gradient(hidden).astype(jnp.float32)
+    return jax.vmap(user_means, (1, None), 1)(hidden, packed)
+
+
+def _target_losses(
+    task: Task, params: Any, packed: Packed, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each token's target, f32[T], and the hidden states, f[T, D]."""
     model = task.model
     rngs = None if key is None else {"dropout": key}
     shares, log_totals = None, None
@@ -271,15 +288,16 @@ def _target_losses(task: Task, params: Any, packed: Packed, key: jax.Array | Non
         model.apply, params, packed, train=key is not None, log_totals=log_totals, rngs=rngs
     )
     encoded, losses = _catalogue_losses(task, encode, packed, key)
-    if encoded.copies is None:
-        return losses
-    return mixture_losses(losses, encoded.copies, packed.targets, shares)
+    if encoded.copies is not None:
+        losses = mixture_losses(losses, encoded.copies, packed.targets, shares)
+    return losses, encoded.hidden
 
 
 def _catalogue_losses(
     task: Task, encode: Any, packed: Packed, key: jax.Array | None
 ) -> tuple[Encoded, jax.Array]:
-    """What the model made of the tokens, and each target's loss in the softmax, f32[T]."""
+    """What the model made of the tokens, and the loss of each one's target, f32[T], in the softmax
+    over the whole catalogue or a sample of it."""
     model, sampled = task.model, task.sampled
     precision = PRECISIONS[model.dtype][1]
     if sampled is None or key is None:
@@ -342,18 +360,23 @@ def train_step(
     def loss_and_grads(num_tokens: int, params):
         def losses_of(params):
             random = key if task.model.dropout or task.sampled else None
-            return user_losses(task, params, data, user_ids, num_tokens, random)
+            losses, hidden, packed = _user_losses(task, params, data, user_ids, num_tokens, random)
+            uses_vectors = task.objective.method.uses_vectors
+            return losses, _user_vectors(hidden, packed) if uses_vectors else None
 
         def loss_of(losses):
             loss, objective_state, aux = task.objective.apply(
-                losses, membership, state.objective_state, hparams, mass
+                losses, membership, state.objective_state, hparams, mass, vectors
             )
             return loss, (objective_state, aux)
 
+        def gathered(of_device):
+            found = devices.gather(of_device, DATA, task.shards)[: len(user_ids)]
+            return devices.of_first_device(found, CATALOGUE, task.model.shards)
+
         # In two parts, since the objective sees the losses of all devices.
-        own, pull_back = jax.vjp(losses_of, params)
-        losses = devices.gather(own, DATA, task.shards)[: len(user_ids)]
-        losses = devices.of_first_device(losses, CATALOGUE, task.model.shards)
+        own, pull_back, vectors = jax.vjp(losses_of, params, has_aux=True)
+        losses, vectors = jax.tree.map(gathered, (own, vectors))
         (loss, found), weights = jax.value_and_grad(loss_of, has_aux=True)(losses)
         (grads,) = pull_back(_own_part(weights, len(own), task.shards))
         return (loss, found), _alike(devices.total(grads, DATA, task.shards), task.model.shards)
