@@ -1,54 +1,52 @@
-"""An objective from outside the package: tilted empirical risk minimisation (TERM).
+"""An objective from outside the package: the fairness objective q-FFL.
 
-    R(t) = 1/t log( 1/M sum_u m_u exp(t l_u) ),    t > 0
+    R(q) = 1/B sum_u m_u l_u^(q + 1) / (q + 1),    q >= 0
 
-where l_u is the loss of user u, m_u the user's mass (1 with objective.user_loss=mean), and M the
-sum of the batch's masses. Its gradient is sum_u q_u dl_u with q_u in proportion to m_u exp(t l_u),
-so users with a larger loss count more. As the tilt t falls to 0, R becomes the mean (ERM). As t
-grows, R becomes the largest loss.
+where l_u is the loss of user u, m_u the user's mass (1 with objective.user_loss=mean), and B the
+number of users in the batch. Its gradient is sum_u q_u dl_u with q_u = m_u l_u^q / B, so users with
+a larger loss count more. q = 0 is ERM.
 
-Source: T. Li, A. Beirami, M. Sanjabi and V. Smith, "Tilted Empirical Risk Minimization", ICLR 2021,
-equation (2). Here R is computed on each batch.
+Source: T. Li, M. Sanjabi, A. Beirami and V. Smith, "Fair Resource Allocation in Federated
+Learning", ICLR 2020, equation (2), with users in place of devices. R is computed on each batch.
 
-    seqfair train --config=examples/own_objective.py --workdir=runs/term
+    seqfair train --config=examples/own_objective.py --workdir=runs/qffl
     python examples/own_objective.py
 """
 
-import jax
 import jax.numpy as jnp
 
 from seqfair_jax import objectives
 from seqfair_jax.config import default_config
 from seqfair_jax.run import run
 
-TILT = objectives.HParam(
-    name="tilt",
+FAIRNESS = objectives.HParam(
+    name="fairness",
     default=1.0,
-    help="How much more users with a large loss count in `term` (t).",
-    range=objectives.Range(above=0),
-    search=(0.1, 1.0, 10.0),
+    help="How much more users with a large loss count in `qffl` (q).",
+    range=objectives.Range(at_least=0),
+    search=(0.1, 1.0, 5.0),
 )
 
 
-def make_term(users):
-    """TERM's formula. It needs nothing of the users before the first step."""
+def make_qffl(users):
+    """The formula of q-FFL. It needs nothing of the users before the first step."""
 
     def loss(batch, state, hparams):
-        tilted = hparams["tilt"] * batch.losses
-        total = jax.nn.logsumexp(tilted, b=batch.mass)
-        value = (total - jnp.log(batch.mass.sum())) / hparams["tilt"]
-        shares = objectives.group_shares(batch, batch.mass * jnp.exp(tilted - total))
+        power = hparams["fairness"] + 1
+        value = jnp.mean(batch.mass * batch.losses**power) / power
+        weights = batch.mass * batch.losses ** hparams["fairness"]
+        shares = objectives.group_shares(batch, weights)
         return value, state, {objectives.TAIL_SHARE.key: shares}
 
     return objectives.Formula(loss)
 
 
-TERM = objectives.register(
+QFFL = objectives.register(
     objectives.Method(
-        name="term",
-        label="TERM",
-        make=make_term,
-        hparams=(TILT,),
+        name="qffl",
+        label="q-FFL",
+        make=make_qffl,
+        hparams=(FAIRNESS,),
         uses_mass=True,
         is_robust=True,
         logs=(objectives.TAIL_SHARE,),
@@ -59,7 +57,7 @@ TERM = objectives.register(
 def get_config():
     """A small run on the synthetic log."""
     config = default_config()
-    config.objective.name = "term"
+    config.objective.name = "qffl"
     config.data.synthetic.num_users = 1000
     config.model.dim = config.model.ff_dim = 16
     config.model.num_blocks = 1

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 import seqfair_jax
-from seqfair_jax import devices
+from seqfair_jax import devices, objectives
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import by_time
 from seqfair_jax.evaluation.ranking import make_ranker
@@ -30,7 +30,9 @@ from seqfair_jax.training import checkpoint, step, warm_start
 from seqfair_jax.training.batches import Batches
 
 NUM_USERS, NUM_ITEMS, MAX_LEN, BATCH, STEPS = 40, 27, 20, 7, 2
-HPARAMS = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 0.5}
+HPARAMS = {key: hparam.default for key, hparam in objectives.hparams().items()} | {
+    "step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 0.5
+}  # fmt: skip
 _rng = np.random.default_rng(0)
 LENGTHS = _rng.integers(1, 40, NUM_USERS)
 ITEMS = _rng.integers(NUM_ITEMS, size=LENGTHS.sum()).astype(np.int32)
@@ -58,7 +60,7 @@ def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, sampled=None
     """A segment, and a function that makes its arguments."""
     data_shards, shards = mesh.shape[devices.DATA], mesh.shape[devices.CATALOGUE]
     model = make_model(shards, **model_settings)
-    method = make_objective(objective, membership=MEMBERSHIP, train_lengths=LENGTHS)
+    method = make_objective(objective, membership=MEMBERSHIP, train_lengths=LENGTHS, dim=model.dim)
     task = step.Task(
         model,
         method,

@@ -102,6 +102,135 @@ def chi2_weights(user_losses, radius):
     return weights(-np.exp(high))
 
 
+def tilted_loss(user_losses, tilt):
+    """Li et al. 2021, equation 2: 1/t log( 1/B sum_u exp(t l_u) )."""
+    total = 0.0
+    for loss in user_losses:
+        total += np.exp(tilt * loss)
+    return np.log(total / len(user_losses)) / tilt
+
+
+def tilted_group_loss(user_losses, groups, num_groups, tilt):
+    """Their equation 4 with tau = 0: 1/t log( 1/B sum_g n_g exp(t L_g) )."""
+    total = 0.0
+    for group, loss in enumerate(group_losses(user_losses, groups, num_groups)):
+        size = sum(1 for g in groups if g == group)
+        total += size * np.exp(tilt * loss)
+    return np.log(total / len(user_losses)) / tilt
+
+
+def cvar_smooth_step(threshold, user_losses, alpha, width, rate):
+    """Loss and new threshold. The threshold is None before the first batch.
+
+    eta <- (1 - beta) eta + beta Q, and eta + 1/(alpha B) sum_u h log(1 + exp((l_u - eta) / h)).
+    """
+    number = 1  # of the fewest users who have the share alpha
+    while number < alpha * len(user_losses):
+        number += 1
+    quantile = sorted(user_losses, reverse=True)[number - 1]
+    threshold = quantile if threshold is None else (1 - rate) * threshold + rate * quantile
+    total = 0.0
+    for loss in user_losses:
+        total += width * np.logaddexp(0, (loss - threshold) / width)
+    return threshold + total / (alpha * len(user_losses)), threshold
+
+
+def spectral_loss(user_losses, spectrum, points=2000):
+    """Acerbi 2002: the integral over v from 0 to 1 of spectrum(v) times the v-quantile."""
+    total = 0.0
+    for rank, loss in enumerate(sorted(user_losses)):
+        for point in range(points):
+            v = (rank + (point + 0.5) / points) / len(user_losses)
+            total += spectrum(v) * loss
+    return total / (points * len(user_losses))
+
+
+def gdro_adjusted_step(omega, user_losses, groups, step_size, sizes, adjustment):
+    """Sagawa et al. 2020: Group DRO moved by L_g + C / sqrt(n_g). Loss and new omega."""
+    losses = group_losses(user_losses, groups, len(omega))
+    moved = [
+        w * np.exp(step_size * (x + adjustment / np.sqrt(n)))
+        for w, x, n in zip(omega, losses, sizes, strict=True)
+    ]
+    omega = np.array(moved) / sum(moved)
+    return sum(w * x for w, x in zip(omega, losses, strict=True)), omega
+
+
+def group_variance_loss(user_losses, groups, penalty):
+    """Krueger et al. 2021, equation 8: ERM + lambda Var(L_g), over the groups of the batch."""
+    means = []
+    for group in sorted(set(groups)):
+        mine = [x for x, g in zip(user_losses, groups, strict=True) if g == group]
+        means.append(sum(mine) / len(mine))
+    middle = sum(means) / len(means)
+    variance = sum((x - middle) ** 2 for x in means) / len(means)
+    return erm_loss(user_losses) + penalty * variance
+
+
+def _square(x):
+    return sum(float(a) ** 2 for a in x)
+
+
+def _nearest(x, centroids):
+    """The place of the nearest centroid, among those that are not None."""
+    found = [np.inf if c is None else _square(x - c) for c in centroids]
+    return found.index(min(found))
+
+
+def far_apart(vectors, number):
+    """The vector farthest from the mean, then again and again the farthest from those chosen."""
+    gaps = [_square(x - np.mean(vectors, axis=0)) for x in vectors]
+    chosen = [vectors[gaps.index(max(gaps))]]
+    while len(chosen) < number:
+        gaps = [min(_square(x - c) for c in chosen) for x in vectors]
+        chosen.append(vectors[gaps.index(max(gaps))])
+    return chosen
+
+
+def clusters_step(counts, sums, vectors, rate):
+    """Mini-batch k-means, with a split of the largest cluster if the smallest has died out.
+
+    Counts are all 0 before the first batch. Returns counts, sums, each user's cluster, and which
+    cluster each one was before.
+    """
+    number, is_first = len(counts), sum(counts) == 0
+    counts, sums, origin = list(counts), [np.array(x) for x in sums], list(range(number))
+    if is_first:
+        centroids = far_apart(vectors, number)
+    else:
+        centroids = [s / n if n > 0 else None for s, n in zip(sums, counts, strict=True)]
+        small, large = counts.index(min(counts)), counts.index(max(counts))
+        gaps = [x - centroids[large] for x in vectors if _nearest(x, centroids) == large]
+        farthest = max(gaps, key=_square, default=np.zeros(1))
+        if counts[small] < 0.1 * sum(counts) / number and _square(farthest) > 1e-9:
+            origin[small] = large
+            counts[small] = counts[large] = counts[large] / 2
+            sums[large] = sums[large] / 2
+            centroids[small] = centroids[large] + farthest / 2
+            sums[small] = counts[small] * centroids[small]
+    users = [_nearest(x, centroids) for x in vectors]
+    keep, add = (0, 1) if is_first else (1 - rate, rate)
+    for cluster in range(number):
+        mine = [x for x, user in zip(vectors, users, strict=True) if user == cluster]
+        counts[cluster] = keep * counts[cluster] + add * len(mine)
+        sums[cluster] = keep * sums[cluster] + add * sum(mine, np.zeros(len(vectors[0])))
+    return np.array(counts), np.array(sums), np.array(users), np.array(origin)
+
+
+def cluster_dro_step(omega, estimate, user_losses, users, origin, step_size):
+    """Group DRO over clusters. Loss, new omega, new estimate; an absent cluster keeps its own."""
+    parts = [list(origin).count(k) for k in origin]
+    losses = group_losses(user_losses, users, len(omega))
+    present = [k in users for k in range(len(omega))]
+    estimate = [x if p else estimate[k] for x, p, k in zip(losses, present, origin, strict=True)]
+    moved = [
+        omega[k] / n * np.exp(step_size * x)
+        for k, n, x in zip(origin, parts, estimate, strict=True)
+    ]
+    omega = np.array(moved) / sum(moved)
+    return sum(w * x for w, x in zip(omega, losses, strict=True)), omega, np.array(estimate)
+
+
 # --- Loss and model ---
 
 

@@ -180,13 +180,13 @@ def test_only_what_the_objective_reads_must_be_the_same_to_resume():
         return new | {"objective": new["objective"] | objective}
 
     # Of other objectives, one of which is not registered any more.
-    check_resumable(saved(tilt=(1.0,), radius=(2.0,), count_by="users"), new, "config.json")
+    check_resumable(saved(removed=(1.0,), radius=(2.0,), count_by="users"), new, "config.json")
     later = {key: value for key, value in new["objective"].items() if key != "stream_rate"}
     check_resumable(new | {"objective": later}, new, "config.json")
     with pytest.raises(UserError, match=r"objective.alpha \(\[0.7\] there, \[0.5\] now\)"):
         check_resumable(saved(alpha=(0.7,)), new, "config.json")
-    with pytest.raises(UserError, match="objective.name .'tilted' there, 'cvar' now"):
-        check_resumable(saved(name="tilted"), new, "config.json")
+    with pytest.raises(UserError, match="objective.name .'removed' there, 'cvar' now"):
+        check_resumable(saved(name="removed"), new, "config.json")
 
 
 def test_a_change_keeps_what_follows_from_the_setting():

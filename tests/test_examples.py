@@ -35,50 +35,50 @@ def test_a_loop_of_ones_own_trains_and_judges_by_group():
 
 
 @pytest.fixture
-def term():
-    """TERM, registered as the train command registers it."""
+def qffl():
+    """q-FFL, registered as the train command registers it."""
     load_config(str(EXAMPLES / "own_objective.py"))
     objective = make_objective(
-        "term", membership=np.eye(5, 2, dtype=bool), train_lengths=np.ones(5, np.int32)
+        "qffl", membership=np.eye(5, 2, dtype=bool), train_lengths=np.ones(5, np.int32)
     )
 
-    def loss_fn(losses, tilt):
-        loss, state, logged = objective.apply(losses, objective_groups, (), {"tilt": tilt})
+    def loss_fn(losses, fairness):
+        loss, state, logged = objective.apply(losses, objective_groups, (), {"fairness": fairness})
         return loss, (state, logged)
 
     objective_groups = jnp.eye(5, 2, dtype=bool)
     return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
 
-@pytest.mark.parametrize("tilt", [0.1, 1.0, 5.0])
-def test_terms_loss_and_gradient_follow_its_definition(term, tilt):
-    (loss, (state, logged)), gradient = term(LOSSES.astype(np.float32), jnp.float32(tilt))
+@pytest.mark.parametrize("fairness", [0.1, 1.0, 5.0])
+def test_qffls_loss_and_gradient_follow_its_definition(qffl, fairness):
+    (loss, (state, logged)), gradient = qffl(LOSSES.astype(np.float32), jnp.float32(fairness))
 
     def definition(losses):
-        return np.log(np.mean(np.exp(tilt * losses))) / tilt
+        return np.mean(losses ** (fairness + 1)) / (fairness + 1)
 
-    differences = [
+    differences = np.array([
         (definition(LOSSES + 1e-6 * unit) - definition(LOSSES - 1e-6 * unit)) / 2e-6
         for unit in np.eye(5)
-    ]
+    ])  # fmt: skip
     assert_allclose(loss, definition(LOSSES), rtol=1e-5)
     assert_allclose(gradient, differences, rtol=1e-4, atol=1e-6)
-    assert_allclose(logged["tail_share"], differences[:2], rtol=1e-4, atol=1e-6)
+    shares = differences[:2] / differences.sum()
+    assert_allclose(logged["tail_share"], shares, rtol=1e-4, atol=1e-6)
     assert state == ()
 
 
-def test_term_lies_between_the_mean_and_the_largest_loss(term):
+def test_qffl_without_fairness_is_the_mean(qffl):
     losses = LOSSES.astype(np.float32)
-    assert_allclose(term(losses, jnp.float32(1e-3))[0][0], LOSSES.mean(), rtol=2e-3)
-    assert_allclose(term(losses, jnp.float32(1e3))[0][0], LOSSES.max(), rtol=1e-3)
+    assert_allclose(qffl(losses, jnp.float32(0))[0][0], LOSSES.mean(), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of the train command with the example as its config file."""
-    config, folder = EXAMPLES / "own_objective.py", tmp_path_factory.mktemp("term") / "run"
+    config, folder = EXAMPLES / "own_objective.py", tmp_path_factory.mktemp("qffl") / "run"
     # Shapes as in the script, which then compiles nothing.
-    changes = ["--config.objective.tilt=0.5", "--config.train.epochs=1"]
+    changes = ["--config.objective.fairness=0.5", "--config.train.epochs=1"]
     command = [*train_command(config, folder), *changes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -87,15 +87,15 @@ def trained(tmp_path_factory):
 
 def test_the_train_command_trains_it_by_its_config_file(trained):
     folder, printed = trained
-    assert "TERM (tilt 0.5)" in printed
-    assert workdir.read_summary(folder)["hparams"] == {"tilt": 0.5}
+    assert "q-FFL (fairness 0.5)" in printed
+    assert workdir.read_summary(folder)["hparams"] == {"fairness": 0.5}
 
 
 def test_a_finished_run_is_read_without_its_objective(trained, tmp_path, capsys):
     folder, _ = trained
-    assert "term" not in objectives.METHODS
+    assert "qffl" not in objectives.METHODS
     seqfair.main(["report", str(folder), f"--out={tmp_path / 'report.html'}"])
-    assert "TERM (tilt 0.5)" in capsys.readouterr().out
+    assert "q-FFL (fairness 0.5)" in capsys.readouterr().out
     page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert objectives.TAIL_SHARE.title in page
     seqfair.main(["recommend", f"--workdir={folder}", f"--out={tmp_path / 'recs.csv'}"])
@@ -106,16 +106,16 @@ def test_a_finished_run_prints_its_table_after_another_objective_was_registered(
     folder, summary, _ = finished()
     load_config(str(EXAMPLES / "own_objective.py"))
     config = small()
-    assert config.objective.tilt == (1.0,)
+    assert config.objective.fairness == (1.0,)
     assert run(config, folder) == workdir.jsonable(summary)
     assert capsys.readouterr().out.startswith("synthetic, NDCG@20")
 
 
 def test_a_config_file_imports_the_module_that_registers(tmp_path):
     source = (EXAMPLES / "own_objective.py").read_text()
-    (tmp_path / "imported_term.py").write_text(source)
-    (tmp_path / "mine.py").write_text("from imported_term import get_config\n")
-    assert load_config(str(tmp_path / "mine.py")).objective.name == "term"
+    (tmp_path / "imported_qffl.py").write_text(source)
+    (tmp_path / "mine.py").write_text("from imported_qffl import get_config\n")
+    assert load_config(str(tmp_path / "mine.py")).objective.name == "qffl"
     assert str(tmp_path) not in sys.path
 
 
@@ -125,4 +125,4 @@ def test_it_runs_as_a_script(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "TERM (tilt 1)" in done.stdout
+    assert "q-FFL (fairness 1)" in done.stdout

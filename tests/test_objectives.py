@@ -14,17 +14,20 @@ from seqfair_jax.config import default_config, plan_runs, resolve
 from seqfair_jax.errors import UserError
 from seqfair_jax.objectives import make_objective
 from seqfair_jax.objectives.builtin import BUILT_IN
+from seqfair_jax.objectives.field import FIELD, Threshold
 from seqfair_jax.sweeps import grid
 
 # Five users in three groups, with 1, 2, 3, 4 and 10 training rows: 3, 3 and 14 rows a group.
 GROUPS = np.array([0, 0, 1, 2, 2])
 MEMBERSHIP = np.eye(3, dtype=bool)[GROUPS]
-NINE = tuple(method.name for method in BUILT_IN)
+BUILT_INS = tuple(method.name for method in (*BUILT_IN, *FIELD))
 LENGTHS = np.array([1, 2, 3, 4, 10], np.int32)
-HYPERPARAMS = {
-    key: jnp.float32(value)
-    for key, value in {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.3, "radius": 0.5}.items()
-}
+_DEFAULTS = {key: hparam.default for key, hparam in objectives.hparams().items()}
+_OWN = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.3, "radius": 0.5}
+HYPERPARAMS = {key: jnp.float32(value) for key, value in (_DEFAULTS | _OWN).items()}
+# A vector for each group, so that the clusters of users are the groups.
+VECTORS = np.array([[0.0, 1.0], [2.0, 0.0], [-3.0, -1.0]], np.float32)
+GROUP_STEP = ("gdro", "sdro", "gdro_adjusted", "gdro_clusters")  # normalised weights of groups
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +36,16 @@ def _no_implicit_rank_promotion():
         yield
 
 
-def make(name, **kwargs):
-    return make_objective(name, membership=MEMBERSHIP, train_lengths=LENGTHS, **kwargs)
+def make(name, *, membership=MEMBERSHIP, train_lengths=LENGTHS, **kwargs):
+    objective = make_objective(
+        name, membership=membership, train_lengths=train_lengths, dim=2, **kwargs
+    )
+
+    def apply(losses, membership, state, hparams, mass=None):
+        vectors = (membership[:, :, None] * VECTORS[None]).sum(axis=1).astype(losses.dtype)
+        return objective.apply(losses, membership, state, hparams, mass, vectors)
+
+    return objective._replace(apply=apply) if objective.method.uses_vectors else objective
 
 
 @functools.cache
@@ -83,7 +94,13 @@ def fifty_batches(level):
 
 
 @pytest.mark.parametrize("level", [2.0, 70.0])
-@pytest.mark.parametrize("name", ["erm", "ipw", "ipw_log", "cvar", "chi2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "erm", "ipw", "ipw_log", "cvar", "chi2",
+        "tilted", "tilted_group", "extremile", "esrm", "group_variance",
+    ],
+)  # fmt: skip
 def test_stateless_objective_agrees_with_the_reference(name, level):
     objective = make(name)
     step = jax.jit(objective.apply)
@@ -98,6 +115,16 @@ def test_stateless_objective_agrees_with_the_reference(name, level):
                 expected = reference.cvar_loss(wide, 0.3)
             case "chi2":
                 expected = reference.chi2_weights(wide, 0.5) @ wide
+            case "tilted":
+                expected = reference.tilted_loss(wide, 1.0)
+            case "tilted_group":
+                expected = reference.tilted_group_loss(wide, groups, 3, 1.0)
+            case "extremile":
+                expected = reference.spectral_loss(wide, lambda v: 2 * v)
+            case "esrm":
+                expected = reference.spectral_loss(wide, lambda v: np.exp(v - 1) / (1 - np.exp(-1)))
+            case "group_variance":
+                expected = reference.group_variance_loss(wide, groups, 1.0)
         loss, state, logged = step(losses, np.eye(3, dtype=bool)[groups], (), HYPERPARAMS)
         assert_allclose(loss, expected, rtol=1e-5)
         assert state == ()
@@ -106,7 +133,7 @@ def test_stateless_objective_agrees_with_the_reference(name, level):
 
 
 @pytest.mark.parametrize("level", [2.0, 70.0])
-@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize("name", BUILT_INS)
 def test_a_user_of_mass_k_counts_as_k_users(name, level):
     """With objective.user_loss=sum: a user's targets are as many users with the mean loss."""
     objective = make(name)
@@ -114,7 +141,7 @@ def test_a_user_of_mass_k_counts_as_k_users(name, level):
     state, of_copies = objective.init(), objective.init()
     rng = np.random.default_rng(3)
     for losses, groups in zip(*fifty_batches(level), strict=True):
-        targets = rng.integers(1, 5, len(losses))
+        targets = rng.permutation(np.arange(16) % 4 + 1)  # of one sum, so one program
         member = np.eye(3, dtype=bool)[groups]
         copies = np.repeat(np.arange(len(losses)), targets)
         found, state, logged = step(losses, member, state, HYPERPARAMS, np.float32(targets))
@@ -122,19 +149,32 @@ def test_a_user_of_mass_k_counts_as_k_users(name, level):
             losses[copies], member[copies], of_copies, HYPERPARAMS
         )
         # Group weights are normalised. Other losses are divided by the users of the batch.
-        scale = 1 if name in ("gdro", "sdro") else len(copies) / len(losses)
+        scale = 1 if name in GROUP_STEP else len(copies) / len(losses)
         assert_allclose(found, scale * expected, rtol=1e-5)
         jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-4), state, of_copies)
         assert_allclose(logged["group_loss"], log_of_copies["group_loss"], rtol=1e-5)
         assert_allclose(logged["group_mass"], log_of_copies["group_count"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("cvar", {"alpha": 1.0}), ("chi2", {"radius": 0.0})])
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("cvar", {"alpha": 1.0}),
+        ("chi2", {"radius": 0.0}),
+        ("tilted", {"tilt": 1e-5}),
+        ("tilted_group", {"tilt": 1e-5}),
+        ("cvar_smooth", {"alpha": 1.0, "tail_width": 1e-5}),
+        ("extremile", {"extremile_order": 1.0}),
+        ("esrm", {"risk_aversion": 1e-5}),
+        ("group_variance", {"variance_penalty": 0.0}),
+    ],
+)
 def test_the_limits_of_tails_by_target_are_erm(name, limit):
     losses, mass = fifty_batches(2.0)[0][0], np.linspace(0.2, 1.8, 16, dtype=np.float32)
     member = np.eye(3, dtype=bool)[fifty_batches(2.0)[1][0]]
     values = HYPERPARAMS | {key: jnp.float32(value) for key, value in limit.items()}
-    found = make(name).apply(losses, member, (), values, mass)[0]
+    objective = make(name)
+    found = objective.apply(losses, member, objective.init(), values, mass)[0]
     assert_allclose(found, make("erm").apply(losses, member, (), values, mass)[0], rtol=1e-5)
     assert_allclose(found, (losses * mass).mean(), rtol=1e-5)
 
@@ -425,22 +465,30 @@ def test_log_weights_stay_finite_over_thousands_of_steps(name):
 # Transformations.
 
 
-@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize("name", BUILT_INS)
 def test_gradient_is_the_held_weights_by_finite_differences(name):
     losses = np.array([1.0, 3.0, 5.0, 2.0, 4.0])
+    hparams = HYPERPARAMS | {"threshold_rate": 0.0}  # else the losses move the threshold
     with jax.enable_x64(True):
         objective = make(name)
         state = objective.init()
+        if name == "cvar_smooth":
+            state = Threshold(jnp.array(2.8), jnp.array(True))
         jitted = jax.jit(objective.apply)
-        _, _, logged = jitted(losses, MEMBERSHIP, state, HYPERPARAMS)
+        _, after, logged = jitted(losses, MEMBERSHIP, state, hparams)
+        omega = logged.get("group_weight")
+        if name == "gdro_clusters":  # the clusters are the groups, in another order
+            sums, counts = map(np.asarray, after.clusters[::-1])
+            of_group = (sums[:, None] == counts[:, None, None] * VECTORS[None]).all(axis=2)
+            omega = np.exp(after.groups.log_weights) @ (of_group & (counts[:, None] > 0))
 
         def loss_fn(x):
-            if name not in ("gdro", "sdro"):
-                return float(jitted(x, MEMBERSHIP, state, HYPERPARAMS)[0])
+            if name not in GROUP_STEP:
+                return float(jitted(x, MEMBERSHIP, state, hparams)[0])
             # omega moves with the losses, but is held in the gradient.
-            return np.asarray(logged["group_weight"]) @ reference.group_losses(x, GROUPS, 3)
+            return np.asarray(omega) @ reference.group_losses(x, GROUPS, 3)
 
-        gradient = jax.grad(lambda x: jitted(x, MEMBERSHIP, state, HYPERPARAMS)[0])(losses)
+        gradient = jax.grad(lambda x: jitted(x, MEMBERSHIP, state, hparams)[0])(losses)
         assert gradient.dtype == np.float64
         for user in range(5):
             move = 1e-6 * np.eye(5)[user]
@@ -448,17 +496,23 @@ def test_gradient_is_the_held_weights_by_finite_differences(name):
             assert_allclose(gradient[user], difference, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize("name", BUILT_INS)
 def test_vmapped_runs_equal_single_runs(name):
     objective = make(name)
     rng = np.random.default_rng(3)
     losses = jnp.asarray(rng.gamma(2, 20, (4, 5)), jnp.float32)
     states = jax.vmap(lambda _: objective.init())(jnp.arange(4))
-    grid = {
+    grid = {key: jnp.full(4, value) for key, value in HYPERPARAMS.items()} | {
         "step_size": jnp.array([0.001, 0.01, 0.1, 1.0]),
         "stream_rate": jnp.array([0.1, 0.2, 0.5, 1.0]),
         "alpha": jnp.array([0.1, 0.3, 0.5, 1.0]),
         "radius": jnp.array([0.0, 0.1, 0.5, 3.0]),
+        "tilt": jnp.array([0.01, 0.1, 1.0, 10.0]),
+        "tail_width": jnp.array([0.01, 0.1, 1.0, 10.0]),
+        "extremile_order": jnp.array([1.0, 1.5, 2.0, 7.0]),
+        "risk_aversion": jnp.array([0.01, 1.0, 4.0, 50.0]),
+        "size_adjustment": jnp.array([0.0, 1.0, 5.0, 20.0]),
+        "variance_penalty": jnp.array([0.0, 0.1, 1.0, 10.0]),
     }
     step = jax.value_and_grad(
         lambda x, m, s, h: (lambda out: (out[0], out[1:]))(objective.apply(x, m, s, h)),
@@ -478,7 +532,7 @@ def test_vmapped_runs_equal_single_runs(name):
             )
 
 
-@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize("name", BUILT_INS)
 def test_state_and_log_keep_shape_and_type_and_the_arguments_their_values(name):
     arguments: tuple[Any, ...] = (
         np.array([70.0, 3.0], np.float32),
@@ -489,7 +543,7 @@ def test_state_and_log_keep_shape_and_type_and_the_arguments_their_values(name):
     built_from = (MEMBERSHIP.copy(), LENGTHS.copy(), np.array([3, 1, 2]))
     before = jax.tree.map(np.copy, (arguments, built_from))
     membership, train_lengths, item_counts = built_from
-    objective = make_objective(name, membership=membership, train_lengths=train_lengths)
+    objective = make(name, membership=membership, train_lengths=train_lengths)
     objective.target_weights(item_counts)
     loss, state, logged = objective.apply(*arguments)
     jax.tree.map(assert_array_equal, (arguments, built_from), before)
@@ -498,12 +552,15 @@ def test_state_and_log_keep_shape_and_type_and_the_arguments_their_values(name):
     assert all(value.shape == (3,) for value in logged.values())
 
 
-@pytest.mark.parametrize("name", ["erm", "cb", "cb_log", "cvar", "chi2"])
+@pytest.mark.parametrize(
+    "name",
+    ["erm", "cb", "cb_log", "cvar", "chi2", "tilted", "cvar_smooth", "extremile", "esrm"],
+)
 def test_group_free_objective_needs_no_groups(name):
     objective = make_objective(name, membership=np.ones((5, 0), bool), train_lengths=LENGTHS)
     losses = jnp.array([1.0, 3.0, 5.0, 2.0, 4.0])
-    loss, _, logged = objective.apply(losses, jnp.ones((5, 0), bool), (), HYPERPARAMS)
-    assert loss == apply(name, losses)[0]
+    loss, _, logged = objective.apply(losses, jnp.ones((5, 0), bool), objective.init(), HYPERPARAMS)
+    assert_allclose(loss, apply(name, losses)[0], rtol=1e-6)
     assert all(value.shape == (0,) for value in logged.values())
 
 
@@ -515,7 +572,7 @@ def test_user_in_two_groups_counts_in_both_means_and_once_in_the_loss():
     assert_allclose(logged["tail_share"], [0.5, 1.0, 0])
 
 
-@pytest.mark.parametrize("name", NINE)
+@pytest.mark.parametrize("name", BUILT_INS)
 def test_a_loss_that_is_not_finite_shows(name):
     assert not np.isfinite(apply(name, [1.0, np.nan, 5.0, 2.0, 4.0])[0])
 
@@ -523,7 +580,10 @@ def test_a_loss_that_is_not_finite_shows(name):
 # Errors.
 
 
-@pytest.mark.parametrize("name", ["ipw", "ipw_log", "gdro", "sdro"])
+@pytest.mark.parametrize(
+    "name",
+    ["ipw", "ipw_log", "gdro", "sdro", "tilted_group", "gdro_adjusted", "group_variance"],
+)
 def test_group_objective_without_groups_is_an_error(name):
     assert objectives.METHODS[name].needs_groups
     with pytest.raises(UserError, match=r"needs groups.*objective\.group_family"):
@@ -587,17 +647,19 @@ def test_hyperparameters_in_range_pass_and_a_missing_one_is_an_error():
 
 # Registration.
 
-TILT = objectives.HParam("tilt", 1.0, "The tilt.", objectives.Range(above=0), search=(0.5, 2.0))
+FACTOR = objectives.HParam(
+    "factor", 1.0, "The factor.", objectives.Range(above=0), search=(0.5, 2.0)
+)
 
 
 def make_largest(users):
     def loss(batch, state, hparams):
-        return hparams["tilt"] * batch.losses.max(), state, {}
+        return hparams["factor"] * batch.losses.max(), state, {}
 
     return objectives.Formula(loss)
 
 
-LARGEST = objectives.Method("largest", "Largest", make_largest, (TILT,))
+LARGEST = objectives.Method("largest", "Largest", make_largest, (FACTOR,))
 
 
 def test_one_registration_makes_an_objective_known_everywhere():
@@ -605,19 +667,19 @@ def test_one_registration_makes_an_objective_known_everywhere():
     with pytest.raises(UserError, match="objective.name is 'largest'"):
         make("largest")
     objectives.register(LARGEST)
-    assert apply("largest", [1.0, 4.0, 2.0, 0.0, 3.0], hparams={"tilt": 2.0})[0] == 8
+    assert apply("largest", [1.0, 4.0, 2.0, 0.0, 3.0], hparams={"factor": 2.0})[0] == 8
     config = default_config()
-    assert config.objective.tilt == (1.0,)
-    assert grid.default_sweep().tilt == (0.5, 2.0)
-    config.objective.name, config.objective.tilt = "largest", (1.0, 3.0)
+    assert config.objective.factor == (1.0,)
+    assert grid.default_sweep().factor == (0.5, 2.0)
+    config.objective.name, config.objective.factor = "largest", (1.0, 3.0)
     runs = plan_runs(resolve(config))
     assert [(run.name, run.hparams) for run in runs] == [
-        ("tilt=1,seed=0", {"tilt": 1.0}), ("tilt=3,seed=0", {"tilt": 3.0}),
+        ("factor=1,seed=0", {"factor": 1.0}), ("factor=3,seed=0", {"factor": 3.0}),
     ]  # fmt: skip
-    config.objective.tilt = (0.0,)
-    with pytest.raises(UserError, match=r"objective.tilt is 0.0: give a number above 0"):
+    config.objective.factor = (0.0,)
+    with pytest.raises(UserError, match=r"objective.factor is 0.0: give a number above 0"):
         resolve(config)
-    assert resolve(before).objective.tilt == (1.0,)  # made before the registration
+    assert resolve(before).objective.factor == (1.0,)  # made before the registration
     assert plan_runs(resolve(before))[0].hparams == {}
 
 
@@ -641,13 +703,15 @@ def test_the_same_declaration_may_be_registered_again_and_another_may_not():
 def test_a_shared_hyperparameter_is_the_same_declaration():
     objectives.register(LARGEST)
     objectives.register(LARGEST._replace(name="second"))
-    assert [hparam for hparam in objectives.hparams().values() if hparam.name == "tilt"] == [TILT]
-    other = TILT._replace(default=2.0)
+    assert [hparam for hparam in objectives.hparams().values() if hparam.name == "factor"] == [
+        FACTOR
+    ]
+    other = FACTOR._replace(default=2.0)
     with pytest.raises(UserError, match="'third' declares .*default=2.0.*'largest' declares"):
         objectives.register(LARGEST._replace(name="third", hparams=(other,)))
     with pytest.raises(UserError, match="'third' declares .*count_by.*'ipw' declares"):
         objectives.register(
-            LARGEST._replace(name="third", hparams=(TILT._replace(name="count_by"),))
+            LARGEST._replace(name="third", hparams=(FACTOR._replace(name="count_by"),))
         )
 
 
@@ -655,12 +719,15 @@ def test_a_shared_hyperparameter_is_the_same_declaration():
     ("changes", "message"),
     [
         ({"name": "My objective"}, "the name 'My objective' is not allowed"),
-        ({"hparams": (TILT._replace(name="a.b"),)}, "the name 'a.b' is not allowed"),
-        ({"hparams": (TILT._replace(name="group_family"),)}, "objective.group_family exists"),
-        ({"hparams": (TILT, TILT)}, "objective.tilt exists"),
-        ({"hparams": (TILT._replace(default=0.0),)}, "tilt has the value 0.0 .* a number above 0"),
-        ({"hparams": (TILT._replace(search=(1.0, -1.0)),)}, "tilt has the value -1.0"),
-        ({"hparams": (TILT._replace(help=""),)}, "tilt has no help"),
+        ({"hparams": (FACTOR._replace(name="a.b"),)}, "the name 'a.b' is not allowed"),
+        ({"hparams": (FACTOR._replace(name="group_family"),)}, "objective.group_family exists"),
+        ({"hparams": (FACTOR, FACTOR)}, "objective.factor exists"),
+        (
+            {"hparams": (FACTOR._replace(default=0.0),)},
+            "factor has the value 0.0 .* a number above 0",
+        ),
+        ({"hparams": (FACTOR._replace(search=(1.0, -1.0)),)}, "factor has the value -1.0"),
+        ({"hparams": (FACTOR._replace(help=""),)}, "factor has no help"),
         (
             {"options": (objectives.Option("kind", "c", ("a", "b"), "The kind."),)},
             "the default of kind is 'c': expected one of a, b",
@@ -680,7 +747,7 @@ def test_a_declaration_that_contradicts_itself_is_an_error(changes, message):
 def test_an_objective_that_logs_other_figures_than_declared_is_an_error():
     objectives.register(LARGEST._replace(name="silent", logs=(objectives.TAIL_SHARE,)))
     with pytest.raises(UserError, match=r"'silent' logs \[\], but declares \['tail_share'\]"):
-        apply("silent", [1.0] * 5, hparams={"tilt": 1.0})
+        apply("silent", [1.0] * 5, hparams={"factor": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,9 @@ def test_every_objective_has_a_gradient_through_it():
     for name in objectives.METHODS:
         objective = make_task(name).objective
         loss, weights = jax.value_and_grad(
-            lambda losses, o=objective: o.apply(losses, membership, o.init(), make_hparams())[0]
+            lambda losses, o=objective: o.apply(
+                losses, membership, o.init(), make_hparams(), None, jnp.ones((6, 8))
+            )[0]
         )(losses)
         norm = optax.tree.norm(pull_back(weights))
         assert loss > 0

@@ -8,6 +8,7 @@ import pytest
 import reference
 from numpy.testing import assert_allclose, assert_array_equal
 
+from seqfair_jax import objectives
 from seqfair_jax.model.packing import BLOCK, Sequences
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.objectives import make_objective, user_mass
@@ -70,14 +71,17 @@ def make_task(objective="erm", *, dropout=0.0, **settings):
     lengths = np.array([len(items) for items in make_log()])
     return Task(
         model,
-        make_objective(objective, membership=np.asarray(data.membership), train_lengths=lengths),
+        make_objective(
+            objective, membership=np.asarray(data.membership), train_lengths=lengths, dim=8
+        ),
         make_optimizer(learning_rate=1e-2),
         **settings,
     )
 
 
 def make_hparams(**values):
-    defaults = {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 0.5}
+    defaults = {key: hparam.default for key, hparam in objectives.hparams().items()}
+    defaults |= {"step_size": 0.1, "stream_rate": 0.1, "alpha": 0.5, "radius": 0.5}
     return {k: jnp.float32(v) for k, v in (defaults | values).items()}
 
 
@@ -160,7 +164,7 @@ def test_the_packed_size_changes_nothing():
     assert_allclose(small, large, rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["erm", "gdro", "sdro", "cvar", "chi2"])
+@pytest.mark.parametrize("objective", ["erm", "gdro", "sdro", "cvar", "chi2", "gdro_clusters"])
 def test_a_vmapped_runs_first_step_equals_the_runs_alone(objective):
     task = make_task(objective)
     hparams = [make_hparams(step_size=s, alpha=a) for s, a in [(0.1, 0.3), (0.01, 0.9), (1, 0.5)]]

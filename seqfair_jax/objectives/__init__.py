@@ -2,10 +2,12 @@
 
 A `Method` declares an objective: its name, its hyperparameters with their ranges and defaults, what
 it needs and what it logs. `register` makes it known to settings, sweeps, reports and commands. The
-nine objectives of the package are registered in the same way (`builtin.py`).
+objectives of the package are registered in the same way: the nine of the paper (`builtin.py`), and
+eight others of the literature (`field.py`).
 """
 
 from seqfair_jax.objectives.builtin import BUILT_IN
+from seqfair_jax.objectives.field import FIELD
 from seqfair_jax.objectives.method import (
     GROUP_WEIGHT,
     TAIL_SHARE,
@@ -19,6 +21,7 @@ from seqfair_jax.objectives.method import (
     Option,
     Range,
     Users,
+    group_means,
     group_shares,
     ones,
     per_user,
@@ -58,6 +61,7 @@ __all__ = [
     "check_hparams",
     "default_settings",
     "find",
+    "group_means",
     "group_shares",
     "hparams",
     "make_objective",
@@ -70,5 +74,5 @@ __all__ = [
     "weighted",
 ]
 
-for _method in BUILT_IN:
+for _method in (*BUILT_IN, *FIELD):
     register(_method)

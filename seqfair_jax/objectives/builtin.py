@@ -1,4 +1,4 @@
-"""The nine objectives of the package: how much each user of a batch counts (paper, sections 2.2 to
+"""The nine objectives of the paper: how much each user of a batch counts (paper, sections 2.2 to
 2.3.6).
 
 Every one is a weighted sum of the users' losses, sum_u q_u l_u. The weights q are constants in the
@@ -42,7 +42,7 @@ from seqfair_jax.objectives.method import (
 STEP_SIZE = HParam(
     "step_size",
     0.01,
-    "How fast the group weights of `gdro` and `sdro` move (eta).",
+    "How fast the group weights of `gdro`, `sdro`, `gdro_adjusted` and `gdro_clusters` move (eta).",
     Range(above=0),
     search=(1e-3, 1e-2, 1e-1),
 )
@@ -55,7 +55,7 @@ STREAM_RATE = HParam(
 ALPHA = HParam(
     "alpha",
     0.5,
-    "The share of users that count in `cvar` (alpha).",
+    "The share of users that count in `cvar` and `cvar_smooth` (alpha).",
     Range(above=0, at_most=1),
     search=(0.3, 0.5, 0.8, 0.95),
 )
@@ -140,7 +140,7 @@ def _inverse_propensity(sizes: np.ndarray, *, log: bool):
 
 def _group_dro(batch: Batch, state: GroupState, hparams: HParams):
     """GDRO (section 2.3.5): omega is moved by the batch's own group losses."""
-    return _ascend(batch, state.log_weights, batch.group_losses, hparams)
+    return ascend(batch, state.log_weights, batch.group_losses, hparams)
 
 
 def _streaming_dro(hold: bool):
@@ -152,13 +152,13 @@ def _streaming_dro(hold: bool):
         estimate = (1 - rate) * state.loss_estimate + rate * batch.group_losses
         if hold:
             estimate = jnp.where(batch.group_counts > 0, estimate, state.loss_estimate)
-        return _ascend(batch, state.log_weights, estimate, hparams)
+        return ascend(batch, state.log_weights, estimate, hparams)
 
     return weigh
 
 
-def _init_groups(users: Users) -> Callable[[], GroupState]:
-    num_groups = users.membership.shape[1]
+def init_groups(num_groups: int) -> Callable[[], GroupState]:
+    """The state of Group DRO before the first step: equal weights."""
 
     def init() -> GroupState:
         return GroupState(jnp.full(num_groups, -math.log(num_groups), float), jnp.zeros(num_groups))
@@ -166,9 +166,13 @@ def _init_groups(users: Users) -> Callable[[], GroupState]:
     return init
 
 
-def _ascend(batch: Batch, log_weights: jax.Array, estimate: jax.Array, hparams: HParams):
-    """omega_g <- omega_g exp(eta estimate_g), normalised; then sum_u q_u l_u = sum_g omega_g L_g
-    (equation 5), where L_g is the mean of the group's l_u weighted by m_u."""
+def ascend(batch: Batch, log_weights: jax.Array, estimate: jax.Array, hparams: HParams):
+    """The step of Group DRO: omega_g <- omega_g exp(eta estimate_g), normalised; then
+    sum_u q_u l_u = sum_g omega_g L_g (equation 5), where L_g is the mean of the group's l_u
+    weighted by m_u.
+
+    Returns what `weighted` takes.
+    """
     log_weights = jax.nn.log_softmax(log_weights + hparams["step_size"] * estimate)
     weights = jnp.exp(log_weights)
     shares = weights / jnp.where(batch.group_counts > 0, batch.group_mass, 1)
@@ -253,11 +257,12 @@ def _make_ipw(users: Users, count_by: str, *, log: bool = False) -> Formula:
 
 
 def _make_gdro(users: Users) -> Formula:
-    return Formula(weighted(_group_dro), _init_groups(users))
+    return Formula(weighted(_group_dro), init_groups(users.membership.shape[1]))
 
 
 def _make_sdro(users: Users, absent_groups: str) -> Formula:
-    return Formula(weighted(_streaming_dro(absent_groups == "hold")), _init_groups(users))
+    num_groups = users.membership.shape[1]
+    return Formula(weighted(_streaming_dro(absent_groups == "hold")), init_groups(num_groups))
 
 
 def _make_cvar(users: Users) -> Formula:
