@@ -1,3 +1,4 @@
+import itertools
 import re
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from seqfair_jax import objectives
 from seqfair_jax.config import default_config, parse_arguments, plan_runs, resolve
 from seqfair_jax.config.files import load_config
 from seqfair_jax.errors import UserError
@@ -12,7 +14,7 @@ from seqfair_jax.sweeps import grid, search_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
-SWEEPS = ("paper_ml1m", "paper_rr")
+SWEEPS = ("paper_ml1m", "paper_rr", "field_ml1m", "field_rr")
 SEARCHES = ("backbone_ml1m", "backbone_rr")
 OF_ONE_METHOD = [name for name in NAMES if name not in (*SWEEPS, *SEARCHES)]
 
@@ -77,7 +79,20 @@ def test_every_sweep_is_valid_and_names_its_command(name):
     base, settings = grid.split_sweep(load(name, "scale=small,groups=pop33+seq33"))
     resolve(base)
     assert settings.families == ("pop33", "seq33")
-    assert f"seqfair reproduce --config={name} " in docstring(name)
+    assert re.search(rf"seqfair reproduce --config={name}[ :]", docstring(name))
+
+
+@pytest.mark.parametrize("name", ["field_ml1m", "field_rr"])
+def test_the_sweep_of_all_objectives_trains_each_with_its_values(name):
+    base, sweep = grid.split_sweep(load(name, "scale=small,groups=seq33"))
+    jobs = grid.plan(base, sweep, runs_per_job=50)
+    assert {job.method for job in jobs} == set(objectives.METHODS)
+    for method in objectives.METHODS.values():
+        runs = [run for job in jobs if job.method == method.name for run in plan_runs(job.config)]
+        tried = {tuple(run.hparams.values()) for run in runs}
+        values = [hparam.search or (hparam.default,) for hparam in method.hparams]
+        assert tried == set(itertools.product(*values))
+        assert len(runs) == len(tried)  # with one seed
 
 
 @pytest.mark.parametrize("name", SEARCHES)

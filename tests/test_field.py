@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import reference
 from numpy.testing import assert_allclose, assert_array_equal
+from runs import rows_of, small
 
 from seqfair_jax import objectives
 from seqfair_jax.errors import UserError
 from seqfair_jax.objectives import clusters, field, make_objective
+from seqfair_jax.run import run
 
 SIZES = np.array([3, 40, 7])  # users of the groups
 MEMBERSHIP = np.eye(3, dtype=bool)[np.repeat(np.arange(3), SIZES)]
@@ -312,6 +314,15 @@ def test_group_dro_over_clusters_agrees_with_the_reference(number):
         assert_allclose(weights, q, rtol=1e-3)
         shares = weights @ np.eye(3)[groups] / weights.sum()
         assert_allclose(logged["tail_share"], shares, rtol=1e-5)
+
+
+def test_a_run_over_clusters_resumes_to_the_same_model(finished, tmp_path):
+    whole = finished("gdro_clusters")
+    run(small("gdro_clusters", **{"train.epochs": 1}), tmp_path)
+    assert run(small("gdro_clusters"), tmp_path)["test"] == whole.summary["test"]
+    assert rows_of(tmp_path) == rows_of(whole.folder)
+    keys = set().union(*rows_of(tmp_path))
+    assert {f"train/tail_share/{group}" for group in ("niche", "diverse", "popular")} <= keys
 
 
 def test_the_vectors_carry_no_gradient():

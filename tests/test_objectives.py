@@ -659,7 +659,7 @@ def make_largest(users):
     return objectives.Formula(loss)
 
 
-LARGEST = objectives.Method("largest", "Largest", make_largest, (FACTOR,))
+LARGEST = objectives.Method("largest", "Largest", make_largest, (FACTOR,), uses_mass=True)
 
 
 def test_one_registration_makes_an_objective_known_everywhere():

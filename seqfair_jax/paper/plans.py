@@ -1,10 +1,13 @@
-"""The paper's experiments on a data set: the sweep over methods, and the search for the model."""
+"""The experiments on a data set: the paper's sweep over methods, one over all objectives of the
+package, and the search for the model."""
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from seqfair_jax.data.groups import PRODUCT, UNION
+from seqfair_jax.objectives.builtin import BUILT_IN
+from seqfair_jax.objectives.field import FIELD
 from seqfair_jax.paper.settings import at_paper_size
 from seqfair_jax.sweeps.grid import default_sweep
 from seqfair_jax.sweeps.search_plan import add_space, empty_search
@@ -43,6 +46,24 @@ def sweep(data_set: DataSet, arg: str | None) -> ConfigDict:
     config.sweep.choice_seeds = 1
     if len(config.groups) > 1:
         config.sweep.intersections = tuple(sign.join(config.groups) for sign in (PRODUCT, UNION))
+    return config
+
+
+def field(data_set: DataSet, arg: str | None) -> ConfigDict:
+    """All objectives of the package on a data set, for `seqfair reproduce`.
+
+    Each tries the values that it declares (`HParam.search`), and group methods train on each family
+    of `groups`. `scale=small` chooses the values with one seed, and trains the chosen ones with
+    three.
+    """
+    config = data_set("erm", arg)
+    config.sweep = default_sweep()
+    config.sweep.methods = tuple(method.name for method in (*BUILT_IN, *FIELD))
+    config.sweep.families = config.groups
+    if not at_paper_size(arg):
+        config.seeds = (0, 1, 2)
+        config.sweep.choice_seeds = 1
+        config.sweep.runs_per_job = 1
     return config
 
 
