@@ -1,4 +1,4 @@
-"""`seqfair reproduce`: every objective of the package on MovieLens-1M.
+"""`seqfair reproduce`: all objectives on MovieLens-1M.
 
 The paper's methods and those of the literature beyond it, each with all values that it declares.
 

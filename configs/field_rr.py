@@ -1,4 +1,4 @@
-"""`seqfair reproduce`: every objective of the package on Retailrocket.
+"""`seqfair reproduce`: all objectives on Retailrocket.
 
 The paper's methods and those of the literature beyond it, each with all values that it declares.
 
