@@ -217,18 +217,19 @@ def clusters_step(counts, sums, vectors, rate):
     return np.array(counts), np.array(sums), np.array(users), np.array(origin)
 
 
-def cluster_dro_step(omega, estimate, user_losses, users, origin, step_size):
-    """Group DRO over clusters. Loss, new omega, new estimate; an absent cluster keeps its own."""
-    parts = [list(origin).count(k) for k in origin]
+def cluster_dro_step(omega, user_losses, users, origin, step_size):
+    """Group DRO over clusters. Loss, new omega, and the weight of each cluster of the batch."""
+    omega = [omega[k] / list(origin).count(k) for k in origin]
     losses = group_losses(user_losses, users, len(omega))
-    present = [k in users for k in range(len(omega))]
-    estimate = [x if p else estimate[k] for x, p, k in zip(losses, present, origin, strict=True)]
+    here = [k for k in range(len(omega)) if k in users]
+    mean = sum(omega[k] * losses[k] for k in here) / sum(omega[k] for k in here)
     moved = [
-        omega[k] / n * np.exp(step_size * x)
-        for k, n, x in zip(origin, parts, estimate, strict=True)
+        w * np.exp(step_size * (losses[k] if k in here else mean)) for k, w in enumerate(omega)
     ]
     omega = np.array(moved) / sum(moved)
-    return sum(w * x for w, x in zip(omega, losses, strict=True)), omega, np.array(estimate)
+    shares = np.array([w if k in here else 0 for k, w in enumerate(omega)])
+    shares = shares / sum(shares)
+    return sum(w * x for w, x in zip(shares, losses, strict=True)), omega, shares
 
 
 # --- Loss and model ---

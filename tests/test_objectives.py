@@ -480,7 +480,8 @@ def test_gradient_is_the_held_weights_by_finite_differences(name):
         if name == "gdro_clusters":  # the clusters are the groups, in another order
             sums, counts = map(np.asarray, after.clusters[::-1])
             of_group = (sums[:, None] == counts[:, None, None] * VECTORS[None]).all(axis=2)
-            omega = np.exp(after.groups.log_weights) @ (of_group & (counts[:, None] > 0))
+            omega = np.exp(after.log_weights) @ (of_group & (counts[:, None] > 0))
+            omega /= omega.sum()
 
         def loss_fn(x):
             if name not in GROUP_STEP:

@@ -82,7 +82,7 @@ CLUSTERS = Option(
 )
 CLUSTER_RATE = HParam(
     "cluster_rate",
-    0.02,
+    0.1,
     "How fast the clusters of `gdro_clusters` follow the users' vectors.",
     Range(above=0, at_most=1),
 )
@@ -294,28 +294,39 @@ class ClusterState(NamedTuple):
     """The state of Group DRO over clusters."""
 
     clusters: kmeans.Clusters
-    groups: GroupState  # of the clusters, [K]
+    log_weights: jax.Array  # f[K], log omega
 
 
 def _cluster_dro(batch: Batch, state: ClusterState, hparams: HParams):
     """Group DRO whose groups are clusters of the users' vectors (`clusters.update`).
 
-    The vectors are the means of the users' hidden states, and constants in the gradient. omega is
-    moved by the batch's losses of the clusters, and by the last known one for a cluster that the
-    batch lacks. The two parts of a cluster that was split have half of its omega each.
+    The vectors are the means of the users' hidden states, and constants in the gradient. The batch
+    has the clusters A, with the mean losses L_k:
+
+        omega_k <- omega_k exp(eta L_k) for k in A, omega_k exp(eta L) for others, normalised
+        loss = sum_{k in A} omega_k L_k / sum_{k in A} omega_k
+
+    L is the mean of the L_k weighted by omega. So a cluster that the batch lacks neither gains nor
+    loses weight by it, and the weights of the batch's users add up to 1. The two parts of a cluster
+    that was split have half of its omega each.
     """
-    vectors, rate = jnp.asarray(batch.vectors), hparams["cluster_rate"]
-    found = kmeans.update(state.clusters, vectors, batch.mass, rate)
-    parts = (found.origin[:, None] == found.origin[None, :]).sum(axis=1)
-    log_weights = state.groups.log_weights[found.origin] - jnp.log(parts)
-    means, counts, masses = group_means(batch.losses, found.membership, batch.mass)
-    own = batch._replace(
-        membership=found.membership, group_losses=means, group_counts=counts, group_mass=masses
+    found = kmeans.update(
+        state.clusters, jnp.asarray(batch.vectors), batch.mass, hparams["cluster_rate"]
     )
-    estimate = jnp.where(counts > 0, means, state.groups.loss_estimate[found.origin])
-    weights, groups, _ = ascend(own, log_weights, estimate, hparams)
+    means, counts, masses = group_means(batch.losses, found.membership, batch.mass)
+    is_here = counts > 0
+
+    def shares(log_weights: jax.Array) -> jax.Array:
+        return jax.nn.softmax(jnp.where(is_here, log_weights, -jnp.inf))
+
+    parts = (found.origin[:, None] == found.origin[None, :]).sum(axis=1)
+    log_weights = state.log_weights[found.origin] - jnp.log(parts)
+    moves = jnp.where(is_here, means, (shares(log_weights) * means).sum())
+    log_weights = jax.nn.log_softmax(log_weights + hparams["step_size"] * moves)
+    of_users = shares(log_weights) / jnp.where(is_here, masses, 1)
+    weights = per_user(of_users, found.membership) * batch.mass
     logs = {TAIL_SHARE.key: group_shares(batch, weights)}
-    return weights, ClusterState(found.clusters, groups), logs
+    return weights, ClusterState(found.clusters, log_weights), logs
 
 
 def _group_variance(batch: Batch, state: State, hparams: HParams):
@@ -374,7 +385,7 @@ def _make_gdro_clusters(users: Users, clusters: str) -> Formula:
     number = int(clusters)
 
     def init() -> ClusterState:
-        return ClusterState(kmeans.empty(number, users.dim), init_groups(number)())
+        return ClusterState(kmeans.empty(number, users.dim), init_groups(number)().log_weights)
 
     return Formula(weighted(_cluster_dro), init)
 
