@@ -30,6 +30,7 @@ from seqfair_jax.cli import log_to_stderr
 from seqfair_jax.config import default_config, flatten, resolve
 from seqfair_jax.config.change import change
 from seqfair_jax.config.files import load_config
+from seqfair_jax.data.files import MEMBERS
 from seqfair_jax.data.groups import read_group_table
 from seqfair_jax.data.readers import Rows, needed_columns
 from seqfair_jax.data.tables import stored_tables, table_in_memory
@@ -429,7 +430,7 @@ def _settings(
     if both:
         raise UserError(f"{both[0]} is given twice: by an argument of fit and in settings")
     if log is not None:
-        is_public = _is_path(log) and chosen.data.name in ("retailrocket", "ml1m")
+        is_public = _is_path(log) and chosen.data.name in MEMBERS
         change(chosen, {} if is_public else {"data.name": "csv"})
     change(chosen, {key: value for key, value in named.items() if value is not None})
     change(chosen, settings)

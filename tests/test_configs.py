@@ -30,7 +30,7 @@ def docstring(name):
 def test_there_is_a_config_for_each_method_and_data_set():
     methods = ("erm", "cb", "cb_log", "ipw", "ipw_log", "gdro", "sdro", "cvar")
     expected = {f"{data}_{method}" for data in ("rr", "ml1m") for method in methods}
-    assert set(OF_ONE_METHOD) == expected | {"demo", "own_log"}
+    assert set(OF_ONE_METHOD) == expected | {"demo", "ml100k", "own_log"}
 
 
 @pytest.mark.parametrize("name", NAMES)

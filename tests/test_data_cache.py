@@ -295,6 +295,17 @@ def test_hashes_of_the_sources(tmp_path):
         source_hashes(config)
 
 
+def test_the_hash_of_the_users_of_movielens_100k(tmp_path):
+    for name in ("u.data", "u.user"):
+        (tmp_path / name).write_text(name)
+    config = settings(name="ml100k", path=str(tmp_path))
+    digests = {key: hashlib.sha256(name.encode()).hexdigest()
+               for key, name in (("log", "u.data"), ("group_file", "u.user"))}  # fmt: skip
+    assert source_hashes(config) == digests
+    (tmp_path / "u.user").unlink()
+    assert source_hashes(config) == {"log": digests["log"]}
+
+
 def test_the_synthetic_log_is_a_function_of_its_seed():
     one, two = load_dataset(settings(name="synthetic")), load_dataset(settings(name="synthetic"))
     assert one.log_hash == two.log_hash

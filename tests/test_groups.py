@@ -1,5 +1,7 @@
+import gzip
 import itertools
 import logging
+import zipfile
 from fractions import Fraction
 
 import numpy as np
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import reference
+from ml_collections import ConfigDict
 from test_split import log, split
 
 from seqfair_jax.data import groups
@@ -18,6 +21,7 @@ from seqfair_jax.data.groups import (
     cut_by_rows,
     decode_name,
     encode_name,
+    own_groups,
     popular_rows,
     read_group_table,
     require_partition,
@@ -443,6 +447,52 @@ def test_several_numbers_of_a_user():
         build_family(dataset, "age:2", group_table=twice)
 
 
+U_USER = "1|24|M|technician|85711\n2|53|F|other|94043\n"  # of MovieLens-100K
+
+
+def data_part(path, **changes):
+    columns = {"user_id": ""}
+    settings = {"name": "ml100k", "path": str(path), "columns": columns, "group_file": None}
+    return ConfigDict(settings | changes)
+
+
+@pytest.mark.parametrize("form", ["publisher", "zip", "recbole"])
+def test_the_users_of_movielens_100k_are_beside_its_log(tmp_path, form):
+    if form == "publisher":
+        files = {"u.data": b"", "u.user": U_USER.encode()}
+    elif form == "zip":
+        with zipfile.ZipFile(tmp_path / "ml-100k.zip", "w") as archive:
+            archive.writestr("ml-100k/u.data", "")
+            archive.writestr("ml-100k/u.user", U_USER)
+        files = {}
+    else:
+        header = "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token\n"
+        text = header + U_USER.replace("|", "\t")
+        files = {"ml-100k.inter.gz": b"", "ml-100k.user.gz": gzip.compress(text.encode())}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    found = own_groups(data_part(tmp_path))
+    expected = [("1", "24", "M", "technician"), ("2", "53", "F", "other")]
+    rows = [(user, family, group) for family, at in (("age", 1), ("gender", 2), ("occupation", 3))
+            for user, group in ((row[0], row[at]) for row in expected)]  # fmt: skip
+    pd.testing.assert_frame_equal(found, table(*rows))
+    log_file = next(path for path in tmp_path.iterdir() if "user" not in path.name)
+    pd.testing.assert_frame_equal(own_groups(data_part(log_file)), found)
+
+
+def test_a_group_file_comes_before_the_users_of_movielens_100k(tmp_path):
+    (tmp_path / "u.data").write_text("")
+    assert own_groups(data_part(tmp_path)) is None  # without u.user
+    (tmp_path / "u.user").write_text(U_USER)
+    (tmp_path / "own.csv").write_text("user_id,tier\n1,a\n")
+    found = own_groups(data_part(tmp_path, group_file=str(tmp_path / "own.csv")))
+    pd.testing.assert_frame_equal(found, table(("1", "tier", "a")))
+    assert own_groups(data_part(tmp_path, name="csv")) is None
+    (tmp_path / "u.user").write_text("1|24|M\n")
+    with pytest.raises(UserError, match=r"u\.user cannot be read.*Expected 5 columns, got 3"):
+        own_groups(data_part(tmp_path))
+
+
 def test_movielens_users_of_recbole(real_data):
     own = read_group_table(str(real_data / "ml-100k" / "ml-100k.user.gz"))
     log_of_all = read_log("csv", [real_data / "ml-100k" / "ml-100k.inter.gz"], {})
@@ -459,6 +509,9 @@ def test_movielens_users_of_recbole(real_data):
     assert age.groups == ("7-25", "26-31", "32-43", "44-73")
     assert age.membership.sum(axis=1).tolist() == [1] * 943
     assert set(own["family"]) == {"age", "gender", "occupation", "zip_code"}
+    named = own_groups(data_part(real_data / "ml-100k"))
+    expected = own[own["family"] != "zip_code"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(named, expected)
 
 
 # --- Names ---

@@ -5,6 +5,7 @@ import logging
 import lzma
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ COLUMNS = {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"}
 HEADER = "user_id,item_id,timestamp\n"
 LOG = pd.DataFrame({"user_id": [1, 1, 2], "item_id": [10, 11, 10], "timestamp": [1, 2, 3]})
 RATINGS = "1::7::5::100\n2::8::4::200\n"
+U_DATA = "196\t242\t3\t881250949\n186\t302\t4\t891717742\n"  # of MovieLens-100K
 # The layout of Retailrocket's publisher: a transaction number in rows of transactions alone.
 EVENTS = """timestamp,visitorid,event,itemid,transactionid
 1433221332117,257597,view,355908,
@@ -131,6 +133,21 @@ def test_movielens_reads_its_separator(tmp_path):
     assert found.to_numpy().tolist() == [[1, 7, 100], [2, 8, 200]]
     with pytest.raises(UserError, match=r"ratings\.dat.*Row #3.*UserID::MovieID::Rating::Time"):
         read(tmp_path / "ratings.dat", RATINGS + "3::9\n", "ml1m")
+
+
+def test_movielens_100k_as_its_publisher_ships_it_and_of_recbole(tmp_path, caplog):
+    found = read(tmp_path / "u.data", U_DATA, "ml100k")
+    assert found.to_numpy().tolist() == [[196, 242, 881250949], [186, 302, 891717742]]
+    publisher = zipped({"ml-100k/u1.base": "x", "ml-100k/u.data": U_DATA, "ml-100k/u.user": "y"})
+    pd.testing.assert_frame_equal(read(tmp_path / "ml-100k.zip", publisher, "ml100k"), found)
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    recbole = gzip.compress((header + U_DATA).encode())
+    pd.testing.assert_frame_equal(read(tmp_path / "ml-100k.inter.gz", recbole, "ml100k"), found)
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"u\.data.*Row #3: Expected 4 columns, got 3"):
+        read(tmp_path / "u.data", U_DATA + "1\t2\t3\n", "ml100k")
+    liked = read_log("ml100k", [tmp_path / "ml-100k.zip"], {}, Rows(min_rating=4))
+    assert liked.frame()["item_id"].tolist() == [302]
 
 
 @pytest.mark.parametrize(
@@ -472,11 +489,46 @@ def test_files_are_found_in_a_folder(tmp_path, monkeypatch):
         assert locate("retailrocket", str(tmp_path)) == [tmp_path / name]
     (tmp_path / "ml-1m.zip").write_bytes(b"")
     assert locate("ml1m", str(tmp_path)) == [tmp_path / "ml-1m.zip"]
+    for name in ("ml-100k.inter.gz", "ml-100k.zip", "u.data"):  # the last is its publisher's
+        (tmp_path / name).write_text(U_DATA)
+        assert locate("ml100k", str(tmp_path)) == [tmp_path / name]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate("csv", "~/events.csv") == [tmp_path / "events.csv"]
 
 
-def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "file"), [("ml1m", "ml-1m"), ("ml100k", "ml-100k")])
+def test_the_movielens_logs_are_downloaded_once(tmp_path, monkeypatch, name, file):
+    import pooch
+
+    def retrieve(url, *, known_hash, fname, path, progressbar):
+        asked.append((url, known_hash.partition(":")[0]))
+        path.mkdir(parents=True)
+        (path / fname).write_bytes(b"")
+
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    for _ in range(2):
+        assert locate(name, None) == [files.THIRD_PARTY / file / f"{file}.zip"]
+    url = f"https://files.grouplens.org/datasets/movielens/{file}.zip"
+    assert asked == [(url, {"ml1m": "md5", "ml100k": "sha256"}[name])]
+
+
+def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
+    import pooch
+
+    def download(url, output_file, pooch):
+        Path(output_file).write_bytes(b"another file")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pooch.core, "choose_downloader", lambda *args, **kwargs: download)
+    with pytest.raises(UserError, match=r"ml-100k\.zip could not be downloaded.*hash"):
+        locate("ml100k", None)
+    assert not list(tmp_path.rglob("ml-100k.zip"))
+
+
+@pytest.mark.parametrize("name", ["ml1m", "ml100k"])
+def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch, name):
     import pooch
 
     def fail(*args, **kwargs):
@@ -485,4 +537,4 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pooch, "retrieve", fail)
     with pytest.raises(UserError, match=r"no network.*fetch it by hand"):
-        locate("ml1m", None)
+        locate(name, None)

@@ -21,6 +21,7 @@ from seqfair_jax.data.groups import (
     encode_name,
     is_product,
     is_union,
+    own_groups,
     read_group_table,
     unused_families,
 )
@@ -102,7 +103,7 @@ def from_config(config: ConfigDict, choice: Choice) -> Source:
         UserError: as `load_dataset`, or if there is no such family.
     """
     config = _chosen(config, choice)
-    table = read_group_table(config.data.group_file, config.data.columns.user_id)
+    table = own_groups(config.data)
     if table is not None and choice.group_file is not None and choice.groups is None:
         config.groups = tuple(all_families(table))
     config = resolve(config)

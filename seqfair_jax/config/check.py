@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from seqfair_jax import objectives
 from seqfair_jax.config.keys import default_config, settings
 from seqfair_jax.config.runs import plan_runs
+from seqfair_jax.data.files import MEMBERS
 from seqfair_jax.data.times import parse_bound
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation.metrics import parse_metric
@@ -100,7 +101,7 @@ def _check_data(data: ConfigDict) -> None:
     for key in ("path", "valid_path", "test_path", "group_file"):
         if data[key] == "":
             raise UserError(f"data.{key} is empty: give a path, or leave it out")
-    if data.name in ("retailrocket", "ml1m"):
+    if data.name in MEMBERS:
         fixed = [f"columns.{key}" for key in data.columns if data.columns[key]]
         fixed += ["delimiter"] * bool(data.delimiter)
         if fixed:

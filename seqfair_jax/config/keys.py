@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from seqfair_jax import objectives
 from seqfair_jax.data import synthetic
+from seqfair_jax.data.files import MEMBERS
 from seqfair_jax.data.groups import MISSING_GROUP
 from seqfair_jax.data.split import SPLITS, TARGETS
 from seqfair_jax.data.times import is_time_format
@@ -15,7 +16,7 @@ from seqfair_jax.model.sasrec import MAX_DROPOUT, PRECISIONS
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS
 from seqfair_jax.settings import Check, Setting, above, between, build, number, whole
 
-DATA_NAMES = ("retailrocket", "ml1m", "csv", "synthetic")
+DATA_NAMES = (*MEMBERS, "csv", "synthetic")
 UNEQUAL_NUMBERS = Check(
     "unequal numbers",
     lambda values: (

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqfair_jax.data.files import hash_files, locate, require_file
+from seqfair_jax.data.files import hash_files, locate, locate_users, require_file
 from seqfair_jax.data.log import Log
 from seqfair_jax.data.readers import Rows, join_logs, log_from_table, read_log
 from seqfair_jax.data.split import Dataset, Targets, by_part, by_time, k_core, leave_one_out
@@ -114,6 +114,8 @@ def source_hashes(config_data: ConfigDict) -> dict[str, str]:
         group_file = user_path(config_data.group_file)
         require_file(group_file, f"data.group_file={config_data.group_file}")
         hashes["group_file"] = hash_files([group_file])
+    elif users := locate_users(config_data.name, config_data.path):
+        hashes["group_file"] = hash_files([users])
     return hashes
 
 

@@ -25,15 +25,23 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.workdir import sha256, user_path
 
 THIRD_PARTY = Path("third_party_data")
-MEMBERS = {"retailrocket": "events.csv", "ml1m": "ratings.dat"}  # the file of a public data set
+# The files of public data sets: of the log, and of the users' attributes.
+MEMBERS = {"retailrocket": "events.csv", "ml1m": "ratings.dat", "ml100k": "u.data"}
+USERS = {"ml100k": "u.user"}
 # A quarter of the machine's memory: parsing needs some more beside the content.
 MAX_UNPACKED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 SHOW_PROGRESS = 50 * 2**20  # bytes of a file whose reading shows a bar
 PARQUET = (b"PAR1", b"PARE")
 CHUNK = 2**20  # bytes of `Stream.head`
 
-_ML1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
-_ML1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
+_MOVIELENS = "https://files.grouplens.org/datasets/movielens/"
+_FOLDERS = {"ml1m": "ml-1m", "ml100k": "ml-100k"}  # of others: the name
+_HASHES = {  # of what is downloaded: FOLDER.zip
+    "ml1m": "md5:c4d9eecfca2ab87c1945afe126590906",
+    "ml100k": "sha256:50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+}
+# What others call copies of these files, without the endings of archives.
+_COPIES = {"u.data": "ml-100k.inter", "u.user": "ml-100k.user"}
 _SUFFIXES = ("", ".gz", ".zip", ".bz2", ".xz", ".zst")
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _OPENERS: dict[bytes, Any] = {
@@ -77,7 +85,7 @@ def locate(name: str, path: str | None, setting: str = "data.path") -> list[Path
         path: a file. For `csv` also a folder of parts or a pattern such as 'logs/2024-*.csv.gz';
             parts are sorted by name, and names that start with `.` or `_` are skipped. For a
             public data set also the folder that holds the file; None looks in `third_party_data/`,
-            where MovieLens-1M is downloaded to if it is absent.
+            where the MovieLens data sets are downloaded to if they are absent.
         setting: that has the path, for messages.
 
     Raises:
@@ -88,24 +96,45 @@ def locate(name: str, path: str | None, setting: str = "data.path") -> list[Path
             raise UserError(f"{setting} is not set: name the file or the folder with your log")
         return _parts(path, setting)
     if path is None:
-        folder = THIRD_PARTY / {"ml1m": "ml-1m"}.get(name, name)
-        if name == "ml1m" and not _candidates(folder, MEMBERS[name]):
-            return [_download_ml1m()]
+        folder = THIRD_PARTY / _FOLDERS.get(name, name)
+        if name in _HASHES and not _candidates(folder, name, MEMBERS[name]):
+            return [_download(name)]
     else:
         folder = user_path(path)
     with reading(folder):
         if folder.is_file():
             return [folder]
-        found = _candidates(folder, MEMBERS[name])
+        found = _candidates(folder, name, MEMBERS[name])
     if found:
         return found[:1]
-    advice = {
-        "retailrocket": "download it (a free login is needed) from "
-        "https://www.kaggle.com/datasets/retailrocket/ecommerce-dataset and put events.csv into "
-        "third_party_data/retailrocket/, or set data.path",
-        "ml1m": f"leave data.path unset to download it, or unpack {_ML1M_URL} there",
-    }[name]
+    if name in _HASHES:
+        advice = f"leave data.path unset to download it, or unpack {_url(name)} there"
+    else:
+        advice = (
+            "download it (a free login is needed) from "
+            "https://www.kaggle.com/datasets/retailrocket/ecommerce-dataset and put events.csv "
+            "into third_party_data/retailrocket/, or set data.path"
+        )
     raise UserError(f"no {MEMBERS[name]} (.gz, .zip) at {folder}: {advice}")
+
+
+def locate_users(name: str, path: str | None) -> Path | None:
+    """The file with the attributes of a public data set's users, which is beside its log.
+
+    Args:
+        name, path: see `locate`.
+
+    Returns:
+        The file; None if the data set has no such file, or it is not there.
+
+    Raises:
+        UserError: as `locate`.
+    """
+    if name not in USERS:
+        return None
+    folder = locate(name, path)[0].parent
+    with reading(folder):
+        return next(iter(_candidates(folder, name, USERS[name])), None)
 
 
 def _parts(path: str, setting: str) -> list[Path]:
@@ -171,34 +200,43 @@ def hash_files(paths: list[Path]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _candidates(folder: Path, name: str) -> list[Path]:
-    """The files in a folder that may hold the log, by their names in any case, plain ones first."""
-    names = [name + suffix for suffix in _SUFFIXES] + [f"{Path(name).stem}.zip"]
-    if name == MEMBERS["ml1m"]:
-        names.append("ml-1m.zip")
+def _candidates(folder: Path, name: str, member: str) -> list[Path]:
+    """The files in a folder that may hold a data set's file, plain ones first, names in any case.
+
+    Args:
+        folder: may be absent.
+        name: of the data set.
+        member: what its publisher calls the file.
+    """
+    names = [member + suffix for suffix in _SUFFIXES] + [f"{Path(member).stem}.zip"]
+    if name in _HASHES:
+        names.append(f"{_FOLDERS[name]}.zip")
+    if member in _COPIES:
+        names += [_COPIES[member] + suffix for suffix in _SUFFIXES]
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     found = [path for path in files if path.name.lower() in names and path.is_file()]
     return sorted(found, key=lambda path: names.index(path.name.lower()))
 
 
-def _download_ml1m() -> Path:
+def _url(name: str) -> str:
+    return f"{_MOVIELENS}{_FOLDERS[name]}.zip"
+
+
+def _download(name: str) -> Path:
+    """Download a MovieLens data set from its publisher, and check its hash."""
     import pooch
 
-    folder = THIRD_PARTY / "ml-1m"
+    folder, file = THIRD_PARTY / _FOLDERS[name], f"{_FOLDERS[name]}.zip"
     try:
         pooch.retrieve(
-            _ML1M_URL,
-            known_hash=f"md5:{_ML1M_MD5}",
-            fname="ml-1m.zip",
-            path=folder,
-            progressbar=True,
+            _url(name), known_hash=_HASHES[name], fname=file, path=folder, progressbar=True
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"MovieLens-1M could not be downloaded from {_ML1M_URL} ({error}); fetch it by hand "
-            f"and put it into {folder}, or set data.path"
+            f"{file} could not be downloaded from {_url(name)} ({error}); fetch it by hand and "
+            f"put it into {folder}, or set data.path"
         ) from error
-    return folder / "ml-1m.zip"
+    return folder / file
 
 
 # Their bytes.
@@ -310,6 +348,16 @@ def _is_litter(info: zipfile.ZipInfo) -> bool:
     """Whether a member is a folder or what macOS adds."""
     name = PurePosixPath(info.filename)
     return info.is_dir() or "__MACOSX" in name.parts or name.name == ".DS_Store"
+
+
+def is_recbole(path: Path, member: str) -> bool:
+    """Whether a file's first line is the header of a RecBole file, `user_id:token` and others.
+
+    Args:
+        path, member: see `open_file`.
+    """
+    with open_file(path, member) as stream:
+        return bytes(stream.head).removeprefix(b"\xef\xbb\xbf").startswith(b"user_id:token")
 
 
 @contextlib.contextmanager

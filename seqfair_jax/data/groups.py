@@ -20,19 +20,22 @@ import json
 import logging
 import re
 import urllib.parse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from ml_collections import ConfigDict
 
-from seqfair_jax.data.files import require_file
+from seqfair_jax.data.files import USERS, is_recbole, locate_users, require_file
 from seqfair_jax.data.ids import encode_ids, missing, require_values
 from seqfair_jax.data.readers import find_column
 from seqfair_jax.data.split import Dataset, training_blocks
-from seqfair_jax.data.tables import fold, pick, read_table
+from seqfair_jax.data.tables import Choose, fold, pick, read_table
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.workdir import user_path
 
@@ -53,6 +56,9 @@ RESERVED_NAMES = (
     "overall", "epoch", "step", "name", "seed",
 )  # fmt: skip
 _LONG = ("user_id", "family", "group")  # columns of a file with a row for each membership
+# MovieLens-100K's u.user, which has no header. The zip code is no group.
+_ATTRIBUTES = ("age", "gender", "occupation")
+_ML100K_HEADER = ("user_id", *_ATTRIBUTES, "zip_code")
 MISSING_GROUP = ("unknown", "leave_out")
 UNKNOWN = MISSING_GROUP[0]
 _LOG = logging.getLogger("seqfair_jax")
@@ -144,6 +150,29 @@ class GroupFamily:
         return pd.Series(names[places], dtype=object)
 
 
+def own_groups(data: ConfigDict) -> pd.DataFrame | None:
+    """The users' own groups of a log, as `read_group_table` returns them; None if it has none.
+
+    They are those of `data.group_file`. Where that is not set, MovieLens-100K has its users' age,
+    gender and occupation, from u.user or RecBole's ml-100k.user beside the log.
+
+    Args:
+        data: a config's `data` part.
+
+    Raises:
+        UserError: as `read_group_table`.
+    """
+    if data.group_file is not None:
+        return read_group_table(data.group_file, data.columns.user_id)
+    path = locate_users(data.name, data.path)
+    if path is None:
+        return None
+    options: dict[str, Any] = {"member": USERS[data.name]}
+    if not is_recbole(path, options["member"]):
+        options |= {"header": _ML100K_HEADER, "delimiter": "|"}
+    return _group_table(path, _choose_attributes, options)
+
+
 def read_group_table(path: str | None, user_column: str = "") -> pd.DataFrame | None:
     """The users' own groups: columns user_id, family, group, a row for each membership; all text.
 
@@ -168,7 +197,12 @@ def read_group_table(path: str | None, user_column: str = "") -> pd.DataFrame | 
         return None
     file = user_path(path)
     require_file(file, f"data.group_file={path}")
-    table, names, *_ = read_table(file, functools.partial(_choose, user_column=user_column))
+    return _group_table(file, functools.partial(_choose, user_column=user_column), {})
+
+
+def _group_table(file: Path, choose: Choose, options: Mapping[str, Any]) -> pd.DataFrame:
+    """See `read_group_table`; `choose` and the options are those of `tables.read_table`."""
+    table, names, *_ = read_table(file, choose, **options)
     is_long = set(names) == set(_LONG)
     if not len(table):
         raise UserError(f"{file} has no rows: expected rows of {', '.join(names.values())}")
@@ -230,6 +264,13 @@ def _choose(names: Sequence[str], where: str, *, user_column: str) -> dict[str, 
     for name in families:
         pick(names, name, where, advice)
     return {"user_id": user, **{str(place): name for place, name in enumerate(families)}}
+
+
+def _choose_attributes(names: Sequence[str], where: str) -> dict[str, str]:
+    """The columns of MovieLens-100K's users: user_id, and 0, 1, ... for the attributes."""
+    advice = "expected the users of MovieLens-100K"
+    wanted = {"user_id": "user_id"} | {str(n): name for n, name in enumerate(_ATTRIBUTES)}
+    return {key: pick(names, name, where, advice) for key, name in wanted.items()}
 
 
 def _users(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:

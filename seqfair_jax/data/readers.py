@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from seqfair_jax.data.files import MEMBERS, short
+from seqfair_jax.data.files import MEMBERS, is_recbole, short
 from seqfair_jax.data.ids import compact, encode, encode_ids, join_ids, missing, require_values
 from seqfair_jax.data.log import Log, group_rows, repeats, user_blocks
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
@@ -44,6 +44,7 @@ _RETAILROCKET = {
 }
 _ML1M = {"user_id": "UserID", "item_id": "MovieID", "timestamp": "Timestamp", "rating": "Rating"}
 _ML1M_HEADER = ("UserID", "", "MovieID", "", "Rating", "", "Timestamp")  # between `::` is nothing
+_ML100K = {key: key for key in ("user_id", "item_id", "rating", "timestamp")}
 _CODED = ("user_id", "item_id", "event")
 _LOG = logging.getLogger("seqfair_jax")
 
@@ -85,7 +86,7 @@ def read_log(
 
     Args:
         name: `retailrocket` (events.csv; its views unless `rows.events` says otherwise), `ml1m`
-            (ratings.dat) or `csv`.
+            (ratings.dat), `ml100k` (u.data, or RecBole's ml-100k.inter) or `csv`.
         paths: the files, read one after the other as one log; see `tables.read_table`.
         columns: for `csv`, what the files call the columns `user_id`, `item_id`, `timestamp`,
             `event` and `rating`; '' or absent to find a column by the names in `ALIASES`.
@@ -109,6 +110,11 @@ def read_log(
     elif name == "ml1m":
         columns = _ML1M
         options = {"member": MEMBERS[name], "header": _ML1M_HEADER, "delimiter": ":"}
+    elif name == "ml100k":
+        columns = _ML100K
+        options = {"member": MEMBERS[name], "delimiter": "\t"}
+        if not is_recbole(paths[0], MEMBERS[name]):
+            options["header"] = tuple(_ML100K)
     choose = functools.partial(_choose, columns=columns, rows=rows)
     parts: list[_Part] = []
     for path in paths:

@@ -18,7 +18,7 @@ from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import (
     GroupFamily,
     build_family,
-    read_group_table,
+    own_groups,
     require_partition,
     unused_families,
 )
@@ -106,7 +106,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
         dataset = load_dataset(config.data, mapped=several)
     devices.require_equal(bytes.fromhex(dataset.log_hash), "logs")
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
-    group_table = read_group_table(config.data.group_file, config.data.columns.user_id)
+    group_table = own_groups(config.data)
     family = functools.partial(
         build_family,
         dataset,
