@@ -18,7 +18,8 @@ def get_config(arg=None):
     config.objective.name = arguments.method
     config.evaluate.mask_seen = True  # nobody rates a film twice
     config.model.max_len = 100
+    config.model.dropout = 0.1
     config.train.batch_size = 64
     config.train.steps_per_epoch = 32
-    config.train.epochs = 12
+    config.train.epochs = 8
     return config
