@@ -48,7 +48,7 @@ def compiled_step(config, shape, *, items, users, tokens):
     return segment.lower(
         abstract(states, step.state_specs(states)),
         {},
-        abstract(data, step.DATA_SPECS),
+        abstract(data, step.data_specs(data)),
         abstract(array((run_shards, 1, config.train.batch_size), np.int32), by_run),
         abstract(array((1,), np.int32), jax.sharding.PartitionSpec()),
         np.int32(0),

@@ -108,7 +108,7 @@ class Plan:
             "gradient, new state": params + state,
             "logits": 2 * 4 * min(self.tokens * self.scored, self.task.max_logits),
             "activations": self.tokens * self.model.num_blocks * width,
-            "log": self._bytes(self.data, step.DATA_SPECS),
+            "log": self._bytes(self.data, step.data_specs(self.data)),
             "log of the validation": self._bytes(self.data.sequences.items, step.P(devices.DATA)),
         }
 

@@ -15,12 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pandas as pd
+from jax.sharding import PartitionSpec as P
 
 import seqfair_jax
 from seqfair_jax import devices, objectives
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import by_time
 from seqfair_jax.evaluation.ranking import make_ranker
+from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours, pad_neighbours
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec, is_table, param_specs, with_rows
@@ -38,9 +40,18 @@ LENGTHS = _rng.integers(1, 40, NUM_USERS)
 ITEMS = _rng.integers(NUM_ITEMS, size=LENGTHS.sum()).astype(np.int32)
 MEMBERSHIP = np.eye(3, dtype=bool)[np.arange(NUM_USERS) % 3]
 WINDOWS = np.minimum(LENGTHS, MAX_LEN - 1).astype(np.int32)
+MIXTURE = {"pointer": True, "neighbours": 4}
+NEIGHBOURS = Neighbours(
+    _rng.integers(NUM_ITEMS + 1, size=(NUM_ITEMS, 4)).astype(np.int32),
+    _rng.random((NUM_ITEMS, 4)).astype(np.float32) / 4,
+    np.where(np.arange(NUM_ITEMS) % 5, 1.5, -np.inf).astype(np.float32),
+)
+NEAR = np.concatenate(
+    [_rng.random((len(ITEMS), NEAR_ITEMS)), _rng.normal(size=(len(ITEMS), NEAR_ITEMS))], axis=1
+).astype(np.float32)
 
 
-def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8):
+def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8, **parts):
     return SASRec(
         num_items=num_items,
         dim=dim,
@@ -53,6 +64,7 @@ def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8):
         init_scale=1.0,
         dtype="float32",
         shards=shards,
+        **parts,
     )
 
 
@@ -76,13 +88,17 @@ def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, sampled=None
     weights = method.target_weights(np.bincount(ITEMS, minlength=model.num_items).clip(min=1))
     data = step.TrainData(
         Sequences(
-            devices.pad_rows(ITEMS, data_shards), np.cumsum(LENGTHS, dtype=np.int32), WINDOWS
+            devices.pad_rows(ITEMS, data_shards),
+            np.cumsum(LENGTHS, dtype=np.int32),
+            WINDOWS,
+            devices.pad_rows(NEAR, data_shards) if model.neighbours else None,
         ),
         MEMBERSHIP,
         devices.pad_rows(np.float32(weights), shards),
         user_mass(WINDOWS, "sum"),
+        pad_neighbours(NEIGHBOURS, shards) if model.neighbours else None,
     )
-    data = jax.tree.map(functools.partial(devices.put, mesh), data, step.DATA_SPECS)
+    data = jax.tree.map(functools.partial(devices.put, mesh), data, step.data_specs(data))
     hparams = {key: np.full(len(seeds), HPARAMS[key], np.float32) for key in method.method.reads}
 
     def arguments():
@@ -141,6 +157,11 @@ def with_negatives(*shapes):
     return steps("cvar", *shapes, vmap=True, dropout=0.3, sampled=Sampled("softmax", 9, 0.0))
 
 
+def with_mixture(*shapes):
+    """A pointer and neighbours, with dropout."""
+    return steps("erm", *shapes, vmap=True, dropout=0.3, **MIXTURE)
+
+
 def without_dropout(objective, *shapes):
     return steps(objective, *shapes, vmap=True)
 
@@ -180,15 +201,25 @@ def random_params(model):
     return {"params": params | {"output_embedding": table}}
 
 
-def rankings(*shapes):
+def rankings_of_a_mixture(*shapes):
+    return rankings(*shapes, **MIXTURE)
+
+
+def rankings(*shapes, **parts):
     """Whether ranks and lists are those of one device, with equal scores among the items."""
     ranks, lists = {}, {}
-    dataset, params = make_dataset(), random_params(make_model(1))
+    dataset, params = make_dataset(), random_params(make_model(1, **parts))
     assert len(dataset.item_ids) == NUM_ITEMS
     for shape in ("1,1,1", *shapes):
         run, data, catalogue = map(int, shape.split(","))
         mesh = devices.make_mesh(run=run, data=data, catalogue=catalogue)
-        model = make_model(catalogue)
+        model = make_model(catalogue, **parts)
+        neighbours = None
+        if parts:
+            neighbours = pad_neighbours(NEIGHBOURS, catalogue)
+            neighbours = jax.tree.map(
+                lambda part, on=mesh: devices.put(on, part, P(devices.CATALOGUE)), neighbours
+            )
         sharded = jax.tree.map(
             functools.partial(devices.put, mesh),
             with_rows(params, devices.padded(NUM_ITEMS, catalogue)),
@@ -202,6 +233,7 @@ def rankings(*shapes):
                 mask_seen=mask_seen,
                 batch_size=8,
                 top_k=10,
+                neighbours=neighbours,
                 mesh=mesh,
             )
             found = rank(sharded, "x")

@@ -15,6 +15,7 @@ from runs import small
 
 from seqfair_jax import run
 from seqfair_jax.config import resolve
+from seqfair_jax.data import log
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import leave_one_out
 from seqfair_jax.errors import UserError
@@ -107,9 +108,9 @@ def test_the_nearest_items_of_each_item():
     assert np.isneginf(neighbours.log_totals).sum() == 1
 
 
-@pytest.mark.parametrize("chunk", [2**18, 5])
-def test_a_training_target_does_not_count_itself(chunk, monkeypatch):
-    monkeypatch.setattr(nearby, "_CHUNK_ROWS", chunk)
+@pytest.mark.parametrize("block", [2**18, 5])
+def test_a_training_target_does_not_count_itself(block, monkeypatch):
+    monkeypatch.setattr(log, "_BLOCK_ROWS", block)
     dataset = make_dataset()
     num_items = len(dataset.item_ids)
     rows = iter(nearby.find_nearby(dataset, KEPT).rows)

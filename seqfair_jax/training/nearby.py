@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 
-from seqfair_jax.data.split import Dataset, training_rows
+from seqfair_jax.data.split import Dataset, training_blocks
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.neighbours import (
     Weights,
@@ -30,7 +30,6 @@ from seqfair_jax.evaluation.neighbours import (
 )
 from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours
 
-_CHUNK_ROWS = 2**18  # rows whose pairs are in memory at once
 _LEAST = 1e-6  # a smaller difference of sums is rounding
 
 
@@ -71,19 +70,13 @@ def find_nearby(dataset: Dataset, count: int) -> Nearby:
     neighbours = _table(kept, totals, log_totals, count)
 
     keys = pair_keys(kept.indptr, kept.indices)
-    user, _ = training_rows(dataset)
-    rows = np.zeros((len(user), 2 * NEAR_ITEMS), np.float32)
-    bounds = np.append(np.flatnonzero(np.diff(user, prepend=-1)), len(user))
-    start = 0
-    while start < len(bounds) - 1:
-        stop = np.searchsorted(bounds, bounds[start] + _CHUNK_ROWS, side="right") - 1
-        stop = max(int(stop), start + 1)  # a user is in one chunk
-        part = slice(int(bounds[start]), int(bounds[stop]))
-        shares, log_t = _without_future(
-            dataset, part, weights._replace(window=window), by_item, totals, keys, kept.data
-        )
-        rows[part, :NEAR_ITEMS], rows[part, NEAR_ITEMS:] = shares, log_t
-        start = stop
+    weights = weights._replace(window=window)
+    rows = np.empty((int(dataset.train_lengths.sum(dtype=np.int64)), 2 * NEAR_ITEMS), np.float32)
+    done = 0
+    for _, user, item in training_blocks(dataset):
+        part = slice(done, done + len(item))
+        rows[part] = _without_future(user, item, weights, by_item, totals, keys, kept.data)
+        done = part.stop
     return Nearby(neighbours, rows)
 
 
@@ -129,28 +122,23 @@ class _Sums:
 
 
 def _without_future(
-    dataset: Dataset,
-    part: slice,
+    user: np.ndarray,
+    item: np.ndarray,
     weights: Weights,
     by_item: np.ndarray,
     totals: np.ndarray,
     keys: np.ndarray,
     values: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """S of each row's item and log t for the W newest items before it, as at that time.
+) -> np.ndarray:
+    """S of each row's item and log t for the W newest items before it: f32[n, 2 W].
 
     Args:
-        dataset: the split log.
-        part: training rows of whole users, n of them.
+        user, item: i[n], all training rows of some users.
         weights: of the pairs.
         by_item: f[V], the weight of an item by its popularity.
         totals: f[V], t.
         keys, values: the pairs of M that are kept, and M.
-
-    Returns:
-        f32[n, W] and f32[n, W].
     """
-    user, item = (rows[part] for rows in training_rows(dataset))
     num_items, num_rows = len(totals), len(user)
     firsts = np.flatnonzero(np.diff(user, prepend=-1))
     begin = np.repeat(firsts, np.diff(np.append(firsts, num_rows)))
@@ -177,8 +165,8 @@ def _without_future(
     of_pair = _Sums(pairs, ranks, amounts, longest + 1)
     of_source = _Sums(sources, ranks, amounts, longest + 1)
 
-    shares = np.zeros((num_rows, NEAR_ITEMS), np.float32)
-    log_totals = np.full((num_rows, NEAR_ITEMS), -np.inf, np.float32)
+    rows = np.zeros((num_rows, 2 * NEAR_ITEMS), np.float32)
+    rows[:, NEAR_ITEMS:] = -np.inf
     for place in range(NEAR_ITEMS):
         target = np.flatnonzero(age > place)
         source = target - 1 - place
@@ -189,6 +177,7 @@ def _without_future(
         total = totals[item[source]] - of_source.from_rank(own[source], age[target])
         real = total > _LEAST
         amount = np.where(amount > _LEAST, amount, 0)
-        shares[target, place] = amount / np.where(real, total, 1)
-        log_totals[target, place] = np.where(real, np.log(np.where(real, total, 1)), -np.inf)
-    return shares, log_totals
+        total = np.where(real, total, 1)
+        rows[target, place] = amount / total
+        rows[target, NEAR_ITEMS + place] = np.where(real, np.log(total), -np.inf)
+    return rows
