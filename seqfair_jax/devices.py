@@ -247,8 +247,8 @@ def require_equal(digest: bytes, what: str) -> None:
 def wait_for_all(what: str) -> None:
     """Wait until every process has called this, however long it takes.
 
-    A sum over the devices would wait too, but Gloo, which does that for CPUs, gives up after half an
-    hour, and no signal ends it.
+    A sum over the devices would wait too, but Gloo, which does that for CPUs, gives up after half
+    an hour, and no signal ends it.
     """
     if jax.process_count() == 1:
         return

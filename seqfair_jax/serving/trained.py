@@ -57,7 +57,8 @@ def load(
         rule: which epoch to load: the one that was best "overall", or for the "worst_group".
         mesh: the devices that share the users and the catalogue of `recommend`; one if None. They
             need not be those of the training.
-        on_host: leave the parameters on the host, as numpy arrays, and not on a device.
+        on_host: leave the parameters on the host, as numpy arrays, and not on a device. The model
+            cannot score then.
 
     Raises:
         UserError: if the run has not finished or failed, if its files are missing or changed, or
@@ -99,7 +100,7 @@ def load(
             "run the training command again: it repeats the test"
         ) from None
     neighbours: Any = None
-    if model.neighbours:
+    if model.neighbours and not on_host:  # they are needed to score
         neighbours = pad_neighbours(catalogue.read_neighbours(folder), shards)
         put = functools.partial(devices.put, mesh or devices.make_mesh())
         neighbours = jax.tree.map(lambda part: put(part, P(devices.CATALOGUE)), neighbours)
