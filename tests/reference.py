@@ -135,7 +135,7 @@ def cvar_smooth_step(threshold, user_losses, alpha, width, rate):
     return threshold + total / (alpha * len(user_losses)), threshold
 
 
-def spectral_loss(user_losses, spectrum, points=2000):
+def spectral_loss(user_losses, spectrum, points=100):
     """Acerbi 2002: the integral over v from 0 to 1 of spectrum(v) times the v-quantile."""
     total = 0.0
     for rank, loss in enumerate(sorted(user_losses)):
