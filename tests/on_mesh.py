@@ -46,6 +46,7 @@ NEIGHBOURS = Neighbours(
     _rng.random((NUM_ITEMS, 4)).astype(np.float32) / 4,
     np.where(np.arange(NUM_ITEMS) % 5, 1.5, -np.inf).astype(np.float32),
 )
+NEIGHBOURS.shares[NEIGHBOURS.items == NUM_ITEMS] = 0
 NEAR = np.concatenate(
     [_rng.random((len(ITEMS), NEAR_ITEMS)), _rng.normal(size=(len(ITEMS), NEAR_ITEMS))], axis=1
 ).astype(np.float32)

@@ -291,7 +291,7 @@ def window(items, max_len):
 
 def _layer_norm(x, parameters):
     normal = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
-    return normal * parameters["scale"] + parameters["bias"]
+    return normal * parameters["scale"] + parameters.get("bias", 0.0)
 
 
 def _linear(x, parameters):

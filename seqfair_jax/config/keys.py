@@ -228,7 +228,7 @@ _DATA = (
     ),
     Setting(
         "data.valid_users",
-        20_000,
+        10_000,
         "The most users to validate on. They are drawn if there are more. 0: all.",
         whole(0),
     ),

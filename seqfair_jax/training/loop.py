@@ -120,7 +120,7 @@ def make_validation(experiment: Experiment) -> Callable[[Any, str], Scores]:
     loss_family = experiment.loss_family.select(dataset.valid.users)
     if all(family.name != loss_family.name for family in families):
         families.append(loss_family)
-    rank = experiment.make_ranker("valid", top_k=0)
+    rank = experiment.rank_validation
 
     def validate(params: Any, name: str) -> Scores:
         ranks = rank(params, f"validation of {name}").ranks
