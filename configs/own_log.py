@@ -4,7 +4,8 @@
         --config.data.path=log.csv --config.data.columns.user_id=customer
 
 Train `method=erm` and `method=cvar`, which needs no groups. `seqfair report DIR DIR` prints both in
-one table with the baselines.
+one table with the baselines. `model=mixture` adds the user's own items and the items near them to
+the scores, which helps where users return to items or most items are rare.
 
 Useful keys: data.columns.* (what the file calls its columns), data.min_interactions (5),
 data.group_file (your own groups), groups, seeds, evaluate.mask_seen (True
@@ -12,13 +13,14 @@ if no user takes an item twice, as with films), train.epochs (of 256 steps each;
 about ten thousand users, and a larger log needs more).
 """
 
-from seqfair_jax.config import default_config, parse_arguments
+from seqfair_jax.config import add_mixture, default_config, parse_arguments
 
 
 def get_config(arg=None):
-    arguments = parse_arguments(arg, method="erm", init=0.1)
+    arguments = parse_arguments(arg, method="erm", init=0.1, model="plain")
     config = default_config()
     config.data.name = "csv"
     config.objective.name = arguments.method
     config.model.init_scale = arguments.init
+    add_mixture(config, arguments.model)
     return config

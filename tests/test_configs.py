@@ -135,6 +135,8 @@ def test_the_papers_settings(name, dropout, batch_size, epochs, mask_seen, valid
         "tie_embeddings": False,
         "init_scale": 1.0,
         "dtype": "float32",
+        "pointer": False,
+        "neighbours": 0,
     }
     train = config.train
     assert (train.batch_size, train.epochs, train.steps_per_epoch) == (batch_size, epochs, 128)
@@ -189,6 +191,16 @@ def test_arguments_of_the_papers_configs():
     assert load("rr_gdro", "loss=text").objective.user_loss == "sum"
     with pytest.raises(UserError, match="loss=table: expected tables or text"):
         load("rr_gdro", "loss=table")
+    with pytest.raises(UserError, match="model=mix: expected plain or mixture"):
+        load("rr_gdro", "model=mix")
+    parts = [
+        (load(name, "model=mixture").model.pointer, load(name, "model=mixture").model.neighbours)
+        for name in ("rr_gdro", "ml1m_erm", "own_log")
+    ]
+    assert parts == [(True, 256), (False, 256), (True, 256)]
+    assert not load("rr_gdro").model.pointer
+    with pytest.raises(UserError, match="model=mix: expected plain or mixture"):
+        load("own_log", "model=mix")
 
 
 @pytest.mark.parametrize("name", ["own_log", "rr_cvar"])

@@ -31,3 +31,19 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
                 f"config argument {part!r}: expected {key}=VALUE with a {kind.__name__}"
             ) from None
     return arguments
+
+
+def add_mixture(config: ConfigDict, model: str) -> None:
+    """Change a config to the model that the argument `model` names.
+
+    With `mixture` the softmax is mixed with a pointer and with 256 neighbours of each item
+    (`model.mixture`); `plain` changes nothing.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if model not in ("plain", "mixture"):
+        raise UserError(f"model={model}: expected plain or mixture")
+    if model == "mixture":
+        config.model.pointer = True
+        config.model.neighbours = 256

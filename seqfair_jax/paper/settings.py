@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from seqfair_jax.config import default_config, parse_arguments
+from seqfair_jax.config import add_mixture, default_config, parse_arguments
 from seqfair_jax.errors import UserError
 
 
@@ -16,6 +16,7 @@ def retailrocket(method: str, arg: str | None) -> ConfigDict:
         init: initial scale of the embeddings. Default: the scale's.
         loss: `tables` divides a user's loss by the user's targets, as in the published runs;
             `text` divides by a constant, as in the paper's text.
+        model: `plain`, the paper's, or `mixture`, with a pointer and neighbours (`model.mixture`).
     """
     config = _paper(method, arg)
     config.data.name = "retailrocket"
@@ -26,11 +27,15 @@ def retailrocket(method: str, arg: str | None) -> ConfigDict:
 
 
 def ml1m(method: str, arg: str | None) -> ConfigDict:
-    """MovieLens-1M: tables 5 to 8. Arguments as for `retailrocket`."""
+    """MovieLens-1M: tables 5 to 8. Arguments as for `retailrocket`.
+
+    No user rates a film twice, so its mixture has no pointer.
+    """
     config = _paper(method, arg)
     config.data.name = "ml1m"
     config.data.valid_users = 0
     config.evaluate.mask_seen = True
+    config.model.pointer = False
     if at_paper_size(arg):
         config.model.dropout = 0.5
         config.train.batch_size = 256
@@ -45,7 +50,7 @@ def ml1m(method: str, arg: str | None) -> ConfigDict:
 
 def _arguments(arg: str | None) -> ConfigDict:
     arguments = parse_arguments(
-        arg, groups="pop33+seq33", scale="paper", tie=-1, init=-1.0, loss="tables"
+        arg, groups="pop33+seq33", scale="paper", tie=-1, init=-1.0, loss="tables", model="plain"
     )
     if arguments.scale not in ("paper", "small"):
         raise UserError(f"scale={arguments.scale}: expected paper or small")
@@ -75,6 +80,7 @@ def _paper(method: str, arg: str | None) -> ConfigDict:
         config.train.steps_per_epoch = 128
         config.train.learning_rate = 1e-3
         config.train.decay_steps = 0
+    add_mixture(config, arguments.model)
     if arguments.tie >= 0:
         config.model.tie_embeddings = bool(arguments.tie)
     if arguments.init >= 0:
