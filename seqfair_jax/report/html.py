@@ -297,7 +297,9 @@ def _history(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """Every run's `metrics.jsonl`: a row for each method and epoch, averaged over seeds."""
     none = pd.DataFrame(columns=["name", "epoch"], dtype=float)  # a run may have no rows
     tables = [workdir.read_metrics(run.folder).astype(float).assign(name=run.name) for run in runs]
-    return pd.concat([none, *tables]).groupby(["name", "epoch"], sort=False).mean().reset_index()
+    means = pd.concat([none, *tables]).groupby(["name", "epoch"], sort=False).mean()
+    # Its columns are apart in memory, and pandas warns of over 100 such; a copy joins them.
+    return means.copy().reset_index()
 
 
 def _columns(history: pd.DataFrame, prefix: str) -> dict[str, str]:
