@@ -217,6 +217,18 @@ def write_files(folder):
         rows = zip(log["user_id"], log["item_id"], seconds, strict=True)
         text = "".join(f"{user}::{item}::5::{at}\n" for user, item, at in rows)
         (folder / name / "ratings.dat").write_text(text)
+    ml100k = folder / "third_party_data" / "ml-100k"
+    ml100k.mkdir()
+    plain = {"sep": "|", "header": False, "index": False}  # of MovieLens-100K
+    rated = log.assign(rating=5, at=seconds)[["user_id", "item_id", "rating", "at"]]
+    rated.to_csv(ml100k / "u.data", **plain | {"sep": "\t"})
+    users.assign(
+        user_id=users["user_id"].str.removeprefix("user-"),
+        age=rng.integers(18, 80, len(users)),
+        gender=rng.choice(["F", "M"], len(users)),
+        occupation=rng.choice(["artist", "writer"], len(users)),
+        zip_code="00000",
+    ).to_csv(ml100k / "u.user", **plain)
     for name in ("configs", "examples", "benchmarks", "launch"):
         (folder / name).symlink_to(ROOT / name)
     return folder
