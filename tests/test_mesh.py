@@ -12,6 +12,11 @@ from seqfair_jax import devices, objectives
 from seqfair_jax.errors import UserError
 
 SHAPES = ("8,1,1", "1,8,1", "1,1,8", "2,2,2")  # run, data, catalogue
+# Almost all of the time is compilation, and without optimisation it takes half.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 FOLDER = Path(__file__).parent
 
 
@@ -19,7 +24,7 @@ def on_mesh(*words):
     """What a function of `on_mesh.py` returns in a process with eight devices."""
     process = subprocess.run(
         [sys.executable, FOLDER / "on_mesh.py", *words],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={**os.environ, "XLA_FLAGS": FLAGS},
         capture_output=True,
         text=True,
         cwd=FOLDER.parent,
