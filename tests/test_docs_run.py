@@ -45,6 +45,8 @@ NOT_RUN = {
     "seqfair recommend --catalogue=4": "it needs eight devices",
     "python -m benchmarks.mesh": "it needs eight devices",
     "python -m benchmarks.peers": "it needs RecTools and PyTorch, which are no dependencies",
+    "python -m benchmarks.time_to_quality":
+        "it needs RecTools and PyTorch; tests/test_time_to_quality.py runs it without them",
     "python -m benchmarks.train_step --first_step":
         "it starts six processes, three of them with an empty compilation cache",
     "python -m benchmarks.quick_start": "it starts three processes, each of which compiles anew",
