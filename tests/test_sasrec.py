@@ -57,6 +57,17 @@ def test_packed_users_equal_one_user_at_a_time(num_heads):
         at += len(inputs)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_some_tokens_are_encoded_as_among_all(window):
+    model = make_model()
+    packed = pack_users(draw_users([3, 20, 1, 17, 20]), 2 * BLOCK)
+    params = model.init(jax.random.key(0), packed, train=False)
+    only = jnp.array([2, 22, 23, 39, 60])
+    every = model.apply(params, packed, train=False, window=window).hidden
+    some = model.apply(params, packed, train=False, window=window, only=only).hidden
+    assert_allclose(some, every[only], rtol=1e-5, atol=1e-6)
+
+
 def test_a_user_does_not_depend_on_the_rest_of_the_batch():
     model = make_model()
     users = draw_users([5, 30, 8])

@@ -332,6 +332,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
         ({"model.dim": 16}, "model.dim (8 there, 16 now)"),
         ({"model.ff_dim": 16}, "model.ff_dim (8 there, 16 now)"),
         ({"model.num_blocks": 2}, "model.num_blocks (1 there, 2 now)"),
+        ({"model.neighbours": 3}, "model.neighbours (0 there, 3 now)"),
         ({"model.num_heads": 2}, "model.num_heads (1 there, 2 now)"),
         ({"model.tie_embeddings": False}, "model.tie_embeddings (True there, False now)"),
         (

@@ -148,6 +148,10 @@ class Block(nn.Module):
         qkv = qkv.reshape(num_blocks, block, 3, self.num_heads, head_dim)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         key, value = _with_previous(key, visible), _with_previous(value, visible)
+        if only is not None:  # a block for each token: a query, and the keys of the token's block
+            query = query.reshape(-1, 1, *query.shape[2:])[only]
+            visible = visible.reshape(-1, 1, visible.shape[-1])[only]
+            key, value = key[only // block], value[only // block]
         logits = jnp.einsum("nqhd,nkhd->nhqk", query, key, precision=self.precision)
         logits = logits.astype(jnp.float32) * head_dim**-0.5
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
@@ -160,9 +164,8 @@ class Block(nn.Module):
         }
         weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype), **pairs)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value, precision=self.precision)
+        x = x if only is None else x[only]
         mixed = mixed.reshape(x.shape)
-        if only is not None:
-            x, mixed = x[only], mixed[only]
         mixed = dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed)
         x = x + drop(mixed, **tokens)
 
