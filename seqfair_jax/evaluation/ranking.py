@@ -24,7 +24,7 @@ from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours, mixture_scores, ne
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
 from seqfair_jax.model.sasrec import PRECISIONS, Encoded, SASRec, param_specs
 
-_TOKENS = 4096  # packed tokens encoded at once
+_TOKENS = 2048  # packed tokens encoded at once: what the attention makes of them fits into a cache
 _SHORT = 65  # tokens: attention within so short a history needs one block of 64 before each
 _MANY = 2**17  # tokens of such histories: if fewer, a second encoder would not be worth compiling
 _PART = 32  # items: `_best` looks for the best of such parts first
