@@ -33,7 +33,8 @@ def test_ctrl_c_reaches_each_process_once(tmp_path):
     processes = min(2, len(os.sched_getaffinity(0)))
     environment = {"PATH": os.environ["PATH"], "LOGS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     # `setsid -c` gives the script a terminal of its own, whose Ctrl-C signals a process group.
-    command = ["setsid", "-c", "bash", str(LOCAL), str(processes)]
+    # A job in the background of a shell has SIGINT ignored, and so would the script.
+    command = ["env", "--default-signal=INT", "setsid", "-c", "bash", str(LOCAL), str(processes)]
     terminal, its_end = pty.openpty()
     process = subprocess.Popen(
         [*command, sys.executable, "-IS", "-c", _COUNTING, "3"],
