@@ -32,7 +32,7 @@ from seqfair_jax.model.packing import BLOCK, Packed
 
 POINTER_ITEMS = 64  # P, at most a block of tokens
 NEAR_ITEMS = 12  # W: of older items the weight is below a hundredth
-_LAYER_NORM_EPSILON = 1e-5
+LAYER_NORM_EPSILON = 1e-5
 _NEVER = -1e30  # a logit whose softmax is 0, also where all are
 _OTHERS = -1.0  # the first logit of the gate for the other parts; 0 for the catalogue
 
@@ -130,7 +130,7 @@ class Mixture(nn.Module):
                 return dense(x)
 
             # The same vector added to all keys changes nothing, so no bias.
-            inputs = nn.LayerNorm(use_bias=False, epsilon=_LAYER_NORM_EPSILON, name="norm")(inputs)
+            inputs = nn.LayerNorm(use_bias=False, epsilon=LAYER_NORM_EPSILON, name="norm")(inputs)
             query, key = project(hidden, "query"), project(inputs, "key")
             if at is not None:
                 query = jnp.zeros_like(key).at[at].set(query)

@@ -14,7 +14,7 @@ from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
-from seqfair_jax.model.mixture import Copies, Mixture
+from seqfair_jax.model.mixture import LAYER_NORM_EPSILON, Copies, Mixture
 from seqfair_jax.model.packing import BLOCK, Packed
 
 PRECISIONS = {
@@ -25,7 +25,6 @@ PRECISIONS = {
 }
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
 _TABLES = ("item_embedding", "output_embedding")  # parameters with a row for each item
-_LAYER_NORM_EPSILON = 1e-5
 
 
 def dropout(
@@ -135,7 +134,7 @@ class Block(nn.Module):
             return nn.Dense(features, dtype=self.dtype, precision=self.precision, name=name, **init)
 
         def norm(name):
-            return nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+            return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
 
         num_blocks, block, _ = visible.shape
         head_dim = self.dim // self.num_heads
@@ -277,7 +276,7 @@ class SASRec(nn.Module):
             )
             for i in range(self.num_blocks)
         ]
-        self.final_norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self._dtype)
+        self.final_norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self._dtype)
         if self.is_mixture:
             self.mixture = Mixture(
                 self.dim, self.num_items, self.pointer, self.neighbours > 0, self._precision

@@ -95,6 +95,7 @@ def _largest(matrix: scipy.sparse.csr_array, count: int) -> scipy.sparse.csr_arr
 def _table(
     kept: scipy.sparse.csr_array, totals: np.ndarray, log_totals: np.ndarray, count: int
 ) -> Neighbours:
+    """The kept pairs as a table with `count` columns."""
     num_items = len(totals)
     sizes = np.diff(kept.indptr)
     row = np.repeat(np.arange(num_items), sizes)
