@@ -238,7 +238,8 @@ def describe(experiment: Experiment) -> None:
 
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:
-    """Write the groups of a run's users, and its log (`catalogue.write`)."""
+    """Write the groups of a run's users, its log, and a model's neighbours (`catalogue`)."""
+    neighbours = devices.to_host(experiment.data.neighbours)  # every process has a part
     if not workdir.is_writer():
         return
     dataset = experiment.dataset
@@ -248,5 +249,5 @@ def _write_data_files(folder: Path, experiment: Experiment) -> None:
         folder / workdir.GROUPS, pd.DataFrame({"user_id": dataset.user_ids, **groups})
     )
     catalogue.write(folder, dataset)
-    if experiment.data.neighbours is not None:
-        catalogue.write_neighbours(folder, devices.to_host(experiment.data.neighbours), dataset)
+    if neighbours is not None:
+        catalogue.write_neighbours(folder, neighbours, dataset)

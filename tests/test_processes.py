@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 
 from seqfair_jax import serving, workdir
+from seqfair_jax.serving import catalogue
+from seqfair_jax.training.nearby import find_nearby
 
 pytestmark = pytest.mark.slow
 _TRAIN = [
@@ -31,11 +33,14 @@ _TRAIN = [
 ]
 
 
-def command(folder):
+def command(folder, own=()):
+    """The training, with words that are added or replace those of the same key."""
     train = [sys.executable, "-m", "seqfair_jax", "train", "--distributed"]
+    keys = {word.partition("=")[0] for word in own}
     return [
         *train,
-        *_TRAIN,
+        *(word for word in _TRAIN if word.partition("=")[0] not in keys),
+        *own,
         f"--workdir={folder}",
         f"--config.data.cache_dir={folder.parent}/cache",
     ]
@@ -50,7 +55,7 @@ def start(folder, *, number, port, own=()):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
     return subprocess.Popen(
-        [*command(folder), *own],
+        command(folder, own),
         env=os.environ | settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -136,6 +141,22 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(tmp_path):
     pd.testing.assert_frame_equal(after[:3], before)
     # A training that started again would have the loss of a first epoch.
     assert after["train/loss"][3] < after["train/loss"][0]
+
+
+def test_neighbours_that_two_processes_share_are_written_whole(tmp_path):
+    more = (
+        "--config.model.neighbours=4",
+        "--config.train.mesh.data=1",
+        "--config.train.mesh.catalogue=4",
+        "--config.train.epochs=1",
+        "--config.train.steps_per_epoch=1",
+    )
+    folder = tmp_path / "run"
+    processes = start_both(folder, more, both=True)
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    expected = find_nearby(catalogue.read_dataset(folder), 4).neighbours
+    jax.tree.map(np.testing.assert_array_equal, catalogue.read_neighbours(folder), expected)
 
 
 def test_a_port_that_is_taken(tmp_path):
