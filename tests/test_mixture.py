@@ -18,12 +18,13 @@ from seqfair_jax.config import resolve
 from seqfair_jax.data import log
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import leave_one_out
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation import neighbours as baseline
 from seqfair_jax.evaluation import ranking
 from seqfair_jax.evaluation.neighbours import Weights
 from seqfair_jax.model.mixture import NEAR_ITEMS
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
+from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.objectives import make_objective
 from seqfair_jax.serving import catalogue, export
@@ -32,7 +33,7 @@ from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.serving.trained import load
 from seqfair_jax.training import nearby
 from seqfair_jax.training.experiment import build_experiment
-from seqfair_jax.training.step import Task, TrainData, make_optimizer, user_losses
+from seqfair_jax.training.step import KEY_IMPL, Task, TrainData, make_optimizer, user_losses
 
 MAX_LEN, KEPT = 16, 4
 PARTS = [(True, 0), (False, KEPT), (True, KEPT)]
@@ -215,8 +216,85 @@ def make_data(neighbours):
     )
 
 
+def test_a_pointer_reads_the_newest_64_items_across_blocks():
+    max_len, lengths = 100, np.array([50, 90, 0, 70])
+    model = SASRec(30, 8, 8, 1, 1, 0.0, max_len, True, 1.0, "float32", True)
+    rng = np.random.default_rng(2)
+    histories = [rng.integers(30, size=length).tolist() for length in lengths]
+    rows = [item for items in histories for item in (*items, 0)]  # the last one is the target
+    sequences = Sequences(
+        *(jnp.asarray(x, jnp.int32) for x in (rows, np.cumsum(lengths + 1), lengths + 1))
+    )
+    packed = pack(sequences, jnp.arange(4), num_tokens=3 * BLOCK, num_items=30)
+    init = jax.jit(functools.partial(model.init, train=False))
+    params = jax.tree.map(
+        lambda x: x + rng.normal(size=x.shape).astype(np.float32) / 2,
+        init(jax.random.key(0), packed),
+    )
+    none = jnp.zeros(0, jnp.int32)
+
+    @jax.jit
+    def rank(params):
+        encoded = ranking.encode_newest(model, params, sequences, jnp.arange(4))
+        table = model.apply(params, train=False, method="output_table")
+        return encoded, ranking.score_items(model, encoded, table, none, none)[0]
+
+    encoded, scores = rank(params)
+    tree = jax.tree.map(np.float64, params["params"])
+    for items, found in zip(histories, scores, strict=True):
+        inputs = [None, *items]
+        expected = reference.mixture(tree, inputs, num_blocks=1, totals=None, shares=None)
+        assert_allclose(np.exp(found), expected, rtol=1e-4)
+    # In training all tokens are encoded, and not the newest alone.
+    whole = jax.jit(functools.partial(model.apply, train=False))(params, packed)
+    newest = np.cumsum(lengths + 1) - 1
+    assert_allclose(whole.copies.own[newest], encoded.copies.own, rtol=1e-4, atol=1e-7)
+    assert_allclose(encoded.copies.own.sum(axis=1), [1, 1, 0, 1], rtol=1e-6)
+
+
+def test_all_items_as_negatives_are_the_whole_catalogue():
+    model, params = make_model(True, KEPT)
+    data, users = make_data(KEPT), jnp.arange(4)
+    task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
+    full = user_losses(task, params, data, users, BLOCK, None)
+    sampled = task._replace(sampled=Sampled("softmax", model.num_items, 0.0))
+    key = jax.random.key(0, impl=KEY_IMPL)
+    assert_allclose(user_losses(sampled, params, data, users, BLOCK, key), full, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gate", "query", "near_total"])
+def test_a_mixture_that_is_not_finite_ranks_nothing(name):
+    model, params = make_model(True, KEPT)
+    own = params["params"]["mixture"]
+    broken = own | {name: jax.tree.map(lambda leaf: leaf * np.nan, own[name])}
+    rank = ranking.make_ranker(
+        model, make_dataset(), "test", mask_seen=False, batch_size=4, top_k=5,
+        neighbours=neighbours_of(model),
+    )  # fmt: skip
+    with pytest.raises(DivergedError, match="x: a score is not finite"):
+        rank({"params": params["params"] | {"mixture": broken}}, "x")
+
+
+def test_a_log_in_which_nothing_is_near_anything():
+    rows = [(user, item, place) for user in range(6) for place, item in enumerate((user % 3, 0, 1))]
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    dataset = leave_one_out(log_from_table(frame), name="csv", num_valid_users=6, split_seed=0)
+    assert (dataset.train_lengths == 1).all()
+    neighbours, rows = nearby.find_nearby(dataset, KEPT)
+    assert_array_equal(neighbours.items, np.full((3, 1), 3))
+    assert_array_equal(neighbours.shares, np.zeros((3, 1)))
+    assert np.isneginf(neighbours.log_totals).all()
+    assert_array_equal(rows, np.repeat([[0, -np.inf]], NEAR_ITEMS, axis=1).repeat(6, axis=0))
+
+
+def test_the_table_has_no_more_columns_than_an_item_has_neighbours():
+    few, many = (nearby.find_nearby(make_dataset(), count) for count in (11, 10**9))
+    assert many.neighbours.items.shape == (13, 11)
+    jax.tree.map(assert_array_equal, few, many)
+
+
 def test_gradients_match_finite_differences():
-    """Of the loss with respect to the mixture's parameters, in float64."""
+    """Of the loss with respect to the mixture's parameters."""
     with jax.enable_x64(True):
         model, params = make_model(True, KEPT)
         task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
@@ -276,9 +354,29 @@ def test_what_is_recommended_is_what_was_tested(mixed):
     )
     scores = np.concatenate([x.scores for x in lists])
     assert (np.exp(scores).sum(axis=1) < 1).all()  # probabilities
-    some = np.arange(0, len(dataset.item_ids), 3)
-    chosen = np.concatenate([x.items for x in recommend(trained, histories, k=99, candidates=some)])
-    assert set(chosen[0]) - {-1} <= set(some.tolist())
+
+
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_some_of_the_items_keep_their_scores(mask_seen, mixed):
+    trained = load(mixed, run="seed=0")
+    histories = trained.histories.select(np.array([0, 1, 2, -1]))  # the last one is empty
+    some = np.arange(0, len(trained.item_ids), 3)
+
+    def scores(**options):
+        found = np.full((4, len(trained.item_ids)), -np.inf)
+        (lists,) = recommend(trained, histories, k=999, mask_seen=mask_seen, **options)
+        np.put_along_axis(found, lists.items.astype(int), lists.scores, axis=1)
+        assert (np.diff(lists.scores[np.isfinite(lists.scores).all(axis=1)]) <= 0).all()
+        return found
+
+    all_scores, few = scores(), scores(candidates=some)
+    assert_array_equal(few[:, some], all_scores[:, some])
+    assert np.isneginf(np.delete(few, some, axis=1)).all()
+    for user in range(3):
+        seen = histories.items[slice(*histories.offsets[user : user + 2])]
+        assert np.isneginf(all_scores[user, seen]).all() == mask_seen
+    # After an empty history there is the catalogue's part alone.
+    assert_allclose(np.exp(all_scores[3]).sum(), 1, rtol=1e-5)
 
 
 def test_an_exported_mixture_gives_the_same_scores(mixed, tmp_path):

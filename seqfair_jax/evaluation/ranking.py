@@ -440,8 +440,8 @@ def score_items(
         num_items: V, if the last rows of the table may belong to no item.
 
     Returns:
-        The scores, -inf for a row of the table that belongs to no item, and a bool[]: whether
-        all were finite before the mask.
+        The scores, log p for a mixture, -inf for a row of the table that belongs to no item; and a
+        bool[]: whether all were finite before the mask.
     """
     precision, rows, shards = PRECISIONS[model.dtype][1], len(table), model.shards
     scores = jnp.matmul(
@@ -452,6 +452,8 @@ def score_items(
         own = devices.index(CATALOGUE, shards) * rows + jnp.arange(rows)
         scores = jnp.where(own < num_items, scores, -jnp.inf)
     if encoded.copies is not None:
+        for leaf in jax.tree.leaves(encoded.copies):  # a log gate may be -inf
+            finite &= ~jnp.isnan(leaf).any()
         scores = mixture_scores(scores, encoded.copies, neighbours, shards)
     if seen_rows.size:
         place, _ = devices.own_rows(seen_items, rows, CATALOGUE, shards)

@@ -3,15 +3,18 @@
 Shape letters: N training rows, V catalogue, W newest items of a history, K neighbours of an item, P
 pairs of items.
 
-The table S and t come from the matrix M of `evaluation.neighbours.neighbour_matrix`, with its
-weights by distance and by the popularity of the item:
+The table S and t come from M, b and f of `evaluation.neighbours.neighbour_matrix`: how near two
+items are by the distances of their rows, and how popular an item is.
 
-    S[x, i] = M[x, i] / t(x),    t(x) = sum_i M[x, i]
+    t(x) = sum_i M[x, i] / (f(i) + 1)^b,    S[x, i] = M[x, i] / (f(i) + 1)^b / t(x)
 
-of which the K largest shares of each x are kept. In training a target must not count itself: the
-pair of the target and its own history is in M, and for rare items it is all that M has. So for the
-target in row r of a user, M leaves out every pair of the user's rows of which one is row r or
-later. That is what M has for a test target, whose row is behind all training rows.
+The K largest shares of each x are kept. The weights are the defaults of
+`evaluation.neighbours.Weights`, which validated best on the Retailrocket log.
+
+In training a target must not count itself: the pair of the target and its own history is in M, and
+for rare items it is all that M has. So for the target in row r of a user, M leaves out every pair
+of the user's rows of which one is row r or later. That is what M has for a test target, whose row
+is behind all training rows. f counts all training rows in both.
 """
 
 from typing import NamedTuple
@@ -46,10 +49,11 @@ def find_nearby(dataset: Dataset, count: int) -> Nearby:
 
     Args:
         dataset: the split log.
-        count: K.
+        count: the most neighbours of an item. K is smaller if no item has so many.
 
     Raises:
-        UserError: if the log has too many rows.
+        UserError: if the log has so many training rows that not even the pairs of rows that follow
+            each other fit into memory.
     """
     weights = Weights()
     window = min(weights.window, largest_window(dataset))
@@ -66,6 +70,7 @@ def find_nearby(dataset: Dataset, count: int) -> Nearby:
     totals = matrix.sum(axis=1)
     with np.errstate(divide="ignore"):
         log_totals = np.log(totals).astype(np.float32)
+    count = min(count, max(1, int(np.diff(matrix.indptr).max())))
     kept = _largest(matrix, count)
     neighbours = _table(kept, totals, log_totals, count)
 
@@ -136,9 +141,9 @@ def _without_future(
     Args:
         user, item: i[n], all training rows of some users.
         weights: of the pairs.
-        by_item: f[V], the weight of an item by its popularity.
+        by_item: f[V], (f + 1)^-b.
         totals: f[V], t.
-        keys, values: the pairs of M that are kept, and M.
+        keys, values: the pairs that are kept, and M times `by_item`.
     """
     num_items, num_rows = len(totals), len(user)
     firsts = np.flatnonzero(np.diff(user, prepend=-1))
