@@ -22,7 +22,7 @@ from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation import neighbours as baseline
 from seqfair_jax.evaluation import ranking
 from seqfair_jax.evaluation.neighbours import Weights
-from seqfair_jax.model.mixture import NEAR_ITEMS
+from seqfair_jax.model.mixture import NEAR_ITEMS, Copies, mixture_losses
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
@@ -260,6 +260,23 @@ def test_all_items_as_negatives_are_the_whole_catalogue():
     sampled = task._replace(sampled=Sampled("softmax", model.num_items, 0.0))
     key = jax.random.key(0, impl=KEY_IMPL)
     assert_allclose(user_losses(sampled, params, data, users, BLOCK, key), full, rtol=1e-5)
+
+
+def test_a_weight_that_is_next_to_nothing_counts_as_none():
+    """Its inverse, which is in the gradient, may be too large for a float32."""
+    items, target = jnp.array([[3, 4]]), jnp.array([3])
+
+    def loss(weight):
+        own = jnp.stack([weight, 1 - weight])[None]
+        copies = Copies(jnp.log(jnp.full((1, 2), 0.5)), items, own, None)
+        return mixture_losses(jnp.ones(1), copies, target, None).sum()
+
+    for weight in (0.0, 1e-37, 1e-31):
+        value, gradient = jax.value_and_grad(loss)(weight)
+        assert_allclose(value, 1 - np.log(0.5), rtol=1e-6)
+        assert gradient == 0
+    for weight in (1e-29, 0.25):
+        assert_allclose(jax.grad(loss)(weight), -1 / (np.exp(-1) + weight), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gate", "query", "near_total"])

@@ -11,12 +11,14 @@ The second part is a pointer to the user's own items (Merity et al. 2017). The t
 neighbour model: S[x, i] is the share of item i in all that was near item x in training, which no
 product of narrow matrices approximates. The weights are
 
-    g = softmax(A h)                             one number for each part
-    a = softmax over j of  q(h) . k(z_j) / sqrt(D) + alpha_j
-    b = softmax over j of  beta_j + lambda log t(x_j)
+    g = softmax(A h + c)                         the gates: one number for each part
+    a = softmax over j < P of  q(h) . k(z_j) / sqrt(D) + alpha_j
+    b = softmax over j < W of  beta_j + lambda log t(x_j)
 
-z_j is the input of the last block at x_j, t(x) how much was near x in all, and A, q, k, alpha, beta
-and lambda are learned.
+z_j is the input of the last block at x_j after a LayerNorm, and t(x) how much was near x in all. q
+and k are linear. A, c, q, k, alpha, beta and lambda are learned. b leaves out items that nothing
+was near. A part without any item has the gate 0. S has the K nearest items of an item alone, so its
+rows can sum to less than 1, and p too.
 """
 
 import math
@@ -34,6 +36,7 @@ POINTER_ITEMS = 64  # P, at most a block of tokens
 NEAR_ITEMS = 12  # W: of older items the weight is below a hundredth
 LAYER_NORM_EPSILON = 1e-5
 _NEVER = -1e30  # a logit whose softmax is 0, also where all are
+_SMALLEST = 1e-30  # of a share; 1 / x of a much smaller one is infinite in float32
 _OTHERS = -1.0  # the first logit of the gate for the other parts; 0 for the catalogue
 
 
@@ -200,8 +203,9 @@ def mixture_losses(
 
 
 def _log(x: jax.Array) -> jax.Array:
-    """The logarithm, -inf for 0, whose gradient is then 0."""
-    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
+    """The logarithm; -inf for next to nothing, with the gradient 0."""
+    is_known = x > _SMALLEST
+    return jnp.where(is_known, jnp.log(jnp.where(is_known, x, 1)), -jnp.inf)
 
 
 def mixture_scores(
