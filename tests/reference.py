@@ -157,7 +157,8 @@ def gdro_adjusted_step(omega, user_losses, groups, step_size, sizes, adjustment)
 
 
 def group_variance_loss(user_losses, groups, penalty):
-    """Krueger et al. 2021, equation 8: ERM + lambda Var(L_g), over the groups of the batch."""
+    """ERM + lambda Var(L_g), over the groups of the batch: the penalty of Krueger et al. 2021,
+    equation 8, whose first term is the sum of the L_g."""
     means = []
     for group in sorted(set(groups)):
         mine = [x for x, g in zip(user_losses, groups, strict=True) if g == group]

@@ -227,6 +227,19 @@ def test_adjusted_group_dro_agrees_with_the_reference(adjustment):
             assert_array_equal(loss, found)
 
 
+def test_a_group_without_users_gets_no_adjustment():
+    membership = np.eye(4, dtype=bool)[np.repeat([0, 1, 3], SIZES)]
+    objective = make_objective(
+        "gdro_adjusted", membership=membership, train_lengths=np.ones(50, np.int32)
+    )
+    hparams = hparams_of(objective, step_size=0.1, size_adjustment=30.0)
+    state = objective.init()
+    for losses, groups in zip(*batches(), strict=True):
+        places = np.array([0, 1, 3])[groups]
+        _, state, _ = objective.apply(losses, np.eye(4, dtype=bool)[places], state, hparams)
+    assert np.exp(state.log_weights)[2] < 1e-3
+
+
 def test_the_variance_penalty_by_hand():
     # Group means 2 and 6: their variance is 4.
     losses, groups = [1.0, 3.0, 6.0], [0, 0, 2]
@@ -289,7 +302,21 @@ def test_clusters_with_fewer_vectors_than_clusters_stay_finite():
         assert np.isfinite(found.clusters.sums).all()
         assert_array_equal(np.sort(found.clusters.counts), [0] * 6 + [4, 4])
     one = run_clusters(4, vectors[:, :1])[-1]
-    assert_array_equal(one.membership.sum(axis=0).max(), 1)
+    assert_array_equal(np.sort(one.clusters.counts), [0, 0, 0, 1])
+
+
+def test_users_near_zero_belong_to_the_largest_cluster_and_not_to_one_without_members():
+    counts, sums = np.float32([0, 10]), np.float32([[0, 0], [30, 0]])
+    vectors = np.float32([[1, 0], [0.5, 0], [3, 0]])
+    found = jax.jit(clusters.update)(
+        clusters.Clusters(counts, sums), vectors, np.ones(3, np.float32), np.float32(0.1)
+    )
+    expected = reference.clusters_step(counts, sums, vectors.astype(np.float64), 0.1)
+    assert_array_equal(found.origin, [1, 1])
+    assert_array_equal(found.origin, expected[3])
+    assert_array_equal(found.membership.argmax(axis=1), expected[2])
+    assert_allclose(found.clusters.counts, expected[0], rtol=1e-6)
+    assert_allclose(found.clusters.sums, expected[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("number", ["2", "4"])

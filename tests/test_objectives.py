@@ -811,8 +811,8 @@ def test_weights_that_are_not_of_the_items_are_an_error(weights, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "text", "inside", "outside"),
     [
-        ({}, "of any size", (-1e9, 0), (float("inf"), float("nan"), "1", True, None)),
-        ({"above": 0}, "above 0", (1e-9,), (0, -1)),
+        ({}, "of any size", (-1e9, 0), (float("inf"), float("nan"), "1", True, None, 1e39)),
+        ({"above": 0}, "above 0", (1e-9, 1e-37, 1e38), (0, -1, 1e-39)),  # 1e-39 may become 0
         ({"at_least": 0, "below": 1}, "at least 0 and below 1", (0, 0.5), (1, -1e-9)),
         ({"above": 0, "at_most": 1}, "above 0 and at most 1", (1, np.float32(0.5)), (0, 1.01)),
     ],

@@ -43,15 +43,18 @@ def update(clusters: Clusters, vectors: jax.Array, mass: jax.Array, rate: jax.Ar
     """Put the users of a batch into clusters, and move the centroids towards them.
 
     The first batch chooses the centroids: the vector farthest from the mean, then again and again
-    the one farthest from those chosen. Later, each user goes to the nearest centroid, and with the
-    mass n_k and the sum s_k of the batch's members of cluster k
+    the one farthest from those chosen. In every batch each user goes to the nearest centroid. n_k
+    is the mass of the batch's members of cluster k, and s_k the sum of their vectors times their
+    masses:
 
-        counts_k <- (1 - rate) counts_k + rate n_k,    sums_k <- (1 - rate) sums_k + rate s_k.
+        counts_k <- (1 - rate) counts_k + rate n_k,    sums_k <- (1 - rate) sums_k + rate s_k
+
+    The first batch sets counts_k to n_k, and sums_k to s_k.
 
     If the smallest cluster has less than a tenth of an equal share of the counts, it is given up,
     and the largest is split: the given-up cluster starts anew half way from the largest one's
-    centroid to its farthest user in the batch, with half of its counts. So there is at most one
-    split in a batch.
+    centroid to its farthest user in the batch, with half of its counts. A batch has at most one
+    split, and none if no user of the largest cluster is away from its centroid.
 
     Args:
         clusters: before the batch.
@@ -64,9 +67,8 @@ def update(clusters: Clusters, vectors: jax.Array, mass: jax.Array, rate: jax.Ar
     clusters, origin = _split(clusters, vectors)
     start = _far_apart(vectors, mass, num_clusters)
     centroids = jnp.where(is_first, start, _centroids(clusters))
-    distances = _distances(vectors, centroids)
-    distances = jnp.where(is_first | (clusters.counts > 0), distances, jnp.inf)
-    membership = jax.nn.one_hot(distances.argmin(axis=1), num_clusters, dtype=bool)
+    nearest = _nearest(vectors, centroids, is_first | (clusters.counts > 0))
+    membership = jax.nn.one_hot(nearest, num_clusters, dtype=bool)
     # Sums of products, and not a matrix product, which an accelerator would round.
     weights = jnp.where(membership, mass[:, None], 0)
     of_batch = Clusters(weights.sum(axis=0), (weights[:, :, None] * vectors[:, None, :]).sum(0))
@@ -88,8 +90,16 @@ def _distances(vectors: jax.Array, centroids: jax.Array) -> jax.Array:
     return ((vectors[:, None, :] - centroids[None, :, :]) ** 2).sum(axis=2)
 
 
+def _nearest(vectors: jax.Array, centroids: jax.Array, exists: jax.Array) -> jax.Array:
+    """The nearest of the centroids that exist, i32[B]."""
+    return jnp.where(exists, _distances(vectors, centroids), jnp.inf).argmin(axis=1)
+
+
 def _far_apart(vectors: jax.Array, mass: jax.Array, num: int) -> jax.Array:
-    """Vectors of the batch that are far from each other, f[num, D]."""
+    """Farthest-first traversal (Gonzalez 1985) from the vector farthest from the mean, f[num, D].
+
+    Vectors of the batch that are far from each other; fewer unequal ones than `num` are repeated.
+    """
     middle = (mass[:, None] * vectors).sum(axis=0) / mass.sum()
     first = vectors[_distances(vectors, middle[None])[:, 0].argmax()]
 
@@ -108,7 +118,7 @@ def _split(clusters: Clusters, vectors: jax.Array) -> tuple[Clusters, jax.Array]
     num_clusters = len(clusters.counts)
     smallest, largest = clusters.counts.argmin(), clusters.counts.argmax()
     centroids = _centroids(clusters)
-    nearest = _distances(vectors, centroids).argmin(axis=1)
+    nearest = _nearest(vectors, centroids, clusters.counts > 0)
     gaps = vectors - centroids[largest][None]
     lengths = jnp.where(nearest == largest, (gaps**2).sum(axis=1), 0)
     farthest = lengths.argmax()

@@ -279,9 +279,10 @@ def _adjusted_group_dro(sizes: np.ndarray):
     by L_g + C / sqrt(n_g), where n_g is the number of the log's users of the group.
 
     It minimises the worst mixture of L_g + C / sqrt(n_g). The added term is a constant in the
-    gradient, so the value is sum_g omega_g L_g, as of GDRO. C = 0 is GDRO.
+    gradient, so the value is sum_g omega_g L_g, as of GDRO. C = 0 is GDRO. A group without any user
+    in the log gets no term: it has no loss that its weight could stand for.
     """
-    gaps = 1 / np.sqrt(np.maximum(sizes, 1))
+    gaps = np.where(sizes > 0, 1 / np.sqrt(np.maximum(sizes, 1)), 0)
 
     def weigh(batch: Batch, state: GroupState, hparams: HParams):
         added = hparams["size_adjustment"] * jnp.asarray(gaps, batch.losses.dtype)
@@ -330,13 +331,14 @@ def _cluster_dro(batch: Batch, state: ClusterState, hparams: HParams):
 
 
 def _group_variance(batch: Batch, state: State, hparams: HParams):
-    """V-REx (Krueger et al. 2021, equation 8), over the groups of users:
+    """The penalty of V-REx (Krueger et al. 2021, equation 8), over the groups of users:
 
         loss = sum_u m_u l_u / B + (M / B) lambda Var_g(L_g)
 
-    Var_g is the variance over the batch's groups, each of which counts alike. The gradient flows
-    through it: q_u = m_u / B + (M / B) lambda (2 / G) (L_g - mean_h L_h) m_u / M_g for a user of
-    group g, which is below 0 for an easy group if lambda is large. lambda = 0 is ERM.
+    The first term is ERM's, where the paper has the sum of the L_g. Var_g is the variance over the
+    batch's groups, each of which counts alike. The gradient flows through it:
+    q_u = m_u / B + (M / B) lambda (2 / G) (L_g - mean_h L_h) m_u / M_g for a user of group g, which
+    is below 0 for an easy group if lambda is large. lambda = 0 is ERM.
     """
     present = batch.group_counts > 0
     number = jnp.maximum(present.sum(), 1)

@@ -3,7 +3,6 @@
 Shape letters: U users, B users in a batch, G groups, V catalogue.
 """
 
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,12 +25,12 @@ class Range(NamedTuple):
     at_most: float | None = None
 
     def contains(self, value: object) -> bool:
-        """Whether a value is a finite number in the range."""
+        """Whether a value is a number in the range that a float32 holds, as the loss reads it."""
         if not isinstance(value, numbers.Real) or isinstance(value, (bool, np.bool)):
             return False
-        x = float(value)
+        x, limits = float(value), np.finfo(np.float32)
         return (
-            math.isfinite(x)
+            (x == 0 or float(limits.smallest_normal) <= abs(x) <= float(limits.max))
             and (self.above is None or x > self.above)
             and (self.at_least is None or x >= self.at_least)
             and (self.below is None or x < self.below)

@@ -168,7 +168,10 @@ def check_hparams(name: str, values: Mapping[str, float | Sequence[float]]) -> N
         _check_choice("objective hyperparameter", key, tuple(known))
         for value in given if isinstance(given, (tuple, list)) else (given,):
             if not known[key].range.contains(value):
-                raise UserError(f"objective.{key} is {value!r}: give a number {known[key].range}")
+                raise UserError(
+                    f"objective.{key} is {value!r}: give a number {known[key].range} (a 32-bit "
+                    "float)"
+                )
 
 
 class Objective(NamedTuple):
