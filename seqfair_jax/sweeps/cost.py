@@ -11,6 +11,7 @@ import numpy as np
 
 from seqfair_jax.config import plan_runs
 from seqfair_jax.errors import UserError
+from seqfair_jax.model.mixture import POINTER_ITEMS
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.sweeps.jobs import Job
@@ -28,9 +29,14 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
 
     3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with V items, width D, and n the mean number
     of tokens that a token attends to. A sampled loss with k negatives has 1 + k in place of V. The
-    terms are the scores of all items, the blocks' weights, and the attention. The backward pass
-    costs twice the forward pass, hence the factor 3. Padding and masked pairs of tokens do not
-    count, so a share of the peak that uses this figure counts only useful work.
+    terms are the scores of all items, the blocks' weights, and the attention.
+
+    A mixture of C parts (`model.mixture`) adds 3 * 2 C D for the gate. Its pointer adds
+    3 (4 D^2 + 2 m D), with m the mean number of own items that a token points to. Its neighbours
+    add nothing more: their weights are no matrix product.
+
+    The backward pass costs twice the forward pass, hence the factor 3. Padding and masked pairs of
+    tokens do not count, so a share of the peak that uses this figure counts only useful work.
 
     Args:
         model: the network.
@@ -42,7 +48,15 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
     dim = model.dim
     seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
     weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
-    return float(3 * (2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)))
+    forward = 2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)
+    if model.is_mixture:
+        forward += 2 * (1 + model.pointer + (model.neighbours > 0)) * dim
+    if model.pointer:
+        # The t-th token of a user has t - 1 items, the first of which is in the second token.
+        most = np.minimum(lengths - 1, POINTER_ITEMS)
+        own = (most * (most + 1) // 2 + (lengths - 1 - most) * POINTER_ITEMS).sum() / lengths.sum()
+        forward += 4 * dim**2 + 2 * own * dim
+    return float(3 * forward)
 
 
 def measure_runs_per_job(experiment: Experiment) -> int:
