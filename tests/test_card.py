@@ -9,6 +9,7 @@ from seqfair_jax import __main__, workdir
 from seqfair_jax.report.card import model_card
 
 METRIC = "NDCG@20"
+_MIXTURE = ("pointer", "neighbours")  # settings of the model
 EXPORTED = {
     "format": "jax", "shape": None, "run": "seed=0", "max_k": 80, "mask_seen": False,
     "items": 80, "parameters": 1234, "window": 12, "platforms": ["cpu"],
@@ -67,6 +68,28 @@ def test_every_group_has_its_size_its_mean_and_its_interval(rule, folder):
     assert [row[0] for row in rows] == list(baselines["markov"])
     [[_, size, mean, *_], *_] = rows_of(card, "## Results")[1:]
     assert (size, mean) == (str(len(users)), f"{users[METRIC].mean():.4f}")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"pointer": True, "neighbours": 0}, "mixed with a pointer to the user's own items, so"),
+        ({"pointer": False, "neighbours": 9}, "mixed with the items that were near the history's"),
+        ({"pointer": True, "neighbours": 9}, "own items and with the items that were near"),
+        ({"pointer": False, "neighbours": 0}, None),
+        ({}, None),  # of an earlier version
+    ],
+)
+def test_the_card_says_what_the_softmax_is_mixed_with(model, expected, copied):
+    config = workdir.read_json(copied / workdir.CONFIG)
+    kept = {key: value for key, value in config["model"].items() if key not in _MIXTURE}
+    workdir.write_json(copied / workdir.CONFIG, config | {"model": kept | model})
+    card = model_card(copied, "overall", EXPORTED)
+    assert "times. " in card
+    assert (expected or "times. It was trained with") in card
+    assert ("32-bit floats, and the neighbours of each item |" in card) == bool(
+        model.get("neighbours")
+    )
 
 
 def test_the_worst_group_stands_beside_its_best_baseline(card, folder):

@@ -71,6 +71,7 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
         rule=rule,
         metric=metric,
         model=config["model"],
+        mixture=text.Markdown(_mixture(config["model"])),
         exported=exported,
         overall=_group_table(found, [slices.OVERALL, slices.REPEAT, slices.NEW], baselines, metric),
         groups={
@@ -99,6 +100,18 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
 
 def _escaped(value: Any) -> Any:
     return text.escape_markdown(value) if isinstance(value, str) else value
+
+
+def _mixture(model: Mapping[str, Any]) -> str:
+    """What the softmax is mixed with; empty without a mixture. An earlier run has neither key."""
+    parts = ["a pointer to the user's own items"] * bool(model.get("pointer"))
+    parts += ["the items that were near the history's in training"] * bool(model.get("neighbours"))
+    if not parts:
+        return ""
+    return (
+        f"Its softmax over the items is mixed with {' and with '.join(parts)}, so a score is the "
+        "logarithm of a probability. "
+    )
 
 
 def _settings_table(config: Mapping[str, Any]) -> text.Markdown:
