@@ -317,11 +317,12 @@ class Model:
         )
 
     def embeddings(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The vectors of the items and of the users; a score is their product.
+        """The vectors of the items and of the users; a score of the catalogue is their product.
 
         A user's vector is the encoder's output after the whole history, and an item's is its row
-        of the output table. So `users @ items.T` has the scores of `recommend`. With
-        `model.pointer` or `model.neighbours` these are the scores of the catalogue's part alone.
+        of the output table. Without a mixture `users @ items.T` has the scores of `recommend`. With
+        `model.pointer` or `model.neighbours` it has the logits of the catalogue's part alone, and
+        `recommend` also uses the other parts.
 
         Returns:
             items f32[V, D], whose index is `item_id`, and users f32[U, D], whose index is
