@@ -402,6 +402,16 @@ def test_an_exported_mixture_gives_the_same_scores(mixed, tmp_path):
     assert export.check(tmp_path, trained) > 0
 
 
+@pytest.mark.slow  # jax2onnx imports for many seconds
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")  # of its own `where`
+def test_an_onnx_program_of_a_mixture_gives_the_same_scores(mixed, tmp_path):
+    pytest.importorskip("jax2onnx")
+    pytest.importorskip("onnxruntime")
+    trained = load(mixed, run="seed=0")
+    export.write_onnx(tmp_path, trained, max_k=5, batch_size=2)
+    assert export.check(tmp_path, trained) > 0
+
+
 def test_a_mixture_needs_probabilities():
     config = small(**{"model.pointer": True, "train.loss": "sampled", "train.sampled_loss": "gbce"})
     with pytest.raises(UserError, match="gbce, which gives no probability"):
