@@ -412,6 +412,23 @@ def test_extreme_losses_give_finite_losses_gradients_and_states(name, case):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [1e-30, 1e30])
+def test_extreme_hyperparameters_give_finite_losses_gradients_and_states(name, value):
+    step, init = step_of(name)
+    for hparam in objectives.METHODS[name].hparams:
+        if not hparam.range.contains(value):
+            continue
+        state = init()
+        for losses, groups, vectors in zip(*batches(), moving_vectors()[:3], strict=False):
+            given = vectors if objectives.METHODS[name].uses_vectors else None
+            loss, weights, state, logged = step(
+                losses, groups, state, vectors=given, **{hparam.name: value}
+            )
+            for leaf in jax.tree.leaves((loss, weights, state, logged)):
+                assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_the_users_changes_nothing(name):
     step, init = step_of(name)
     states = [init(), init()]
