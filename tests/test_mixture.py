@@ -312,16 +312,15 @@ def test_the_table_has_no_more_columns_than_an_item_has_neighbours():
 
 def test_gradients_match_finite_differences():
     """Of the loss with respect to the mixture's parameters."""
-    with jax.enable_x64(True):
-        model, params = make_model(True, KEPT)
-        task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
-        data, users = make_data(KEPT), jnp.arange(4)
+    model, params = make_model(True, KEPT)
+    task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
+    data, users = make_data(KEPT), jnp.arange(4)
 
-        def loss(own):
-            whole = {"params": params["params"] | {"mixture": own}}
-            return user_losses(task, whole, data, users, BLOCK, None).sum()
+    def loss(own):
+        whole = {"params": params["params"] | {"mixture": own}}
+        return user_losses(task, whole, data, users, BLOCK, None).sum()
 
-        check_grads(jax.jit(loss), (params["params"]["mixture"],), 1, ["rev"], rtol=2e-2, atol=1e-3)
+    check_grads(jax.jit(loss), (params["params"]["mixture"],), 1, ["rev"], rtol=2e-2, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
