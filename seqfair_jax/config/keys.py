@@ -289,8 +289,8 @@ _MODEL = (
     Setting(
         "model.neighbours",
         0,
-        "Mix the scores of the catalogue with those of that many items which are near the "
-        "history's items in training. 0: none.",
+        "How many neighbours of each item of the history are mixed with the scores of the "
+        "catalogue: the items that were nearest to it in training. 0: none.",
         whole(0),
     ),
 )
