@@ -118,12 +118,11 @@ def print_parts(loop, states, repeats, step_ms):
             rngs={"dropout": key} if drop else None,
         )
 
-    encoded, table = jax.jit(lambda p: encode(p, drop=False))(params)
-    hidden = encoded.hidden
+    hidden, table = jax.jit(lambda p: encode(p, drop=False))(params)
 
     def encoder_loss(params, drop):
-        encoded, table = encode(params, drop=drop)
-        return encoded.hidden.astype(jnp.float32).sum() + 1e-6 * table[0].astype(jnp.float32).sum()
+        hidden, table = encode(params, drop=drop)
+        return hidden.astype(jnp.float32).sum() + 1e-6 * table[0].astype(jnp.float32).sum()
 
     def loss(hidden, table):
         losses = softmax_loss(hidden, table, packed.targets, precision, task.max_logits)

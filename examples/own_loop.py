@@ -48,8 +48,8 @@ def main(frame: pd.DataFrame, *, objective: str = "gdro", steps: int = 100, batc
 
     def loss_fn(params, users, state):
         packed = pack(sequences, users, num_tokens=tokens, num_items=model.num_items)
-        encoded, table = model.apply(params, packed, train=False, method="encode_and_table")
-        losses = user_means(softmax_loss(encoded.hidden, table, packed.targets), packed)
+        hidden, table = model.apply(params, packed, train=False, method="encode_and_table")
+        losses = user_means(softmax_loss(hidden, table, packed.targets), packed)
         return chosen.apply(losses, membership[users], state, hparams)[:2]
 
     @jax.jit

@@ -216,6 +216,13 @@ def of_first(value: float) -> float:
     return multihost_utils.broadcast_one_to_all(kind(value)).item()
 
 
+def tree_of_first(tree: Any) -> Any:
+    """The first process's arrays of the host, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
 def of_largest(value: int) -> int:
     """The largest of the processes' values, on every process; all must call it."""
     if jax.process_count() == 1:

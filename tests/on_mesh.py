@@ -28,7 +28,7 @@ from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec, is_table, param_specs, with_rows
 from seqfair_jax.objectives import make_objective, user_mass
 from seqfair_jax.serving.trained import load_source
-from seqfair_jax.training import checkpoint, step, warm_start
+from seqfair_jax.training import checkpoint, stacking, step, warm_start
 from seqfair_jax.training.batches import Batches
 
 NUM_USERS, NUM_ITEMS, MAX_LEN, BATCH, STEPS = 40, 27, 20, 7, 2
@@ -47,9 +47,6 @@ NEIGHBOURS = Neighbours(
     np.where(np.arange(NUM_ITEMS) % 5, 1.5, -np.inf).astype(np.float32),
 )
 NEIGHBOURS.shares[NEIGHBOURS.items == NUM_ITEMS] = 0
-NEAR = np.concatenate(
-    [_rng.random((len(ITEMS), NEAR_ITEMS)), _rng.normal(size=(len(ITEMS), NEAR_ITEMS))], axis=1
-).astype(np.float32)
 
 
 def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8, **parts):
@@ -92,12 +89,10 @@ def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, sampled=None
             devices.pad_rows(ITEMS, data_shards),
             np.cumsum(LENGTHS, dtype=np.int32),
             WINDOWS,
-            devices.pad_rows(NEAR, data_shards) if model.neighbours else None,
         ),
         MEMBERSHIP,
         devices.pad_rows(np.float32(weights), shards),
         user_mass(WINDOWS, "sum"),
-        pad_neighbours(NEIGHBOURS, shards) if model.neighbours else None,
     )
     data = jax.tree.map(functools.partial(devices.put, mesh), data, step.data_specs(data))
     hparams = {key: np.full(len(seeds), HPARAMS[key], np.float32) for key in method.method.reads}
@@ -158,11 +153,6 @@ def with_negatives(*shapes):
     return steps("cvar", *shapes, vmap=True, dropout=0.3, sampled=Sampled("softmax", 9, 0.0))
 
 
-def with_mixture(*shapes):
-    """A pointer and neighbours, with dropout."""
-    return steps("erm", *shapes, vmap=True, dropout=0.3, **MIXTURE)
-
-
 def without_dropout(objective, *shapes):
     return steps(objective, *shapes, vmap=True)
 
@@ -221,11 +211,7 @@ def rankings(*shapes, **parts):
             neighbours = jax.tree.map(
                 lambda part, on=mesh: devices.put(on, part, P(devices.CATALOGUE)), neighbours
             )
-        sharded = jax.tree.map(
-            functools.partial(devices.put, mesh),
-            with_rows(params, devices.padded(NUM_ITEMS, catalogue)),
-            param_specs(params),
-        )
+        sharded = on_mesh(mesh, params)
         for mask_seen in (False, True):
             rank = make_ranker(
                 model,
@@ -246,6 +232,32 @@ def rankings(*shapes, **parts):
         )
         for place, shape in enumerate(shapes, start=1)
     }
+
+
+def mixtures(*shapes):
+    """How much what a mixture is fitted to differs from that of one device."""
+    dataset, params = make_dataset(), random_params(make_model(1, **MIXTURE))
+    users = np.array([0, 3, 4, 20, 39])
+    near = _rng.random((int(dataset.train_lengths[users].sum()), 2 * NEAR_ITEMS))
+    found = {}
+    for shape in ("1,1,1", *shapes):
+        run, data, catalogue = map(int, shape.split(","))
+        mesh = devices.make_mesh(run=run, data=data, catalogue=catalogue)
+        read = stacking.make_reader(
+            make_model(catalogue, **MIXTURE), dataset, users, near, max_logits=2**27, mesh=mesh
+        )
+        found[shape] = read(on_mesh(mesh, params))
+    one = found.pop("1,1,1")
+    assert len(one.items) > 30
+    return {shape: difference(one, other) for shape, other in found.items()}
+
+
+def on_mesh(mesh, params):
+    return jax.tree.map(
+        functools.partial(devices.put, mesh),
+        with_rows(params, devices.padded(NUM_ITEMS, mesh.shape[devices.CATALOGUE])),
+        param_specs(params),
+    )
 
 
 def checkpoints(folder):

@@ -301,12 +301,6 @@ def _linear(x, parameters):
 
 def sasrec(parameters, inputs, *, num_blocks, num_heads):
     """Hidden states [n, D] of one user, alone and without dropout: pre-norm causal transformer."""
-    x = after_blocks(parameters, inputs, num_blocks=num_blocks, num_heads=num_heads)
-    return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
-
-
-def after_blocks(parameters, inputs, *, num_blocks, num_heads):
-    """What the first blocks make of one user's tokens, [n, D]."""
     length = len(inputs)
     x = []
     for place, item in enumerate(inputs):
@@ -340,7 +334,7 @@ def after_blocks(parameters, inputs, *, num_blocks, num_heads):
         for place in range(length):
             y = _linear(_layer_norm(x[place], block["ff_norm"]), block["ff_in"])
             x[place] = x[place] + _linear(np.maximum(y, 0.0), block["ff_out"])
-    return np.array(x)
+    return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
 
 
 def nearby(sequences, num_items, weights, user=None, row=None):
@@ -380,31 +374,52 @@ def mixture(parameters, inputs, *, num_blocks, totals, shares, place=None):
     own = parameters["mixture"]
     place = len(inputs) - 1 if place is None else place
     hidden = sasrec(parameters, inputs, num_blocks=num_blocks, num_heads=1)[place]
-    context = after_blocks(parameters, inputs, num_blocks=num_blocks - 1, num_heads=1)
-    logits = parameters.get("output_embedding", parameters["item_embedding"]) @ hidden
-    parts = [np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()]
-    history = [(p, inputs[p]) for p in range(place, -1, -1) if inputs[p] is not None]
-    gates = list(_linear(hidden, own["gate"]))
-    if "query" in own:
-        query = hidden @ own["query"]["kernel"]
-        part, scores = np.zeros_like(logits), []
-        for age, (p, _) in enumerate(history[:64]):
-            key = _layer_norm(context[p], own["norm"]) @ own["key"]["kernel"]
-            scores.append(np.dot(query, key) / np.sqrt(len(hidden)) + own["pointer_age"][age])
-        for (_, item), weight in zip(history, _softmax(scores), strict=False):
+    catalogue = _softmax(parameters.get("output_embedding", parameters["item_embedding"]) @ hidden)
+    history = [inputs[p] for p in range(place, -1, -1) if inputs[p] is not None][:65]
+    newest = history[:64]
+
+    count = len(newest)
+    is_return = [float(item in newest[age + 1 :]) for age, item in enumerate(newest)]
+    fading = [0.8**age for age in range(count)]
+    features = [
+        np.log(1 + count),
+        sum(is_return) / max(count, 1),
+        np.dot(is_return, fading) / max(sum(fading), 1),
+        is_return[0] if count else 0.0,
+    ]
+    if totals is not None:
+        known = [(age, x) for age, x in enumerate(history[:12]) if totals[x] > 0]
+        features.append(np.log(totals[newest[0]]) if count and totals[newest[0]] > 0 else 0.0)
+    gates = np.array(features) @ own["gate"]["kernel"] + own["gate"]["bias"]
+
+    parts = [catalogue]
+    if "pointer_age" in own:
+        returns = min(max(sum(catalogue[item] for item in set(newest)), 1e-6), 1 - 1e-4)
+        gates = gates + own["gate_returns"] * np.log(returns / (1 - returns))
+        catalogue[newest] = 0
+        catalogue /= 1 - returns
+        part, scores = np.zeros_like(catalogue), []
+        for age, item in enumerate(newest):
+            others = len(set(newest[:age]) - {item})
+            score = own["pointer_age"][age] + own["pointer_newer"][others]
+            if item not in newest[:age]:
+                score += own["pointer_features"][0]
+            if age + 1 < len(history) and history[age + 1] == newest[0]:
+                score += own["pointer_features"][1]
+            scores.append(score)
+        for item, weight in zip(newest, _softmax(scores), strict=True):
             part[item] += weight
         parts.append(part)
+        if not newest:
+            gates[1] = -np.inf
     if totals is not None:
-        known = [(age, x) for age, (_, x) in enumerate(history[:12]) if totals[x] > 0]
-        part = np.zeros_like(logits)
+        part = np.zeros_like(catalogue)
         scores = [own["near_age"][a] + own["near_total"] * np.log(totals[x]) for a, x in known]
         for (_, item), weight in zip(known, _softmax(scores), strict=True):
             part += weight * shares[item]
         parts.append(part)
         if not known:
             gates[-1] = -np.inf
-    if "query" in own and not history:
-        gates[1] = -np.inf
     return sum(gate * part for gate, part in zip(_softmax(gates), parts, strict=True))
 
 

@@ -22,18 +22,21 @@ from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation import neighbours as baseline
 from seqfair_jax.evaluation import ranking
 from seqfair_jax.evaluation.neighbours import Weights
-from seqfair_jax.model.mixture import NEAR_ITEMS, Copies, mixture_losses
+from seqfair_jax.model.mixture import (
+    NEAR_ITEMS,
+    MixtureWeights,
+    mixture_losses,
+    read_history,
+)
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
-from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
-from seqfair_jax.objectives import make_objective
 from seqfair_jax.serving import catalogue, export
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.serving.trained import load
-from seqfair_jax.training import nearby
+from seqfair_jax.training import nearby, stacking
+from seqfair_jax.training.batches import Batches
 from seqfair_jax.training.experiment import build_experiment
-from seqfair_jax.training.step import KEY_IMPL, Task, TrainData, make_optimizer, user_losses
 
 MAX_LEN, KEPT = 16, 4
 PARTS = [(True, 0), (False, KEPT), (True, KEPT)]
@@ -88,9 +91,12 @@ def kept_matrix():
     return kept, totals, kept / np.where(totals > 0, totals, 1)[:, None]
 
 
+EVERYONE = np.arange(7)
+
+
 @functools.cache
 def found_nearby():
-    return nearby.find_nearby(make_dataset(), KEPT)
+    return nearby.find_nearby(make_dataset(), KEPT, EVERYONE)
 
 
 def neighbours_of(model):
@@ -110,15 +116,17 @@ def test_the_nearest_items_of_each_item():
 
 
 @pytest.mark.parametrize("block", [2**18, 5])
-def test_a_training_target_does_not_count_itself(block, monkeypatch):
+@pytest.mark.parametrize("users", [EVERYONE, [1, 3, 6]])
+def test_a_training_target_does_not_count_itself(users, block, monkeypatch):
     monkeypatch.setattr(log, "_BLOCK_ROWS", block)
     dataset = make_dataset()
     num_items = len(dataset.item_ids)
-    rows = iter(nearby.find_nearby(dataset, KEPT).rows)
+    rows = iter(nearby.find_nearby(dataset, KEPT, np.array(users)).rows)
     kept, _, _ = kept_matrix()
     sequences = training_sequences(dataset)
     differs = 0
-    for user, items in enumerate(sequences):
+    for user in users:
+        items = sequences[user]
         for row, target in enumerate(items):
             without = reference.nearby(sequences, num_items, Weights(), user, row)
             totals = without.sum(axis=1)
@@ -132,7 +140,7 @@ def test_a_training_target_does_not_count_itself(block, monkeypatch):
                 assert_allclose(shares[age], value / totals[source], rtol=1e-4, atol=1e-6)
                 assert_allclose(log_totals[age], np.log(totals[source]), rtol=1e-4, atol=1e-5)
                 differs += value < kept[source, target]
-    assert differs > 50
+    assert differs > 30
     assert next(rows, None) is None
 
 
@@ -162,24 +170,22 @@ def test_ranks_match_the_reference_one_user_at_a_time(pointer, neighbours):
         assert_array_equal(found.top_items[place], np.argsort(-scores)[:5])
 
 
-@pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
-def test_losses_match_the_reference_one_user_at_a_time(pointer, neighbours):
+def make_reader(model, users=EVERYONE):
     dataset = make_dataset()
-    model, params = make_model(pointer, neighbours)
-    num_items = model.num_items
-    sequences = training_sequences(dataset)
-    data = make_data(neighbours)
-    users = jnp.arange(len(sequences))
-    task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
-    losses = user_losses(task, params, data, users, 2 * BLOCK, None)
-    tree = jax.tree.map(np.float64, params["params"])
-    kept, _, _ = kept_matrix()
-    for user, items in enumerate(sequences):
+    near = nearby.find_nearby(dataset, KEPT, users).rows if model.neighbours else None
+    return stacking.make_reader(model, dataset, users, near, max_logits=2**27)
+
+
+def expected_losses(model, params, users):
+    """-log p of the newest targets of some users, by the reference."""
+    sequences, (kept, _, _) = training_sequences(make_dataset()), kept_matrix()
+    tree, found = jax.tree.map(np.float64, params["params"]), []
+    for user in users:
+        items = sequences[user]
         inputs, targets = reference.window(items, MAX_LEN)
-        found = []
         for place, target in enumerate(targets):
             row = len(items) - len(targets) + place
-            without = reference.nearby(sequences, num_items, Weights(), user, row)
+            without = reference.nearby(sequences, model.num_items, Weights(), user, row)
             totals = np.where(without.sum(axis=1) > 1e-9, without.sum(axis=1), 0)
             shares = np.where(kept > 0, without, 0) / np.where(totals > 0, totals, 1)[:, None]
             scores = reference.mixture(
@@ -187,33 +193,105 @@ def test_losses_match_the_reference_one_user_at_a_time(pointer, neighbours):
                 inputs,
                 place=place,
                 num_blocks=2,
-                totals=totals if neighbours else None,
+                totals=totals if model.neighbours else None,
                 shares=shares,
             )
             found.append(-np.log(scores[target]))
-        assert_allclose(losses[user], np.mean(found), rtol=1e-4)
+    return found
 
 
-def make_erm():
-    lengths = make_dataset().train_lengths
-    return make_objective("erm", membership=np.ones((len(lengths), 1), bool), train_lengths=lengths)
+@pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
+@pytest.mark.parametrize("users", [EVERYONE, np.array([1, 3, 6])])
+def test_losses_match_the_reference_one_user_at_a_time(users, pointer, neighbours):
+    model, params = make_model(pointer, neighbours)
+    targets = make_reader(model, users)(params)
+    losses = stacking.target_losses(model, params["params"]["mixture"], targets)
+    assert_allclose(losses, expected_losses(model, params, users), rtol=1e-4)
 
 
-def make_data(neighbours):
+@pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
+def test_no_weights_near_the_fitted_ones_are_better(pointer, neighbours):
+    model, params = make_model(pointer, neighbours)
+    first = make_first(pointer, neighbours)
+    targets = make_reader(model)(params)
+    fitted = stacking.fit_weights(model, params["params"]["mixture"], targets)
+    again = stacking.fit_weights(model, fitted, targets)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-2), fitted, again)
+
+    def penalised(mixture):
+        whole = {"params": params["params"] | {"mixture": mixture}}
+        losses = expected_losses(model, whole, [0, 2, 3, 4])
+        change = jax.tree.map(lambda a, b: ((np.float64(a) - b) ** 2).sum(), mixture, first)
+        return np.mean(losses) + sum(jax.tree.leaves(change)) / (2 * len(losses))
+
+    # On fewer users, since the reference is slow.
+    targets = make_reader(model, np.array([0, 2, 3, 4]))(params)
+    fitted = stacking.fit_weights(model, first, targets)
+    least = penalised(fitted)
+    assert least < penalised(first) - 1e-3
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        other = jax.tree.map(
+            lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 5, fitted
+        )
+        assert penalised(other) > least
+
+
+@functools.cache
+def make_first(pointer, neighbours):
+    """The weights before the first fit."""
+    model, _ = make_model(pointer, neighbours)
+    one = jnp.ones(1, int)
+    packed = pack(Sequences(one, one, one), one * 0, num_tokens=BLOCK, num_items=model.num_items)
+    return model.init(jax.random.key(0), packed, train=False)["params"]["mixture"]
+
+
+def test_gradients_match_finite_differences():
+    model, params = make_model(True, KEPT)
+    targets = jax.tree.map(jnp.asarray, make_reader(model)(params))
+
+    @jax.jit
+    def loss(weights):
+        return stacking.target_losses(model, weights, targets).mean()
+
+    check_grads(loss, (params["params"]["mixture"],), 1, ["rev"], rtol=2e-2, atol=1e-3)
+
+
+def test_who_fits_a_mixture():
     dataset = make_dataset()
-    items = np.concatenate(training_sequences(dataset)).astype(np.int32)
-    lengths = dataset.train_lengths
-    return TrainData(
-        Sequences(
-            jnp.asarray(items),
-            jnp.cumsum(lengths),
-            jnp.minimum(lengths, MAX_LEN - 1),
-            jnp.asarray(found_nearby().rows) if neighbours else None,
-        ),
-        jnp.ones((len(lengths), 1), bool),
-        jnp.ones(len(dataset.item_ids)),
-        jnp.ones(len(lengths)),
-    )
+    draws = [stacking.choose_users(dataset, 0.5, seed) for seed in range(20)]
+    assert all(len(set(users)) == 3 and (np.diff(users) > 0).all() for users in draws)
+    assert set(np.concatenate(draws)) == set(EVERYONE)
+    assert_array_equal(stacking.choose_users(dataset, 0.5, 7), draws[7])
+    assert len(stacking.choose_users(dataset, 1e-9, 0)) == 1
+
+
+def test_enough_rows_are_enough_users(monkeypatch):
+    dataset = make_dataset()
+    monkeypatch.setattr(stacking, "_MOST_ROWS", 20)
+    for seed in range(9):
+        users = stacking.choose_users(dataset, 0.99, seed)
+        lengths = dataset.train_lengths[users]
+        assert lengths.sum() >= 20 > lengths.sum() - lengths.max()
+
+
+def test_a_mixture_changes_no_step_but_for_its_users():
+    config = small(**{"model.pointer": True, "train.mixture_users": 0.3})
+    mixed = build_experiment(resolve(config))
+    rows = np.concatenate([mixed.fit_users, mixed.train_users])
+    assert_array_equal(np.sort(rows), np.arange(len(mixed.dataset.user_ids)))
+    assert len(mixed.fit_users) == int(0.3 * len(rows))
+    batches = Batches(
+        [0],
+        lengths=mixed.train_lengths,
+        users=mixed.train_users,
+        batch_size=config.train.batch_size,
+        steps=100,
+        vmap=False,
+    )(0)
+    assert set(np.unique(batches.user_ids)) == set(mixed.train_users)
+    lengths = np.minimum(mixed.dataset.train_lengths, config.model.max_len - 1)
+    assert_array_equal(batches.targets, lengths[np.asarray(batches.user_ids)].sum(axis=-1))
 
 
 def test_a_pointer_reads_the_newest_64_items_across_blocks():
@@ -245,21 +323,11 @@ def test_a_pointer_reads_the_newest_64_items_across_blocks():
         inputs = [None, *items]
         expected = reference.mixture(tree, inputs, num_blocks=1, totals=None, shares=None)
         assert_allclose(np.exp(found), expected, rtol=1e-4)
-    # In training all tokens are encoded, and not the newest alone.
-    whole = jax.jit(functools.partial(model.apply, train=False))(params, packed)
-    newest = np.cumsum(lengths + 1) - 1
-    assert_allclose(whole.copies.own[newest], encoded.copies.own, rtol=1e-4, atol=1e-7)
-    assert_allclose(encoded.copies.own.sum(axis=1), [1, 1, 0, 1], rtol=1e-6)
-
-
-def test_all_items_as_negatives_are_the_whole_catalogue():
-    model, params = make_model(True, KEPT)
-    data, users = make_data(KEPT), jnp.arange(4)
-    task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
-    full = user_losses(task, params, data, users, BLOCK, None)
-    sampled = task._replace(sampled=Sampled("softmax", model.num_items, 0.0))
-    key = jax.random.key(0, impl=KEY_IMPL)
-    assert_allclose(user_losses(sampled, params, data, users, BLOCK, key), full, rtol=1e-5)
+    # The fit reads the history of every token.
+    newest = jnp.cumsum(lengths + 1) - 1
+    every, some = read_history(packed, 30), read_history(packed, 30, newest)
+    jax.tree.map(lambda a, b: assert_allclose(a[newest], b, rtol=1e-6), every, some)
+    assert_allclose(encoded.weights.own.sum(axis=1), [1, 1, 0, 1], rtol=1e-6)
 
 
 def test_a_weight_that_is_next_to_nothing_counts_as_none():
@@ -268,18 +336,20 @@ def test_a_weight_that_is_next_to_nothing_counts_as_none():
 
     def loss(weight):
         own = jnp.stack([weight, 1 - weight])[None]
-        copies = Copies(jnp.log(jnp.full((1, 2), 0.5)), items, own, None)
-        return mixture_losses(jnp.ones(1), copies, target, None).sum()
+        near, shares = jnp.ones((1, 1)), jnp.full((1, 1), 0.1)
+        gates = jnp.zeros((1, 3))
+        weights = MixtureWeights(gates, gates, items, own, near)
+        return mixture_losses(jnp.ones(1), jnp.full(1, 0.5), weights, target, shares).sum()
 
     for weight in (0.0, 1e-37, 1e-31):
         value, gradient = jax.value_and_grad(loss)(weight)
-        assert_allclose(value, 1 - np.log(0.5), rtol=1e-6)
+        assert_allclose(value, -np.log(0.1 / 3), rtol=1e-6)
         assert gradient == 0
     for weight in (1e-29, 0.25):
-        assert_allclose(jax.grad(loss)(weight), -1 / (np.exp(-1) + weight), rtol=1e-5)
+        assert_allclose(jax.grad(loss)(weight), -1 / (0.1 + weight), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gate", "query", "near_total"])
+@pytest.mark.parametrize("name", ["gate", "pointer_age", "near_total"])
 def test_a_mixture_that_is_not_finite_ranks_nothing(name):
     model, params = make_model(True, KEPT)
     own = params["params"]["mixture"]
@@ -297,7 +367,7 @@ def test_a_log_in_which_nothing_is_near_anything():
     frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
     dataset = leave_one_out(log_from_table(frame), name="csv", num_valid_users=6, split_seed=0)
     assert (dataset.train_lengths == 1).all()
-    neighbours, rows = nearby.find_nearby(dataset, KEPT)
+    neighbours, rows = nearby.find_nearby(dataset, KEPT, np.arange(6))
     assert_array_equal(neighbours.items, np.full((3, 1), 3))
     assert_array_equal(neighbours.shares, np.zeros((3, 1)))
     assert np.isneginf(neighbours.log_totals).all()
@@ -305,22 +375,9 @@ def test_a_log_in_which_nothing_is_near_anything():
 
 
 def test_the_table_has_no_more_columns_than_an_item_has_neighbours():
-    few, many = (nearby.find_nearby(make_dataset(), count) for count in (11, 10**9))
+    few, many = (nearby.find_nearby(make_dataset(), count, EVERYONE) for count in (11, 10**9))
     assert many.neighbours.items.shape == (13, 11)
     jax.tree.map(assert_array_equal, few, many)
-
-
-def test_gradients_match_finite_differences():
-    """Of the loss with respect to the mixture's parameters."""
-    model, params = make_model(True, KEPT)
-    task = Task(model, make_erm(), make_optimizer(learning_rate=0.1))
-    data, users = make_data(KEPT), jnp.arange(4)
-
-    def loss(own):
-        whole = {"params": params["params"] | {"mixture": own}}
-        return user_losses(task, whole, data, users, BLOCK, None).sum()
-
-    check_grads(jax.jit(loss), (params["params"]["mixture"],), 1, ["rev"], rtol=2e-2, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

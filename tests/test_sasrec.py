@@ -47,7 +47,7 @@ def test_packed_users_equal_one_user_at_a_time(num_heads):
     users = draw_users([3, 90, 1, 130, 17])
     packed = pack_users(users, 4 * BLOCK)
     params = model.init(jax.random.key(0), packed, train=False)
-    hidden = model.apply(params, packed, train=False).hidden
+    hidden = model.apply(params, packed, train=False)
     tree = jax.tree.map(np.float64, params["params"])
     at = 0
     for items in users:
@@ -63,8 +63,8 @@ def test_some_tokens_are_encoded_as_among_all(window):
     packed = pack_users(draw_users([3, 20, 1, 17, 20]), 2 * BLOCK)
     params = model.init(jax.random.key(0), packed, train=False)
     only = jnp.array([2, 22, 23, 39, 60])
-    every = model.apply(params, packed, train=False, window=window).hidden
-    some = model.apply(params, packed, train=False, window=window, only=only).hidden
+    every = model.apply(params, packed, train=False, window=window)
+    some = model.apply(params, packed, train=False, window=window, only=only)
     assert_allclose(some, every[only], rtol=1e-5, atol=1e-6)
 
 
@@ -73,9 +73,9 @@ def test_a_user_does_not_depend_on_the_rest_of_the_batch():
     users = draw_users([5, 30, 8])
     packed = pack_users(users, BLOCK)
     params = model.init(jax.random.key(0), packed, train=False)
-    first = model.apply(params, packed, train=False).hidden[:5]
+    first = model.apply(params, packed, train=False)[:5]
     others = pack_users([users[0], *draw_users([11, 60], seed=1)], 2 * BLOCK)
-    again = model.apply(params, others, train=False).hidden[:5]
+    again = model.apply(params, others, train=False)[:5]
     assert_allclose(first, again, rtol=1e-5, atol=1e-6)
 
 
@@ -179,7 +179,7 @@ def test_lower_precision_stays_near(dtype, error):
 
     def loss_and_gradient(model):
         def loss(params):
-            hidden = model.apply(params, packed, train=False).hidden[:50].astype(jnp.float32)
+            hidden = model.apply(params, packed, train=False)[:50].astype(jnp.float32)
             return (hidden**3).sum(), hidden
 
         gradient, hidden = jax.grad(loss, has_aux=True)(params)

@@ -20,8 +20,14 @@ from seqfair_jax import devices
 from seqfair_jax.data.split import Dataset, Targets
 from seqfair_jax.devices import CATALOGUE, DATA, USERS
 from seqfair_jax.errors import DivergedError
-from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours, mixture_scores, newest_items
-from seqfair_jax.model.packing import BLOCK, Sequences, pack
+from seqfair_jax.model.mixture import (
+    NEAR_ITEMS,
+    MixtureWeights,
+    Neighbours,
+    mixture_scores,
+    read_history,
+)
+from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack
 from seqfair_jax.model.sasrec import PRECISIONS, Encoded, SASRec, param_specs
 
 _TOKENS = 2048  # packed tokens encoded at once: what the attention makes of them fits into a cache
@@ -408,15 +414,27 @@ def encode_newest(
     num_tokens = packed_tokens(model.max_len)
     packed = pack(sequences, users, num_tokens=num_tokens, num_items=model.num_items, shards=shards)
     newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
+    hidden: Any = model.apply(params, packed, train=False, window=window, only=newest)
+    return Encoded(hidden, mixture_weights(model, params, packed, neighbours, newest))
+
+
+def mixture_weights(
+    model: SASRec,
+    params: Any,
+    packed: Packed,
+    neighbours: Neighbours | None,
+    at: jax.Array,
+) -> MixtureWeights | None:
+    """The weights of a mixture after some tokens i32[N]; None for a model that is none."""
+    if not model.is_mixture:
+        return None
+    history = read_history(packed, model.num_items, at)
     log_totals = None
     if neighbours is not None:
-        items = newest_items(packed, NEAR_ITEMS, model.num_items, newest)
-        items = jnp.minimum(items, model.num_items - 1)
+        items = jnp.minimum(history.items[:, :NEAR_ITEMS], model.num_items - 1)
         log_totals = devices.lookup(neighbours.log_totals, items, model.shards)
-    encoded: Any = model.apply(
-        params, packed, train=False, window=window, log_totals=log_totals, only=newest
-    )
-    return encoded
+    weights: Any = model.apply(params, history, log_totals, method="mix")
+    return weights
 
 
 def score_items(
@@ -451,10 +469,10 @@ def score_items(
     if num_items is not None and num_items != rows * shards:
         own = devices.index(CATALOGUE, shards) * rows + jnp.arange(rows)
         scores = jnp.where(own < num_items, scores, -jnp.inf)
-    if encoded.copies is not None:
-        for leaf in jax.tree.leaves(encoded.copies):  # a log gate may be -inf
+    if encoded.weights is not None:
+        for leaf in jax.tree.leaves(encoded.weights):  # a gate may be -inf
             finite &= ~jnp.isnan(leaf).any()
-        scores = mixture_scores(scores, encoded.copies, neighbours, shards)
+        scores = mixture_scores(scores, encoded.weights, neighbours, shards)
     if seen_rows.size:
         place, _ = devices.own_rows(seen_items, rows, CATALOGUE, shards)
         scores = scores.at[seen_rows, place].set(-jnp.inf, mode="drop")

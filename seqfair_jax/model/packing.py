@@ -1,7 +1,6 @@
 """A batch's users packed one after another into tokens, without padding between them.
 
-Shape letters: U users, N rows, B users in a batch, L window, T packed tokens, V catalogue, W newest
-items of a history.
+Shape letters: U users, N rows, B users in a batch, L window, T packed tokens, V catalogue.
 """
 
 from typing import NamedTuple
@@ -27,7 +26,6 @@ class Sequences(NamedTuple):
     items: jax.Array  # i32[N]
     ends: jax.Array  # i32[U], one past the row of the newest token's target
     lengths: jax.Array  # i32[U] tokens, 1 to L - 1
-    near: jax.Array | None = None  # f32[N, 2 W] for a mixture, see `training.nearby`
 
 
 class Packed(NamedTuple):
@@ -39,7 +37,6 @@ class Packed(NamedTuple):
     positions: jax.Array  # i32[T], counted from the user's newest token, which has 0
     lengths: jax.Array  # i32[B]
     first: jax.Array | int = 0  # tokens of the users that are in the batch before these
-    near: jax.Array | None = None  # f32[T, 2 W], of the targets
 
 
 def pack(
@@ -72,8 +69,7 @@ def pack(
     before, at = _read(sequences.items, jnp.stack([jnp.maximum(rows - 1, 0), rows]), shards)
     inputs = jnp.where(first | ~real, num_items, before)
     targets = jnp.where(real, at, 0)
-    near = None if sequences.near is None else _read(sequences.near, rows, shards)
-    return Packed(inputs, targets, slots, positions, lengths, near=near)
+    return Packed(inputs, targets, slots, positions, lengths)
 
 
 def pack_batch(

@@ -14,7 +14,13 @@ from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
-from seqfair_jax.model.mixture import LAYER_NORM_EPSILON, Copies, Mixture
+from seqfair_jax.model.mixture import (
+    NEAR_ITEMS,
+    History,
+    Mixture,
+    MixtureWeights,
+    read_history,
+)
 from seqfair_jax.model.packing import BLOCK, Packed
 
 PRECISIONS = {
@@ -24,6 +30,7 @@ PRECISIONS = {
     "bfloat16": (jnp.bfloat16, lax.Precision.DEFAULT),
 }
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
+_LAYER_NORM_EPSILON = 1e-5
 _TABLES = ("item_embedding", "output_embedding")  # parameters with a row for each item
 
 
@@ -134,7 +141,7 @@ class Block(nn.Module):
             return nn.Dense(features, dtype=self.dtype, precision=self.precision, name=name, **init)
 
         def norm(name):
-            return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+            return nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
 
         num_blocks, block, _ = visible.shape
         head_dim = self.dim // self.num_heads
@@ -214,7 +221,7 @@ class Encoded(NamedTuple):
     """What predicts the items that follow N histories."""
 
     hidden: jax.Array  # f[N, D], after the final LayerNorm
-    copies: Copies | None  # None for a model without a mixture
+    weights: MixtureWeights | None  # None for a model without a mixture
 
 
 class SASRec(nn.Module):
@@ -276,11 +283,9 @@ class SASRec(nn.Module):
             )
             for i in range(self.num_blocks)
         ]
-        self.final_norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self._dtype)
+        self.final_norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self._dtype)
         if self.is_mixture:
-            self.mixture = Mixture(
-                self.dim, self.num_items, self.pointer, self.neighbours > 0, self._precision
-            )
+            self.mixture = Mixture(self.num_items, self.pointer, self.neighbours > 0)
 
     @property
     def is_mixture(self) -> bool:
@@ -293,17 +298,16 @@ class SASRec(nn.Module):
         *,
         train: bool,
         window: int | None = None,
-        log_totals: jax.Array | None = None,
         only: jax.Array | None = None,
-    ) -> Encoded:
-        """Encode packed users.
+    ) -> jax.Array:
+        """The hidden state after each token, f[N, D], after the final LayerNorm.
 
-        Without a mixture, the scores of what follows token t are `hidden[t] @ output_table().T`.
+        The scores of what follows token t are `hidden[t] @ output_table().T`. A mixture mixes
+        their softmax with other parts, by the weights of `mix`.
 
         Args:
             packed: T tokens (see `packing.pack`).
             train: apply dropout, with the rng "dropout".
-            log_totals: f32[N, W], as for `Mixture`; None without neighbours.
             window: no user has more tokens than this; L - 1 if None. A short one costs less.
             only: i32[N], the tokens to encode, which costs less; None for all. Not in training.
         """
@@ -321,9 +325,14 @@ class SASRec(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, visible, packed.first, train)
         hidden = self.final_norm(self.blocks[-1](x, visible, packed.first, train, only))
-        if not self.is_mixture:
-            return Encoded(hidden, None)
-        return Encoded(hidden, self.mixture(hidden, x, packed, log_totals, only))
+        if self.is_mixture and self.is_initializing():
+            nothing = jnp.full((1, NEAR_ITEMS), -jnp.inf)
+            self.mixture(read_history(packed, self.num_items, jnp.zeros(1, jnp.int32)), nothing)
+        return hidden
+
+    def mix(self, history: History, log_totals: jax.Array | None) -> MixtureWeights:
+        """The weights of the parts of a mixture; see `Mixture`."""
+        return self.mixture(history, log_totals)
 
     def output_table(self, *, train: bool) -> jax.Array:
         """The embeddings that score the catalogue: f[V, D], with dropout on them in training."""
@@ -351,11 +360,9 @@ class SASRec(nn.Module):
         rows = first + jnp.arange(len(x))
         return dropout(self.make_rng("dropout"), x, self.dropout, rows=rows)
 
-    def encode_and_table(
-        self, packed: Packed, *, train: bool, log_totals: jax.Array | None = None
-    ) -> tuple[Encoded, jax.Array]:
+    def encode_and_table(self, packed: Packed, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """`__call__` and `output_table` under one `apply`, which share its rngs."""
-        return self(packed, train=train, log_totals=log_totals), self.output_table(train=train)
+        return self(packed, train=train), self.output_table(train=train)
 
     def encode_and_rows(
         self,
@@ -363,11 +370,9 @@ class SASRec(nn.Module):
         items: jax.Array,
         *,
         train: bool,
-        log_totals: jax.Array | None = None,
-    ) -> tuple[Encoded, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array]:
         """`__call__` and `output_rows` under one `apply`, which share its rngs."""
-        encoded = self(packed, train=train, log_totals=log_totals)
-        return encoded, self.output_rows(items, train=train)
+        return self(packed, train=train), self.output_rows(items, train=train)
 
 
 def is_table(path: tuple) -> bool:

@@ -21,10 +21,10 @@ from jax import export, lax
 
 from seqfair_jax import __version__, workdir
 from seqfair_jax.errors import UserError
-from seqfair_jax.evaluation.ranking import score_items
-from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours, newest_items
+from seqfair_jax.evaluation.ranking import mixture_weights, score_items
+from seqfair_jax.model.mixture import Neighbours
 from seqfair_jax.model.packing import BLOCK, Packed
-from seqfair_jax.model.sasrec import SASRec
+from seqfair_jax.model.sasrec import Encoded, SASRec
 from seqfair_jax.serving import exported
 from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.serving.trained import TrainedModel
@@ -94,12 +94,9 @@ def top_items(
         positions=flat(jnp.where(real, ages, 0), 0),
         lengths=num_tokens[:, 0],
     )
-    log_totals = None
-    if neighbours:
-        known = jnp.minimum(newest_items(packed, NEAR_ITEMS, num_items), num_items - 1)
-        log_totals = neighbours.log_totals[known]
-    encoded: Any = model.apply(tree, packed, train=False, log_totals=log_totals)
-    newest = jax.tree.map(lambda leaf: leaf[(row[:, 0] + 1) * window - 1], encoded)
+    at = (row[:, 0] + 1) * window - 1
+    hidden: Any = model.apply(tree, packed, train=False)
+    newest = Encoded(hidden[at], mixture_weights(model, tree, packed, neighbours, at))
     table: Any = model.apply(tree, train=False, method="output_table")
     is_seen = mask_seen & (jnp.arange(longest, dtype=jnp.int32)[None] < lengths[:, None])
     seen_rows = jnp.broadcast_to(row, (num_rows, longest)).reshape(-1)

@@ -11,7 +11,6 @@ import numpy as np
 
 from seqfair_jax.config import plan_runs
 from seqfair_jax.errors import UserError
-from seqfair_jax.model.mixture import POINTER_ITEMS
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.sweeps.jobs import Job
@@ -31,9 +30,7 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
     of tokens that a token attends to. A sampled loss with k negatives has 1 + k in place of V. The
     terms are the scores of all items, the blocks' weights, and the attention.
 
-    A mixture of C parts (`model.mixture`) adds 3 * 2 C D for the gate. Its pointer adds
-    3 (4 D^2 + 2 m D), with m the mean number of own items that a token points to. Its neighbours
-    add nothing more: their weights are no matrix product.
+    The other parts of a mixture (`model.mixture`) add nothing: a step does not train them.
 
     The backward pass costs twice the forward pass, hence the factor 3. Padding and masked pairs of
     tokens do not count, so a share of the peak that uses this figure counts only useful work.
@@ -49,13 +46,6 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
     seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
     weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
     forward = 2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)
-    if model.is_mixture:
-        forward += 2 * (1 + model.pointer + (model.neighbours > 0)) * dim
-    if model.pointer:
-        # The t-th token of a user has t - 1 items, the first of which is in the second token.
-        most = np.minimum(lengths - 1, POINTER_ITEMS)
-        own = (most * (most + 1) // 2 + (lengths - 1 - most) * POINTER_ITEMS).sum() / lengths.sum()
-        forward += 4 * dim**2 + 2 * own * dim
     return float(3 * forward)
 
 
@@ -96,6 +86,7 @@ def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
         range(num_runs),
         0,
         lengths=experiment.train_lengths,
+        users=experiment.train_users,
         batch_size=experiment.config.train.batch_size,
         steps=steps,
         vmap=experiment.vmap,

@@ -32,6 +32,7 @@ from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import check_batch_size
 from seqfair_jax.training.nearby import find_nearby
+from seqfair_jax.training.stacking import choose_users, make_fit
 from seqfair_jax.training.step import Task, TrainData, data_specs, make_optimizer
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Experiment:
     loss_family: GroupFamily  # of the objective, its logs and the worst-group rule
     task: Task
     data: TrainData
+    fit_users: np.ndarray | None  # i64[m], who fit the mixture and train no other parameter
+    fit_rows: np.ndarray | None  # their `nearby.Nearby.rows`
     hparams: objectives.HParams  # those that the objective reads, each f32[R]
     vmap: bool  # train the runs side by side; else one after another within each segment
     mesh: Mesh  # the devices
@@ -62,10 +65,29 @@ class Experiment:
         """Groups of the objective's family."""
         return len(self.loss_family.groups)
 
+    @functools.cached_property
+    def train_users(self) -> np.ndarray:
+        """The users that the steps train on, in order: i64."""
+        everyone = np.arange(len(self.dataset.user_ids))
+        return everyone if self.fit_users is None else np.setdiff1d(everyone, self.fit_users)
+
     @property
     def train_lengths(self) -> np.ndarray:
-        """Real targets of each user in training, i32[U]: rows, at most L - 1."""
-        return devices.to_host(self.data.sequences.lengths)
+        """Real targets of each of these users, i32: rows, at most L - 1."""
+        return devices.to_host(self.data.sequences.lengths)[self.train_users]
+
+    @functools.cached_property
+    def fit_mixture(self) -> Callable[[Any, str], Any]:
+        """`stacking.make_fit` of this model and log."""
+        assert self.fit_users is not None
+        return make_fit(
+            self.task.model,
+            self.dataset,
+            self.fit_users,
+            self.fit_rows,
+            max_logits=self.task.max_logits,
+            mesh=self.mesh,
+        )
 
     @functools.cached_property
     def rank_validation(self) -> Callable[[Any, str], Ranking]:
@@ -110,7 +132,6 @@ def build_experiment(config: ConfigDict) -> Experiment:
     with devices.first_process_first("prepare the log"):
         dataset = load_dataset(config.data, mapped=several)
     devices.require_equal(bytes.fromhex(dataset.log_hash), "logs")
-    check_batch_size(config.train.batch_size, len(dataset.user_ids))
     group_table = own_groups(config.data)
     family = functools.partial(
         build_family,
@@ -155,14 +176,19 @@ def build_experiment(config: ConfigDict) -> Experiment:
     )
     shape = config.train.mesh
     model = SASRec(num_items=len(dataset.item_ids), shards=shape.catalogue, **config.model)
-    nearby = find_nearby(dataset, model.neighbours) if model.neighbours else None
+    fit_users, nearby = None, None
+    if model.is_mixture:
+        fit_users = choose_users(dataset, config.train.mixture_users, config.data.split_seed)
+        if model.neighbours:
+            nearby = find_nearby(dataset, model.neighbours, fit_users)
+    num_fit_users = 0 if fit_users is None else len(fit_users)
+    check_batch_size(config.train.batch_size, len(dataset.user_ids) - num_fit_users)
     rows = int(dataset.train_lengths.sum(dtype=np.int64))
     sequences: Any = (
         # No step can read another row.
         devices.put_rows(mesh, functools.partial(training_items, dataset), rows),
         np.cumsum(dataset.train_lengths, dtype=np.int32),
         np.minimum(dataset.train_lengths, config.model.max_len - 1).astype(np.int32),
-        nearby and devices.pad_rows(nearby.rows, shape.data),
     )
     item_weights = objective.target_weights(dataset.item_counts).astype(np.float32)
     data: Any = (
@@ -190,6 +216,8 @@ def build_experiment(config: ConfigDict) -> Experiment:
             shards=shape.data,
         ),
         data=jax.tree.map(put, TrainData(*data), data_specs(TrainData(*data))),
+        fit_users=fit_users,
+        fit_rows=nearby and nearby.rows,
         hparams={
             key: put(np.array([run.hparams[key] for run in runs], np.float32), P(devices.RUN))
             for key in method.reads

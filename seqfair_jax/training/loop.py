@@ -65,6 +65,7 @@ def fit(
         steps=config.train.steps_per_epoch,
         vmap=experiment.vmap,
         mesh=experiment.mesh,
+        users=experiment.train_users,
     )
     segments, validate = Segments(experiment), make_validation(experiment)
     saver = Saver(folder, snapshot, minutes=config.train.checkpoint_minutes)
@@ -96,6 +97,7 @@ def fit(
             snapshot = _train_epoch(experiment, snapshot, batches, segments, between_segments)
             if not _any_training(snapshot.states):
                 break  # the last run failed in the middle of the epoch
+            snapshot = _fit_mixtures(experiment, snapshot)
             snapshot, scores = _validate(experiment, snapshot, validate)
             for r, score in enumerate(scores):
                 if score is not None:
@@ -168,6 +170,43 @@ def _train_epoch(
     return snapshot
 
 
+def _fit_mixtures(experiment: Experiment, snapshot: Snapshot) -> Snapshot:
+    """Fit the mixture of every run that still trains; one whose loss is not finite has failed."""
+    states = snapshot.states
+    if experiment.fit_users is None:
+        return snapshot
+    known, step = to_host((states.failed_step, states.step))
+    failed_step = np.copy(known)
+    mixtures = jax.tree.map(np.copy, to_host(states.params["params"]["mixture"]))
+    for r, training in enumerate(to_host(is_training(states))):
+        if not training:
+            continue
+        params = run_params(experiment.mesh, states.params, r)
+        try:
+            fitted = experiment.fit_mixture(params, experiment.runs[r].name)
+        except DivergedError:
+            failed_step[r] = step[r]
+            continue
+        for leaf, new in zip(jax.tree.leaves(mixtures), jax.tree.leaves(fitted), strict=True):
+            leaf[r] = new
+    of_run = functools.partial(put, experiment.mesh, spec=P(RUN))
+    own = states.params["params"] | {"mixture": jax.tree.map(of_run, mixtures)}
+    states = states._replace(params=states.params | {"params": own})
+    return _with_failures(experiment, snapshot._replace(states=states), failed_step)
+
+
+def _with_failures(experiment: Experiment, snapshot: Snapshot, failed_step: np.ndarray) -> Snapshot:
+    """Mark runs as failed at the steps i32[R], -1 for the others, and report the new ones."""
+    states = snapshot.states
+    known = to_host(states.failed_step)
+    if (failed_step == known).all():
+        return snapshot
+    failed = put(experiment.mesh, failed_step, P(RUN))
+    snapshot = snapshot._replace(states=states._replace(failed_step=failed))
+    _report_failures(experiment, snapshot, known)
+    return snapshot
+
+
 def _validate(
     experiment: Experiment, snapshot: Snapshot, validate: Callable[[Any, str], Scores]
 ) -> tuple[Snapshot, list[Scores | None]]:
@@ -184,12 +223,7 @@ def _validate(
                 scores[r] = validate(params, experiment.runs[r].name)
             except DivergedError:
                 failed_step[r] = step[r]
-    if (failed_step == known).all():
-        return snapshot, scores
-    failed = put(experiment.mesh, failed_step, P(RUN))
-    snapshot = snapshot._replace(states=states._replace(failed_step=failed))
-    _report_failures(experiment, snapshot, known)
-    return snapshot, scores
+    return _with_failures(experiment, snapshot, failed_step), scores
 
 
 def _close_epoch(

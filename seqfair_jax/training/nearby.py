@@ -1,7 +1,7 @@
 """What the neighbour part of a mixture (`model.mixture`) reads: the items that were near each item.
 
-Shape letters: N training rows, V catalogue, W newest items of a history, K neighbours of an item, P
-pairs of items.
+Shape letters: N training rows of some users, V catalogue, W newest items of a history, K neighbours
+of an item, P pairs of items.
 
 The table S and t come from M, b and f of `evaluation.neighbours.neighbour_matrix`: how near two
 items are by the distances of their rows, and how popular an item is.
@@ -11,10 +11,10 @@ items are by the distances of their rows, and how popular an item is.
 The K largest shares of each x are kept. The weights are the defaults of
 `evaluation.neighbours.Weights`, which validated best on the Retailrocket log.
 
-In training a target must not count itself: the pair of the target and its own history is in M, and
-for rare items it is all that M has. So for the target in row r of a user, M leaves out every pair
-of the user's rows of which one is row r or later. That is what M has for a test target, whose row
-is behind all training rows. f counts all training rows in both.
+A target among the training rows must not count itself: the pair of the target and its own history
+is in M, and for rare items it is all that M has. So for the target in row r of a user, M leaves out
+every pair of the user's rows of which one is row r or later. That is what M has for a test target,
+whose row is behind all training rows. f counts all training rows in both.
 """
 
 from typing import NamedTuple
@@ -37,19 +37,20 @@ _LEAST = 1e-6  # a smaller difference of sums is rounding
 
 
 class Nearby(NamedTuple):
-    """The neighbours of every item, and what is known of the targets of training."""
+    """The neighbours of every item, and what is known of the targets of some users."""
 
     neighbours: Neighbours  # of numpy arrays
     # f32[N, 2 W]: for each of the W newest items before the row, S of the row's item, then log t
     rows: np.ndarray
 
 
-def find_nearby(dataset: Dataset, count: int) -> Nearby:
+def find_nearby(dataset: Dataset, count: int, users: np.ndarray) -> Nearby:
     """Count what is near each item in training.
 
     Args:
         dataset: the split log.
         count: the most neighbours of an item. K is smaller if no item has so many.
+        users: the users whose N training rows are targets of the mixture, in order.
 
     Raises:
         UserError: if the log has so many training rows that not even the pairs of rows that follow
@@ -76,13 +77,13 @@ def find_nearby(dataset: Dataset, count: int) -> Nearby:
 
     keys = pair_keys(kept.indptr, kept.indices)
     weights = weights._replace(window=window)
-    rows = np.empty((int(dataset.train_lengths.sum(dtype=np.int64)), 2 * NEAR_ITEMS), np.float32)
-    done = 0
-    for _, user, item in training_blocks(dataset):
-        part = slice(done, done + len(item))
-        rows[part] = _without_future(user, item, weights, by_item, totals, keys, kept.data)
-        done = part.stop
-    return Nearby(neighbours, rows)
+    rows = []
+    for block, user, item in training_blocks(dataset):
+        mine = np.isin(np.arange(block.start, block.stop), users)[user]
+        if mine.any():
+            own = (user[mine], item[mine])
+            rows.append(_without_future(*own, weights, by_item, totals, keys, kept.data))
+    return Nearby(neighbours, np.concatenate(rows))
 
 
 def _largest(matrix: scipy.sparse.csr_array, count: int) -> scipy.sparse.csr_array:

@@ -17,10 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
 from seqfair_jax.devices import CATALOGUE, DATA, RUN
-from seqfair_jax.model.mixture import Neighbours, mixture_losses
+from seqfair_jax.model.mixture import Neighbours
 from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack, pack_batch, user_means
 from seqfair_jax.model.sampled_loss import Sampled, draw_negatives, sampled_loss
-from seqfair_jax.model.sasrec import PRECISIONS, Encoded, SASRec, is_table, param_specs
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, param_specs
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 from seqfair_jax.objectives import HParams, Objective
 
@@ -73,7 +73,7 @@ _WHOLE: Any = P()
 def data_specs(data: TrainData) -> Any:
     """How the mesh splits the data of a training."""
     is_near = data.neighbours is not None
-    sequences: Any = Sequences(_BY_ROW, _WHOLE, _WHOLE, _BY_ROW if is_near else None)
+    sequences: Any = Sequences(_BY_ROW, _WHOLE, _WHOLE)
     neighbours: Any = Neighbours(_BY_ITEM, _BY_ITEM, _BY_ITEM) if is_near else None
     return TrainData(sequences, _WHOLE, _BY_ITEM, _WHOLE, neighbours)
 
@@ -237,8 +237,8 @@ def user_losses(
 
     l_u = -1 / n_u sum_j weight(y_j) * log p(y_j)
 
-    p is softmax(W h_j), or the mixture of `model.mixture`. (Paper, section 2.1, whose text divides
-    by L; the released code, and so its tables, by n_u.)
+    p is softmax(W h_j), also for a model that is a mixture (`training.stacking`). (Paper, section
+    2.1, whose text divides by L; the released code, and so its tables, by n_u.)
 
     Args:
         task: the model.
@@ -281,29 +281,13 @@ def _target_losses(
     """The loss of each token's target, f32[T], and the hidden states, f[T, D]."""
     model = task.model
     rngs = None if key is None else {"dropout": key}
-    shares, log_totals = None, None
-    if packed.near is not None:
-        shares, log_totals = jnp.split(packed.near, 2, axis=1)
-    encode: Any = functools.partial(
-        model.apply, params, packed, train=key is not None, log_totals=log_totals, rngs=rngs
-    )
-    encoded, losses = _catalogue_losses(task, encode, packed, key)
-    if encoded.copies is not None:
-        losses = mixture_losses(losses, encoded.copies, packed.targets, shares)
-    return losses, encoded.hidden
-
-
-def _catalogue_losses(
-    task: Task, encode: Any, packed: Packed, key: jax.Array | None
-) -> tuple[Encoded, jax.Array]:
-    """What the model made of the tokens, and the loss of each one's target, f32[T], in the softmax
-    over the whole catalogue or a sample of it."""
-    model, sampled = task.model, task.sampled
+    encode: Any = functools.partial(model.apply, params, packed, train=key is not None, rngs=rngs)
+    sampled = task.sampled
     precision = PRECISIONS[model.dtype][1]
     if sampled is None or key is None:
-        encoded, table = encode(method="encode_and_table")
-        return encoded, softmax_loss(
-            encoded.hidden,
+        hidden, table = encode(method="encode_and_table")
+        losses = softmax_loss(
+            hidden,
             table,
             packed.targets,
             precision,
@@ -311,16 +295,17 @@ def _catalogue_losses(
             model.num_items,
             model.shards,
         )
+        return losses, hidden
     # From the step's key alone, so all devices draw the same negatives.
     negatives = draw_negatives(
         jax.random.fold_in(key, _NEGATIVES), model.num_items, sampled.negatives
     )
     # One lookup, so that the backward pass adds to the table's gradient once.
     items = jnp.concatenate([negatives, packed.targets])
-    encoded, rows = encode(items=items, method="encode_and_rows")
-    return encoded, sampled_loss(
+    hidden, rows = encode(items=items, method="encode_and_rows")
+    losses = sampled_loss(
         sampled,
-        encoded.hidden,
+        hidden,
         packed.targets,
         rows[len(negatives) :],
         negatives,
@@ -329,6 +314,7 @@ def _catalogue_losses(
         precision=precision,
         max_logits=task.max_logits,
     )
+    return losses, hidden
 
 
 def train_step(
