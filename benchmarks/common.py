@@ -132,7 +132,6 @@ class Steps:
             [run.seed for run in self.experiment.runs],
             0,
             lengths=self.experiment.train_lengths,
-            users=self.experiment.train_users,
             batch_size=config.train.batch_size,
             vmap=self.experiment.vmap,
         )

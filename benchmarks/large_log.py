@@ -35,7 +35,6 @@ def start(config):
         lambda: Batches(
             [run.seed for run in experiment.runs],
             lengths=experiment.train_lengths,
-            users=experiment.train_users,
             batch_size=config.train.batch_size,
             steps=config.train.steps_per_epoch,
             vmap=experiment.vmap,

@@ -361,14 +361,6 @@ _TRAIN = (
         whole(0),
     ),
     Setting(
-        "train.mixture_users",
-        0.05,
-        "With model.pointer or model.neighbours: the share of the users whose rows do not train "
-        "the network, but fit the weights of the mixture at each validation. It is smaller in a "
-        "log where fewer users have 20,000 training rows.",
-        _SHARE,
-    ),
-    Setting(
         "train.loss",
         "full",
         "The loss of a target: the softmax over all items (`full`), or a loss over the target and "

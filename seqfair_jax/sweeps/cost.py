@@ -86,7 +86,6 @@ def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
         range(num_runs),
         0,
         lengths=experiment.train_lengths,
-        users=experiment.train_users,
         batch_size=experiment.config.train.batch_size,
         steps=steps,
         vmap=experiment.vmap,

@@ -61,18 +61,16 @@ class Batches:
         steps: int,
         vmap: bool,
         mesh: Mesh | None = None,
-        users: np.ndarray | None = None,
     ):
         """Fit the packed sizes.
 
         Args:
             seeds: of the R runs.
-            lengths: i[U], tokens of each user that is trained on.
+            lengths: i[U], tokens of each user.
             batch_size: B.
             steps: S.
             vmap: the runs share each step's packed size.
             mesh: the devices; one if None.
-            users: i[U], the ids of these users; 0, 1, 2, ... if None.
         """
         self._seeds = seeds
         self._vmap = vmap
@@ -80,7 +78,6 @@ class Batches:
         self._draw_runs = functools.partial(
             draw_batches,
             lengths=lengths,
-            users=users,
             batch_size=batch_size,
             steps=steps,
             vmap=vmap,
@@ -159,18 +156,16 @@ def draw_batches(
     steps: int,
     vmap: bool,
     shards: int = 1,
-    users: np.ndarray | None = None,
 ) -> Draw:
     """`epoch_batches` of every run, in the order of `spread`, with the tokens that they need.
 
     Args:
         seeds: of the R runs; runs of one seed see the same batches.
         epoch: from 0.
-        lengths: i[U], tokens of each user that is trained on.
+        lengths: i[U], tokens of each user.
         batch_size, steps: as for `epoch_batches`.
         vmap: the runs share each step's packed size.
         shards: devices that share the users of a batch.
-        users: i[U], the ids of these users; 0, 1, 2, ... if None.
     """
     drawn = {
         seed: spread(
@@ -185,8 +180,6 @@ def draw_batches(
     parts = np.pad(sizes, [(0, 0), (0, 0), (0, pad)]).reshape(*sizes.shape[:2], shards, -1)
     targets = parts.sum(axis=-1, dtype=np.int64)
     tokens = targets.max(axis=-1)
-    if users is not None:
-        user_ids = users[user_ids].astype(np.int32)
     return Draw(user_ids, targets.sum(axis=-1), tokens.max(axis=0) if vmap else tokens)
 
 

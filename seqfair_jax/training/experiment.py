@@ -31,7 +31,7 @@ from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import check_batch_size
-from seqfair_jax.training.nearby import find_nearby
+from seqfair_jax.training.nearby import find_neighbours
 from seqfair_jax.training.stacking import choose_users, make_fit
 from seqfair_jax.training.step import Task, TrainData, data_specs, make_optimizer
 
@@ -49,8 +49,6 @@ class Experiment:
     loss_family: GroupFamily  # of the objective, its logs and the worst-group rule
     task: Task
     data: TrainData
-    fit_users: np.ndarray | None  # i64[m], who fit the mixture and train no other parameter
-    fit_rows: np.ndarray | None  # their `nearby.Nearby.rows`
     hparams: objectives.HParams  # those that the objective reads, each f32[R]
     vmap: bool  # train the runs side by side; else one after another within each segment
     mesh: Mesh  # the devices
@@ -65,26 +63,19 @@ class Experiment:
         """Groups of the objective's family."""
         return len(self.loss_family.groups)
 
-    @functools.cached_property
-    def train_users(self) -> np.ndarray:
-        """The users that the steps train on, in order: i64."""
-        everyone = np.arange(len(self.dataset.user_ids))
-        return everyone if self.fit_users is None else np.setdiff1d(everyone, self.fit_users)
-
     @property
     def train_lengths(self) -> np.ndarray:
-        """Real targets of each of these users, i32: rows, at most L - 1."""
-        return devices.to_host(self.data.sequences.lengths)[self.train_users]
+        """Real targets of each user in training, i32[U]: rows, at most L - 1."""
+        return devices.to_host(self.data.sequences.lengths)
 
     @functools.cached_property
     def fit_mixture(self) -> Callable[[Any, str], Any]:
         """`stacking.make_fit` of this model and log."""
-        assert self.fit_users is not None
         return make_fit(
             self.task.model,
             self.dataset,
-            self.fit_users,
-            self.fit_rows,
+            choose_users(self.dataset, self.config.data.split_seed),
+            self.data.neighbours,
             max_logits=self.task.max_logits,
             mesh=self.mesh,
         )
@@ -132,6 +123,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     with devices.first_process_first("prepare the log"):
         dataset = load_dataset(config.data, mapped=several)
     devices.require_equal(bytes.fromhex(dataset.log_hash), "logs")
+    check_batch_size(config.train.batch_size, len(dataset.user_ids))
     group_table = own_groups(config.data)
     family = functools.partial(
         build_family,
@@ -176,13 +168,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     )
     shape = config.train.mesh
     model = SASRec(num_items=len(dataset.item_ids), shards=shape.catalogue, **config.model)
-    fit_users, nearby = None, None
-    if model.is_mixture:
-        fit_users = choose_users(dataset, config.train.mixture_users, config.data.split_seed)
-        if model.neighbours:
-            nearby = find_nearby(dataset, model.neighbours, fit_users)
-    num_fit_users = 0 if fit_users is None else len(fit_users)
-    check_batch_size(config.train.batch_size, len(dataset.user_ids) - num_fit_users)
+    neighbours = find_neighbours(dataset, model.neighbours) if model.neighbours else None
     rows = int(dataset.train_lengths.sum(dtype=np.int64))
     sequences: Any = (
         # No step can read another row.
@@ -196,7 +182,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
         loss_family.membership,
         devices.pad_rows(item_weights, shape.catalogue),
         objectives.user_mass(sequences[2], config.objective.user_loss),
-        nearby and pad_neighbours(nearby.neighbours, shape.catalogue),
+        neighbours and pad_neighbours(neighbours, shape.catalogue),
     )
     put = functools.partial(devices.put, mesh)
     axis = config.train.runs_axis
@@ -216,8 +202,6 @@ def build_experiment(config: ConfigDict) -> Experiment:
             shards=shape.data,
         ),
         data=jax.tree.map(put, TrainData(*data), data_specs(TrainData(*data))),
-        fit_users=fit_users,
-        fit_rows=nearby and nearby.rows,
         hparams={
             key: put(np.array([run.hparams[key] for run in runs], np.float32), P(devices.RUN))
             for key in method.reads

@@ -65,7 +65,6 @@ def fit(
         steps=config.train.steps_per_epoch,
         vmap=experiment.vmap,
         mesh=experiment.mesh,
-        users=experiment.train_users,
     )
     segments, validate = Segments(experiment), make_validation(experiment)
     saver = Saver(folder, snapshot, minutes=config.train.checkpoint_minutes)
@@ -173,7 +172,7 @@ def _train_epoch(
 def _fit_mixtures(experiment: Experiment, snapshot: Snapshot) -> Snapshot:
     """Fit the mixture of every run that still trains; one whose loss is not finite has failed."""
     states = snapshot.states
-    if experiment.fit_users is None:
+    if not experiment.task.model.is_mixture:
         return snapshot
     known, step = to_host((states.failed_step, states.step))
     failed_step = np.copy(known)

@@ -1,18 +1,19 @@
-"""Fits the weights of a mixture (`model.mixture`) on users that the network was not trained on.
+"""Fits the weights of a mixture (`model.mixture`) to targets that the network was not trained on.
 
-Shape letters: R runs, n targets of these users, T packed tokens, V catalogue, P newest items of a
-history that the pointer sees, W newest items whose neighbours count.
+Shape letters: n users and their targets, B users in a batch, V catalogue, D width, P newest items
+of a history that the pointer sees, W newest items whose neighbours count, K neighbours of an item.
 
-The network knows the targets that it was trained on better than those of the test. Weights that
-are trained on the same targets trust the network too much, and a gate that reads its hidden state
-learns which users these are. So the network trains by itself, as any SASRec, on all users but a
-few. At each validation the weights w of the mixture are fitted to the targets of those few (stacked
-generalisation, Wolpert 1992):
+The network knows the targets that it was trained on better than those of the test, so weights that
+are trained on the same targets trust the network too much. Therefore the network trains by itself,
+as any SASRec. At each validation the weights w of the mixture are fitted to the first row behind
+the training rows of n users (stacked generalisation, Wolpert 1992):
 
-    w = argmin  1 / n sum_t -log p_w(y_t)  +  1 / (2 n) |w - w_0|^2
+    w = argmin  1 / n sum_u -log p_w(y_u)  +  1 / (2 n) |w - w_0|^2
 
-w_0 are the first weights; the second term is the logarithm of a standard normal density. L-BFGS
+w_0 are the first weights. The second term is that of a standard normal prior of w - w_0. L-BFGS
 starts at the weights of the validation before.
+
+The users are others than those of the validation, if there are enough others.
 """
 
 import functools
@@ -30,52 +31,61 @@ from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
 from seqfair_jax.data.split import Dataset
-from seqfair_jax.devices import USERS
+from seqfair_jax.devices import CATALOGUE, USERS
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.ranking import fill_batches, packed_tokens
-from seqfair_jax.model.mixture import NEAR_ITEMS, History, Mixture, mixture_losses, read_history
+from seqfair_jax.model.mixture import (
+    NEAR_ITEMS,
+    History,
+    Mixture,
+    Neighbours,
+    mixture_losses,
+    read_history,
+)
 from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
 from seqfair_jax.model.softmax_loss import softmax_loss
 
-_MOST_ROWS = 20_000  # training rows of the users: more make no better weights
+_ENOUGH, _MOST = 2_000, 20_000  # users
 _SEED = 0x6D6978  # beside the seed, so that no other draw is the same
 _STEPS = 100  # of L-BFGS at most
 
 
-class Targets(NamedTuple):
-    """What the loss of a mixture reads of each target of the chosen users."""
+class FitTargets(NamedTuple):
+    """What the loss of a mixture reads of each target."""
 
     history: History
     losses: jax.Array  # f32[n], -log of the softmax over the catalogue
     returns: jax.Array  # f32[n], what the softmax gives to the user's own items
     items: jax.Array  # i32[n]
-    near: jax.Array | None  # f32[n, 2 W], see `training.nearby`
+    shares: jax.Array | None  # f32[n, W], S of the target for each newest item; or no neighbours
+    log_totals: jax.Array | None  # f32[n, W], log t of these items
 
 
-def choose_users(dataset: Dataset, share: float, seed: int) -> np.ndarray:
-    """The users that fit the mixture, in order: i64[m].
+def choose_users(dataset: Dataset, seed: int) -> np.ndarray:
+    """The users whose targets fit the mixture, in order: i64[n].
 
-    They are drawn at random until there are enough of them, or of their rows.
+    They have training rows and a row behind them. If at least `_ENOUGH` of them do not validate,
+    they are chosen among these; else among all.
 
     Args:
         dataset: the split log.
-        share: of the users with a training row; at least one is chosen.
-        seed: of the draw.
+        seed: of the draw, if there are more than `_MOST`.
     """
-    with_rows = np.flatnonzero(dataset.train_lengths)
-    drawn = np.random.default_rng([seed, _SEED]).permutation(with_rows)
-    most = max(1, int(share * len(drawn)))
-    rows = np.cumsum(dataset.train_lengths[drawn], dtype=np.int64)
-    enough = int(np.searchsorted(rows, _MOST_ROWS)) + 1
-    return np.sort(drawn[: min(most, enough)])
+    trained = dataset.train_lengths > 0
+    users = np.flatnonzero(trained & (np.diff(dataset.offsets) > dataset.train_lengths))
+    others = np.setdiff1d(users, dataset.valid.users)
+    if len(others) >= _ENOUGH:
+        users = others
+    drawn = np.random.default_rng([seed, _SEED]).permutation(users)
+    return np.sort(drawn[:_MOST])
 
 
 def make_fit(
     model: SASRec,
     dataset: Dataset,
     users: np.ndarray,
-    near: np.ndarray | None,
+    neighbours: Neighbours | None,
     *,
     max_logits: int,
     mesh: Mesh | None = None,
@@ -83,14 +93,14 @@ def make_fit(
     """The function that fits the mixture of a run's parameters.
 
     Args:
-        model, dataset, users, near, max_logits, mesh: as for `make_reader`.
+        model, dataset, users, neighbours, max_logits, mesh: as for `make_reader`.
 
     Returns:
         fit(params, what) -> the parameters of the mixture, on the host. All processes must call
         it. It raises DivergedError where a loss is not finite; the message says whose it was,
         which is `what`.
     """
-    read = make_reader(model, dataset, users, near, max_logits=max_logits, mesh=mesh)
+    read = make_reader(model, dataset, users, neighbours, max_logits=max_logits, mesh=mesh)
 
     def fit(params: Any, what: str) -> Any:
         targets = read(params)
@@ -106,102 +116,108 @@ def make_reader(
     model: SASRec,
     dataset: Dataset,
     users: np.ndarray,
-    near: np.ndarray | None,
+    neighbours: Neighbours | None,
     *,
     max_logits: int,
     mesh: Mesh | None = None,
-) -> Callable[[Any], Targets]:
+) -> Callable[[Any], FitTargets]:
     """The function that reads what the loss of a mixture needs, from a run's parameters.
 
     Args:
         model: a mixture.
         dataset: the split log.
         users: from `choose_users`.
-        near: f32[rows, 2 W], `nearby.Nearby.rows` of these users; None without neighbours.
+        neighbours: on the mesh; None for a model without neighbours.
         max_logits: as for `softmax_loss`.
         mesh: the devices, which share the users; one if None.
 
     Returns:
-        read(params) -> Targets on the host, of the newest L - 1 rows of each user.
+        read(params) -> the targets on the host, in the order of the users.
     """
     mesh = mesh or devices.make_mesh()
-    sequences = _sequences(model, dataset, users)
-    lengths = np.asarray(sequences.lengths)
     num_tokens = packed_tokens(model.max_len)
+    lengths = np.minimum(dataset.train_lengths[users] + 1, model.max_len - 1)
     filled = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
     extra = devices.padded(len(filled), devices.size(mesh, USERS)) - len(filled)
-    padded = np.pad(filled, [(0, extra), (0, 0)], constant_values=-1)
-    sequences = jax.tree.map(lambda x: devices.put(mesh, x, P()), sequences)
-    batches = devices.put(mesh, padded, P(USERS))
+    batches = np.pad(filled, [(0, extra), (0, 0)], constant_values=-1)
+    real = batches.ravel() >= 0
+    inputs = (
+        jax.tree.map(lambda x: devices.put(mesh, x, P()), _sequences(dataset, users, lengths)),
+        neighbours,
+        devices.put(mesh, batches, P(USERS)),
+    )
 
-    def of_batch(params: Any, sequences: Sequences, batch: jax.Array) -> tuple[Any, ...]:
+    def of_batch(
+        params: Any, sequences: Sequences, neighbours: Neighbours | None, batch: jax.Array
+    ) -> FitTargets:
         packed = pack(sequences, batch, num_tokens=num_tokens, num_items=model.num_items)
-        hidden, table = model.apply(params, packed, train=False, method="encode_and_table")
+        newest = jnp.maximum(jnp.cumsum(packed.lengths) - 1, 0)
+        targets = packed.targets[newest]
         precision = PRECISIONS[model.dtype][1]
+        hidden = model.apply(params, packed, train=False, only=newest)
+        table = model.apply(params, train=False, method="output_table")
         losses = softmax_loss(
-            hidden, table, packed.targets, precision, max_logits, model.num_items, model.shards
+            hidden, table, targets, precision, max_logits, model.num_items, model.shards
         )
-        history = read_history(packed, model.num_items)
-        returns = jnp.zeros_like(losses)
+
+        def logits(items: jax.Array) -> jax.Array:
+            """E h of items i32[B, k] after each history."""
+            rows = model.apply(params, items, train=False, method="output_rows")
+            return jnp.einsum(
+                "bd,bkd->bk", hidden, rows, precision=precision, preferred_element_type=jnp.float32
+            )
+
+        history = read_history(packed, model.num_items, newest)
+        returns, shares, log_totals = jnp.zeros_like(losses), None, None
+        known = jnp.minimum(history.items, model.num_items - 1)
         if model.pointer:
-
-            def logits(items: jax.Array) -> jax.Array:
-                """E h of items i32[T, k] after each token."""
-                rows = model.apply(params, items, train=False, method="output_rows")
-                return jnp.einsum(
-                    "td,tkd->tk",
-                    hidden,
-                    rows,
-                    precision=precision,
-                    preferred_element_type=jnp.float32,
-                )
-
-            log_sum = losses + logits(packed.targets[:, None])[:, 0]
-            own = logits(jnp.minimum(history.items, model.num_items - 1)) - log_sum[:, None]
-            returns = jnp.where(history.of_items[:, :, 0], jnp.exp(own), 0).sum(axis=1)
-        user = batch[jnp.minimum(packed.slots, len(batch) - 1)]
-        row = sequences.ends[jnp.maximum(user, 0)] - 1 - packed.positions
-        row = jnp.where(packed.slots < len(batch), row, -1)
-        return row, history, losses, returns, packed.targets
+            log_sum = losses[:, None] + logits(targets[:, None])
+            own = jnp.exp(logits(known) - log_sum)
+            returns = jnp.where(history.of_items[:, :, 0], own, 0).sum(axis=1)
+        if neighbours is not None:
+            known = known[:, :NEAR_ITEMS]
+            near = devices.lookup(neighbours.items, known, model.shards)
+            shares = devices.lookup(neighbours.shares, known, model.shards)
+            shares = jnp.where(near == targets[:, None, None], shares, 0).sum(axis=2)
+            log_totals = devices.lookup(neighbours.log_totals, known, model.shards)
+        return FitTargets(history, losses, returns, targets, shares, log_totals)
 
     @jax.jit
-    def collect(params: Any, sequences: Sequences, batches: jax.Array) -> tuple[Any, ...]:
+    def collect(
+        params: Any, sequences: Sequences, neighbours: Neighbours | None, batches: jax.Array
+    ) -> FitTargets:
+        def on_device(
+            params: Any, sequences: Sequences, neighbours: Neighbours | None, batches: jax.Array
+        ) -> FitTargets:
+            return lax.map(functools.partial(of_batch, params, sequences, neighbours), batches)
+
         return jax.shard_map(
-            lambda params, sequences, batches: lax.map(
-                lambda batch: of_batch(params, sequences, batch), batches
-            ),
+            on_device,
             mesh=mesh,
-            in_specs=(param_specs(params), P(), P(USERS)),
+            in_specs=(param_specs(params), P(), P(CATALOGUE), P(USERS)),
             out_specs=P(USERS),
             check_vma=False,
-        )(params, sequences, batches)
+        )(params, sequences, neighbours, batches)
 
-    def read(params: Any) -> Targets:
-        found = devices.to_host(collect(params, sequences, batches))
-        row, *rest = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-        history, losses, returns, items = jax.tree.map(lambda x: x[row >= 0], rest)
-        own_near = None if near is None else near[row[row >= 0]]
-        return Targets(history, losses, returns, items, own_near)
+    def read(params: Any) -> FitTargets:
+        found = devices.to_host(collect(params, *inputs))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[real], found)
 
     return read
 
 
-def _sequences(model: SASRec, dataset: Dataset, users: np.ndarray) -> Sequences:
-    """The training rows of some users alone, and their windows."""
-    lengths = dataset.train_lengths[users]
+def _sequences(dataset: Dataset, users: np.ndarray, lengths: np.ndarray) -> Sequences:
+    """The training rows of some users alone and a row behind them, and their windows."""
+    counts = dataset.train_lengths[users] + 1
     rows = [
-        dataset.items[start : start + length]
-        for start, length in zip(dataset.offsets[users], lengths, strict=True)
+        dataset.items[start : start + count]
+        for start, count in zip(dataset.offsets[users], counts, strict=True)
     ]
-    windows: Any = (
-        np.concatenate(rows).astype(np.int32),
-        np.cumsum(lengths, dtype=np.int32),
-        np.minimum(lengths, model.max_len - 1).astype(np.int32),
-    )
-    return Sequences(*windows)
+    windows: Any = (np.concatenate(rows), np.cumsum(counts), lengths)
+    return Sequences(*(window.astype(np.int32) for window in windows))
 
 
-def fit_weights(model: SASRec, start: Any, targets: Targets) -> Any:
+def fit_weights(model: SASRec, start: Any, targets: FitTargets) -> Any:
     """The weights of a mixture that are best for some targets, as numpy arrays.
 
     Args:
@@ -229,7 +245,7 @@ def fit_weights(model: SASRec, start: Any, targets: Targets) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.value_and_grad, argnums=1)
-def _penalised_loss(model: SASRec, flat: jax.Array, first: Any, targets: Targets) -> jax.Array:
+def _penalised_loss(model: SASRec, flat: jax.Array, first: Any, targets: FitTargets) -> jax.Array:
     """What the fit makes small, and its gradient."""
     first_flat, unravel = ravel_pytree(first)
     losses = target_losses(model, unravel(flat), targets)
@@ -245,19 +261,11 @@ def _first_weights(model: SASRec) -> Any:
     return _mixture(model).init(jax.random.key(0), history, jnp.zeros((1, NEAR_ITEMS)))["params"]
 
 
-def target_losses(model: SASRec, weights: Any, targets: Targets) -> jax.Array:
+def target_losses(model: SASRec, weights: Any, targets: FitTargets) -> jax.Array:
     """-log p of each target by a mixture's weights, f32[n]."""
-    shares, log_totals = _halves(targets)
-    mixed: Any = _mixture(model).apply({"params": weights}, targets.history, log_totals)
-    return mixture_losses(targets.losses, targets.returns, mixed, targets.items, shares)
+    mixed: Any = _mixture(model).apply({"params": weights}, targets.history, targets.log_totals)
+    return mixture_losses(targets.losses, targets.returns, mixed, targets.items, targets.shares)
 
 
 def _mixture(model: SASRec) -> Mixture:
     return Mixture(model.num_items, model.pointer, model.neighbours > 0)
-
-
-def _halves(targets: Targets) -> tuple[jax.Array | None, jax.Array | None]:
-    """S of each target and log t, f32[n, W] each; None without neighbours."""
-    if targets.near is None:
-        return None, None
-    return targets.near[:, :NEAR_ITEMS], targets.near[:, NEAR_ITEMS:]
