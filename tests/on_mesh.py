@@ -22,7 +22,7 @@ from seqfair_jax import devices, objectives
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import by_time
 from seqfair_jax.evaluation.ranking import make_ranker
-from seqfair_jax.model.mixture import NEAR_ITEMS, Neighbours, pad_neighbours
+from seqfair_jax.model.mixture import Neighbours, pad_neighbours
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec, is_table, param_specs, with_rows
@@ -205,12 +205,7 @@ def rankings(*shapes, **parts):
         run, data, catalogue = map(int, shape.split(","))
         mesh = devices.make_mesh(run=run, data=data, catalogue=catalogue)
         model = make_model(catalogue, **parts)
-        neighbours = None
-        if parts:
-            neighbours = pad_neighbours(NEIGHBOURS, catalogue)
-            neighbours = jax.tree.map(
-                lambda part, on=mesh: devices.put(on, part, P(devices.CATALOGUE)), neighbours
-            )
+        neighbours = neighbours_on(mesh) if parts else None
         sharded = on_mesh(mesh, params)
         for mask_seen in (False, True):
             rank = make_ranker(
@@ -238,18 +233,27 @@ def mixtures(*shapes):
     """How much what a mixture is fitted to differs from that of one device."""
     dataset, params = make_dataset(), random_params(make_model(1, **MIXTURE))
     users = np.array([0, 3, 4, 20, 39])
-    near = _rng.random((int(dataset.train_lengths[users].sum()), 2 * NEAR_ITEMS))
     found = {}
     for shape in ("1,1,1", *shapes):
         run, data, catalogue = map(int, shape.split(","))
         mesh = devices.make_mesh(run=run, data=data, catalogue=catalogue)
         read = stacking.make_reader(
-            make_model(catalogue, **MIXTURE), dataset, users, near, max_logits=2**27, mesh=mesh
+            make_model(catalogue, **MIXTURE),
+            dataset,
+            users,
+            neighbours_on(mesh),
+            max_logits=2**27,
+            mesh=mesh,
         )
         found[shape] = read(on_mesh(mesh, params))
     one = found.pop("1,1,1")
-    assert len(one.items) > 30
+    assert len(one.items) == len(users)
     return {shape: difference(one, other) for shape, other in found.items()}
+
+
+def neighbours_on(mesh):
+    padded = pad_neighbours(NEIGHBOURS, mesh.shape[devices.CATALOGUE])
+    return jax.tree.map(lambda part: devices.put(mesh, part, P(devices.CATALOGUE)), padded)
 
 
 def on_mesh(mesh, params):

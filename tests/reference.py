@@ -337,14 +337,12 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
     return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
 
 
-def nearby(sequences, num_items, weights, user=None, row=None):
-    """M [V, V] times the weights by popularity; without pairs of a user from some row on."""
+def nearby(sequences, num_items, weights):
+    """M [V, V] times the weights by popularity."""
     counts = [sum(items.count(i) for items in sequences) for i in range(num_items)]
     found = np.zeros((num_items, num_items))
-    for owner, items in enumerate(sequences):
+    for items in sequences:
         for later in range(len(items)):
-            if owner == user and later >= row:
-                continue
             for earlier in range(max(0, later - weights.window), later):
                 x, y = items[earlier], items[later]
                 if x != y:
@@ -363,19 +361,17 @@ def largest_of_rows(matrix, count):
     return kept
 
 
-def mixture(parameters, inputs, *, num_blocks, totals, shares, place=None):
+def mixture(parameters, inputs, *, num_blocks, totals, shares):
     """Each item's probability after one user's inputs, [V], by the parts that the model has.
 
     Args:
-        place: of the token after which; the last one if None.
         totals: t [V], or None without neighbours.
         shares: S [V, V].
     """
     own = parameters["mixture"]
-    place = len(inputs) - 1 if place is None else place
-    hidden = sasrec(parameters, inputs, num_blocks=num_blocks, num_heads=1)[place]
+    hidden = sasrec(parameters, inputs, num_blocks=num_blocks, num_heads=1)[-1]
     catalogue = _softmax(parameters.get("output_embedding", parameters["item_embedding"]) @ hidden)
-    history = [inputs[p] for p in range(place, -1, -1) if inputs[p] is not None][:65]
+    history = [item for item in inputs[::-1] if item is not None][:65]
     newest = history[:64]
 
     count = len(newest)

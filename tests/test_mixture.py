@@ -15,15 +15,13 @@ from runs import small
 
 from seqfair_jax import run
 from seqfair_jax.config import resolve
-from seqfair_jax.data import log
 from seqfair_jax.data.readers import log_from_table
-from seqfair_jax.data.split import leave_one_out
+from seqfair_jax.data.split import by_time, leave_one_out
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation import neighbours as baseline
 from seqfair_jax.evaluation import ranking
 from seqfair_jax.evaluation.neighbours import Weights
 from seqfair_jax.model.mixture import (
-    NEAR_ITEMS,
     MixtureWeights,
     mixture_losses,
     read_history,
@@ -35,15 +33,15 @@ from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.serving.trained import load
 from seqfair_jax.training import nearby, stacking
-from seqfair_jax.training.batches import Batches
 from seqfair_jax.training.experiment import build_experiment
+from seqfair_jax.training.step import KEY_IMPL, create_train_state, user_losses
 
 MAX_LEN, KEPT = 16, 4
 PARTS = [(True, 0), (False, KEPT), (True, KEPT)]
 
 
 @functools.cache
-def make_dataset():
+def make_dataset(num_valid_users=7):
     """Users with few and with many rows, repeats, and an item that has nothing near it."""
     rng = np.random.default_rng(0)
     rows = [
@@ -53,7 +51,9 @@ def make_dataset():
     ]
     rows += [(6, 12, place) for place in range(4)]
     frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
-    return leave_one_out(log_from_table(frame), name="csv", num_valid_users=7, split_seed=0)
+    return leave_one_out(
+        log_from_table(frame), name="csv", num_valid_users=num_valid_users, split_seed=0
+    )
 
 
 def training_sequences(dataset):
@@ -91,20 +91,17 @@ def kept_matrix():
     return kept, totals, kept / np.where(totals > 0, totals, 1)[:, None]
 
 
-EVERYONE = np.arange(7)
-
-
 @functools.cache
-def found_nearby():
-    return nearby.find_nearby(make_dataset(), KEPT, EVERYONE)
+def found_neighbours():
+    return nearby.find_neighbours(make_dataset(), KEPT)
 
 
 def neighbours_of(model):
-    return jax.tree.map(jnp.asarray, found_nearby().neighbours) if model.neighbours else None
+    return jax.tree.map(jnp.asarray, found_neighbours()) if model.neighbours else None
 
 
 def test_the_nearest_items_of_each_item():
-    neighbours, (_, totals, shares) = found_nearby().neighbours, kept_matrix()
+    neighbours, (_, totals, shares) = found_neighbours(), kept_matrix()
     dense = np.zeros((len(totals), len(totals) + 1))
     for item, (items, values) in enumerate(zip(*neighbours[:2], strict=True)):
         dense[item, items] += values
@@ -113,35 +110,6 @@ def test_the_nearest_items_of_each_item():
     with np.errstate(divide="ignore"):
         assert_allclose(neighbours.log_totals, np.log(totals), rtol=1e-6)
     assert np.isneginf(neighbours.log_totals).sum() == 1
-
-
-@pytest.mark.parametrize("block", [2**18, 5])
-@pytest.mark.parametrize("users", [EVERYONE, [1, 3, 6]])
-def test_a_training_target_does_not_count_itself(users, block, monkeypatch):
-    monkeypatch.setattr(log, "_BLOCK_ROWS", block)
-    dataset = make_dataset()
-    num_items = len(dataset.item_ids)
-    rows = iter(nearby.find_nearby(dataset, KEPT, np.array(users)).rows)
-    kept, _, _ = kept_matrix()
-    sequences = training_sequences(dataset)
-    differs = 0
-    for user in users:
-        items = sequences[user]
-        for row, target in enumerate(items):
-            without = reference.nearby(sequences, num_items, Weights(), user, row)
-            totals = without.sum(axis=1)
-            shares, log_totals = np.split(next(rows), 2)
-            for age in range(NEAR_ITEMS):
-                source = items[row - 1 - age] if age < row else None
-                if source is None or totals[source] < 1e-9:
-                    assert (shares[age], log_totals[age]) == (0, -np.inf)
-                    continue
-                value = without[source, target] if kept[source, target] > 0 else 0
-                assert_allclose(shares[age], value / totals[source], rtol=1e-4, atol=1e-6)
-                assert_allclose(log_totals[age], np.log(totals[source]), rtol=1e-4, atol=1e-5)
-                differs += value < kept[source, target]
-    assert differs > 30
-    assert next(rows, None) is None
 
 
 @pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
@@ -170,63 +138,53 @@ def test_ranks_match_the_reference_one_user_at_a_time(pointer, neighbours):
         assert_array_equal(found.top_items[place], np.argsort(-scores)[:5])
 
 
-def make_reader(model, users=EVERYONE):
-    dataset = make_dataset()
-    near = nearby.find_nearby(dataset, KEPT, users).rows if model.neighbours else None
-    return stacking.make_reader(model, dataset, users, near, max_logits=2**27)
+def make_reader(model, users):
+    neighbours = neighbours_of(model)
+    return stacking.make_reader(model, make_dataset(), users, neighbours, max_logits=2**27)
 
 
 def expected_losses(model, params, users):
-    """-log p of the newest targets of some users, by the reference."""
-    sequences, (kept, _, _) = training_sequences(make_dataset()), kept_matrix()
-    tree, found = jax.tree.map(np.float64, params["params"]), []
+    """-log p of the first row behind the training rows of some users, by the reference."""
+    dataset, tree = make_dataset(), jax.tree.map(np.float64, params["params"])
+    _, totals, shares = kept_matrix()
+    found = []
     for user in users:
-        items = sequences[user]
-        inputs, targets = reference.window(items, MAX_LEN)
-        for place, target in enumerate(targets):
-            row = len(items) - len(targets) + place
-            without = reference.nearby(sequences, model.num_items, Weights(), user, row)
-            totals = np.where(without.sum(axis=1) > 1e-9, without.sum(axis=1), 0)
-            shares = np.where(kept > 0, without, 0) / np.where(totals > 0, totals, 1)[:, None]
-            scores = reference.mixture(
-                tree,
-                inputs,
-                place=place,
-                num_blocks=2,
-                totals=totals if model.neighbours else None,
-                shares=shares,
-            )
-            found.append(-np.log(scores[target]))
+        *items, target = dataset.items[dataset.offsets[user] :][: dataset.train_lengths[user] + 1]
+        scores = reference.mixture(
+            tree,
+            [None, *items[-(MAX_LEN - 2) :]],
+            num_blocks=2,
+            totals=totals if model.neighbours else None,
+            shares=shares,
+        )
+        found.append(-np.log(scores[target]))
     return found
 
 
 @pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
-@pytest.mark.parametrize("users", [EVERYONE, np.array([1, 3, 6])])
-def test_losses_match_the_reference_one_user_at_a_time(users, pointer, neighbours):
+def test_losses_match_the_reference_one_user_at_a_time(pointer, neighbours):
     model, params = make_model(pointer, neighbours)
-    targets = make_reader(model, users)(params)
-    losses = stacking.target_losses(model, params["params"]["mixture"], targets)
-    assert_allclose(losses, expected_losses(model, params, users), rtol=1e-4)
+    for users in (np.arange(7), np.array([1, 3, 6])):
+        targets = make_reader(model, users)(params)
+        losses = stacking.target_losses(model, params["params"]["mixture"], targets)
+        assert_allclose(losses, expected_losses(model, params, users), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
 def test_no_weights_near_the_fitted_ones_are_better(pointer, neighbours):
     model, params = make_model(pointer, neighbours)
-    first = make_first(pointer, neighbours)
-    targets = make_reader(model)(params)
-    fitted = stacking.fit_weights(model, params["params"]["mixture"], targets)
-    again = stacking.fit_weights(model, fitted, targets)
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-2), fitted, again)
+    first, users = make_first(pointer, neighbours), np.arange(7)
+    targets = make_reader(model, users)(params)
+    fitted = stacking.fit_weights(model, first, targets)
+    other = stacking.fit_weights(model, params["params"]["mixture"], targets)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-2), fitted, other)
 
     def penalised(mixture):
         whole = {"params": params["params"] | {"mixture": mixture}}
-        losses = expected_losses(model, whole, [0, 2, 3, 4])
+        losses = expected_losses(model, whole, users)
         change = jax.tree.map(lambda a, b: ((np.float64(a) - b) ** 2).sum(), mixture, first)
         return np.mean(losses) + sum(jax.tree.leaves(change)) / (2 * len(losses))
 
-    # On fewer users, since the reference is slow.
-    targets = make_reader(model, np.array([0, 2, 3, 4]))(params)
-    fitted = stacking.fit_weights(model, first, targets)
     least = penalised(fitted)
     assert least < penalised(first) - 1e-3
     rng = np.random.default_rng(3)
@@ -248,7 +206,7 @@ def make_first(pointer, neighbours):
 
 def test_gradients_match_finite_differences():
     model, params = make_model(True, KEPT)
-    targets = jax.tree.map(jnp.asarray, make_reader(model)(params))
+    targets = jax.tree.map(jnp.asarray, make_reader(model, np.arange(7))(params))
 
     @jax.jit
     def loss(weights):
@@ -257,41 +215,55 @@ def test_gradients_match_finite_differences():
     check_grads(loss, (params["params"]["mixture"],), 1, ["rev"], rtol=2e-2, atol=1e-3)
 
 
-def test_who_fits_a_mixture():
+def test_who_fits_a_mixture(monkeypatch):
+    everyone = make_dataset()
+    assert_array_equal(stacking.choose_users(everyone, 0), np.arange(7))
+    few = make_dataset(num_valid_users=3)
+    assert_array_equal(stacking.choose_users(few, 0), few.valid.users)
+    monkeypatch.setattr(stacking, "_MOST", 4)
+    draws = [stacking.choose_users(everyone, seed) for seed in range(20)]
+    assert all(len(set(users)) == 4 and (np.diff(users) > 0).all() for users in draws)
+    assert set(np.concatenate(draws)) == set(range(7))
+    assert_array_equal(stacking.choose_users(everyone, 7), draws[7])
+
+
+def test_who_cannot_fit_a_mixture():
+    """Users without training rows, and without a target that the model knows."""
+    rows = [(0, 0, 1), (0, 1, 2), (0, 2, 6), (1, 1, 1), (1, 9, 6), (2, 0, 6), (2, 1, 7)]
+    rows += [(3, 2, 2), (3, 2, 3), (3, 9, 6), (3, 0, 7), (4, 0, 2), (4, 1, 12)]
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    dataset = by_time(
+        log_from_table(frame), name="csv", valid_from="5", test_from="10", valid_share=0.1,
+        test_share=0.1, targets="every", min_interactions=1, num_valid_users=0, split_seed=0,
+    )  # fmt: skip
+    users = stacking.choose_users(dataset, 0)
+    assert dataset.user_ids[users].tolist() == [0, 3]
+    model, params = make_model(True, 0)
+    read = stacking.make_reader(model, dataset, users, None, max_logits=2**27)
+    assert dataset.item_ids[read(params).items].tolist() == [2, 0]
+    fit = stacking.make_fit(model, dataset, users[:0], None, max_logits=2**27)
+    jax.tree.map(assert_array_equal, fit(params, "x"), params["params"]["mixture"])
+
+
+def test_a_mixture_changes_no_step():
+    plain, mixed = (
+        build_experiment(resolve(small(**{"model.pointer": pointer}))) for pointer in (False, True)
+    )
+    users, key = jnp.arange(8), jax.random.key(0, impl=KEY_IMPL)
+    losses = []
+    for experiment in (plain, mixed):
+        state = create_train_state(experiment.task, seed=0, num_groups=experiment.num_groups)
+        params = {"params": {k: v for k, v in state.params["params"].items() if k != "mixture"}}
+        losses.append(user_losses(experiment.task, params, experiment.data, users, 1024, key))
+    assert_array_equal(*losses)
+
+
+def test_no_row_of_the_test_is_fitted_to():
     dataset = make_dataset()
-    draws = [stacking.choose_users(dataset, 0.5, seed) for seed in range(20)]
-    assert all(len(set(users)) == 3 and (np.diff(users) > 0).all() for users in draws)
-    assert set(np.concatenate(draws)) == set(EVERYONE)
-    assert_array_equal(stacking.choose_users(dataset, 0.5, 7), draws[7])
-    assert len(stacking.choose_users(dataset, 1e-9, 0)) == 1
-
-
-def test_enough_rows_are_enough_users(monkeypatch):
-    dataset = make_dataset()
-    monkeypatch.setattr(stacking, "_MOST_ROWS", 20)
-    for seed in range(9):
-        users = stacking.choose_users(dataset, 0.99, seed)
-        lengths = dataset.train_lengths[users]
-        assert lengths.sum() >= 20 > lengths.sum() - lengths.max()
-
-
-def test_a_mixture_changes_no_step_but_for_its_users():
-    config = small(**{"model.pointer": True, "train.mixture_users": 0.3})
-    mixed = build_experiment(resolve(config))
-    rows = np.concatenate([mixed.fit_users, mixed.train_users])
-    assert_array_equal(np.sort(rows), np.arange(len(mixed.dataset.user_ids)))
-    assert len(mixed.fit_users) == int(0.3 * len(rows))
-    batches = Batches(
-        [0],
-        lengths=mixed.train_lengths,
-        users=mixed.train_users,
-        batch_size=config.train.batch_size,
-        steps=100,
-        vmap=False,
-    )(0)
-    assert set(np.unique(batches.user_ids)) == set(mixed.train_users)
-    lengths = np.minimum(mixed.dataset.train_lengths, config.model.max_len - 1)
-    assert_array_equal(batches.targets, lengths[np.asarray(batches.user_ids)].sum(axis=-1))
+    model, params = make_model(True, KEPT)
+    found = make_reader(model, np.arange(7))(params).items
+    assert_array_equal(found, dataset.valid.items)
+    assert (found != dataset.test.items).any()
 
 
 def test_a_pointer_reads_the_newest_64_items_across_blocks():
@@ -367,16 +339,15 @@ def test_a_log_in_which_nothing_is_near_anything():
     frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
     dataset = leave_one_out(log_from_table(frame), name="csv", num_valid_users=6, split_seed=0)
     assert (dataset.train_lengths == 1).all()
-    neighbours, rows = nearby.find_nearby(dataset, KEPT, np.arange(6))
+    neighbours = nearby.find_neighbours(dataset, KEPT)
     assert_array_equal(neighbours.items, np.full((3, 1), 3))
     assert_array_equal(neighbours.shares, np.zeros((3, 1)))
     assert np.isneginf(neighbours.log_totals).all()
-    assert_array_equal(rows, np.repeat([[0, -np.inf]], NEAR_ITEMS, axis=1).repeat(6, axis=0))
 
 
 def test_the_table_has_no_more_columns_than_an_item_has_neighbours():
-    few, many = (nearby.find_nearby(make_dataset(), count, EVERYONE) for count in (11, 10**9))
-    assert many.neighbours.items.shape == (13, 11)
+    few, many = (nearby.find_neighbours(make_dataset(), count) for count in (11, 10**9))
+    assert many.items.shape == (13, 11)
     jax.tree.map(assert_array_equal, few, many)
 
 
