@@ -137,6 +137,19 @@ def losses_fn(task, num_tokens):
     )
 
 
+def test_the_step_is_compiled_once():
+    """A weakly typed array before the first step would have another type after it."""
+    task = make_task()
+    task = task._replace(
+        model=task.model.clone(pointer=True),
+        objective=task.objective._replace(init=lambda: jnp.asarray(2.0)),
+    )
+    states = jax.eval_shape(lambda: initial_states(task, seeds=[0], num_groups=3))
+    weak = [path for path, leaf in jax.tree.leaves_with_path(states) if leaf.weak_type]
+    assert jnp.asarray(2.0).weak_type
+    assert not weak
+
+
 def test_user_losses_match_the_reference_one_user_at_a_time():
     task, weights = make_task(), np.linspace(0.5, 2.0, NUM_ITEMS)
     params = create_train_state(task, seed=0, num_groups=3).params

@@ -166,7 +166,7 @@ class Mixture(nn.Module):
         gates = nn.Dense(
             num_parts,
             kernel_init=nn.initializers.zeros,
-            bias_init=lambda *_: jnp.full(num_parts, _OTHERS).at[0].set(0.0),
+            bias_init=lambda *_: jnp.full(num_parts, _OTHERS, jnp.float32).at[0].set(0.0),
             precision=jax.lax.Precision.HIGHEST,
             name="gate",
         )(features)

@@ -119,7 +119,7 @@ def create_train_state(task: Task, *, seed: int | jax.Array, num_groups: int) ->
     params = jax.jit(functools.partial(task.model.init, train=False))(init_key, packed)
     objective_state = task.objective.init()
     totals = empty_totals(task, num_groups)
-    return TrainState(
+    state = TrainState(
         params=params,
         opt_state=task.optimizer.init(params),
         objective_state=objective_state,
@@ -130,6 +130,9 @@ def create_train_state(task: Task, *, seed: int | jax.Array, num_groups: int) ->
         failed_step=jnp.int32(-1),
         stopped=jnp.array(False),
     )
+    # A step returns no weakly typed array, such as an `init` may make, so the next one would be
+    # compiled again.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
 
 
 def is_training(state: TrainState) -> jax.Array:
