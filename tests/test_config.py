@@ -122,6 +122,15 @@ def test_a_log_that_is_read_otherwise_is_not_resumed(key, value):
         check_resumable(resolve(old).to_dict(), resolve(new).to_dict(), "config.json")
 
 
+def test_a_setting_that_another_version_has_is_named_as_missing():
+    now = resolve(default_config()).to_dict()
+    earlier = now | {"train": {k: v for k, v in now["train"].items() if k != "clip_norm"}}
+    with pytest.raises(UserError, match=r"clip_norm \(missing there, 0.0 now\).*Another version"):
+        check_resumable(earlier, now, "config.json")
+    with pytest.raises(UserError, match=r"clip_norm \(0.0 there, missing now\).*Another version"):
+        check_resumable(now, earlier, "config.json")
+
+
 def test_what_a_user_counts_for_must_be_the_same_to_resume():
     old, new = default_config(), default_config()
     new.objective.user_loss = "mean"

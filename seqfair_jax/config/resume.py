@@ -25,11 +25,12 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
         UserError: naming each setting that differs; those in `RESUMABLE` may differ.
     """
     old, new = dict(flatten(saved)), dict(flatten(config))
-    changed = [
-        f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)"
-        for key in changed_settings(saved, config)
-        if key not in RESUMABLE
-    ]
+
+    def shown(settings: Mapping, key: str) -> str:
+        return repr(settings[key]) if key in settings else "missing"
+
+    keys = [key for key in changed_settings(saved, config) if key not in RESUMABLE]
+    changed = [f"{key} ({shown(old, key)} there, {shown(new, key)} now)" for key in keys]
     if changed:
         hints = {
             "train.decay_steps": ". (The learning rate falls to 0 over train.decay_steps, which "
@@ -40,7 +41,9 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
         raise UserError(
             f"{where} was made by another config; these differ: {'; '.join(changed)}. "
             "Use another --workdir, or the same settings as before"
-            + "".join(hints.get(line.partition(" ")[0], "") for line in changed)
+            + "".join(hints.get(key, "") for key in keys)
+            + ". (Another version wrote it, and only that one can resume it)"
+            * any((key in old) != (key in new) for key in keys)
         )
 
 
