@@ -62,9 +62,9 @@ class FitTargets(NamedTuple):
 
 
 def choose_users(dataset: Dataset, seed: int) -> np.ndarray:
-    """The validation users whose first target fits the mixture, in order: i64[n].
+    """The validation users whose first target with a known item fits the mixture, in order: i64[n].
 
-    They have training rows, and the item of the target is known.
+    They have such a target, and training rows.
 
     Args:
         dataset: the split log.
