@@ -15,7 +15,7 @@ import pytest
 
 from seqfair_jax import serving, workdir
 from seqfair_jax.serving import catalogue
-from seqfair_jax.training.nearby import find_nearby
+from seqfair_jax.training.nearby import find_neighbours
 
 pytestmark = pytest.mark.slow
 _TRAIN = [
@@ -155,7 +155,7 @@ def test_neighbours_that_two_processes_share_are_written_whole(tmp_path):
     processes = start_both(folder, more, both=True)
     outputs = [process.communicate(timeout=500)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    expected = find_nearby(catalogue.read_dataset(folder), 4).neighbours
+    expected = find_neighbours(catalogue.read_dataset(folder), 4)
     jax.tree.map(np.testing.assert_array_equal, catalogue.read_neighbours(folder), expected)
 
 

@@ -148,7 +148,8 @@ def test_a_killed_worker_and_a_stopped_sweep_change_no_table(tmp_path, started):
     pids, steps = zip(*notes(tmp_path, "cvar"), strict=True)
     assert len(set(pids)) == 3
     assert 0 == steps[0] < steps[1] < steps[2] < 150  # each resumed
-    assert len({pid for pid, _ in notes(tmp_path, "erm")} | set(pids)) > len(set(pids))
+    # Side by side with the process that was killed; Ray may reuse the other one.
+    assert notes(tmp_path, "erm")[0][0] != killed
 
     reproduce(tiny(**_SWEEP), tmp_path / "without")
     for name in ("results.csv", "overall.md", "worst_group.tex", "overall-claims.csv"):
