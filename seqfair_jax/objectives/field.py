@@ -280,7 +280,7 @@ def _adjusted_group_dro(sizes: np.ndarray):
 
     It minimises the worst mixture of L_g + C / sqrt(n_g). The added term is a constant in the
     gradient, so the value is sum_g omega_g L_g, as of GDRO. C = 0 is GDRO. A group without any user
-    in the log gets no term: it has no loss that its weight could stand for.
+    in the log gets no term, since it has no loss.
     """
     gaps = np.where(sizes > 0, 1 / np.sqrt(np.maximum(sizes, 1)), 0)
 
