@@ -28,7 +28,7 @@ from seqfair_jax.model.mixture import (
     read_history,
 )
 from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack
-from seqfair_jax.model.sasrec import PRECISIONS, Encoded, SASRec, param_specs
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
 
 _TOKENS = 2048  # packed tokens encoded at once: what the attention makes of them fits into a cache
 _SHORT = 65  # tokens: attention within so short a history needs one block of 64 before each
@@ -64,6 +64,13 @@ class Queries(NamedTuple):
     blocks: tuple[Block, ...]  # by M; users are scored once
     users_at: jax.Array  # i32[n] where each user is among the blocks' slots
     targets_at: jax.Array  # i32[m] where each target is among them
+
+
+class Encoded(NamedTuple):
+    """What predicts the items that follow N histories."""
+
+    hidden: jax.Array  # f[N, D], after the final LayerNorm
+    weights: MixtureWeights | None  # None for a model without a mixture
 
 
 class Ranking(NamedTuple):
@@ -173,8 +180,9 @@ def make_queries(
     encode_batches: list[Any] = []
     num_encoded = 0
     for window, members in _by_window(lengths, max_len - 1):
-        filled = fill_batches(lengths[members], num_tokens, max_users=num_tokens // 8)
-        filled = _pad(filled, shards, -1)
+        filled = fill_batches(
+            lengths[members], num_tokens, max_users=num_tokens // 8, shards=shards
+        )
         users: Any = np.where(filled >= 0, members[filled], -1).astype(np.int32)
         encoded_at[users[users >= 0]] = num_encoded + np.flatnonzero(users >= 0)
         num_encoded += users.size
@@ -232,11 +240,6 @@ def _by_window(lengths: np.ndarray, longest: int) -> list[tuple[int | None, np.n
         return [(None, np.arange(len(lengths)))]
     parts = [(_SHORT, np.flatnonzero(short)), (None, np.flatnonzero(~short))]
     return [(window, users) for window, users in parts if len(users)]
-
-
-def _pad(rows: np.ndarray, shards: int, value: int) -> np.ndarray:
-    extra = devices.padded(len(rows), shards) - len(rows)
-    return np.pad(rows, [(0, extra), (0, 0)], constant_values=value)
 
 
 def _specs(queries: Queries) -> Any:
@@ -484,8 +487,15 @@ def packed_tokens(max_len: int) -> int:
     return -(-max(_TOKENS, max_len) // BLOCK) * BLOCK
 
 
-def fill_batches(lengths: np.ndarray, num_tokens: int, *, max_users: int) -> np.ndarray:
-    """Cut users into batches of at most `num_tokens` tokens and `max_users` users, in order."""
+def fill_batches(
+    lengths: np.ndarray, num_tokens: int, *, max_users: int, shards: int = 1
+) -> np.ndarray:
+    """Cut users into batches of at most `num_tokens` tokens and `max_users` users, in order.
+
+    Returns:
+        i32[batches, B], places in `lengths`, -1 for an empty slot. The number of batches is a
+        multiple of `shards`.
+    """
     batches: list[list[int]] = [[]]
     tokens = 0
     for place, length in enumerate(lengths.tolist()):
@@ -494,8 +504,9 @@ def fill_batches(lengths: np.ndarray, num_tokens: int, *, max_users: int) -> np.
             tokens = 0
         batches[-1].append(place)
         tokens += length
-    filled = np.full((len(batches), max(map(len, batches))), -1, np.int32)
-    for row, batch in zip(filled, batches, strict=True):
+    shape = (devices.padded(len(batches), shards), max(map(len, batches)))
+    filled = np.full(shape, -1, np.int32)
+    for row, batch in zip(filled, batches, strict=False):
         row[: len(batch)] = batch
     return filled
 

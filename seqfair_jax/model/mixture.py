@@ -20,10 +20,11 @@ Without a pointer the first part is s. The weights are
     b = softmax over j < W of  beta_j + lambda log t(x_j)
 
 f are F features of the history and q_j two of its j-th item (`read_history`), k(j) is how many
-distinct items are newer than the j-th, and t(x) how much was near x in all. A, c, d, alpha, rho, e,
-beta and lambda are learned, and are few: `training.stacking` fits them, on users that the network
-was not trained on. b leaves out items that nothing was near. A part without any item has the gate
-0. S has the K nearest items of an item alone, so its rows can sum to less than 1, and p too.
+other distinct items are newer than the j-th, and t(x) how much was near x in all. A, c, d, alpha,
+rho, e, beta and lambda are learned, and are few: `training.stacking` fits them, to targets that the
+network was not trained on. b leaves out items that nothing was near. A part without any item has
+the gate 0. S has the K nearest items of an item alone, so its rows can sum to less than 1, and p
+too.
 """
 
 from typing import Any, NamedTuple

@@ -112,7 +112,6 @@ def _read(table: jax.Array, rows: jax.Array, shards: int) -> jax.Array:
         return table[rows]
     wanted = devices.gather(rows[None], devices.DATA, shards)
     place, here = devices.own_rows(wanted, len(table), devices.DATA, shards)
-    here = here.reshape(here.shape + (1,) * (table.ndim - 1))
     found = jnp.where(here, table.at[place].get(mode="clip"), 0)
     return lax.psum_scatter(found, devices.DATA)
 

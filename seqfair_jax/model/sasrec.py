@@ -3,7 +3,7 @@
 Shape letters: T packed tokens, D width, H heads, V catalogue, L window, K keys a query block sees.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -215,13 +215,6 @@ def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
     key_index = own_index[:, :1] + behind[None, :]
     same_user = own[:, :, None] == keys[:, None, :]
     return same_user & (key_index[:, None, :] <= own_index[:, :, None])
-
-
-class Encoded(NamedTuple):
-    """What predicts the items that follow N histories."""
-
-    hidden: jax.Array  # f[N, D], after the final LayerNorm
-    weights: MixtureWeights | None  # None for a model without a mixture
 
 
 class SASRec(nn.Module):

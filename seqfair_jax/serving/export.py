@@ -21,10 +21,10 @@ from jax import export, lax
 
 from seqfair_jax import __version__, workdir
 from seqfair_jax.errors import UserError
-from seqfair_jax.evaluation.ranking import mixture_weights, score_items
+from seqfair_jax.evaluation.ranking import Encoded, mixture_weights, score_items
 from seqfair_jax.model.mixture import Neighbours
 from seqfair_jax.model.packing import BLOCK, Packed
-from seqfair_jax.model.sasrec import Encoded, SASRec
+from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.serving import exported
 from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.serving.trained import TrainedModel

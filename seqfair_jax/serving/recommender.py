@@ -18,6 +18,7 @@ from seqfair_jax import devices
 from seqfair_jax.devices import CATALOGUE, USERS
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.ranking import (
+    Encoded,
     encode_newest,
     fill_batches,
     max_users,
@@ -27,7 +28,7 @@ from seqfair_jax.evaluation.ranking import (
 )
 from seqfair_jax.model.mixture import Neighbours
 from seqfair_jax.model.packing import Sequences
-from seqfair_jax.model.sasrec import Encoded, SASRec, param_specs
+from seqfair_jax.model.sasrec import SASRec, param_specs
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.trained import TrainedModel
 

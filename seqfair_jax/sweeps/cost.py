@@ -45,8 +45,7 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
     dim = model.dim
     seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
     weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
-    forward = 2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)
-    return float(3 * forward)
+    return float(3 * (2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)))
 
 
 def measure_runs_per_job(experiment: Experiment) -> int:

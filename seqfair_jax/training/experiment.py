@@ -32,7 +32,7 @@ from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.training.batches import check_batch_size
 from seqfair_jax.training.nearby import find_neighbours
-from seqfair_jax.training.stacking import choose_users, make_fit
+from seqfair_jax.training.stacking import choose_users, make_fit, make_reader
 from seqfair_jax.training.step import Task, TrainData, data_specs, make_optimizer
 
 _log = logging.getLogger(__name__)
@@ -71,14 +71,18 @@ class Experiment:
     @functools.cached_property
     def fit_mixture(self) -> Callable[[Any, str], Any]:
         """`stacking.make_fit` of this model and log."""
-        return make_fit(
-            self.task.model,
-            self.dataset,
-            choose_users(self.dataset, self.config.data.split_seed),
-            self.data.neighbours,
-            max_logits=self.task.max_logits,
-            mesh=self.mesh,
-        )
+        model, read = self.task.model, None
+        users = choose_users(self.dataset, self.config.data.split_seed)
+        if len(users):
+            read = make_reader(
+                model,
+                self.dataset,
+                users,
+                self.data.neighbours,
+                max_logits=self.task.max_logits,
+                mesh=self.mesh,
+            )
+        return make_fit(model, read)
 
     @functools.cached_property
     def rank_validation(self) -> Callable[[Any, str], Ranking]:

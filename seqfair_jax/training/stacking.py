@@ -77,28 +77,20 @@ def choose_users(dataset: Dataset, seed: int) -> np.ndarray:
     return np.sort(drawn[:_MOST])
 
 
-def make_fit(
-    model: SASRec,
-    dataset: Dataset,
-    users: np.ndarray,
-    neighbours: Neighbours | None,
-    *,
-    max_logits: int,
-    mesh: Mesh | None = None,
-) -> Callable[[Any, str], Any]:
+def make_fit(model: SASRec, read: Callable[[Any], FitTargets] | None) -> Callable[[Any, str], Any]:
     """The function that fits the mixture of a run's parameters.
 
     Args:
-        model, dataset, users, neighbours, max_logits, mesh: as for `make_reader`.
+        model: a mixture.
+        read: from `make_reader`; None if there is no user to fit to.
 
     Returns:
         fit(params, what) -> the parameters of the mixture, on the host; those before if there are
         no users. All processes must call it. It raises DivergedError where a loss is not finite;
         the message says whose it was, which is `what`.
     """
-    if not len(users):
+    if read is None:
         return lambda params, what: devices.to_host(params["params"]["mixture"])
-    read = make_reader(model, dataset, users, neighbours, max_logits=max_logits, mesh=mesh)
 
     def fit(params: Any, what: str) -> Any:
         targets = read(params)
@@ -124,7 +116,7 @@ def make_reader(
     Args:
         model: a mixture.
         dataset: the split log.
-        users: from `choose_users`.
+        users: from `choose_users`, at least one.
         neighbours: on the mesh; None for a model without neighbours.
         max_logits: as for `softmax_loss`.
         mesh: the devices, which share the users; one if None.
@@ -135,9 +127,8 @@ def make_reader(
     mesh = mesh or devices.make_mesh()
     num_tokens = packed_tokens(model.max_len)
     lengths = np.minimum(dataset.train_lengths[users] + 1, model.max_len - 1)
-    filled = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
-    extra = devices.padded(len(filled), devices.size(mesh, USERS)) - len(filled)
-    batches = np.pad(filled, [(0, extra), (0, 0)], constant_values=-1)
+    shards = devices.size(mesh, USERS)
+    batches = fill_batches(lengths, num_tokens, max_users=num_tokens // 8, shards=shards)
     real = batches.ravel() >= 0
     inputs = (
         jax.tree.map(lambda x: devices.put(mesh, x, P()), _sequences(dataset, users, lengths)),
