@@ -5,6 +5,7 @@ Shape letters: U users.
 
 import logging
 from collections.abc import Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,18 @@ def test(
     config = experiment.config
     method = experiment.task.objective.method
     judge = Judge(experiment.dataset, experiment.families, config.evaluate.cutoffs)
-    baseline_table, baselines = (
-        judge.baselines(config) if is_first_process() else (pd.DataFrame(), {})
-    )
+    tester = _Tester(experiment, judge)
+    folders = workdir.run_folders(folder, experiment.names)
+    tested: list[dict[str, Any]] = []  # of each run; empty where a score is not finite
+    with ThreadPool(1) as beside:  # the host computes the baselines while the device ranks
+        baselines = beside.apply_async(judge.baselines, [config]) if is_first_process() else None
+        for r, part in enumerate(folders):
+            try:
+                tested.append(tester.test_run(snapshot, r, part))
+            except DivergedError as error:
+                _log.warning("%s", error)
+                tested.append({})
+        baseline_table, found = baselines.get() if baselines else (pd.DataFrame(), {})
     wait_for_all("the baselines")
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
@@ -63,15 +73,14 @@ def test(
         "needs_groups": method.needs_groups,
         "label": method.label,
         "logs": [log._asdict() for log in method.logs],
-        **baselines,
+        **found,
     }
     if snapshot.progress.init_from:
         shared["init_from"] = snapshot.progress.init_from
-    tester = _Tester(experiment, judge)
     states, progress = snapshot.states, snapshot.progress
     failed_steps, steps = to_host((states.failed_step, states.step))
     summaries = []
-    for r, part in enumerate(workdir.run_folders(folder, experiment.names)):
+    for r, part in enumerate(folders):
         spec, failed_step = experiment.runs[r], int(failed_steps[r])
         seconds = progress.seconds
         summary = shared | {
@@ -87,18 +96,15 @@ def test(
                 "stopped_epoch": progress.stopped[r],
             },
         }
-        try:
-            summary |= tester.test_run(snapshot, r, part)
-        except DivergedError as error:
-            _log.warning("%s", error)
-            if failed_step < 0:
-                summary["status"] = "failed in the test"
+        summary |= tested[r]
+        if not tested[r] and failed_step < 0:
+            summary["status"] = "failed in the test"
         workdir.write_parquet(part / workdir.BASELINES, baseline_table)
         workdir.write_json(part / workdir.SUMMARY, summary)
         summaries.append(summary)
     if not any("test" in summary for summary in summaries):
         raise DivergedError("every run diverged; try a smaller train.learning_rate")
-    for part in workdir.run_folders(folder, experiment.names):
+    for part in folders:
         workdir.finish(part, inputs)
     if len(summaries) == 1:
         wait_for_all("the results")

@@ -91,7 +91,7 @@ def test_a_constant_scorer_gains_nothing():
     assert (ranks[known] == len(dataset.item_ids)).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e25])
 def test_a_score_that_is_not_finite_is_an_error(value):
     dataset = make_dataset()
     model, params = make_model(dataset)

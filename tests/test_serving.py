@@ -362,6 +362,10 @@ def test_neither_blocks_nor_batches_change_the_lists(trained, monkeypatch):
     monkeypatch.setattr("seqfair_jax.evaluation.ranking._TOKENS", 64)
     cut = lists_of(trained, k=4, mask_seen=True, batch_size=6)
     assert_same_lists(cut, whole)
+    monkeypatch.setattr("seqfair_jax.evaluation.ranking._SHORT", 5)
+    monkeypatch.setattr("seqfair_jax.evaluation.ranking._MANY", 0)
+    apart = lists_of(trained, k=4, mask_seen=True)  # short histories are encoded apart
+    assert_same_lists(apart, whole)
 
 
 def test_few_programs_serve_any_histories(trained):

@@ -73,6 +73,14 @@ class Encoded(NamedTuple):
     weights: MixtureWeights | None  # None for a model without a mixture
 
 
+class Part(NamedTuple):
+    """Users with a similar length of history, who are encoded with the same window."""
+
+    window: int | None  # no user has more tokens; None for L - 1
+    max_users: int  # of a batch
+    users: np.ndarray  # i[N], their places among all
+
+
 class Ranking(NamedTuple):
     """Where each user's targets are in the ranking, and what is recommended."""
 
@@ -179,14 +187,14 @@ def make_queries(
     encoded_at = np.empty(len(lengths), np.int32)
     encode_batches: list[Any] = []
     num_encoded = 0
-    for window, members in _by_window(lengths, max_len - 1):
+    for part in by_window(lengths, max_len - 1, num_tokens):
         filled = fill_batches(
-            lengths[members], num_tokens, max_users=num_tokens // 8, shards=shards
+            lengths[part.users], num_tokens, max_users=part.max_users, shards=shards
         )
-        users: Any = np.where(filled >= 0, members[filled], -1).astype(np.int32)
+        users: Any = np.where(filled >= 0, part.users[filled], -1).astype(np.int32)
         encoded_at[users[users >= 0]] = num_encoded + np.flatnonzero(users >= 0)
         num_encoded += users.size
-        encode_batches.append(EncodeBatches(users, window))
+        encode_batches.append(EncodeBatches(users, part.window))
 
     sizes = targets.sizes
     widths = np.ones(len(sizes), np.int64)
@@ -233,13 +241,23 @@ def make_queries(
     return jax.tree.map(put, Queries(*queries), _specs(Queries(*queries)))
 
 
-def _by_window(lengths: np.ndarray, longest: int) -> list[tuple[int | None, np.ndarray]]:
-    """The users in parts, each with its window: short histories apart where there are many."""
+def by_window(lengths: np.ndarray, longest: int, num_tokens: int) -> list[Part]:
+    """The users in parts to encode one after another: short histories apart where there are many.
+
+    Args:
+        lengths: i[n], each user's tokens.
+        longest: that a user can have, L - 1.
+        num_tokens: of a batch.
+    """
+    most = num_tokens // 8
     short = lengths <= _SHORT
     if longest <= _SHORT or lengths[short].sum() < _MANY:
-        return [(None, np.arange(len(lengths)))]
-    parts = [(_SHORT, np.flatnonzero(short)), (None, np.flatnonzero(~short))]
-    return [(window, users) for window, users in parts if len(users)]
+        return [Part(None, most, np.arange(len(lengths)))]
+    parts = [
+        Part(_SHORT, most, np.flatnonzero(short)),
+        Part(None, num_tokens // (_SHORT + 1), np.flatnonzero(~short)),
+    ]
+    return [part for part in parts if len(part.users)]
 
 
 def _specs(queries: Queries) -> Any:
@@ -462,13 +480,13 @@ def score_items(
 
     Returns:
         The scores, log p for a mixture, -inf for a row of the table that belongs to no item; and a
-        bool[]: whether all were finite before the mask.
+        bool[]: whether all were finite before the mask (`_are_bounded`).
     """
     precision, rows, shards = PRECISIONS[model.dtype][1], len(table), model.shards
     scores = jnp.matmul(
         encoded.hidden, table.T, precision=precision, preferred_element_type=jnp.float32
     )
-    finite = jnp.isfinite(scores.sum(axis=-1)).all()  # one pass; NaN and inf survive a sum
+    finite = _are_bounded(encoded.hidden, table)
     if num_items is not None and num_items != rows * shards:
         own = devices.index(CATALOGUE, shards) * rows + jnp.arange(rows)
         scores = jnp.where(own < num_items, scores, -jnp.inf)
@@ -480,6 +498,18 @@ def score_items(
         place, _ = devices.own_rows(seen_items, rows, CATALOGUE, shards)
         scores = scores.at[seen_rows, place].set(-jnp.inf, mode="drop")
     return scores, finite
+
+
+def _are_bounded(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """Whether all scores hidden f[B, D] @ table.T f[D, V] are finite, from the rows' norms: bool[].
+
+    A score is at most the product of two norms. Its square must fit into a float32, so a score
+    beyond 1e19 counts as not finite. A pass over the scores would cost a quarter of the product.
+    """
+    squares = [
+        jnp.square(rows.astype(jnp.float32)).sum(axis=-1).max(initial=0) for rows in (hidden, table)
+    ]
+    return jnp.isfinite(squares[0] * squares[1])
 
 
 def packed_tokens(max_len: int) -> int:

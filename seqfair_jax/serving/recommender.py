@@ -19,6 +19,8 @@ from seqfair_jax.devices import CATALOGUE, USERS
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.evaluation.ranking import (
     Encoded,
+    Part,
+    by_window,
     encode_newest,
     fill_batches,
     max_users,
@@ -168,13 +170,14 @@ def encode_users(
     lengths = np.minimum(sizes + 1, model.max_len - 1)  # the begin token and the last L - 2 items
     padded = -(-len(sizes) // batch_size) * batch_size
     found: Any = None
-    batches = fill_batches(lengths, num_tokens, max_users=num_tokens // 8)
-    for first in range(0, len(batches), shards):
-        group = [batch[batch >= 0] for batch in batches[first : first + shards]]
-        windows = [_windows(histories, stops, lengths, batch, num_tokens) for batch in group]
+    for part, group in _groups(lengths, model.max_len - 1, num_tokens, shards):
+        windows = [
+            _windows(histories, stops, lengths, batch, num_tokens, part.max_users)
+            for batch in group
+        ]
         windows += [windows[0]] * (shards - len(group))  # devices that are left over
         sequences: Any = [np.stack(parts) for parts in zip(*windows, strict=True)]
-        encoded = _encode(model, mesh, params, neighbours, Sequences(*sequences))
+        encoded = _encode(model, mesh, part.window, params, neighbours, Sequences(*sequences))
         encoded = jax.tree.map(np.asarray, encoded)
         if found is None:
             found = jax.tree.map(
@@ -193,8 +196,24 @@ def item_vectors(trained: TrainedModel) -> np.ndarray:
     return table[: trained.model.num_items]
 
 
+def _groups(
+    lengths: np.ndarray, longest: int, num_tokens: int, shards: int
+) -> Iterator[tuple[Part, list[np.ndarray]]]:
+    """The places in `lengths` of the users of a batch for each device, and the part they are of."""
+    for part in by_window(lengths, longest, num_tokens):
+        batches = fill_batches(lengths[part.users], num_tokens, max_users=part.max_users)
+        for first in range(0, len(batches), shards):
+            some = batches[first : first + shards]
+            yield part, [part.users[batch[batch >= 0]] for batch in some]
+
+
 def _windows(
-    histories: Histories, stops: np.ndarray, lengths: np.ndarray, batch: np.ndarray, num_tokens: int
+    histories: Histories,
+    stops: np.ndarray,
+    lengths: np.ndarray,
+    batch: np.ndarray,
+    num_tokens: int,
+    max_users: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The histories of a batch's users as the arrays of `Sequences`, in fixed shapes."""
     tokens = lengths[batch]
@@ -205,7 +224,7 @@ def _windows(
     real = np.ones(ends[-1], bool)
     real[ends - 1] = False
     items[: ends[-1]][real] = histories.items[rows[real]]
-    pad = (0, num_tokens // 8 - len(batch))
+    pad = (0, max_users - len(batch))
     return items, np.pad(ends, pad).astype(np.int32), np.pad(tokens, pad).astype(np.int32)
 
 
@@ -221,16 +240,21 @@ def _output_table(model: SASRec, mesh: Mesh, params: Any) -> jax.Array:
     )(params)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "mesh", "window"))
 def _encode(
-    model: SASRec, mesh: Mesh, params: Any, neighbours: Neighbours | None, sequences: Sequences
+    model: SASRec,
+    mesh: Mesh,
+    window: int | None,
+    params: Any,
+    neighbours: Neighbours | None,
+    sequences: Sequences,
 ) -> Encoded:
     """What the model predicts from, as arrays [devices, users, ...]: a batch for each device."""
 
     def on_device(params, neighbours, sequences):
         own = jax.tree.map(lambda part: part[0], sequences)
         users = jnp.arange(len(own.lengths))
-        encoded = encode_newest(model, params, own, users, neighbours=neighbours)
+        encoded = encode_newest(model, params, own, users, neighbours=neighbours, window=window)
         return jax.tree.map(lambda leaf: leaf[None], encoded)
 
     return jax.shard_map(
