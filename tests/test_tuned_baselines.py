@@ -184,7 +184,10 @@ def test_a_log_that_is_too_large_is_left_out_with_a_sentence(leave_one, monkeypa
     assert neighbours.largest_window(leave_one) == 2  # these pairs fit
     monkeypatch.setattr(neighbours, "_MAX_COST", 3)
     ranks, chosen = tuned_baseline_ranks(leave_one, "test", mask_seen=False, tuning=tuning)
-    assert "more than 3" in chosen["neighbours"]["left_out"]
+    assert "more than 3.0e+00" in chosen["neighbours"]["left_out"]
+    monkeypatch.setattr(neighbours, "_MAX_DENSE", 0)  # pairs at distance 1 are too many already
+    ranks, chosen = tuned_baseline_ranks(leave_one, "test", mask_seen=False, tuning=tuning)
+    assert "more than 3.0e+00" in chosen["neighbours"]["left_out"]
     none = tuned_baseline_ranks(leave_one, "test", mask_seen=False, tuning=Tuning("NDCG@20", 0, 0))
     assert none == ({}, {})
 

@@ -266,12 +266,18 @@ def neighbour_ranks(
             f"The log has too many training rows for it: more than {_MAX_PAIRS:,} pairs would be "
             "counted."
         )
-    pairs = count_pairs(dataset, window)
     users = users_of(dataset, split)
-    unit = 1 if _dense(len(dataset.item_ids), len(pairs.indices)) else _SPARSE_COST
-    cost = int(_products(dataset, users, pairs).sum()) * unit
-    if cost > _MAX_COST:
-        return f"Ranking the {split} would take {cost:.1e} operations, more than {_MAX_COST:.1e}."
+    num_items = len(dataset.item_ids)
+    # Where the matrix is sparse, the pairs at distance 1 are often too many already.
+    for distance in (window,) if num_items**2 <= _MAX_DENSE else dict.fromkeys((1, window)):
+        pairs = count_pairs(dataset, distance)
+        unit = 1 if _dense(num_items, len(pairs.indices)) else _SPARSE_COST
+        cost = int(_products(dataset, users, pairs).sum()) * unit
+        if cost > _MAX_COST:
+            return (
+                f"Ranking the {split} would take {cost:.1e} operations or more, which is more "
+                f"than {_MAX_COST:.1e}."
+            )
     valid_costs = _products(dataset, users_of(dataset, "valid"), pairs)
     mean_cost = unit * float(np.append(valid_costs, 1).mean())
 
