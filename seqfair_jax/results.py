@@ -25,7 +25,6 @@ from seqfair_jax.evaluation.slices import OVERALL, Slices, list_means, target_me
 from seqfair_jax.serving.catalogue import target_columns
 from seqfair_jax.training import checkpoint, selection
 from seqfair_jax.training.experiment import Experiment
-from seqfair_jax.training.loop import make_validation
 from seqfair_jax.training.progress import Snapshot
 from seqfair_jax.training.step import run_params
 
@@ -128,33 +127,32 @@ class _Tester:
     def __init__(self, experiment: Experiment, judge: "Judge"):
         self._experiment, self._judge = experiment, judge
         self._rank = experiment.make_ranker("test", top_k=judge.top_k)
-        self._validate = make_validation(experiment)
 
     def test_run(self, snapshot: Snapshot, r: int, folder: Path) -> dict[str, Any]:
         """Run r's part of `summary.json`; writes its per-user tables and best parameters."""
         experiment = self._experiment
         name = experiment.names[r]
         # A run that failed before its first validation has no best epoch.
-        best = {rule: record for rule, record in snapshot.progress.best[r].items() if record}
+        best = {rule: dict(found) for rule, found in snapshot.progress.best[r].items() if found}
+        val = {rule: chosen.pop(selection.VAL) for rule, chosen in best.items()}
         params = {rule: run_params(experiment.mesh, snapshot.best[rule], r) for rule in best}
         tested: dict[float, tuple] = {}  # by epoch
         for rule, chosen in best.items():  # all, before any is written: a score may not be finite
             if chosen["epoch"] not in tested:
                 ranking = self._rank(params[rule], f"test of {name}")
                 tested[chosen["epoch"]] = (
-                    self._validate(params[rule], name),
                     *self._judge.ranks(ranking.ranks),
                     self._judge.lists(ranking.top_items),
                 )
         found: dict[str, Any] = {}
         for rule, chosen in best.items():
-            val, table, means, recommended = tested[chosen["epoch"]]
+            table, means, recommended = tested[chosen["epoch"]]
             suffix = selection.RULES[rule].suffix
             found["best" + suffix] = {
                 "step": chosen["epoch"] * experiment.config.train.steps_per_epoch,
                 **chosen,  # epoch, and the validation scores that epochs are chosen by
             }
-            found["val" + suffix] = val
+            found["val" + suffix] = val[rule]
             found["test" + suffix] = means
             found["recommended" + suffix] = recommended
             workdir.write_parquet(workdir.per_user(folder, suffix), table)

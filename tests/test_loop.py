@@ -13,10 +13,12 @@ import pytest
 import tqdm
 from runs import rows_of, small
 
-from seqfair_jax import results, workdir
+from seqfair_jax import results, serving, workdir
+from seqfair_jax.config import resolve
 from seqfair_jax.errors import DivergedError, UserError
 from seqfair_jax.run import run
 from seqfair_jax.training import loop, progress, resume
+from seqfair_jax.training.experiment import build_experiment
 
 
 def test_fewer_epochs_than_are_done_are_refused(finished):
@@ -24,6 +26,16 @@ def test_fewer_epochs_than_are_done_are_refused(finished):
     with pytest.raises(UserError, match=r"train.epochs is 1, but .* has trained 2 epochs"):
         run(small(**{"train.epochs": 1}), folder)
     workdir.check_finished(folder)  # nothing changed
+
+
+def test_the_scores_in_the_summary_are_those_of_the_parameters_that_are_kept(finished):
+    config = resolve(small(**{"train.learning_rate": 0.1, "train.epochs": 5}))
+    run = finished(**{"train.learning_rate": 0.1, "train.epochs": 5})
+    validate = loop.make_validation(build_experiment(config))
+    for rule, suffix in (("overall", ""), ("worst_group", "_worst_group")):
+        params = serving.load(run.folder, rule=rule).params
+        assert validate(params, rule) == run.summary["val" + suffix]
+        assert "val" not in run.summary["best" + suffix]
 
 
 @pytest.mark.parametrize("axis", ["vmap", "map"])

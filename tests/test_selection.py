@@ -13,12 +13,18 @@ NONE = {"overall": None, "worst_group": None}
 
 
 def close(best, epoch, overall, worst, patience=0):
-    return close_epoch(best, epoch, {"overall": overall}, worst, patience=patience)
+    return close_epoch(
+        best, epoch, scores(overall), metric="NDCG@20", worst_group=worst, patience=patience
+    )
+
+
+def scores(overall):
+    return {"NDCG@20": {"overall": overall}, "Recall@20": {"overall": 1.0}}
 
 
 def test_the_first_epoch_is_the_best_so_far():
     choice = close(NONE, 1, 0.0, 0.0)
-    first = {"epoch": 1, "overall": 0.0, "worst_group": 0.0}
+    first = {"epoch": 1, "overall": 0.0, "worst_group": 0.0, "val": scores(0.0)}
     assert choice.best == {"overall": first, "worst_group": first}
     assert choice.improved == {"overall": True, "worst_group": True}
     assert not choice.stops

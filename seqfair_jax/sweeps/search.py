@@ -32,7 +32,7 @@ from seqfair_jax.sweeps.space import (
 )
 from seqfair_jax.training.experiment import build_experiment
 from seqfair_jax.training.progress import Snapshot
-from seqfair_jax.training.selection import RULES
+from seqfair_jax.training.selection import RULES, VAL
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -273,7 +273,7 @@ def figures_of(snapshot: Snapshot) -> dict[str, dict[str, float]] | None:
         chosen = [best[rule] for best in snapshot.progress.best]
         if any(record is None for record in chosen):
             return None
-        rows = pd.DataFrame(chosen)
+        rows = pd.DataFrame(chosen).drop(columns=VAL)
         found[rule] = {str(key): float(value) for key, value in rows.mean().items()}
     return found
 

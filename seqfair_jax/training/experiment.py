@@ -84,11 +84,6 @@ class Experiment:
             )
         return make_fit(model, read)
 
-    @functools.cached_property
-    def rank_validation(self) -> Callable[[Any, str], Ranking]:
-        """`make_ranker` of the validation, which the training and the test compile once."""
-        return self.make_ranker("valid", top_k=0)
-
     def make_ranker(self, split: str, *, top_k: int) -> Callable[[Any, str], Ranking]:
         """`ranking.make_ranker` of this model, log and these evaluation settings."""
         settings = self.config.evaluate

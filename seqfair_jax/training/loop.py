@@ -121,7 +121,7 @@ def make_validation(experiment: Experiment) -> Callable[[Any, str], Scores]:
     loss_family = experiment.loss_family.select(dataset.valid.users)
     if all(family.name != loss_family.name for family in families):
         families.append(loss_family)
-    rank = experiment.rank_validation
+    rank = experiment.make_ranker("valid", top_k=0)
 
     def validate(params: Any, name: str) -> Scores:
         ranks = rank(params, f"validation of {name}").ranks
@@ -240,7 +240,12 @@ def _close_epoch(
         slices = score[config.select.metric]
         worst = worst_group(slices, family, min_users=config.select.min_users)
         choice = close_epoch(
-            records[r], epoch, slices, worst, patience=config.train.early_stop_epochs
+            records[r],
+            epoch,
+            score,
+            metric=config.select.metric,
+            worst_group=worst,
+            patience=config.train.early_stop_epochs,
         )
         records[r] = choice.best
         for name in RULES:

@@ -10,8 +10,10 @@ import numpy as np
 
 from seqfair_jax.evaluation.slices import OVERALL, Slices
 
-Best = dict[str, dict[str, float] | None]  # rule -> epoch, overall, worst_group; None before any
+# rule -> epoch, overall, worst_group, and all scores of the epoch under VAL; None before any
+Best = dict[str, dict[str, Any] | None]
 Key = TypeVar("Key", bound=Hashable)
+VAL = "val"
 _FINISHED = "finished"
 
 
@@ -52,20 +54,27 @@ class Choice(NamedTuple):
 
 
 def close_epoch(
-    best: Best, epoch: int, slices: Slices, worst_group: float, *, patience: int
+    best: Best,
+    epoch: int,
+    scores: Mapping[str, Slices],
+    *,
+    metric: str,
+    worst_group: float,
+    patience: int,
 ) -> Choice:
     """Compare an epoch of one run with its best so far; of equal epochs the earlier stays.
 
     Args:
         best: before this epoch.
         epoch: from 1.
-        slices: of the metric that selects, on the validation users.
-        worst_group: the lowest mean among the groups of the objective's family.
+        scores: of the validation users, for each metric.
+        metric: the one that selects.
+        worst_group: its lowest mean among the groups of the objective's family.
         patience: stop after so many epochs without a better overall score; 0 never stops.
     """
-    overall = slices[OVERALL]
+    overall = scores[metric][OVERALL]
     assert overall is not None  # there is at least one validation user
-    candidate = {"epoch": epoch, "overall": overall, "worst_group": worst_group}
+    candidate = {"epoch": epoch, "overall": overall, "worst_group": worst_group, VAL: dict(scores)}
     record, improved = dict(best), dict.fromkeys(RULES, False)
     for name, rule in RULES.items():
         old = record[name]
