@@ -66,7 +66,9 @@ def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8, **parts):
     )
 
 
-def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, sampled=None, **model_settings):
+def make_program(
+    mesh, objective, seeds, *, vmap, max_logits=2**27, sampled=None, windows=False, **model_settings
+):
     """A segment, and a function that makes its arguments."""
     data_shards, shards = mesh.shape[devices.DATA], mesh.shape[devices.CATALOGUE]
     model = make_model(shards, **model_settings)
@@ -93,6 +95,7 @@ def make_program(mesh, objective, seeds, *, vmap, max_logits=2**27, sampled=None
         MEMBERSHIP,
         devices.pad_rows(np.float32(weights), shards),
         user_mass(WINDOWS, "sum"),
+        earlier=np.int32(LENGTHS - WINDOWS) if windows else None,
     )
     data = jax.tree.map(functools.partial(devices.put, mesh), data, step.data_specs(data))
     hparams = {key: np.full(len(seeds), HPARAMS[key], np.float32) for key in method.method.reads}
@@ -144,8 +147,8 @@ def steps(objective, *shapes, **settings):
 
 
 def with_dropout(*shapes):
-    """With dropout, a loss in chunks, and runs one after another."""
-    return steps("gdro", *shapes, dropout=0.3, vmap=False, max_logits=300)
+    """With dropout, random windows, a loss in chunks, and runs one after another."""
+    return steps("gdro", *shapes, dropout=0.3, windows=True, vmap=False, max_logits=300)
 
 
 def with_negatives(*shapes):

@@ -56,7 +56,7 @@ class Trainings:
         for epoch in range(1, config.train.epochs + 1):
             scores = self.score(config, epoch)
             overall, worst = scores if isinstance(scores, tuple) else (scores, scores)
-            record = {"epoch": epoch, "overall": overall, "worst_group": worst}
+            record = {"epoch": epoch, "overall": overall, "worst_group": worst, "val": {}}
             if best is None or overall > best["overall"]:
                 best = record
             snapshot = made(epoch, {"overall": best, "worst_group": record})
@@ -262,7 +262,7 @@ def test_a_failing_trial_is_recorded(tmp_path, trainings, capsys):
 
 
 def test_a_trial_with_a_diverged_seed_has_failed(tmp_path, monkeypatch, trainings):
-    record = {"epoch": 1, "overall": 0.9, "worst_group": 0.9}
+    record = {"epoch": 1, "overall": 0.9, "worst_group": 0.9, "val": {}}
     bests = [{"overall": record, "worst_group": record}] * 2
     trainings(peak)
 

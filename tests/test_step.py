@@ -9,11 +9,12 @@ import reference
 from numpy.testing import assert_allclose, assert_array_equal
 
 from seqfair_jax import objectives
-from seqfair_jax.model.packing import BLOCK, Sequences
+from seqfair_jax.model.packing import BLOCK, Sequences, random_windows
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.objectives import make_objective, user_mass
 from seqfair_jax.training.batches import epoch_batches
 from seqfair_jax.training.step import (
+    _WINDOWS,
     Task,
     TrainData,
     create_train_state,
@@ -51,6 +52,12 @@ def make_data(weights=None):
         jnp.ones(NUM_ITEMS) if weights is None else jnp.asarray(weights, jnp.float32),
         jnp.ones(NUM_USERS),
     )
+
+
+def make_earlier():
+    """Rows of each user before the newest window."""
+    lengths = np.array([len(items) for items in make_log()])
+    return jnp.asarray(np.maximum(lengths - (MAX_LEN - 1), 0), jnp.int32)
 
 
 @functools.cache
@@ -166,6 +173,52 @@ def test_user_losses_match_the_reference_one_user_at_a_time():
             ]
         )
         assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_random_windows_are_any_of_a_users_own_rows():
+    sequences, earlier = make_data().sequences, make_earlier()
+    users = jnp.arange(NUM_USERS)
+    ends = [
+        random_windows(sequences, earlier, users, jax.random.key(seed)).ends for seed in range(300)
+    ]
+    moved = np.asarray(sequences.ends) - np.stack(ends)
+    assert_array_equal(moved.min(axis=0), 0)
+    assert_array_equal(moved.max(axis=0), earlier)
+    several = np.asarray(earlier) > 0
+    assert 0 < several.sum() < NUM_USERS
+    means = moved.mean(axis=0)[several] / np.asarray(earlier)[several]  # of a uniform draw: 1/2
+    assert abs(means.mean() - 0.5) < 0.02
+    some = random_windows(sequences, earlier, users[3:5], jax.random.key(0)).ends
+    others = np.delete(np.arange(NUM_USERS), [3, 4])
+    assert_array_equal(some[others], sequences.ends[others])
+
+
+def test_the_losses_of_random_windows_match_the_reference():
+    task, data = make_task(), make_data()._replace(earlier=make_earlier())
+    params = create_train_state(task, seed=0, num_groups=3).params
+    tree = jax.tree.map(np.float64, params["params"])
+    log, users, key = np.concatenate(make_log()), jnp.arange(8), jax.random.key(3)
+
+    def losses(data, key):
+        return jax.jit(lambda: user_losses(task, params, data, users, 2 * BLOCK, key))()
+
+    found = losses(data, key)
+    drawn = random_windows(data.sequences, data.earlier, users, jax.random.fold_in(key, _WINDOWS))
+    for user, loss in zip(users.tolist(), found, strict=True):
+        end, count = int(drawn.ends[user]), int(drawn.lengths[user])
+        targets = log[end - count : end]
+        inputs = [None, *targets[:-1]]
+        hidden = reference.sasrec(tree, inputs, num_blocks=1, num_heads=1)
+        expected = np.mean(
+            [
+                reference.cross_entropy(h, tree["output_embedding"], y)
+                for h, y in zip(hidden, targets, strict=True)
+            ]
+        )
+        assert_allclose(loss, expected, rtol=1e-5)
+    newest = losses(data, None)
+    assert_array_equal(newest, losses(make_data(), None))
+    assert (newest != found).any()
 
 
 def test_the_packed_size_changes_nothing():

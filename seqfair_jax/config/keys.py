@@ -352,6 +352,12 @@ _TRAIN = (
         whole(0),
         shown="all steps",  # `decay_over_training`
     ),
+    Setting(
+        "train.random_windows",
+        False,
+        "In each step, train on a random window of model.max_len - 1 rows of a longer history, not "
+        "on the newest window.",
+    ),
     Setting("train.weight_decay", 0.0, "The decoupled weight decay.", number(0)),
     Setting("train.clip_norm", 0.0, "The largest norm of the gradient. 0: any.", number(0)),
     Setting(

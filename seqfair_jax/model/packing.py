@@ -72,6 +72,24 @@ def pack(
     return Packed(inputs, targets, slots, positions, lengths)
 
 
+def random_windows(
+    sequences: Sequences, earlier: jax.Array, user_ids: jax.Array, key: jax.Array
+) -> Sequences:
+    """Each user of a batch with a random one of the windows of their history.
+
+    A window is moved back by a number of rows, uniform from 0 to the rows before the newest one.
+
+    Args:
+        sequences: every user's newest window.
+        earlier: i32[U], rows of each user before that window.
+        user_ids: i32[B], all from 0 to U - 1.
+        key: of the draw.
+    """
+    back = jax.random.randint(key, user_ids.shape, 0, earlier[user_ids] + 1)
+    ends = sequences.ends.at[user_ids].set(sequences.ends[user_ids] - back)
+    return sequences._replace(ends=ends)
+
+
 def pack_batch(
     sequences: Sequences,
     user_ids: jax.Array,

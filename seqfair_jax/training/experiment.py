@@ -182,6 +182,9 @@ def build_experiment(config: ConfigDict) -> Experiment:
         devices.pad_rows(item_weights, shape.catalogue),
         objectives.user_mass(sequences[2], config.objective.user_loss),
         neighbours and pad_neighbours(neighbours, shape.catalogue),
+        (dataset.train_lengths - sequences[2]).astype(np.int32)
+        if config.train.random_windows
+        else None,
     )
     put = functools.partial(devices.put, mesh)
     axis = config.train.runs_axis

@@ -18,7 +18,15 @@ from jax.sharding import PartitionSpec as P
 from seqfair_jax import devices
 from seqfair_jax.devices import CATALOGUE, DATA, RUN
 from seqfair_jax.model.mixture import Neighbours
-from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack, pack_batch, user_means
+from seqfair_jax.model.packing import (
+    BLOCK,
+    Packed,
+    Sequences,
+    pack,
+    pack_batch,
+    random_windows,
+    user_means,
+)
 from seqfair_jax.model.sampled_loss import Sampled, draw_negatives, sampled_loss
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, param_specs
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
@@ -26,6 +34,7 @@ from seqfair_jax.objectives import HParams, Objective
 
 KEY_IMPL = "threefry2x32"  # the one implementation that draws the same bits under vmap as alone
 _NEGATIVES = 0x6E656773  # folded into the key of a step, for the key of its negatives
+_WINDOWS = 0x77696E64  # and for that of its random windows
 
 
 class Totals(NamedTuple):
@@ -61,6 +70,8 @@ class TrainData(NamedTuple):
     target_weights: jax.Array  # f32[V]
     user_mass: jax.Array  # f32[U], see `objectives.user_mass`
     neighbours: Neighbours | None = None  # of the model's mixture, for validation and the test
+    # i32[U], training rows of each user before the window; None to train on the newest windows
+    earlier: jax.Array | None = None
 
 
 # How the mesh splits it: the rows of the log over the data axis, those of the catalogue as the
@@ -75,7 +86,8 @@ def data_specs(data: TrainData) -> Any:
     is_near = data.neighbours is not None
     sequences: Any = Sequences(_BY_ROW, _WHOLE, _WHOLE)
     neighbours: Any = Neighbours(_BY_ITEM, _BY_ITEM, _BY_ITEM) if is_near else None
-    return TrainData(sequences, _WHOLE, _BY_ITEM, _WHOLE, neighbours)
+    earlier = None if data.earlier is None else _WHOLE
+    return TrainData(sequences, _WHOLE, _BY_ITEM, _WHOLE, neighbours, earlier)
 
 
 class Task(NamedTuple):
@@ -249,8 +261,8 @@ def user_losses(
         data: the training rows.
         user_ids: i32[B]. On a mesh, a device has the losses of its own B / shards users, in order.
         num_tokens: T, at least the tokens of a device's users together.
-        key: of dropout and of the negatives of a sampled loss. None turns dropout off and takes
-            the softmax over the whole catalogue.
+        key: of dropout, of random windows and of the negatives of a sampled loss. None turns
+            dropout off, and takes the newest windows and the softmax over the whole catalogue.
     """
     return _user_losses(task, params, data, user_ids, num_tokens, key)[0]
 
@@ -259,9 +271,12 @@ def _user_losses(
     task: Task, params, data: TrainData, user_ids: jax.Array, num_tokens: int, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, Packed]:
     """`user_losses`, the hidden states of the targets, f[T, D], and the tokens."""
-    model = task.model
+    model, sequences = task.model, data.sequences
+    if data.earlier is not None and key is not None:
+        of_windows = jax.random.fold_in(key, _WINDOWS)
+        sequences = random_windows(sequences, data.earlier, user_ids, of_windows)
     packed = pack_batch(
-        data.sequences,
+        sequences,
         user_ids,
         num_tokens=num_tokens,
         num_items=model.num_items,
@@ -348,7 +363,8 @@ def train_step(
 
     def loss_and_grads(num_tokens: int, params):
         def losses_of(params):
-            random = key if task.model.dropout or task.sampled else None
+            is_random = task.model.dropout or task.sampled or data.earlier is not None
+            random = key if is_random else None
             losses, hidden, packed = _user_losses(task, params, data, user_ids, num_tokens, random)
             uses_vectors = task.objective.method.uses_vectors
             return losses, _user_vectors(hidden, packed) if uses_vectors else None
