@@ -299,6 +299,17 @@ def _linear(x, parameters):
     return x @ parameters["kernel"] + parameters["bias"]
 
 
+def _gate(x, parameters):
+    return 1 / (1 + np.exp(-_linear(x, parameters)))
+
+
+def _norm(x, parameters):
+    """LayerNorm, or RMSNorm, which has no bias."""
+    if "bias" in parameters:
+        return _layer_norm(x, parameters)
+    return x / np.sqrt(np.mean(x**2) + 1e-5) * parameters["scale"]
+
+
 def sasrec(parameters, inputs, *, num_blocks, num_heads):
     """Hidden states [n, D] of one user, alone and without dropout: pre-norm causal transformer."""
     length = len(inputs)
@@ -313,9 +324,7 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
         block = parameters[f"block_{number}"]
         dim = len(x[0])
         head_dim = dim // num_heads
-        qkv = [
-            _linear(_layer_norm(row, block["attention_norm"]), block["attention_in"]) for row in x
-        ]
+        qkv = [_linear(_norm(row, block["attention_norm"]), block["attention_in"]) for row in x]
         mixed = []
         for place in range(length):
             heads = []
@@ -330,10 +339,19 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
                 weights = weights / weights.sum()
                 heads.append(sum(w * qkv[key][2 * dim :][cut] for key, w in enumerate(weights)))
             mixed.append(np.concatenate(heads))
-        x = [x[place] + _linear(mixed[place], block["attention_out"]) for place in range(length)]
+        gated = "ff_gate" in block
         for place in range(length):
-            y = _linear(_layer_norm(x[place], block["ff_norm"]), block["ff_in"])
-            x[place] = x[place] + _linear(np.maximum(y, 0.0), block["ff_out"])
+            y = _linear(mixed[place], block["attention_out"])
+            x[place] = x[place] + (y * _gate(x[place], block["attention_gate"]) if gated else y)
+        for place in range(length):
+            y = _linear(_norm(x[place], block["ff_norm"]), block["ff_in"])
+            if gated:
+                u, v = y[: len(y) // 2], y[len(y) // 2 :]
+                y = u / (1 + np.exp(-u)) * v
+            else:
+                y = np.maximum(y, 0.0)
+            y = _linear(y, block["ff_out"])
+            x[place] = x[place] + (y * _gate(x[place], block["ff_gate"]) if gated else y)
     return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
 
 

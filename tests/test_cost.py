@@ -38,6 +38,10 @@ def test_flop_by_hand():
     assert cost.flop_per_target(model, lengths) == pytest.approx(expected)
     sampled = Sampled("softmax", negatives=2, gbce_t=0.0)  # three scores in place of five
     assert cost.flop_per_target(model, lengths, sampled) == pytest.approx(expected - 3 * 2 * 2 * 2)
+    gates, wider = 2 * 2 * 2 * 2, 2 * 2 * 3  # SwiGLU has a third matrix
+    gated = make_model(num_items=5, dim=2, ff_dim=3, num_blocks=2, gated=True)
+    more = 3 * 2 * (gates + wider)
+    assert cost.flop_per_target(gated, lengths) == pytest.approx(expected + more)
     # More users of the same lengths change nothing, nor does the integer type overflow.
     many = np.repeat(lengths, 1_000_000).astype(np.int32)
     assert cost.flop_per_target(model, many) == pytest.approx(expected)

@@ -40,10 +40,10 @@ def draw_users(lengths, seed=0):
     return [rng.integers(NUM_ITEMS, size=n) for n in lengths]
 
 
-@pytest.mark.parametrize("num_heads", [1, 2])
-def test_packed_users_equal_one_user_at_a_time(num_heads):
+@pytest.mark.parametrize(("num_heads", "gated"), [(1, False), (2, False), (2, True)])
+def test_packed_users_equal_one_user_at_a_time(num_heads, gated):
     """Users that straddle blocks, fill more than one, and are cut to the window."""
-    model = make_model(num_heads=num_heads)
+    model = make_model(num_heads=num_heads, gated=gated)
     users = draw_users([3, 90, 1, 130, 17])
     packed = pack_users(users, 4 * BLOCK)
     params = model.init(jax.random.key(0), packed, train=False)
@@ -58,8 +58,9 @@ def test_packed_users_equal_one_user_at_a_time(num_heads):
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_some_tokens_are_encoded_as_among_all(window):
-    model = make_model()
+@pytest.mark.parametrize("gated", [False, True])
+def test_some_tokens_are_encoded_as_among_all(window, gated):
+    model = make_model(gated=gated)
     packed = pack_users(draw_users([3, 20, 1, 17, 20]), 2 * BLOCK)
     params = model.init(jax.random.key(0), packed, train=False)
     only = jnp.array([2, 22, 23, 39, 60])

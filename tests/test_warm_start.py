@@ -335,6 +335,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
         ({"model.neighbours": 3}, "model.neighbours (0 there, 3 now)"),
         ({"model.num_heads": 2}, "model.num_heads (1 there, 2 now)"),
         ({"model.tie_embeddings": False}, "model.tie_embeddings (True there, False now)"),
+        ({"model.gated": True}, "model.gated (False there, True now)"),
         (
             {"model.dim": 4, "model.max_len": 15},
             "model.dim (8 there, 4 now); model.max_len (14 there, 15 now)",

@@ -261,6 +261,11 @@ _SYNTHETIC = tuple(
 _MODEL = (
     Setting("model.dim", 64, "The width. A multiple of `model.num_heads`.", whole(1)),
     Setting("model.ff_dim", 64, "The width of the feed-forward layers.", whole(1)),
+    Setting(
+        "model.gated",
+        False,
+        "Blocks with gates, RMSNorm and SwiGLU (LiGR), not those of SASRec.",
+    ),
     Setting("model.num_blocks", 2, "The number of transformer blocks.", whole(1)),
     Setting("model.num_heads", 1, "The number of attention heads.", whole(1)),
     Setting("model.dropout", 0.2, "The dropout rate.", between(0, MAX_DROPOUT)),

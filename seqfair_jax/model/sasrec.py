@@ -97,11 +97,21 @@ _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Block(nn.Module):
     """Pre-norm transformer block: attention among a user's own earlier tokens, then feed-forward.
 
+        x <- x + A(norm(x)),    x <- x + W relu(U norm(x))
+
+    with attention A and LayerNorm. A gated block has, with RMSNorm and the logistic function s,
+
+        x <- x + s(G x) * A(norm(x)),    x <- x + s(H x) * W (silu(U norm(x)) * (V norm(x)))
+
+    Sources: gates by the input, Borisyuk et al. 2024 (LiGR); SwiGLU, Shazeer 2020; RMSNorm, Zhang
+    and Sennrich 2019. Every matrix has a bias.
+
     Attributes:
         dim: D, a multiple of `num_heads`.
         ff_dim: width of the feed-forward's hidden layer.
         num_heads: H.
         dropout: rate on attention weights, attention output, feed-forward hidden and output.
+        gated: as above.
         dtype, precision: see `PRECISIONS`.
     """
 
@@ -109,6 +119,7 @@ class Block(nn.Module):
     ff_dim: int
     num_heads: int
     dropout: float
+    gated: bool
     dtype: Any
     precision: Any
 
@@ -141,7 +152,11 @@ class Block(nn.Module):
             return nn.Dense(features, dtype=self.dtype, precision=self.precision, name=name, **init)
 
         def norm(name):
-            return nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+            kind = nn.RMSNorm if self.gated else nn.LayerNorm
+            return kind(epsilon=_LAYER_NORM_EPSILON, dtype=self.dtype, name=name)
+
+        def gate(y, x, name):
+            return y * nn.sigmoid(dense(self.dim, name)(x)) if self.gated else y
 
         num_blocks, block, _ = visible.shape
         head_dim = self.dim // self.num_heads
@@ -173,12 +188,17 @@ class Block(nn.Module):
         x = x if only is None else x[only]
         mixed = mixed.reshape(x.shape)
         mixed = dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed)
-        x = x + drop(mixed, **tokens)
+        x = x + gate(drop(mixed, **tokens), x, "attention_gate")
 
-        y = dense(self.ff_dim, "ff_in", bias_init=_bias_init(self.dim))(norm("ff_norm")(x))
-        y = drop(nn.relu(y), **tokens)
+        y = norm("ff_norm")(x)
+        if self.gated:
+            u, v = jnp.split(dense(2 * self.ff_dim, "ff_in")(y), 2, axis=-1)
+            y = nn.silu(u) * v
+        else:
+            y = nn.relu(dense(self.ff_dim, "ff_in", bias_init=_bias_init(self.dim))(y))
+        y = drop(y, **tokens)
         y = dense(self.dim, "ff_out", bias_init=_bias_init(self.ff_dim))(y)
-        return x + drop(y, **tokens)
+        return x + gate(drop(y, **tokens), x, "ff_gate")
 
 
 def _with_previous(blocks: jax.Array, visible: jax.Array) -> jax.Array:
@@ -229,6 +249,7 @@ class SASRec(nn.Module):
         tie_embeddings: score with the input embeddings instead of separate output embeddings.
         init_scale: standard deviation of the initial embeddings and positions.
         dtype: a key of `PRECISIONS`. Parameters are always float32.
+        gated: whether the blocks are gated (see `Block`).
         pointer: mix the softmax with a pointer to the user's own items (`mixture`).
         neighbours: mix it with that many neighbours of each item (`mixture`); 0 for none.
         shards: devices of the mesh's catalogue axis. Above 1 the tables have zero to
@@ -246,6 +267,7 @@ class SASRec(nn.Module):
     tie_embeddings: bool
     init_scale: float
     dtype: str
+    gated: bool = False
     pointer: bool = False
     neighbours: int = 0
     shards: int = 1
@@ -270,6 +292,7 @@ class SASRec(nn.Module):
                 self.ff_dim,
                 self.num_heads,
                 self.dropout,
+                self.gated,
                 self._dtype,
                 self._precision,
                 name=f"block_{i}",

@@ -28,7 +28,8 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
 
     3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with V items, width D, and n the mean number
     of tokens that a token attends to. A sampled loss with k negatives has 1 + k in place of V. The
-    terms are the scores of all items, the blocks' weights, and the attention.
+    terms are the scores of all items, the blocks' weights, and the attention. Gated blocks have
+    6 D^2 + 3 D ff instead of 4 D^2 + 2 D ff.
 
     The other parts of a mixture (`model.mixture`) add nothing: a step does not train them.
 
@@ -44,7 +45,8 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
     lengths = lengths.astype(np.int64)
     dim = model.dim
     seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
-    weights = 2 * (4 * dim**2 + 2 * dim * model.ff_dim)
+    squares, layers = (6, 3) if model.gated else (4, 2)
+    weights = 2 * (squares * dim**2 + layers * dim * model.ff_dim)
     return float(3 * (2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)))
 
 

@@ -24,7 +24,7 @@ from seqfair_jax.training.step import shardings, state_specs
 
 # What the parameters' shapes and meaning depend on; max_len may be smaller than before.
 _SHAPES = ("dim", "ff_dim", "num_blocks", "num_heads", "tie_embeddings")
-_PARTS = ("pointer", "neighbours")  # of a mixture; an earlier version's run has none
+_PARTS = ("gated", "pointer", "neighbours")  # an earlier version's run has none
 
 _log = logging.getLogger(__name__)
 
