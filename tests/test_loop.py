@@ -28,9 +28,10 @@ def test_fewer_epochs_than_are_done_are_refused(finished):
     workdir.check_finished(folder)  # nothing changed
 
 
-def test_the_scores_in_the_summary_are_those_of_the_parameters_that_are_kept(finished):
-    config = resolve(small(**{"train.learning_rate": 0.1, "train.epochs": 5}))
-    run = finished(**{"train.learning_rate": 0.1, "train.epochs": 5})
+@pytest.mark.parametrize("options", [{}, {"train.average_decay": 0.9, "model.neighbours": 3}])
+def test_the_scores_in_the_summary_are_those_of_the_parameters_that_are_kept(options, finished):
+    changes = {"train.learning_rate": 0.1, "train.epochs": 5, **options}
+    config, run = resolve(small(**changes)), finished(**changes)
     validate = loop.make_validation(build_experiment(config))
     for rule, suffix in (("overall", ""), ("worst_group", "_worst_group")):
         params = serving.load(run.folder, rule=rule).params

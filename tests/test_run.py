@@ -59,9 +59,22 @@ def test_a_finished_run_prints_its_table_again(finished, capsys):
     assert printed.endswith(f"\n{table}\nfiles: {folder}\n")
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "model.gated": True,
+            "model.neighbours": 3,
+            "train.random_windows": True,
+            "train.average_decay": 0.7,
+        },
+    ],
+    ids=["plain", "all_options"],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(options, tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch, after the next segment's checkpoint."""
-    config = small("sdro", **DROPOUT, **{"train.segment_seconds": 0.0})
+    config = small("sdro", **DROPOUT, **options, **{"train.segment_seconds": 0.0})
     whole = run(config, tmp_path / "whole")
 
     save = resume.Saver.save

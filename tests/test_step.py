@@ -19,6 +19,7 @@ from seqfair_jax.training.step import (
     TrainData,
     create_train_state,
     initial_states,
+    judged_params,
     make_optimizer,
     make_segment,
     train_step,
@@ -396,6 +397,28 @@ def test_train_step_returns_its_metrics():
     assert_allclose(metrics["loss"], metrics["group_weight"] @ metrics["group_loss"], rtol=1e-6)
     assert metrics["group_count"].sum() == BATCH
     assert state.step == 1
+
+
+def test_the_average_of_the_parameters_matches_a_plain_loop():
+    task = make_task(average_decay=0.3)
+    state, plain = (create_train_state(t, seed=0, num_groups=3) for t in (task, make_task()))
+    assert judged_params(plain) is plain.params
+    user_ids, size_index = make_batches([0], SIZES, vmap=False)
+    step = jax.jit(functools.partial(train_step, task, SIZES))
+    expected = jax.tree.map(np.float64, state.params)
+    for t in range(5):
+        batch = (user_ids[0, t], size_index[0, t])
+        state, _ = step(state, batch, make_data(), make_hparams())
+        d = min(0.3, (1 + t) / (10 + t))
+        expected = jax.tree.map(lambda a, b, d=d: d * a + (1 - d) * b, expected, state.params)
+    assert d == 0.3 > 1 / 10  # both cases
+    for found, one in zip(
+        jax.tree.leaves(judged_params(state)), jax.tree.leaves(expected), strict=True
+    ):
+        assert_allclose(found, one, rtol=1e-4, atol=1e-6)
+    stopped = state._replace(stopped=jnp.array(True))
+    after, _ = step(stopped, batch, make_data(), make_hparams())
+    jax.tree.map(assert_array_equal, after.average, state.average)
 
 
 def test_weight_decay_acts():

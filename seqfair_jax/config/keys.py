@@ -364,6 +364,13 @@ _TRAIN = (
         "on the newest window.",
     ),
     Setting("train.weight_decay", 0.0, "The decoupled weight decay.", number(0)),
+    Setting(
+        "train.average_decay",
+        0.0,
+        "Validate and keep the average of the parameters over all steps: each step multiplies it "
+        "by this number and adds its own parameters times the rest. 0: no average.",
+        between(0, 0.99999),
+    ),
     Setting("train.clip_norm", 0.0, "The largest norm of the gradient. 0: any.", number(0)),
     Setting(
         "train.early_stop_epochs",

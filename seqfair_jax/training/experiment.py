@@ -201,6 +201,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
             max_logits=config.train.max_logits,
             sampled=_sampled(config.train, model.num_items),
             clip_norm=config.train.clip_norm,
+            average_decay=config.train.average_decay,
             shards=shape.data,
         ),
         data=jax.tree.map(put, TrainData(*data), data_specs(TrainData(*data))),

@@ -29,7 +29,13 @@ from seqfair_jax.training.resume import Saver
 from seqfair_jax.training.segments import Segments
 from seqfair_jax.training.selection import RULES, close_epoch
 from seqfair_jax.training.signals import catch_signals
-from seqfair_jax.training.step import TrainState, empty_totals, is_training, run_params
+from seqfair_jax.training.step import (
+    TrainState,
+    empty_totals,
+    is_training,
+    judged_params,
+    run_params,
+)
 
 Scores = dict[str, Slices]  # metric -> slices
 _log = logging.getLogger(__name__)
@@ -176,11 +182,11 @@ def _fit_mixtures(experiment: Experiment, snapshot: Snapshot) -> Snapshot:
         return snapshot
     known, step = to_host((states.failed_step, states.step))
     failed_step = np.copy(known)
-    mixtures = jax.tree.map(np.copy, to_host(states.params["params"]["mixture"]))
+    mixtures = jax.tree.map(np.copy, to_host(judged_params(states)["params"]["mixture"]))
     for r, training in enumerate(to_host(is_training(states))):
         if not training:
             continue
-        params = run_params(experiment.mesh, states.params, r)
+        params = run_params(experiment.mesh, judged_params(states), r)
         try:
             fitted = experiment.fit_mixture(params, experiment.runs[r].name)
         except DivergedError:
@@ -188,9 +194,17 @@ def _fit_mixtures(experiment: Experiment, snapshot: Snapshot) -> Snapshot:
             continue
         for leaf, new in zip(jax.tree.leaves(mixtures), jax.tree.leaves(fitted), strict=True):
             leaf[r] = new
-    of_run = functools.partial(put, experiment.mesh, spec=P(RUN))
-    own = states.params["params"] | {"mixture": jax.tree.map(of_run, mixtures)}
-    states = states._replace(params=states.params | {"params": own})
+
+    def with_mixtures(params: Any) -> Any:
+        if not params:  # no average
+            return params
+        # A copy, as a segment takes the buffers of the parameters and of their average.
+        own = jax.tree.map(lambda x: put(experiment.mesh, np.copy(x), P(RUN)), mixtures)
+        return {"params": params["params"] | {"mixture": own}}
+
+    states = states._replace(
+        params=with_mixtures(states.params), average=with_mixtures(states.average)
+    )
     return _with_failures(experiment, snapshot._replace(states=states), failed_step)
 
 
@@ -217,7 +231,7 @@ def _validate(
     for r, training in enumerate(to_host(is_training(states))):
         scores.append(None)
         if training:
-            params = run_params(experiment.mesh, states.params, r)
+            params = run_params(experiment.mesh, judged_params(states), r)
             try:
                 scores[r] = validate(params, experiment.runs[r].name)
             except DivergedError:
@@ -260,7 +274,7 @@ def _close_epoch(
                 config.train.early_stop_epochs,
             )
     best = {
-        name: _keep_better(best[name], states.params, improved[name])
+        name: _keep_better(best[name], judged_params(states), improved[name])
         if improved[name].any()
         else best[name]
         for name in RULES

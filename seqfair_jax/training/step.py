@@ -60,6 +60,7 @@ class TrainState(NamedTuple):
     latest: dict[str, jax.Array]  # what the objective logged at the last step
     failed_step: jax.Array  # i32[], the first step that was not finite, -1 while all were
     stopped: jax.Array  # bool[]: early stopping ended the run, so no step changes it
+    average: Any = ()  # of the parameters of all steps, where `Task.average_decay` is above 0
 
 
 class TrainData(NamedTuple):
@@ -99,6 +100,9 @@ class Task(NamedTuple):
     max_logits: int = DEFAULT_MAX_LOGITS  # see `softmax_loss`
     sampled: Sampled | None = None  # None: the softmax over the whole catalogue
     clip_norm: float = 0.0  # the largest norm of the gradient; 0 for any
+    average_decay: float = (
+        0.0  # of the average of the parameters (see `average_params`); 0 for none
+    )
     shards: int = 1  # devices of the mesh's data axis
 
 
@@ -141,10 +145,40 @@ def create_train_state(task: Task, *, seed: int | jax.Array, num_groups: int) ->
         latest=totals.objective,
         failed_step=jnp.int32(-1),
         stopped=jnp.array(False),
+        average=_start_average(task, params),
     )
     # A step returns no weakly typed array, such as an `init` may make, so the next one would be
     # compiled again.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
+
+
+def _start_average(task: Task, params: Any) -> Any:
+    return jax.tree.map(jnp.copy, params) if task.average_decay else ()
+
+
+def average_params(task: Task, average: Any, params: Any, step: jax.Array) -> Any:
+    """The average of a run's parameters after step t = 0, 1, ...; () where none is kept.
+
+        average <- d average + (1 - d) params,    d = min(decay, (1 + t) / (10 + t))
+
+    The smaller d of the first steps lets the initial parameters fade sooner. (Polyak and Juditsky
+    1992; the d of the first steps is that of TensorFlow's ExponentialMovingAverage.)
+
+    Args:
+        task: its `average_decay` is the decay.
+        average: before the step.
+        params: after it.
+        step: t.
+    """
+    if not task.average_decay:
+        return ()
+    decay = jnp.minimum(task.average_decay, (1 + step) / (10 + step))
+    return optax.incremental_update(params, average, 1 - decay)
+
+
+def judged_params(states: TrainState) -> Any:
+    """The parameters that are validated, kept and tested: the average where there is one."""
+    return states.average or states.params
 
 
 def is_training(state: TrainState) -> jax.Array:
@@ -194,7 +228,8 @@ def with_params(
     init = jax.vmap(task.optimizer.init)
     specs = state_specs(jax.eval_shape(init, params))
     opt_state = jax.jit(init, out_shardings=shardings(mesh, specs))(params)
-    return states._replace(params=params, opt_state=opt_state)
+    average = _start_average(task, params)
+    return states._replace(params=params, opt_state=opt_state, average=average)
 
 
 def run_params(mesh: Mesh, params: Any, run: int) -> Any:
@@ -418,6 +453,7 @@ def train_step(
         latest=_extra(aux),
         failed_step=state.failed_step,
         stopped=state.stopped,
+        average=average_params(task, state.average, params, state.step),
     )
     kept = training & finite
     failed_step = jnp.where(training & ~finite, state.step, state.failed_step)
