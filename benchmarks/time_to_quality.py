@@ -41,7 +41,7 @@ from seqfair_jax.training.batches import Batches
 from seqfair_jax.training.experiment import build_experiment
 from seqfair_jax.training.loop import make_validation
 from seqfair_jax.training.segments import Segments
-from seqfair_jax.training.step import initial_states, run_params
+from seqfair_jax.training.step import initial_states, judged_params, run_params
 from seqfair_jax.workdir import user_path, write_file
 
 OURS = "seqfair_jax"
@@ -118,7 +118,7 @@ def train_ours(config: ConfigDict, seconds: float) -> list[Point]:
         steps += start
         point = clock.read() | {"steps": steps, "targets": targets}
         with clock.pause():
-            scores = validate(run_params(experiment.mesh, states.params, 0), only.name)
+            scores = validate(run_params(experiment.mesh, judged_params(states), 0), only.name)
         points.append(point | {"score": float(scores[config.select.metric]["overall"] or 0)})
         print(f"{OURS}: step {steps} after {point['seconds']:.0f} s", flush=True)
         if point["seconds"] >= seconds:
