@@ -3,8 +3,9 @@
 Shape letters: U users.
 """
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from seqfair_jax.evaluation.slices import OVERALL, Slices, list_means, target_me
 from seqfair_jax.serving.catalogue import target_columns
 from seqfair_jax.training import checkpoint, selection
 from seqfair_jax.training.experiment import Experiment
+from seqfair_jax.training.loop import make_validation
 from seqfair_jax.training.progress import Snapshot
 from seqfair_jax.training.step import run_params
 
@@ -128,6 +130,10 @@ class _Tester:
         self._experiment, self._judge = experiment, judge
         self._rank = experiment.make_ranker("test", top_k=judge.top_k)
 
+    @functools.cached_property
+    def _validate(self) -> Callable[[Any, str], dict[str, Slices]]:
+        return make_validation(self._experiment)
+
     def test_run(self, snapshot: Snapshot, r: int, folder: Path) -> dict[str, Any]:
         """Run r's part of `summary.json`; writes its per-user tables and best parameters."""
         experiment = self._experiment
@@ -141,18 +147,19 @@ class _Tester:
             if chosen["epoch"] not in tested:
                 ranking = self._rank(params[rule], f"test of {name}")
                 tested[chosen["epoch"]] = (
+                    val[rule] or self._validate(params[rule], name),
                     *self._judge.ranks(ranking.ranks),
                     self._judge.lists(ranking.top_items),
                 )
         found: dict[str, Any] = {}
         for rule, chosen in best.items():
-            table, means, recommended = tested[chosen["epoch"]]
+            scores, table, means, recommended = tested[chosen["epoch"]]
             suffix = selection.RULES[rule].suffix
             found["best" + suffix] = {
                 "step": chosen["epoch"] * experiment.config.train.steps_per_epoch,
                 **chosen,  # epoch, and the validation scores that epochs are chosen by
             }
-            found["val" + suffix] = val[rule]
+            found["val" + suffix] = scores
             found["test" + suffix] = means
             found["recommended" + suffix] = recommended
             workdir.write_parquet(workdir.per_user(folder, suffix), table)

@@ -39,6 +39,15 @@ def test_the_scores_in_the_summary_are_those_of_the_parameters_that_are_kept(opt
         assert "val" not in run.summary["best" + suffix]
 
 
+def test_a_finished_run_is_validated_again_by_other_groups_and_cut_offs(tmp_path, finished):
+    shutil.copytree(finished().folder, tmp_path, dirs_exist_ok=True)
+    changes = {"evaluate.cutoffs": (5, 20), "groups": ("pop33", "seq2060")}
+    again, whole = run(small(**changes), tmp_path), finished(**changes).summary
+    for suffix in ("", "_worst_group"):
+        assert list(again["val" + suffix]) == list(again["test" + suffix])
+        assert again["val" + suffix] == whole["val" + suffix]
+
+
 @pytest.mark.parametrize("axis", ["vmap", "map"])
 def test_a_run_whose_scores_are_not_finite_fails_alone(axis, tmp_path, monkeypatch):
     """Finite parameters whose scores overflow, which only the validation sees."""

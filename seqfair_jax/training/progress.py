@@ -28,6 +28,7 @@ class Progress:
     timed_targets: int = 0  # of all runs in the seconds below; compilation counts in neither
     seconds: float = 0.0
     init_from: dict[str, Any] | None = None  # the run that it started from: `warm_start`
+    scored_by: str = ""  # a hash of the groups and cut-offs of all scores in `best`
 
 
 class Snapshot(NamedTuple):

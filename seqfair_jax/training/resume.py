@@ -1,6 +1,8 @@
 """The checkpoints of a run: what is saved, and what a run may be resumed with."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from seqfair_jax.model.sasrec import is_table
 from seqfair_jax.training import checkpoint
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.progress import Progress, Snapshot
-from seqfair_jax.training.selection import RULES
+from seqfair_jax.training.selection import RULES, without_scores
 from seqfair_jax.training.step import KEY_IMPL, initial_states, with_params
 from seqfair_jax.training.warm_start import Source, warm_start, warn_of_trained_targets
 
@@ -68,11 +70,15 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
             stopped=[None] * len(experiment.runs),
             targets=[0] * len(experiment.runs),
             init_from=init_from,
+            scored_by=_scored_by(experiment),
         )
         return Snapshot(states, best, progress)
     tree, stored = found
     _check(stored, experiment, folder)  # again, as an older checkpoint may have been restored
     progress = Progress(**stored)
+    if progress.scored_by != _scored_by(experiment):
+        records = [without_scores(of_run) for of_run in progress.best]
+        progress = dataclasses.replace(progress, best=records, scored_by=_scored_by(experiment))
     _log.info("resumed from step %d", progress.step)
     return Snapshot(tree["states"], tree["best"], progress)
 
@@ -114,6 +120,13 @@ def _inputs(experiment: Experiment) -> dict[str, Any]:
         "groups_hash": experiment.loss_family.hash(),
         "key_impl": KEY_IMPL,
     }
+
+
+def _scored_by(experiment: Experiment) -> str:
+    """A hash of what may differ when a run is resumed, and changes its validation scores."""
+    families = [(family.name, family.hash()) for family in experiment.families]
+    words = json.dumps([families, list(experiment.config.evaluate.cutoffs)])
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def _check(stored: dict[str, Any], experiment: Experiment, folder: Path) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from seqfair_jax.evaluation.slices import OVERALL, Slices
 
-# rule -> epoch, overall, worst_group, and all scores of the epoch under VAL; None before any
+# rule -> epoch, overall, worst_group, and all scores of the epoch under VAL; None before any. The
+# scores are None if the groups or cut-offs have changed since.
 Best = dict[str, dict[str, Any] | None]
 Key = TypeVar("Key", bound=Hashable)
 VAL = "val"
@@ -84,6 +85,11 @@ def close_epoch(
     newest = record["overall"]
     assert newest is not None
     return Choice(record, improved, 0 < patience <= epoch - newest["epoch"])
+
+
+def without_scores(best: Best) -> Best:
+    """A run's best epochs without their scores by group, which then have to be validated again."""
+    return {rule: record and {**record, VAL: None} for rule, record in best.items()}
 
 
 def status(failed_step: int) -> str:
