@@ -360,8 +360,8 @@ _TRAIN = (
     Setting(
         "train.random_windows",
         False,
-        "In each step, train on a random window of model.max_len - 1 rows of a longer history, not "
-        "on the newest window.",
+        "In each step, train on a random window of `model.max_len` - 1 rows of a longer history, "
+        "not on the newest window.",
     ),
     Setting("train.weight_decay", 0.0, "The decoupled weight decay.", number(0)),
     Setting(
