@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from runs import small
+from runs import rows_of, small
 
 from benchmarks import common, time_to_quality
 from seqfair_jax.config import resolve
@@ -92,6 +92,13 @@ def test_our_side_has_a_point_for_each_epoch(config):
     assert all(0 <= point["score"] <= 1 for point in points)
     (point,) = time_to_quality.train_ours(config, 1e-9)
     assert point["steps"] == point["targets"] == 0
+
+
+def test_our_side_scores_the_average_of_the_parameters(finished):
+    changes = {"train.average_decay": 0.9, "train.learning_rate": 0.1}
+    points = time_to_quality.train_ours(resolve(small(**changes)), 600.0)
+    scores = [row["val/NDCG@20/overall"] for row in rows_of(finished(**changes).folder)]
+    assert [point["score"] for point in points] == scores
 
 
 def test_both_sides(config, dataset, tmp_path, monkeypatch, capsys):

@@ -350,6 +350,14 @@ def test_a_model_of_another_shape_is_refused(logs, tmp_path, changes, message):
     assert not (tmp_path / "new" / "config.json").exists()
 
 
+def test_a_run_of_a_version_without_gates_has_none(logs):
+    source, model = load_source(str(logs / "old")), resolve(small()).model.to_dict()
+    source.model.pop("gated")
+    warm_start.check_model(source, model)
+    with pytest.raises(UserError, match=r"model\.gated \(False there, True now\)"):
+        warm_start.check_model(source, model | {"gated": True})
+
+
 def test_settings_that_fit_may_differ(logs, tmp_path):
     changes = {"model.max_len": 6, "model.dropout": 0.1, "model.dtype": "bfloat16"}
     _, snapshot = started(warm_config(logs, "cvar", **changes), tmp_path)

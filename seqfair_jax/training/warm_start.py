@@ -24,7 +24,7 @@ from seqfair_jax.training.step import shardings, state_specs
 
 # What the parameters' shapes and meaning depend on; max_len may be smaller than before.
 _SHAPES = ("dim", "ff_dim", "num_blocks", "num_heads", "tie_embeddings")
-_PARTS = ("gated", "pointer", "neighbours")  # an earlier version's run has none
+_PARTS = {"gated": False, "pointer": False, "neighbours": 0}  # an earlier version's run has none
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def check_model(source: Source, model: Mapping[str, Any]) -> None:
     differ = [key for key in _SHAPES if source.model[key] != model[key]]
     # Position 0 is the newest token, so a shorter window keeps its positions.
     differ += ["max_len"] * (model["max_len"] > source.model["max_len"])
-    there = {key: source.model.get(key, 0) for key in _PARTS} | dict(source.model)
+    there = _PARTS | dict(source.model)
     differ += [key for key in _PARTS if bool(there[key]) != bool(model[key])]
     if differ:
         values = "; ".join(f"model.{key} ({there[key]} there, {model[key]} now)" for key in differ)
