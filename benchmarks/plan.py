@@ -56,6 +56,7 @@ def inputs(config, shape, *, items, rows, users):
         sampled=Sampled(train.sampled_loss, train.negatives, train.gbce_t)
         if train.loss == "sampled"
         else None,
+        average_decay=train.average_decay,
         shards=data_shards,
     )
     create = functools.partial(step.create_train_state, task, num_groups=1)

@@ -40,6 +40,14 @@ def test_the_catalogue_axis_divides_the_tables_and_the_data_axis_the_log():
     assert make_plan((1, 2, 4), items=10**6).data_bytes() == tables // 3 // 4 + transformer
 
 
+def test_the_average_of_the_parameters_is_counted():
+    config = make_config()
+    config.train.average_decay = 0.9
+    plain, averaged = make_plan((1, 1, 1)), make_plan((1, 1, 1), config=config)
+    key = "parameters, Adam"
+    assert averaged.memory()[key] - plain.memory()[key] == plain.memory()["best epochs"] // 2
+
+
 def test_operations_of_a_device():
     useful, own = make_plan((1, 1, 1)).flop()
     assert own == pytest.approx(useful)  # not in chunks
