@@ -503,8 +503,9 @@ def score_items(
 def _are_bounded(hidden: jax.Array, table: jax.Array) -> jax.Array:
     """Whether all scores hidden f[B, D] @ table.T f[D, V] are finite, from the rows' norms: bool[].
 
-    A score is at most the product of two norms. Its square must fit into a float32, so a score
-    beyond 1e19 counts as not finite. A pass over the scores would cost a quarter of the product.
+    A score is at most the product of two norms. The squares of the norms and of their product must
+    fit into a float32, so a norm or a product beyond 1e19 counts as not finite. A pass over the
+    scores would cost a quarter of the matrix product.
     """
     squares = [
         jnp.square(rows.astype(jnp.float32)).sum(axis=-1).max(initial=0) for rows in (hidden, table)

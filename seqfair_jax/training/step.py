@@ -100,9 +100,7 @@ class Task(NamedTuple):
     max_logits: int = DEFAULT_MAX_LOGITS  # see `softmax_loss`
     sampled: Sampled | None = None  # None: the softmax over the whole catalogue
     clip_norm: float = 0.0  # the largest norm of the gradient; 0 for any
-    average_decay: float = (
-        0.0  # of the average of the parameters (see `average_params`); 0 for none
-    )
+    average_decay: float = 0.0  # see `average_params`; 0 for no average
     shards: int = 1  # devices of the mesh's data axis
 
 
