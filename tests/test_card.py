@@ -92,6 +92,16 @@ def test_the_card_says_what_the_softmax_is_mixed_with(model, expected, copied):
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"), [({"gated": True}, "1 gated block"), ({}, "1 block")]
+)
+def test_the_card_says_whether_the_blocks_are_gated(model, expected, copied):
+    config = workdir.read_json(copied / workdir.CONFIG)
+    del config["model"]["gated"]  # as an earlier version
+    workdir.write_json(copied / workdir.CONFIG, config | {"model": config["model"] | model})
+    assert f"with {expected} of width 8." in model_card(copied, "overall", EXPORTED)
+
+
 def test_the_worst_group_stands_beside_its_best_baseline(card, folder):
     users = pd.read_parquet(folder / "per_user.parquet")
     means = users.groupby("pop33")[METRIC].mean()
