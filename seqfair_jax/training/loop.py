@@ -198,8 +198,8 @@ def _fit_mixtures(experiment: Experiment, snapshot: Snapshot) -> Snapshot:
     def with_mixtures(params: Any) -> Any:
         if not params:  # no average
             return params
-        # The average keeps it too, as steps do not change it. Each has a copy, since a segment takes
-        # the buffers of both.
+        # The average has them too, as no step changes them. Each gets a copy, since a segment
+        # takes the buffers of both.
         own = jax.tree.map(lambda x: put(experiment.mesh, np.copy(x), P(RUN)), mixtures)
         return {"params": params["params"] | {"mixture": own}}
 
