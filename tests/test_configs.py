@@ -135,10 +135,12 @@ def test_the_papers_settings(name, dropout, batch_size, epochs, mask_seen, valid
         "tie_embeddings": False,
         "init_scale": 1.0,
         "dtype": "float32",
+        "gated": False,
         "pointer": False,
         "neighbours": 0,
     }
     train = config.train
+    assert (train.random_windows, train.average_decay) == (False, 0)
     assert (train.batch_size, train.epochs, train.steps_per_epoch) == (batch_size, epochs, 128)
     assert (train.learning_rate, train.weight_decay, train.clip_norm) == (1e-3, 0, 0)
     assert train.decay_steps == 0  # a constant rate
