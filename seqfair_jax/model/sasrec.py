@@ -249,12 +249,12 @@ class SASRec(nn.Module):
         tie_embeddings: score with the input embeddings instead of separate output embeddings.
         init_scale: standard deviation of the initial embeddings and positions.
         dtype: a key of `PRECISIONS`. Parameters are always float32.
-        gated: whether the blocks are gated (see `Block`).
         pointer: mix the softmax with a pointer to the user's own items (`mixture`).
         neighbours: mix it with that many neighbours of each item (`mixture`); 0 for none.
         shards: devices of the mesh's catalogue axis. Above 1 the tables have zero to
             `shards - 1` more rows than items, `init` makes them whole, and every other method
             works inside the mesh on the device's own V / shards rows.
+        gated: whether the blocks are gated (see `Block`).
     """
 
     num_items: int
@@ -267,10 +267,10 @@ class SASRec(nn.Module):
     tie_embeddings: bool
     init_scale: float
     dtype: str
-    gated: bool = False
     pointer: bool = False
     neighbours: int = 0
     shards: int = 1
+    gated: bool = False
 
     def setup(self) -> None:
         """Name the parameters."""
