@@ -20,7 +20,7 @@ from seqfair_jax.data.groups import GroupFamily
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.devices import is_first_process, to_host, wait_for_all
 from seqfair_jax.errors import DivergedError
-from seqfair_jax.evaluation.baselines import Tuning, baseline_ranks, tuned_baseline_ranks
+from seqfair_jax.evaluation.baselines import Tuning, compute_baselines
 from seqfair_jax.evaluation.metrics import item_popularity
 from seqfair_jax.evaluation.slices import OVERALL, Slices, list_means, target_means
 from seqfair_jax.serving.catalogue import target_columns
@@ -227,23 +227,26 @@ class Judge:
         numbers of their own, `baseline_choices`.
 
         Args:
-            config: its parts `evaluate` and `select`.
+            config: its parts `evaluate` and `select`, and its cache folder.
         """
         settings = config.evaluate
-        shared: dict[str, Any] = {"mask_seen": settings.mask_seen, "k": self.top_k}
-        tuning = Tuning(config.select.metric, settings.neighbour_draws, settings.ease_items)
-        ranks = baseline_ranks(self._dataset, "test", **shared)
-        tuned, choices = tuned_baseline_ranks(self._dataset, "test", tuning=tuning, **shared)
-        for name, choice in choices.items():
+        kept = compute_baselines(
+            self._dataset,
+            mask_seen=settings.mask_seen,
+            tuning=Tuning(config.select.metric, settings.neighbour_draws, settings.ease_items),
+            k=self.top_k,
+            cache_dir=config.data.cache_dir,
+        )
+        for name, choice in kept.choices.items():
             if "left_out" in choice:
                 _log.info("The baseline %s is left out. %s", name, choice["left_out"])
-        scored = {name: self.ranks(rank) for name, rank in {**ranks, **tuned}.items()}
+        scored = {name: self.ranks(rank) for name, rank in zip(kept.names, kept.ranks, strict=True)}
         parts = [
             table[["user_id", *(c for c in map(str, table) if "@" in c)]].assign(baseline=name)
             for name, (table, _) in scored.items()
         ]
         means = {name: means for name, (_, means) in scored.items()}
-        found = {"baselines": means, "baseline_choices": choices}
+        found = {"baselines": means, "baseline_choices": kept.choices}
         return pd.concat(parts, ignore_index=True), found
 
 

@@ -170,14 +170,14 @@ def test_the_entry_of_another_log_is_not_believed(config, tmp_path, caplog):
     (entry,) = set((tmp_path / "cache").glob("split-*")) - {wrong}
     entry.write_bytes(wrong.read_bytes())
     assert_equal(load_dataset(config), fresh)
-    assert "it holds another data set" in caplog.text
+    assert "it holds something else" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_is_not_used(config, tmp_path, caplog, monkeypatch):
     (tmp_path / "file").write_text("")
     config.cache_dir = str(tmp_path / "file" / "cache")
     assert load_dataset(config).counts["users"] == 3
-    assert "the cache of data sets is not used: cannot write" in caplog.text
+    assert "the cache is not used: cannot write" in caplog.text
     caplog.clear()
 
     def full(*args, **kwargs):

@@ -15,8 +15,13 @@ from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import build_family
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import Targets, leave_one_out
-from seqfair_jax.evaluation import ease, metrics, neighbours, slices
-from seqfair_jax.evaluation.baselines import Tuning, tuned_baseline_ranks
+from seqfair_jax.evaluation import baselines, ease, metrics, neighbours, slices
+from seqfair_jax.evaluation.baselines import (
+    Tuning,
+    baseline_ranks,
+    compute_baselines,
+    tuned_baseline_ranks,
+)
 from seqfair_jax.evaluation.score_ranks import Rows, Users, histories, rank_scores, users_of
 
 WEIGHTS = neighbours.Weights(3, 0.6, 0.4, 0.3, 0.2, 0.8, 1.1, 0.7)
@@ -190,6 +195,40 @@ def test_a_log_that_is_too_large_is_left_out_with_a_sentence(leave_one, monkeypa
     assert "more than 3.0e+00" in chosen["neighbours"]["left_out"]
     none = tuned_baseline_ranks(leave_one, "test", mask_seen=False, tuning=Tuning("NDCG@20", 0, 0))
     assert none == ({}, {})
+
+
+def test_all_baselines_are_kept_until_something_that_they_depend_on_changes(
+    leave_one, tmp_path, monkeypatch
+):
+    computed = []
+    compute = baselines.tuned_baseline_ranks
+    monkeypatch.setattr(
+        baselines,
+        "tuned_baseline_ranks",
+        lambda *args, **kwargs: computed.append(1) or compute(*args, **kwargs),
+    )
+
+    def get(dataset=leave_one, **changed):
+        given = {"mask_seen": False, "tuning": TUNING, "k": 5, "cache_dir": str(tmp_path)}
+        return compute_baselines(dataset, **given | changed)
+
+    first, again = get(), get()
+    assert len(computed) == 1
+    expected = baseline_ranks(leave_one, "test", mask_seen=False, k=5)
+    tuned, choices = compute(leave_one, "test", mask_seen=False, tuning=TUNING, k=5)
+    for found in (first, again):
+        assert found.names == [*expected, *tuned]
+        assert_array_equal(found.ranks, list((expected | tuned).values()))
+        assert found.choices == choices
+    get(k=4)
+    get(mask_seen=True)
+    get(tuning=TUNING._replace(neighbour_draws=2))
+    get(dataclasses.replace(leave_one, log_hash="other"))
+    get(dataclasses.replace(leave_one, valid=leave_one.valid.take(leave_one.valid.users < 20)))
+    get(dataclasses.replace(leave_one, test=leave_one.test.take(leave_one.test.users < 20)))
+    assert len(computed) == 7
+    get(cache_dir="")
+    assert len(computed) == 8
 
 
 def test_without_validation_users_the_first_candidate_is_taken(leave_one):

@@ -1,4 +1,7 @@
-"""From a log to a `Dataset`: read, filter, split; each cached by the hash of input and settings."""
+"""From a log to a `Dataset`: read, filter, split; each cached by the hash of input and settings.
+
+`cached` keeps other results that take long, too.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +13,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,6 +26,9 @@ from seqfair_jax.data.synthetic import generate
 from seqfair_jax.errors import UserError
 from seqfair_jax.workdir import cache_folder, user_path, write_file
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _FORMAT = 6  # raise it when what `load_dataset` computes or stores changes
 _FILES = {"log": "path", "valid_log": "valid_path", "test_log": "test_path"}  # of `data`
 # What the splits depend on, beside the log.
@@ -31,7 +37,7 @@ _SPLIT = {"leave_one_out": (), "files": ("targets",),
 _ZIP_LENGTHS = 26  # bytes of a member's header before the lengths of its two last parts
 _REPEATED_SHARE = 0.01  # of the rows: more are reported
 _LOG = logging.getLogger("seqfair_jax")
-_Kept = TypeVar("_Kept", Log, Dataset)
+_Kept = TypeVar("_Kept", bound="DataclassInstance")
 
 
 def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
@@ -62,7 +68,7 @@ def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
     where = next(iter(logs.values())).where
 
     def make() -> Dataset:
-        read = [_cached(config_data.cache_dir, f"log-{log.key}", Log, log.read)
+        read = [cached(config_data.cache_dir, f"log-{log.key}", Log, log.read)
                 for log in logs.values()]  # fmt: skip
         settings = shared | {"min_interactions": config_data.min_interactions}
         if kind == "files":
@@ -80,8 +86,8 @@ def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
             )
         return leave_one_out(filtered, **shared)
 
-    key = _key([log.key for log in logs.values()], split)
-    dataset = _cached(config_data.cache_dir, f"split-{key}", Dataset, make, mapped=mapped)
+    key = cache_key([log.key for log in logs.values()], split)
+    dataset = cached(config_data.cache_dir, f"split-{key}", Dataset, make, mapped=mapped)
     share = dataset.counts["repeated_rows"] / dataset.counts["raw_rows"]
     if share > _REPEATED_SHARE:
         if config_data.repeats == "keep":
@@ -149,14 +155,14 @@ def _logs(config_data: ConfigDict) -> dict[str, _Source]:
     name = config_data.name
     if name == "synthetic":
         settings = config_data.synthetic
-        key = _key(name, [settings.to_dict()])
+        key = cache_key(name, [settings.to_dict()])
         return {"log": _Source(name, key, lambda: log_from_table(generate(settings)))}
     columns = {key: value for key, value in config_data.columns.items() if value}
     rows = Rows(**{key: config_data[key] for key in Rows._fields})
     found = {}
     for source, paths in _sources(config_data).items():
         where = str(config_data[_FILES[source]] or paths[0])
-        key = _key(name, [hash_files(paths), columns, rows, config_data.delimiter])
+        key = cache_key(name, [hash_files(paths), columns, rows, config_data.delimiter])
         options = {"columns": columns, "rows": rows, "delimiter": config_data.delimiter}
         found[source] = _Source(where, key, functools.partial(_read, name, paths, options))
     return found
@@ -166,11 +172,12 @@ def _read(name: str, paths: list[Path], options: dict[str, Any]) -> Log:
     return read_log(name, paths, **options)
 
 
-def _key(*parts: Any) -> str:
+def cache_key(*parts: Any) -> str:
+    """The SHA-256 of what a result depends on: values that JSON can hold."""
     return hashlib.sha256(json.dumps([_FORMAT, *parts], sort_keys=True).encode()).hexdigest()
 
 
-def _cached(
+def cached(
     cache_dir: str | None,
     key: str,
     kind: type[_Kept],
@@ -178,7 +185,17 @@ def _cached(
     *,
     mapped: bool = False,
 ) -> _Kept:
-    """What is kept under that key; else it is made and kept."""
+    """What is kept under a key; else it is made and kept.
+
+    An entry that cannot be read or written is reported and not used.
+
+    Args:
+        cache_dir: `data.cache_dir`: the folder; None for the user's, "" for none.
+        key: a name for the kind of result, and `cache_key` of what it depends on.
+        kind: a dataclass of arrays and values that JSON can hold.
+        make: computes it.
+        mapped: as for `load_dataset`.
+    """
     entry = _cache_entry(cache_dir, key)
     if entry is None:
         return make()
@@ -200,7 +217,7 @@ def _cache_entry(cache_dir: str | None, key: str) -> Path | None:
     return folder / f"{key}.npz" if folder else None
 
 
-def _store(entry: Path, value: Log | Dataset) -> None:
+def _store(entry: Path, value: Any) -> None:
     arrays, rest = {}, {"key": entry.stem}
     for name, content in _fields(value):
         if not isinstance(content, np.ndarray):
@@ -217,10 +234,10 @@ def _store(entry: Path, value: Log | Dataset) -> None:
     try:
         write_file(entry, write)
     except UserError as error:
-        _LOG.warning("the cache of data sets is not used: %s", error)
+        _LOG.warning("the cache is not used: %s", error)
 
 
-def _fields(value: Log | Dataset) -> Iterator[tuple[str, Any]]:
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
     """The fields and what they hold; those of a `Targets` one by one: 'test.users'."""
     for field in dataclasses.fields(value):
         content = getattr(value, field.name)
@@ -237,7 +254,7 @@ def _load(entry: Path, kind: type[_Kept], mapped: bool = False) -> _Kept | None:
         with entry.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             values = _from_bytes(stored["rest"])
             if values.pop("key") != entry.stem:
-                raise ValueError("it holds another data set")
+                raise ValueError("it holds something else")
 
             places = _places(entry) if mapped else {}
 
@@ -259,7 +276,7 @@ def _load(entry: Path, kind: type[_Kept], mapped: bool = False) -> _Kept | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # damage can raise anything; the log is there to read again
-        _LOG.warning("the cached data set %s cannot be used and is made again: %s", entry, error)
+        _LOG.warning("the cache entry %s cannot be used and is made again: %s", entry, error)
         return None
 
 

@@ -3,11 +3,15 @@
 Shape letters: n users of a split, m targets of all of them, V catalogue, k length of a list.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqfair_jax import __version__, workdir
+from seqfair_jax.data.cache import cache_key, cached
 from seqfair_jax.data.log import group_rows, repeats, user_blocks
 from seqfair_jax.data.split import Dataset, Targets, training_rows
 from seqfair_jax.evaluation.ease import ease_ranks
@@ -97,6 +101,44 @@ def tuned_baseline_ranks(
             ranks[name] = np.where(found <= k, found, 0).astype(np.int32)
             chosen[name] = choice._asdict()
     return ranks, chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """What all baselines do on the test."""
+
+    names: list[str]
+    ranks: np.ndarray  # i32[baselines, m], as `baseline_ranks` returns them
+    choices: dict[str, dict[str, Any]]  # as `tuned_baseline_ranks` returns them
+
+
+def compute_baselines(
+    dataset: Dataset, *, mask_seen: bool, tuning: Tuning, k: int, cache_dir: str | None
+) -> Baselines:
+    """All baselines' ranks of the test targets.
+
+    They are kept with the prepared logs, since every run on a log needs them, and the choice of
+    numbers takes a minute or more.
+
+    Args:
+        dataset, mask_seen, tuning, k: as for `tuned_baseline_ranks`.
+        cache_dir: as for `data.cache.cached`.
+    """
+
+    def make() -> Baselines:
+        ranks = baseline_ranks(dataset, "test", mask_seen=mask_seen, k=k)
+        tuned, choices = tuned_baseline_ranks(
+            dataset, "test", mask_seen=mask_seen, tuning=tuning, k=k
+        )
+        ranks |= tuned
+        return Baselines(list(ranks), np.stack(list(ranks.values())), workdir.jsonable(choices))
+
+    judged = hashlib.sha256()  # who is judged on what; the log's hash says the rest
+    for targets in (dataset.valid, dataset.test):
+        for array in (targets.users, targets.offsets, targets.items):
+            judged.update(array.tobytes())
+    key = cache_key(__version__, dataset.log_hash, judged.hexdigest(), mask_seen, tuning, k)
+    return cached(cache_dir, f"baselines-{key}", Baselines, make)
 
 
 def _ranks_of(
