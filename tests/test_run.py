@@ -65,6 +65,7 @@ def test_a_finished_run_prints_its_table_again(finished, capsys):
         {},
         {
             "model.gated": True,
+            "model.item_bias": True,
             "model.neighbours": 3,
             "train.random_windows": True,
             "train.average_decay": 0.7,

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import reference
 from numpy.testing import assert_allclose
 
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
-from seqfair_jax.model.sasrec import SASRec, dropout, visible_keys
+from seqfair_jax.model.sasrec import SASRec, dropout, log_popularity, visible_keys
 
 NUM_ITEMS = 40
 
@@ -189,3 +191,31 @@ def test_lower_precision_stays_near(dtype, error):
     for a, b in zip(loss_and_gradient(exact), loss_and_gradient(rough), strict=True):
         relative = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a))
         assert error[0] <= relative <= error[1]
+
+
+def test_an_item_bias_is_added_to_the_scores():
+    model, plain = (make_model(item_bias=bias, dropout=0.5) for bias in (True, False))
+    packed = pack_users(draw_users([3, 20]), BLOCK)
+    params = model.init(jax.random.key(0), packed, train=False)
+    counts = np.random.default_rng(0).integers(50, size=NUM_ITEMS)
+    bias = [math.log(1 + n) for n in counts]
+    bias = np.array(bias) - sum(bias) / NUM_ITEMS
+    start = log_popularity(counts, rows=NUM_ITEMS)
+    assert_allclose(start[:, 0], bias, atol=1e-6)
+    params = {"params": params["params"] | {"item_bias": start}}
+    rngs, items = {"dropout": jax.random.key(1)}, jnp.array([5, 2])
+
+    def scores(model, **arguments):  # with the same dropout
+        hidden, table = model.apply(params, packed, rngs=rngs, train=True, **arguments)
+        return np.float64(hidden @ table.T)
+
+    found = scores(model, method="encode_and_table")
+    expected = scores(plain, method="encode_and_table") + bias
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    found = scores(model, items=items, method="encode_and_rows")
+    expected = scores(plain, items=items, method="encode_and_rows") + bias[items]
+    assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_items_behind_the_last_have_no_bias():
+    assert log_popularity(np.array([0, 0, 7]), rows=5)[3:].tolist() == [[0], [0]]

@@ -277,6 +277,12 @@ _MODEL = (
     ),
     Setting("model.tie_embeddings", True, "Use one item embedding for input and output."),
     Setting(
+        "model.item_bias",
+        False,
+        "Add a learned number to each item's score. It starts as the logarithm of how often the "
+        "item was used in training.",
+    ),
+    Setting(
         "model.init_scale", 0.1, "The standard deviation of the initial embeddings.", number(0)
     ),
     Setting(

@@ -31,7 +31,8 @@ PRECISIONS = {
 }
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
 _LAYER_NORM_EPSILON = 1e-5
-_TABLES = ("item_embedding", "output_embedding")  # parameters with a row for each item
+_TABLES = ("item_embedding", "output_embedding", "item_bias")  # parameters with a row for each item
+_BIAS_COLUMNS = 8  # the bias, then zeros: matrix products are fast where widths are multiples of 8
 
 
 def dropout(
@@ -255,6 +256,10 @@ class SASRec(nn.Module):
             `shards - 1` more rows than items, `init` makes them whole, and every other method
             works inside the mesh on the device's own V / shards rows.
         gated: whether the blocks are gated (see `Block`).
+        item_bias: whether the score of item i after the hidden state h is e_i . h + b_i, with a
+            learned b_i. Dropout leaves it as it is. Weight decay pulls it to 0, as every
+            parameter, which is to a score without popularity; the begin of a training is
+            `log_popularity`. In bfloat16 it is rounded as the embeddings are.
     """
 
     num_items: int
@@ -271,6 +276,7 @@ class SASRec(nn.Module):
     neighbours: int = 0
     shards: int = 1
     gated: bool = False
+    item_bias: bool = False
 
     def setup(self) -> None:
         """Name the parameters."""
@@ -300,6 +306,8 @@ class SASRec(nn.Module):
             for i in range(self.num_blocks)
         ]
         self.final_norm = nn.LayerNorm(epsilon=_LAYER_NORM_EPSILON, dtype=self._dtype)
+        if self.item_bias:
+            self.bias = self.param("item_bias", nn.initializers.zeros, (rows, 1))
         if self.is_mixture:
             self.mixture = Mixture(self.num_items, self.pointer, self.neighbours > 0)
 
@@ -317,6 +325,9 @@ class SASRec(nn.Module):
         only: jax.Array | None = None,
     ) -> jax.Array:
         """The hidden state after each token, f[N, D], after the final LayerNorm.
+
+        With `item_bias` it is f[N, D + 8], with the columns (1, 0, ..., 0) behind D, and
+        `output_table` has (b, 0, ..., 0) there, so that scores are still products of the two.
 
         The scores of what follows token t are `hidden[t] @ output_table().T`. A mixture mixes
         their softmax with other parts, by the weights of `mix`.
@@ -341,6 +352,8 @@ class SASRec(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, visible, packed.first, train)
         hidden = self.final_norm(self.blocks[-1](x, visible, packed.first, train, only))
+        if self.item_bias:
+            hidden = _with_column(hidden, jnp.ones((len(hidden), 1)))
         if self.is_mixture and self.is_initializing():
             nothing = jnp.full((1, NEAR_ITEMS), -jnp.inf)
             self.mixture(read_history(packed, self.num_items, jnp.zeros(1, jnp.int32)), nothing)
@@ -354,14 +367,15 @@ class SASRec(nn.Module):
         """The embeddings that score the catalogue: f[V, D], with dropout on them in training."""
         table = self._output_embedding()
         first = devices.index(devices.CATALOGUE, self.shards) * len(table)
-        return self._drop(table.astype(self._dtype), train, first)
+        table = self._drop(table.astype(self._dtype), train, first)
+        return _with_column(table, self.bias) if self.item_bias else table
 
     def output_rows(self, items: jax.Array, *, train: bool) -> jax.Array:
         """The rows of `output_table` for items i32[N], without a pass over the table: f[N, D]."""
         rows = self._rows(self._output_embedding(), items).astype(self._dtype)
-        if not train:
-            return rows
-        return dropout(self.make_rng("dropout"), rows, self.dropout, rows=items)
+        if train:
+            rows = dropout(self.make_rng("dropout"), rows, self.dropout, rows=items)
+        return _with_column(rows, self._rows(self.bias, items)) if self.item_bias else rows
 
     def _output_embedding(self) -> jax.Array:
         return self.item_embedding if self.tie_embeddings else self.output_embedding
@@ -389,6 +403,25 @@ class SASRec(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """`__call__` and `output_rows` under one `apply`, which share its rngs."""
         return self(packed, train=train), self.output_rows(items, train=train)
+
+
+def _with_column(x: jax.Array, column: jax.Array) -> jax.Array:
+    """A column f[N, 1] behind the columns of x f[N, D], and zeros."""
+    column = jnp.pad(column.astype(x.dtype), ((0, 0), (0, _BIAS_COLUMNS - 1)))
+    return jnp.concatenate([x, column], axis=1)
+
+
+def log_popularity(item_counts: np.ndarray, *, rows: int) -> np.ndarray:
+    """The item biases before the first step, f32[rows, 1]: the log-popularity, with mean 0.
+
+        b_i = log(1 + n_i) - 1 / V sum_j log(1 + n_j)
+
+    Args:
+        item_counts: i[V], n, the training rows of each item.
+        rows: V, or more, which belong to no item and are 0.
+    """
+    logs = np.log1p(np.asarray(item_counts, np.float64))
+    return np.pad(logs - logs.mean(), (0, rows - len(logs))).astype(np.float32)[:, None]
 
 
 def is_table(path: tuple) -> bool:

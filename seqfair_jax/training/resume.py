@@ -47,6 +47,7 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
         seeds=[run.seed for run in experiment.runs],
         num_groups=experiment.num_groups,
         mesh=mesh,
+        item_counts=experiment.dataset.item_counts,
     )
     init_from = None
     if source is not None and not devices.of_first(int(stored is not None)):

@@ -28,7 +28,7 @@ from seqfair_jax.model.packing import (
     user_means,
 )
 from seqfair_jax.model.sampled_loss import Sampled, draw_negatives, sampled_loss
-from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, param_specs
+from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, log_popularity, param_specs
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
 from seqfair_jax.objectives import HParams, Objective
 
@@ -121,7 +121,7 @@ def make_optimizer(
 
 
 def create_train_state(task: Task, *, seed: int | jax.Array, num_groups: int) -> TrainState:
-    """The state before the first step, a pure function of the seed."""
+    """The state before the first step, a pure function of the seed. Item biases are 0."""
     init_key, step_key = jax.random.split(jax.random.key(seed, impl=KEY_IMPL))
     no_tokens = jnp.zeros(1, jnp.int32)
     packed = pack(
@@ -197,9 +197,23 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def initial_states(
-    task: Task, *, seeds: Sequence[int], num_groups: int, mesh: Mesh | None = None
+    task: Task,
+    *,
+    seeds: Sequence[int],
+    num_groups: int,
+    mesh: Mesh | None = None,
+    item_counts: np.ndarray | None = None,
 ) -> TrainState:
-    """`create_train_state` of every seed, stacked: each leaf [R, ...], on the mesh."""
+    """`create_train_state` of every seed, stacked: each leaf [R, ...], on the mesh.
+
+    Args:
+        task: the model and its optimiser.
+        seeds: of the R runs.
+        num_groups: G.
+        mesh: the devices; one if None.
+        item_counts: i[V], the training rows of each item, for a model with item biases. These are
+            `log_popularity` then, and 0 if None.
+    """
     mesh = mesh or devices.make_mesh()
 
     def create(seed: jax.Array) -> TrainState:
@@ -209,7 +223,14 @@ def initial_states(
     create_all = jax.vmap(create)
     array = np.asarray(seeds, np.uint32)
     specs = state_specs(jax.eval_shape(create_all, array))
-    return jax.jit(create_all, out_shardings=shardings(mesh, specs))(array)
+    states = jax.jit(create_all, out_shardings=shardings(mesh, specs))(array)
+    if item_counts is None or not task.model.item_bias:
+        return states
+    own = states.params["params"]
+    start = log_popularity(item_counts, rows=own["item_bias"].shape[1])
+    start = np.broadcast_to(start, own["item_bias"].shape)
+    bias = devices.put(mesh, start, P(RUN, CATALOGUE))
+    return with_params(task, states, {"params": own | {"item_bias": bias}}, mesh)
 
 
 def with_params(
@@ -320,9 +341,9 @@ def _user_losses(
     return user_means(losses * weights, packed), hidden, packed
 
 
-def _user_vectors(hidden: jax.Array, packed: Packed) -> jax.Array:
+def _user_vectors(hidden: jax.Array, packed: Packed, dim: int) -> jax.Array:
     """The mean of each user's hidden states, f32[B, D], a constant in the gradient."""
-    hidden = lax.stop_gradient(hidden).astype(jnp.float32)
+    hidden = lax.stop_gradient(hidden[:, :dim]).astype(jnp.float32)  # no column of an item bias
     return jax.vmap(user_means, (1, None), 1)(hidden, packed)
 
 
@@ -399,8 +420,8 @@ def train_step(
             is_random = task.model.dropout or task.sampled or data.earlier is not None
             random = key if is_random else None
             losses, hidden, packed = _user_losses(task, params, data, user_ids, num_tokens, random)
-            uses_vectors = task.objective.method.uses_vectors
-            return losses, _user_vectors(hidden, packed) if uses_vectors else None
+            uses_vectors, dim = task.objective.method.uses_vectors, task.model.dim
+            return losses, _user_vectors(hidden, packed, dim) if uses_vectors else None
 
         def loss_of(losses):
             loss, objective_state, aux = task.objective.apply(
