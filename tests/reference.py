@@ -310,6 +310,14 @@ def _norm(x, parameters):
     return x / np.sqrt(np.mean(x**2) + 1e-5) * parameters["scale"]
 
 
+def position_bucket(distance):
+    """Of T5: 16 exact ones, then 16 that grow up to a distance of 128."""
+    if distance < 16:
+        return distance
+    growth = np.log2(distance / 16) / 3
+    return min(int(16 + 16 * growth + 1e-9), 31)
+
+
 def sasrec(parameters, inputs, *, num_blocks, num_heads):
     """Hidden states [n, D] of one user, alone and without dropout: pre-norm causal transformer."""
     length = len(inputs)
@@ -335,6 +343,10 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
                     np.dot(query, qkv[key][dim : 2 * dim][cut]) / np.sqrt(head_dim)
                     for key in range(place + 1)
                 ]
+                if "position_bias" in block:
+                    for key in range(place + 1):
+                        bucket = position_bucket(place - key)
+                        logits[key] += block["position_bias"][head][bucket]
                 weights = np.exp(np.array(logits) - max(logits))
                 weights = weights / weights.sum()
                 heads.append(sum(w * qkv[key][2 * dim :][cut] for key, w in enumerate(weights)))

@@ -136,6 +136,7 @@ def test_the_papers_settings(name, dropout, batch_size, epochs, mask_seen, valid
         "init_scale": 1.0,
         "dtype": "float32",
         "gated": False,
+        "position_bias": False,
         "item_bias": False,
         "pointer": False,
         "neighbours": 0,

@@ -5,10 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
-from seqfair_jax.model.sasrec import SASRec, dropout, log_popularity, visible_keys
+from seqfair_jax.model.sasrec import (
+    SASRec,
+    dropout,
+    log_popularity,
+    position_bias,
+    position_buckets,
+    visible_keys,
+)
 
 NUM_ITEMS = 40
 
@@ -42,29 +49,52 @@ def draw_users(lengths, seed=0):
     return [rng.integers(NUM_ITEMS, size=n) for n in lengths]
 
 
-@pytest.mark.parametrize(("num_heads", "gated"), [(1, False), (2, False), (2, True)])
-def test_packed_users_equal_one_user_at_a_time(num_heads, gated):
-    """Users that straddle blocks, fill more than one, and are cut to the window."""
-    model = make_model(num_heads=num_heads, gated=gated)
-    users = draw_users([3, 90, 1, 130, 17])
-    packed = pack_users(users, 4 * BLOCK)
+def init(model, packed, seed=1):
+    """Parameters with random biases by position, which start at 0."""
     params = model.init(jax.random.key(0), packed, train=False)
+    rng = np.random.default_rng(seed)
+
+    def moved(path, leaf):
+        if path[-1].key != "position_bias":
+            return leaf
+        assert not leaf.any()
+        return jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(moved, params)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "max_len", "parts"),
+    [
+        (1, 100, {}),
+        (2, 100, {}),
+        (2, 100, {"gated": True}),
+        (1, 100, {"position_bias": True}),
+        (2, 200, {"position_bias": True, "gated": True}),
+    ],
+)
+def test_packed_users_equal_one_user_at_a_time(num_heads, max_len, parts):
+    """Users that straddle blocks, fill more than one, and are cut to the window."""
+    model = make_model(num_heads=num_heads, max_len=max_len, **parts)
+    users = draw_users([3, 90, 1, 130, 17] if max_len == 100 else [70, 210])
+    packed = pack_users(users, 4 * BLOCK, max_len)
+    params = init(model, packed)
     hidden = model.apply(params, packed, train=False)
     tree = jax.tree.map(np.float64, params["params"])
     at = 0
     for items in users:
-        inputs, _ = reference.window(items, 100)
+        inputs, _ = reference.window(items, max_len)
         expected = reference.sasrec(tree, inputs, num_blocks=2, num_heads=num_heads)
         assert_allclose(hidden[at : at + len(inputs)], expected, rtol=1e-4, atol=1e-5)
         at += len(inputs)
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("gated", [False, True])
-def test_some_tokens_are_encoded_as_among_all(window, gated):
-    model = make_model(gated=gated)
+@pytest.mark.parametrize("parts", [{}, {"gated": True}, {"position_bias": True}])
+def test_some_tokens_are_encoded_as_among_all(window, parts):
+    model = make_model(**parts)
     packed = pack_users(draw_users([3, 20, 1, 17, 20]), 2 * BLOCK)
-    params = model.init(jax.random.key(0), packed, train=False)
+    params = init(model, packed)
     only = jnp.array([2, 22, 23, 39, 60])
     every = model.apply(params, packed, train=False, window=window)
     some = model.apply(params, packed, train=False, window=window, only=only)
@@ -80,6 +110,60 @@ def test_a_user_does_not_depend_on_the_rest_of_the_batch():
     others = pack_users([users[0], *draw_users([11, 60], seed=1)], 2 * BLOCK)
     again = model.apply(params, others, train=False)[:5]
     assert_allclose(first, again, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 4, 20, 60])
+def test_short_users_have_the_same_position_biases_in_small_blocks(longest):
+    model = make_model(position_bias=True)
+    packed = pack_users(draw_users([longest, 1, longest, 2][: 2 + 2 * (longest > 1)]), BLOCK)
+    params = init(model, packed)
+    real = int(packed.lengths.sum())
+    whole = model.apply(params, packed, train=False)[:real]
+    short = model.apply(params, packed, train=False, window=longest)[:real]
+    assert_allclose(short, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("block", "num_keys"), [(1, 1), (1, 2), (4, 12), (128, 256)])
+def test_a_position_bias_is_that_of_the_distance(block, num_keys):
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(2, 32)).astype(np.float32)
+    weights = rng.normal(size=(2, block, num_keys)).astype(np.float32)
+    expected, gradient = np.zeros((2, block, num_keys)), np.zeros((2, 32))
+    for query in range(block):
+        for key in range(num_keys):
+            distance = max(num_keys - block + query - key, 0)
+            bucket = reference.position_bucket(distance)
+            expected[:, query, key] = table[:, bucket]
+            gradient[:, bucket] += weights[:, query, key]
+
+    def total(table):
+        return (position_bias(table, block=block, num_keys=num_keys) * weights).sum()
+
+    assert_array_equal(position_bias(table, block=block, num_keys=num_keys), expected)
+    assert_allclose(jax.grad(total)(table), gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_buckets_of_distances():
+    found = position_buckets(np.arange(-3, 1000))
+    assert_array_equal(found[:20], [0, 0, 0, *range(17)])
+    assert (np.diff(found) >= 0).all()
+    # log(32 / 16) / log(128 / 16) is a third: bucket 16 + floor(16 / 3), and so on.
+    assert found[[3 + 32, 3 + 64, 3 + 113, 3 + 127, 3 + 999]].tolist() == [21, 26, 31, 31, 31]
+    assert found[3 + 112] == 30
+
+
+def test_a_position_bias_starts_as_none():
+    packed = pack_users(draw_users([5, 30]), BLOCK)
+    plain, biased = make_model(), make_model(position_bias=True)
+    without, params = (m.init(jax.random.key(0), packed, train=False) for m in (plain, biased))
+    before, after = (
+        plain.apply(without, packed, train=False),
+        biased.apply(params, packed, train=False),
+    )
+    assert_allclose(before, after, rtol=1e-5, atol=1e-6)
+    for block in ("block_0", "block_1"):
+        assert params["params"][block].pop("position_bias").shape == (2, 32)
+    jax.tree.map(assert_array_equal, params, without)
 
 
 def test_initial_parameters_are_drawn_as_the_paper_does():

@@ -275,6 +275,11 @@ _MODEL = (
         "How many tokens of a history the model reads, the begin token included.",
         whole(2),
     ),
+    Setting(
+        "model.position_bias",
+        False,
+        "Add a learned number to each attention logit by how many tokens the two tokens are apart.",
+    ),
     Setting("model.tie_embeddings", True, "Use one item embedding for input and output."),
     Setting(
         "model.item_bias",

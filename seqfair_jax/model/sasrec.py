@@ -31,6 +31,7 @@ PRECISIONS = {
 }
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
 _LAYER_NORM_EPSILON = 1e-5
+POSITION_BUCKETS, _EXACT, _LONGEST = 32, 16, 128  # see `position_buckets`
 _TABLES = ("item_embedding", "output_embedding", "item_bias")  # parameters with a row for each item
 _BIAS_COLUMNS = 8  # the bias, then zeros: matrix products are fast where widths are multiples of 8
 
@@ -95,6 +96,42 @@ def _bias_init(fan_in: int) -> nn.initializers.Initializer:
 _uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def position_buckets(distance: np.ndarray) -> np.ndarray:
+    """The bucket of each distance of two tokens: i32[...], 0 to `POSITION_BUCKETS` - 1.
+
+    As in T5 (Raffel et al. 2020): a distance below 16 has its own bucket. A longer distance d has
+    bucket 16 + floor(16 log(d / 16) / log(128 / 16)), but at most the last one.
+
+    Args:
+        distance: i[...], how many tokens apart; below 0 counts as 0.
+    """
+    growth = np.log(np.maximum(distance, _EXACT) / _EXACT) / np.log(_LONGEST / _EXACT)
+    # A logarithm may be rounded down just below a whole number.
+    far = _EXACT + np.floor((POSITION_BUCKETS - _EXACT) * growth + 1e-6)
+    near = np.maximum(distance, 0)
+    return np.where(near < _EXACT, near, np.minimum(far, POSITION_BUCKETS - 1)).astype(np.int32)
+
+
+def position_bias(table: jax.Array, *, block: int, num_keys: int) -> jax.Array:
+    """The number of each query of a block and each key, by their distance: f32[H, block, K].
+
+    All blocks share it. A key that is later than its query has a number too, which nothing reads.
+
+    Args:
+        table: f32[H, `POSITION_BUCKETS`].
+        block: the queries.
+        num_keys: K; the last `block` keys are the queries' own tokens.
+    """
+    size = block + num_keys
+    by_distance = table[:, position_buckets(num_keys - 1 - np.arange(size))]
+    # Query q and key k are K - block + q - k apart, so row q of the result begins at column
+    # block - 1 - q: one column earlier than the row before. Copies of the row behind each other,
+    # cut into rows that are one shorter, are such rows. The gradient of a gather of all pairs would
+    # be added up in place, where many pairs wait for each other on a GPU.
+    copies = jnp.tile(by_distance, block)[:, block - 1 : block * size - 1]
+    return copies.reshape(-1, block, size - 1)[:, :, :num_keys]
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention among a user's own earlier tokens, then feed-forward.
 
@@ -107,12 +144,15 @@ class Block(nn.Module):
     Sources: gates by the input, Borisyuk et al. 2024 (LiGR); SwiGLU, Shazeer 2020; RMSNorm, Zhang
     and Sennrich 2019. Every matrix has a bias.
 
+    With a position bias, head h of A adds b[h, bucket of i - j] to the logit of token i and an
+    earlier token j (`position_buckets`). b is learned and starts at 0.
+
     Attributes:
         dim: D, a multiple of `num_heads`.
         ff_dim: width of the feed-forward's hidden layer.
         num_heads: H.
         dropout: rate on attention weights, attention output, feed-forward hidden and output.
-        gated: as above.
+        gated, position_bias: as above.
         dtype, precision: see `PRECISIONS`.
     """
 
@@ -121,6 +161,7 @@ class Block(nn.Module):
     num_heads: int
     dropout: float
     gated: bool
+    position_bias: bool
     dtype: Any
     precision: Any
 
@@ -159,7 +200,7 @@ class Block(nn.Module):
         def gate(y, x, name):
             return y * nn.sigmoid(dense(self.dim, name)(x)) if self.gated else y
 
-        num_blocks, block, _ = visible.shape
+        num_blocks, block, num_keys = visible.shape
         head_dim = self.dim // self.num_heads
         qkv = dense(
             3 * self.dim,
@@ -176,6 +217,13 @@ class Block(nn.Module):
             key, value = key[only // block], value[only // block]
         logits = jnp.einsum("nqhd,nkhd->nhqk", query, key, precision=self.precision)
         logits = logits.astype(jnp.float32) * head_dim**-0.5
+        if self.position_bias:
+            shape = (self.num_heads, POSITION_BUCKETS)
+            table = self.param("position_bias", nn.initializers.zeros, shape)
+            bias = position_bias(table, block=block, num_keys=num_keys)[None]
+            if only is not None:  # [N, H, 1, K]
+                bias = jnp.swapaxes(bias[:, :, only % block], 0, 2)
+            logits += bias
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
         # A row for each query and head, a column for each key, both counted in the batch.
         n, h, q = jnp.meshgrid(*map(jnp.arange, logits.shape[:3]), indexing="ij")
@@ -255,7 +303,7 @@ class SASRec(nn.Module):
         shards: devices of the mesh's catalogue axis. Above 1 the tables have zero to
             `shards - 1` more rows than items, `init` makes them whole, and every other method
             works inside the mesh on the device's own V / shards rows.
-        gated: whether the blocks are gated (see `Block`).
+        gated, position_bias: whether the blocks are gated, and have a position bias (`Block`).
         item_bias: whether the score of item i after the hidden state h is e_i . h + b_i, with a
             learned b_i. Dropout leaves it as it is. Weight decay pulls it to 0, as every
             parameter, which is to a score without popularity; the begin of a training is
@@ -276,6 +324,7 @@ class SASRec(nn.Module):
     neighbours: int = 0
     shards: int = 1
     gated: bool = False
+    position_bias: bool = False
     item_bias: bool = False
 
     def setup(self) -> None:
@@ -299,6 +348,7 @@ class SASRec(nn.Module):
                 self.num_heads,
                 self.dropout,
                 self.gated,
+                self.position_bias,
                 self._dtype,
                 self._precision,
                 name=f"block_{i}",

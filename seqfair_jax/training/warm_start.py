@@ -25,7 +25,13 @@ from seqfair_jax.training.step import shardings, state_specs
 # What the parameters' shapes and meaning depend on; max_len may be smaller than before.
 _SHAPES = ("dim", "ff_dim", "num_blocks", "num_heads", "tie_embeddings")
 # An earlier version's run has none of these.
-_PARTS = {"gated": False, "item_bias": False, "pointer": False, "neighbours": 0}
+_PARTS = {
+    "gated": False,
+    "position_bias": False,
+    "item_bias": False,
+    "pointer": False,
+    "neighbours": 0,
+}
 
 _log = logging.getLogger(__name__)
 
