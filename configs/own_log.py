@@ -13,7 +13,7 @@ if no user takes an item twice, as with films), train.epochs (of 256 steps each;
 about ten thousand users, and a larger log needs more).
 """
 
-from seqfair_jax.config import add_mixture, default_config, parse_arguments
+from seqfair_jax.config import choose_model, default_config, parse_arguments
 
 
 def get_config(arg=None):
@@ -22,5 +22,5 @@ def get_config(arg=None):
     config.data.name = "csv"
     config.objective.name = arguments.method
     config.model.init_scale = arguments.init
-    add_mixture(config, arguments.model)
+    choose_model(config, arguments.model)
     return config

@@ -195,7 +195,7 @@ def test_arguments_of_the_papers_configs():
     assert load("rr_gdro", "loss=text").objective.user_loss == "sum"
     with pytest.raises(UserError, match="loss=table: expected tables or text"):
         load("rr_gdro", "loss=table")
-    with pytest.raises(UserError, match="model=mix: expected plain or mixture"):
+    with pytest.raises(UserError, match="model=mix: expected plain, mixture or best"):
         load("rr_gdro", "model=mix")
     parts = [
         (load(name, "model=mixture").model.pointer, load(name, "model=mixture").model.neighbours)
@@ -203,7 +203,12 @@ def test_arguments_of_the_papers_configs():
     ]
     assert parts == [(True, 256), (False, 256), (True, 256)]
     assert not load("rr_gdro").model.pointer
-    with pytest.raises(UserError, match="model=mix: expected plain or mixture"):
+    best = load("ml1m_erm", "scale=small,model=best")
+    assert (best.model.pointer, best.model.neighbours, best.model.gated) == (False, 256, True)
+    assert best.train.average_decay == load("own_log", "model=best").train.average_decay == 0.995
+    assert load("rr_gdro", "scale=small,model=best").train.batch_size == 256
+    assert load("rr_gdro", "model=best").train.batch_size == 128
+    with pytest.raises(UserError, match="model=mix: expected plain, mixture or best"):
         load("own_log", "model=mix")
 
 

@@ -1,6 +1,6 @@
 """The settings of a run: every key, the checks, and the grid of runs. Config files import it."""
 
-from seqfair_jax.config.arguments import add_mixture, parse_arguments
+from seqfair_jax.config.arguments import choose_model, parse_arguments
 from seqfair_jax.config.check import resolve
 from seqfair_jax.config.keys import DATA_NAMES, decay_over_training, default_config
 from seqfair_jax.config.resume import RESUMABLE, changed_settings, check_resumable, flatten
@@ -10,7 +10,7 @@ __all__ = [
     "DATA_NAMES",
     "RESUMABLE",
     "RunSpec",
-    "add_mixture",
+    "choose_model",
     "changed_settings",
     "check_resumable",
     "decay_over_training",

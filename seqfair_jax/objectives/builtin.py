@@ -44,7 +44,7 @@ STEP_SIZE = HParam(
     0.01,
     "How fast the group weights of `gdro`, `sdro`, `gdro_adjusted` and `gdro_clusters` move (eta).",
     Range(above=0),
-    search=(1e-3, 1e-2, 1e-1),
+    search=(1e-4, 1e-3, 1e-2),
 )
 STREAM_RATE = HParam(
     "stream_rate",
@@ -57,14 +57,14 @@ ALPHA = HParam(
     0.5,
     "The share of users that count in `cvar` and `cvar_smooth` (alpha).",
     Range(above=0, at_most=1),
-    search=(0.3, 0.5, 0.8, 0.95),
+    search=(0.5, 0.8, 0.95, 0.99),
 )
 RADIUS = HParam(
     "radius",
     1.0,
     "How far the weights of `chi2` may be from uniform (rho).",
     Range(at_least=0),
-    search=(0.1, 1.0),
+    search=(0.01, 0.1, 1.0),
 )
 COUNT_BY = Option(
     "count_by",

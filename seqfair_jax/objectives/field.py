@@ -41,7 +41,7 @@ TILT = HParam(
     1.0,
     "How much more users or groups with a large loss count in `tilted` and `tilted_group` (t).",
     Range(above=0),
-    search=(0.1, 0.3, 1.0, 3.0),
+    search=(0.03, 0.1, 0.3, 1.0),
 )
 TAIL_WIDTH = HParam(
     "tail_width",
@@ -61,14 +61,14 @@ EXTREMILE_ORDER = HParam(
     2.0,
     "The order of `extremile` (r): 1 is the mean, 2 the mean of the larger of two losses.",
     Range(at_least=1),
-    search=(1.5, 2.0, 4.0),
+    search=(1.1, 1.5, 2.0),
 )
 RISK_AVERSION = HParam(
     "risk_aversion",
     1.0,
     "How fast the weights of `esrm` grow with the rank of the loss (rho).",
     Range(above=0),
-    search=(0.5, 1.0, 2.0, 4.0),
+    search=(0.1, 0.5, 1.0, 2.0),
 )
 SIZE_ADJUSTMENT = HParam(
     "size_adjustment",
@@ -91,7 +91,7 @@ VARIANCE_PENALTY = HParam(
     1.0,
     "How much the variance of the groups' losses counts in `group_variance` (lambda).",
     Range(at_least=0),
-    search=(0.1, 1.0, 10.0),
+    search=(0.01, 0.1, 1.0),
 )
 
 
