@@ -456,9 +456,9 @@ class SASRec(nn.Module):
 
 
 def _with_column(x: jax.Array, column: jax.Array) -> jax.Array:
-    """A column f[N, 1] behind the columns of x f[N, D], and zeros."""
-    column = jnp.pad(column.astype(x.dtype), ((0, 0), (0, _BIAS_COLUMNS - 1)))
-    return jnp.concatenate([x, column], axis=1)
+    """A column f[..., 1] behind the columns of x f[..., D], and zeros."""
+    widths = [(0, 0)] * (column.ndim - 1) + [(0, _BIAS_COLUMNS - 1)]
+    return jnp.concatenate([x, jnp.pad(column.astype(x.dtype), widths)], axis=-1)
 
 
 def log_popularity(item_counts: np.ndarray, *, rows: int) -> np.ndarray:
