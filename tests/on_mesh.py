@@ -147,8 +147,11 @@ def steps(objective, *shapes, **settings):
 
 
 def with_dropout(*shapes):
-    """With dropout, random windows, a loss in chunks, and runs one after another."""
-    return steps("gdro", *shapes, dropout=0.3, windows=True, vmap=False, max_logits=300)
+    """With dropout, random windows, other blocks, a loss in chunks, and runs one after another."""
+    return steps(
+        "gdro", *shapes, dropout=0.3, windows=True, gated=True, position_bias=True, vmap=False,
+        max_logits=300,
+    )  # fmt: skip
 
 
 def with_negatives(*shapes):

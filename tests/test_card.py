@@ -93,13 +93,18 @@ def test_the_card_says_what_the_softmax_is_mixed_with(model, expected, copied):
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"), [({"gated": True}, "1 gated block"), ({}, "1 block")]
+    ("model", "expected"),
+    [
+        ({"gated": True}, "1 gated block of width 8"),
+        ({"position_bias": True}, "1 block of width 8 and a bias of attention by distance"),
+        ({}, "1 block of width 8"),
+    ],
 )
-def test_the_card_says_whether_the_blocks_are_gated(model, expected, copied):
+def test_the_card_says_what_the_blocks_have(model, expected, copied):
     config = workdir.read_json(copied / workdir.CONFIG)
-    del config["model"]["gated"]  # as an earlier version
+    del config["model"]["gated"], config["model"]["position_bias"]  # as an earlier version
     workdir.write_json(copied / workdir.CONFIG, config | {"model": config["model"] | model})
-    assert f"with {expected} of width 8." in model_card(copied, "overall", EXPORTED)
+    assert f"with {expected}. It sees" in model_card(copied, "overall", EXPORTED)
 
 
 def test_the_worst_group_stands_beside_its_best_baseline(card, folder):

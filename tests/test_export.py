@@ -13,7 +13,14 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from test_serving import assert_same_lists, lists_of, make_run, reference_list, with_params
+from test_serving import (
+    assert_same_lists,
+    lists_of,
+    make_run,
+    reference_list,
+    with_params,
+    with_position_bias,
+)
 
 from seqfair_jax import serving, workdir
 from seqfair_jax.commands import export as command
@@ -183,6 +190,27 @@ def test_other_sizes_of_the_model_are_exported(trained, tmp_path):
     other = dataclasses.replace(trained, model=model, params=params)
     write(other, tmp_path / "out")
     assert export.check(tmp_path / "out", other) == 16
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["jax", pytest.param("onnx", marks=pytest.mark.slow)],  # jax2onnx is slow to import
+)
+def test_a_position_bias_is_exported(kind, trained, tmp_path):
+    biased = with_position_bias(trained)
+    if kind == "onnx":
+        pytest.importorskip("jax2onnx")
+        pytest.importorskip("onnxruntime")
+        export.write_onnx(tmp_path, biased, max_k=100, batch_size=2)
+    else:
+        export.write(tmp_path, biased, max_k=100, platforms=["cpu"])
+    assert export.check(tmp_path, biased) == 16
+    model = exported.Model(tmp_path)
+    rows = [*histories_of(trained, range(6)), []]
+    places = [[model.places[item] for item in row] for row in rows]
+    expected = [reference_list(biased, row, 6) for row in places]
+    found = model.recommend(rows, 6, mask_seen=False)
+    assert_same_lists(placed(model, found), expected)
 
 
 @pytest.mark.slow  # jax2onnx imports for many seconds

@@ -67,6 +67,7 @@ def test_a_finished_run_prints_its_table_again(finished, capsys):
             "model.gated": True,
             "model.item_bias": True,
             "model.neighbours": 3,
+            "model.position_bias": True,
             "train.random_windows": True,
             "train.average_decay": 0.7,
         },

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import shutil
 
 import jax
@@ -346,6 +347,43 @@ def test_lists_of_the_test_history_are_those_of_the_evaluation(mask_seen, traine
 
 def with_params(trained, change):
     return serving.TrainedModel(**(vars(trained) | {"params": change(trained.params)}))
+
+
+def with_position_bias(trained):
+    """The model with a random bias by distance."""
+    model = trained.model.clone(position_bias=True)
+    block = trained.params["params"]["block_0"]
+    bias = np.random.default_rng(2).normal(size=(model.num_heads, 32)).astype(np.float32)
+    params = trained.params["params"] | {"block_0": {**block, "position_bias": bias}}
+    return dataclasses.replace(trained, model=model, params={"params": params})
+
+
+def test_a_position_bias_recommends_what_it_is_tested_by(trained, monkeypatch):
+    """In batches of all histories, and with the short ones apart."""
+    biased = with_position_bias(trained)
+    dataset = catalogue.read_dataset(trained.folder)
+    histories = catalogue.Histories(dataset.items, dataset.offsets)
+    rows = [dataset.items[a:b].tolist() for a, b in itertools.pairwise(dataset.offsets)]
+    expected = [reference_list(biased, row, 6) for row in rows]
+    assert expected != [reference_list(trained, row, 6) for row in rows]
+    rank = make_ranker(biased.model, dataset, "test", mask_seen=False, batch_size=16, top_k=6)
+    tested = rank(biased.params, "test").top_items.tolist()
+    assert tested == [[item for item, _ in pairs] for pairs in expected]
+    assert_same_lists(lists_of(biased, histories, k=6, mask_seen=False), expected)
+    monkeypatch.setattr("seqfair_jax.evaluation.ranking._SHORT", 5)
+    monkeypatch.setattr("seqfair_jax.evaluation.ranking._MANY", 0)
+    assert_same_lists(lists_of(biased, histories, k=6, mask_seen=False), expected)
+
+
+def test_a_run_of_an_earlier_version_has_no_parts_of_later_ones(trained, copied):
+    config = workdir.read_json(copied / workdir.CONFIG)
+    for key in ("gated", "position_bias", "pointer", "neighbours"):
+        assert not config["model"].pop(key)
+    workdir.write_json(copied / workdir.CONFIG, config)
+    workdir.finish(copied, workdir.finished_inputs(copied))
+    earlier = serving.load(copied)
+    assert earlier.model == trained.model
+    assert lists_of(earlier, k=5) == lists_of(trained, k=5)
 
 
 def test_ties_are_in_the_order_of_the_vocabulary(trained):

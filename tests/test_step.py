@@ -234,6 +234,8 @@ def test_the_packed_size_changes_nothing():
 @pytest.mark.parametrize("objective", ["erm", "gdro", "sdro", "cvar", "chi2", "gdro_clusters"])
 def test_a_vmapped_runs_first_step_equals_the_runs_alone(objective):
     task = make_task(objective)
+    if objective == "erm":
+        task = task._replace(model=task.model.clone(gated=True, position_bias=True))
     hparams = [make_hparams(step_size=s, alpha=a) for s, a in [(0.1, 0.3), (0.01, 0.9), (1, 0.5)]]
     together = run_segment(task, [0, 1, 2], hparams, vmap=True, cuts=[(0, 1)])
     for r in range(3):

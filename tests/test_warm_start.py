@@ -1,5 +1,6 @@
 """Runs that start from a finished run."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -336,6 +337,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
         ({"model.num_heads": 2}, "model.num_heads (1 there, 2 now)"),
         ({"model.tie_embeddings": False}, "model.tie_embeddings (True there, False now)"),
         ({"model.gated": True}, "model.gated (False there, True now)"),
+        ({"model.position_bias": True}, "model.position_bias (False there, True now)"),
         (
             {"model.dim": 4, "model.max_len": 15},
             "model.dim (8 there, 4 now); model.max_len (14 there, 15 now)",
@@ -350,12 +352,29 @@ def test_a_model_of_another_shape_is_refused(logs, tmp_path, changes, message):
     assert not (tmp_path / "new" / "config.json").exists()
 
 
-def test_a_run_of_a_version_without_gates_has_none(logs):
+@pytest.mark.parametrize("part", ["gated", "position_bias"])
+def test_a_run_of_a_version_without_a_part_has_none(part, logs):
     source, model = load_source(str(logs / "old")), resolve(small()).model.to_dict()
-    source.model.pop("gated")
+    source.model.pop(part)
     warm_start.check_model(source, model)
-    with pytest.raises(UserError, match=r"model\.gated \(False there, True now\)"):
-        warm_start.check_model(source, model | {"gated": True})
+    with pytest.raises(UserError, match=rf"model\.{part} \(False there, True now\)"):
+        warm_start.check_model(source, model | {part: True})
+
+
+def test_a_position_bias_is_copied_and_not_dropped(logs, tmp_path):
+    source = load_source(str(logs / "old"))
+    source.model["position_bias"] = True
+    bias = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
+    block = source.params["params"]["block_0"] | {"position_bias": bias}
+    params = {"params": source.params["params"] | {"block_0": block}}
+    source = dataclasses.replace(source, params=params)
+    # The buckets do not depend on the window.
+    config = warm_config(logs, **{"model.position_bias": True, "model.max_len": 6})
+    snapshot = restore(build_experiment(resolve(config)), tmp_path, source)
+    found = snapshot.states.params["params"]["block_0"]["position_bias"]
+    np.testing.assert_array_equal(found[0], bias)
+    with pytest.raises(UserError, match=r"model\.position_bias \(True there, False now\)"):
+        warm_start.check_model(source, resolve(warm_config(logs)).model)
 
 
 def test_settings_that_fit_may_differ(logs, tmp_path):
