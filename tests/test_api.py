@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from runs import files_of
 from test_recommend import read
-from test_serving import make_config, make_log
+from test_serving import make_config, make_log, reference_list
 
 import seqfair_jax
 from seqfair_jax import UserError, api, workdir
@@ -375,6 +375,25 @@ def test_evaluate_by_other_groups_cutoffs_and_metrics(model, folder):
     ):
         with pytest.raises(UserError, match=message):
             model.evaluate(**arguments)
+
+
+def test_a_trained_position_bias_is_tested_and_recommends():
+    """Of two seeds that train side by side, with steps that move the bias far."""
+    changes = {"model.position_bias": True, "train.learning_rate": 0.3, "train.runs_axis": "vmap"}
+    model = fit(seeds=(0, 1), config=config(**changes))
+    bias = model._trained.params["params"]["block_0"]["position_bias"]
+    assert np.ptp(bias) > 0.3
+    table = model.evaluate()
+    expected = model.summary["test"]["NDCG@5"]
+    assert list(table["NDCG@5"]) == [expected[name] for name in table.slice]
+    rows = LOG.sort_values("timestamp").groupby("user_id").item_id.agg(list)[:5]
+    ids = model._trained.item_ids.tolist()
+    found = model.recommend(dict(rows), k=4, seen="keep")
+    for user, row in rows.items():
+        lists = reference_list(model._trained, [ids.index(item) for item in row], 4)
+        part = found[found.user_id == user]
+        assert list(part.item_id) == [ids[item] for item, _ in lists]
+        np.testing.assert_allclose(part.score, [score for _, score in lists], rtol=1e-4)
 
 
 def test_what_a_model_has(model, folder):
