@@ -144,11 +144,14 @@ class Plan:
         """Bytes of the arrays [tokens, D] that the devices of the catalogue axis sum in a step."""
         if self.shards == 1:
             return 0
-        width, table = self.tokens * self.model.dim, PRECISIONS[self.model.dtype][0](0).itemsize
-        if self.sampled:  # rows of the inputs, and of the targets and negatives
-            return 4 * (2 * width + self.sampled.negatives * self.model.dim)
+        dim, vector = self.model.dim, self.model.vector_dim
+        table = PRECISIONS[self.model.dtype][0](0).itemsize
+        if self.sampled:  # rows of the inputs, and of the targets and negatives with their biases
+            rows = self.tokens + self.sampled.negatives
+            return 4 * (self.tokens * dim + rows * (dim + self.model.item_bias))
         # Rows of the inputs and the gradient of the hidden states; in chunks, rows of the targets.
-        return 4 * 2 * width + (table * width if self.chunked else 0)
+        chunked = table * vector if self.chunked else 0
+        return self.tokens * (4 * (dim + vector) + chunked)
 
     def data_bytes(self):
         """Bytes of the gradient that the devices of the data axis sum in a step."""
@@ -222,10 +225,11 @@ def other_row(plan):
     stored = _size(plan.states) + len(RULES) * _size(plan.states.params)
     itemsize = PRECISIONS[plan.model.dtype][0](0).itemsize
     at_once = min(plan.config.evaluate.batch_size, max_users(plan.items, plan.shards))
-    row = 2 * plan.model.dim / FLOP_RATE  # each user's product with it, and its scores' passes
-    row += (PER_SCORE + itemsize * plan.model.dim / at_once) / MEMORY_RATE
+    # Each user's product with it, and its scores' passes.
+    row = 2 * plan.model.vector_dim / FLOP_RATE
+    row += (PER_SCORE + itemsize * plan.model.vector_dim / at_once) / MEMORY_RATE
     user = plan.items * row / plan.gpus
-    hidden = plan.users * plan.model.dim * itemsize
+    hidden = plan.users * plan.model.vector_dim * itemsize
     return {
         "checkpoint, GB": f"{stored / 1e9:,.0f}",
         "users scored at once": f"{at_once:,}",

@@ -326,7 +326,8 @@ class Model:
 
         Returns:
             items f32[V, D], whose index is `item_id`, and users f32[U, D], whose index is
-            `user_id`; the columns are 0 to D - 1.
+            `user_id`; the columns are 0 to D - 1. With `model.item_bias` both have 8 more: those of
+            the items are the bias and zeros, those of the users 1 and zeros.
         """
         trained = self._trained
         parts = [

@@ -107,6 +107,15 @@ def test_the_card_says_what_the_blocks_have(model, expected, copied):
     assert f"with {expected}. It sees" in model_card(copied, "overall", EXPORTED)
 
 
+def test_the_card_names_item_biases(copied):
+    sentence = "A learned number of each item is added to its score. "
+    assert sentence not in model_card(copied, "overall", EXPORTED)
+    config = workdir.read_json(copied / workdir.CONFIG)
+    config["model"]["item_bias"] = True
+    workdir.write_json(copied / workdir.CONFIG, config)
+    assert sentence in model_card(copied, "overall", EXPORTED)
+
+
 def test_the_worst_group_stands_beside_its_best_baseline(card, folder):
     users = pd.read_parquet(folder / "per_user.parquet")
     means = users.groupby("pop33")[METRIC].mean()

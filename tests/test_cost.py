@@ -42,6 +42,8 @@ def test_flop_by_hand():
     gated = make_model(num_items=5, dim=2, ff_dim=3, num_blocks=2, gated=True)
     more = 3 * 2 * (gates + wider)
     assert cost.flop_per_target(gated, lengths) == pytest.approx(expected + more)
+    biased = make_model(num_items=5, dim=2, ff_dim=3, num_blocks=2, item_bias=True)
+    assert cost.flop_per_target(biased, lengths) == pytest.approx(expected + 3 * 2 * 5)
     # More users of the same lengths change nothing, nor does the integer type overflow.
     many = np.repeat(lengths, 1_000_000).astype(np.int32)
     assert cost.flop_per_target(model, many) == pytest.approx(expected)

@@ -48,6 +48,19 @@ def test_the_average_of_the_parameters_is_counted():
     assert averaged.memory()[key] - plain.memory()[key] == plain.memory()["best epochs"] // 2
 
 
+def test_item_biases_are_counted():
+    config = make_config(item_bias=True)
+    key, bytes_of_biases = "best epochs", 2 * 4 * 1000
+    plain, biased = make_plan((1, 1, 1)), make_plan((1, 1, 1), config=config)
+    assert biased.memory()[key] - plain.memory()[key] == bytes_of_biases
+    for loss, more in (("full", 4 * 2560 * 8), ("sampled", 4 * (2560 + 4096))):
+        plain, biased = (
+            make_plan((1, 1, 4), loss, config=config, targets=2560)
+            for config in (None, make_config(item_bias=True))
+        )
+        assert biased.catalogue_bytes() - plain.catalogue_bytes() == more
+
+
 def test_operations_of_a_device():
     useful, own = make_plan((1, 1, 1)).flop()
     assert own == pytest.approx(useful)  # not in chunks

@@ -352,7 +352,7 @@ def test_a_model_of_another_shape_is_refused(logs, tmp_path, changes, message):
     assert not (tmp_path / "new" / "config.json").exists()
 
 
-@pytest.mark.parametrize("part", ["gated", "position_bias"])
+@pytest.mark.parametrize("part", ["gated", "position_bias", "item_bias"])
 def test_a_run_of_a_version_without_a_part_has_none(part, logs):
     source, model = load_source(str(logs / "old")), resolve(small()).model.to_dict()
     source.model.pop(part)
@@ -375,6 +375,27 @@ def test_a_position_bias_is_copied_and_not_dropped(logs, tmp_path):
     np.testing.assert_array_equal(found[0], bias)
     with pytest.raises(UserError, match=r"model\.position_bias \(True there, False now\)"):
         warm_start.check_model(source, resolve(warm_config(logs)).model)
+
+
+def test_biases_of_new_items_follow_their_popularity(logs, tmp_path):
+    source = load_source(str(logs / "old"))
+    trained = np.random.default_rng(0).normal(1, 2, len(source.dataset.item_ids))
+    params = source.params["params"] | {"item_bias": np.float32(trained)[:, None]}
+    source = dataclasses.replace(source, params={"params": params})
+    changes = {"model.item_bias": True, "train.average_decay": 0.9}
+    experiment = build_experiment(resolve(warm_config(logs, seeds=(3, 4), **changes)))
+    snapshot = restore(experiment, tmp_path, source)
+    logs_of_counts = np.log(1 + experiment.dataset.item_counts)
+    z = (logs_of_counts - logs_of_counts.mean()) / logs_of_counts.std()
+    places = {item: v for v, item in enumerate(source.dataset.item_ids.tolist())}
+    expected = [
+        trained[places[item]] if item in places else trained.mean() + trained.std() * z[v]
+        for v, item in enumerate(experiment.dataset.item_ids.tolist())
+    ]
+    assert set(experiment.dataset.item_ids.tolist()) - places.keys()
+    for params in (snapshot.states.params, snapshot.states.average):
+        for found in params["params"]["item_bias"]:
+            np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_settings_that_fit_may_differ(logs, tmp_path):

@@ -366,6 +366,11 @@ class SASRec(nn.Module):
         """Whether there are other parts beside the softmax over the catalogue."""
         return self.pointer or self.neighbours > 0
 
+    @property
+    def vector_dim(self) -> int:
+        """The columns of the hidden states and of `output_table`: D, or D + 8 with `item_bias`."""
+        return self.dim + _BIAS_COLUMNS * self.item_bias
+
     def __call__(
         self,
         packed: Packed,

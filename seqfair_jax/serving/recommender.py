@@ -190,7 +190,7 @@ def encode_users(
 
 
 def item_vectors(trained: TrainedModel) -> np.ndarray:
-    """The row of each item in the model's `output_table`, f[V, D]."""
+    """The row of each item in the model's `output_table`, f[V, vector_dim]."""
     mesh = trained.mesh or devices.make_mesh()
     table = devices.to_host(_output_table(trained.model, mesh, trained.params))
     return table[: trained.model.num_items]
@@ -230,7 +230,7 @@ def _windows(
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
 def _output_table(model: SASRec, mesh: Mesh, params: Any) -> jax.Array:
-    """The item embeddings that score, f[V, D], split over the catalogue axis."""
+    """The item vectors that score, f[V, vector_dim], split over the catalogue axis."""
     return jax.shard_map(
         lambda params: jnp.asarray(model.apply(params, train=False, method="output_table")),
         mesh=mesh,

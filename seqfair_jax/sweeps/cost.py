@@ -29,7 +29,7 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
     3 (2 V D + blocks (2 (4 D^2 + 2 D ff) + 4 n D)), with V items, width D, and n the mean number
     of tokens that a token attends to. A sampled loss with k negatives has 1 + k in place of V. The
     terms are the scores of all items, the blocks' weights, and the attention. Gated blocks have
-    6 D^2 + 3 D ff instead of 4 D^2 + 2 D ff.
+    6 D^2 + 3 D ff instead of 4 D^2 + 2 D ff, and item biases 2 V (D + 1) instead of 2 V D.
 
     The other parts of a mixture (`model.mixture`) add nothing: a step does not train them.
 
@@ -47,7 +47,8 @@ def flop_per_target(model: SASRec, lengths: np.ndarray, sampled: Sampled | None 
     seen = (lengths * (lengths + 1) // 2).sum() / lengths.sum()
     squares, layers = (6, 3) if model.gated else (4, 2)
     weights = 2 * (squares * dim**2 + layers * dim * model.ff_dim)
-    return float(3 * (2 * scored * dim + model.num_blocks * (weights + 4 * seen * dim)))
+    scores = 2 * scored * (dim + model.item_bias)
+    return float(3 * (scores + model.num_blocks * (weights + 4 * seen * dim)))
 
 
 def measure_runs_per_job(experiment: Experiment) -> int:

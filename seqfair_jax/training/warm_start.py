@@ -80,12 +80,14 @@ def warm_start(
 
     A known item keeps its vectors. Let m and s be the mean and the standard deviation of the
     source's vectors in one dimension of a table; a new item starts at m + s * z, where z is
-    standard normal. All other parameters are those of the source.
+    standard normal. The biases of items are a table of one column, for which z is the initial
+    bias in units of its standard deviation: new items that are popular start above m. All other
+    parameters are those of the source.
 
     Args:
         source: the finished run; it passed `check_model`.
         dataset: the new run's split log.
-        params: random parameters of each run, [R, ...] on the mesh, whose tables z is made from.
+        params: initial parameters of each run, [R, ...] on the mesh, whose tables z is made from.
             They are not changed.
         mesh: the devices; one if None. Each gets its own rows of the tables alone.
 
