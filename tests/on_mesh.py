@@ -342,7 +342,7 @@ def served(folder):
 def gathers():
     """The elements of the largest all-gather of a step, and those of the tables."""
     mesh = devices.make_mesh(data=2, catalogue=4)
-    settings = {"num_items": 4001, "dim": 16, "dropout": 0.3}
+    settings = {"num_items": 4001, "dim": 16, "dropout": 0.3, "item_bias": True}
     segment, arguments = make_program(mesh, "cvar", [0], vmap=True, **settings)
     text = segment.lower(*arguments(), np.int32(0), np.int32(1)).compile().as_text()
     sizes = [0]

@@ -367,6 +367,12 @@ def sasrec(parameters, inputs, *, num_blocks, num_heads):
     return np.array([_layer_norm(row, parameters["final_norm"]) for row in x])
 
 
+def scores(parameters, hidden):
+    """The score of each item after a hidden state: e_i . h + b_i."""
+    found = parameters.get("output_embedding", parameters["item_embedding"]) @ hidden
+    return found + parameters["item_bias"][:, 0] if "item_bias" in parameters else found
+
+
 def nearby(sequences, num_items, weights):
     """M [V, V] times the weights by popularity."""
     counts = [sum(items.count(i) for items in sequences) for i in range(num_items)]
@@ -400,7 +406,7 @@ def mixture(parameters, inputs, *, num_blocks, totals, shares):
     """
     own = parameters["mixture"]
     hidden = sasrec(parameters, inputs, num_blocks=num_blocks, num_heads=1)[-1]
-    catalogue = _softmax(parameters.get("output_embedding", parameters["item_embedding"]) @ hidden)
+    catalogue = _softmax(scores(parameters, hidden))
     history = [item for item in inputs[::-1] if item is not None][:65]
     newest = history[:64]
 
@@ -424,7 +430,7 @@ def mixture(parameters, inputs, *, num_blocks, totals, shares):
         gates = gates + own["gate_returns"] * np.log(returns / (1 - returns))
         catalogue[newest] = 0
         catalogue /= 1 - returns
-        part, scores = np.zeros_like(catalogue), []
+        part, ages = np.zeros_like(catalogue), []
         for age, item in enumerate(newest):
             others = len(set(newest[:age]) - {item})
             score = own["pointer_age"][age] + own["pointer_newer"][others]
@@ -432,16 +438,16 @@ def mixture(parameters, inputs, *, num_blocks, totals, shares):
                 score += own["pointer_features"][0]
             if age + 1 < len(history) and history[age + 1] == newest[0]:
                 score += own["pointer_features"][1]
-            scores.append(score)
-        for item, weight in zip(newest, _softmax(scores), strict=True):
+            ages.append(score)
+        for item, weight in zip(newest, _softmax(ages), strict=True):
             part[item] += weight
         parts.append(part)
         if not newest:
             gates[1] = -np.inf
     if totals is not None:
         part = np.zeros_like(catalogue)
-        scores = [own["near_age"][a] + own["near_total"] * np.log(totals[x]) for a, x in known]
-        for (_, item), weight in zip(known, _softmax(scores), strict=True):
+        ages = [own["near_age"][a] + own["near_total"] * np.log(totals[x]) for a, x in known]
+        for (_, item), weight in zip(known, _softmax(ages), strict=True):
             part += weight * shares[item]
         parts.append(part)
         if not known:

@@ -54,7 +54,7 @@ assert not blocked & {name.partition(".")[0] for name in set(sys.modules) - star
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("export"))[0]
+    return make_run(tmp_path_factory.mktemp("export"), **{"model.item_bias": True})[0]
 
 
 @pytest.fixture(scope="module")

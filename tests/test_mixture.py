@@ -68,7 +68,7 @@ def make_model(pointer, neighbours, num_blocks=2):
     dataset = make_dataset()
     model = SASRec(
         len(dataset.item_ids), 8, 8, num_blocks, 1, 0.0, MAX_LEN, True, 1.0, "float32", pointer,
-        neighbours,
+        neighbours, item_bias=neighbours > 0,
     )  # fmt: skip
     one = jnp.ones(1, int)
     packed = pack(Sequences(one, one, one), one * 0, num_tokens=BLOCK, num_items=model.num_items)
@@ -78,7 +78,10 @@ def make_model(pointer, neighbours, num_blocks=2):
         lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 2,
         params["params"]["mixture"],
     )
-    return model, {"params": params["params"] | {"mixture": own}}
+    changed = {"mixture": own}
+    if model.item_bias:
+        changed["item_bias"] = rng.normal(size=(model.num_items, 1)).astype(np.float32)
+    return model, {"params": params["params"] | changed}
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import pytest
 import reference
 from runs import small
 
+import seqfair_jax
 from seqfair_jax import results, serving, workdir
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.errors import DivergedError, UserError
@@ -65,7 +66,7 @@ def make_run(folder, **changes):
 
 @pytest.fixture(scope="module")
 def run_and_log(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("serving"))
+    return make_run(tmp_path_factory.mktemp("serving"), **{"model.item_bias": True})
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +99,11 @@ def reference_list(trained, history, k, masked=(), candidates=None):
     tree = jax.tree.map(np.float64, trained.params["params"])
     inputs = [None, *history[-(MAX_LEN - 2) :]]
     hidden = reference.sasrec(tree, inputs, num_blocks=1, num_heads=1)[-1]
-    scores = []
-    for item in range(len(trained.item_ids)):
-        if item not in masked and (candidates is None or item in candidates):
-            scores.append((item, float(np.dot(tree["item_embedding"][item], hidden))))
+    scores = [
+        (item, float(score))
+        for item, score in enumerate(reference.scores(tree, hidden))
+        if item not in masked and (candidates is None or item in candidates)
+    ]
     return sorted(scores, key=lambda pair: (-pair[1], pair[0]))[:k]
 
 
@@ -304,6 +306,18 @@ def test_a_run_that_cannot_be_used_is_refused(change, options, message, copied):
     change(copied)
     with pytest.raises(UserError, match=message):
         serving.load(copied, **options)
+
+
+def test_a_run_without_the_settings_of_later_versions_has_their_defaults(finished, tmp_path):
+    folder = shutil.copytree(finished().folder, tmp_path / "old")
+    settings = workdir.read_json(folder / workdir.CONFIG)
+    for key in ("gated", "item_bias"):
+        assert settings["model"].pop(key) is False
+    workdir.write_json(folder / workdir.CONFIG, settings)
+    workdir.finish(folder, workdir.finished_inputs(folder))
+    old, new = seqfair_jax.load(folder), seqfair_jax.load(finished().folder)
+    pd.testing.assert_frame_equal(old.recommend(k=3), new.recommend(k=3), check_exact=True)
+    pd.testing.assert_frame_equal(old.evaluate(), new.evaluate(), check_exact=True)
 
 
 # Recommending.
