@@ -106,7 +106,12 @@ def train_ours(config: ConfigDict, seconds: float) -> list[Point]:
         vmap=experiment.vmap,
     )
     segments, validate = Segments(experiment), make_validation(experiment)
-    states = initial_states(experiment.task, seeds=[only.seed], num_groups=experiment.num_groups)
+    states = initial_states(
+        experiment.task,
+        seeds=[only.seed],
+        num_groups=experiment.num_groups,
+        item_counts=experiment.dataset.item_counts,
+    )
     points: list[Point] = []
     steps = targets = 0
     for epoch in range(config.train.epochs):

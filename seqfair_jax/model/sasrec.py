@@ -305,9 +305,9 @@ class SASRec(nn.Module):
             works inside the mesh on the device's own V / shards rows.
         gated, position_bias: whether the blocks are gated, and have a position bias (`Block`).
         item_bias: whether the score of item i after the hidden state h is e_i . h + b_i, with a
-            learned b_i. Dropout leaves it as it is. Weight decay pulls it to 0, as every
-            parameter, which is to a score without popularity; the begin of a training is
-            `log_popularity`. In bfloat16 it is rounded as the embeddings are.
+            learned b_i, which is `log_popularity` before a training. It has no dropout. Weight
+            decay pulls it to 0 as every parameter: to a score without popularity, from which the
+            loss holds it back. In bfloat16 it is rounded as the embeddings are.
     """
 
     num_items: int
