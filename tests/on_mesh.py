@@ -40,7 +40,7 @@ LENGTHS = _rng.integers(1, 40, NUM_USERS)
 ITEMS = _rng.integers(NUM_ITEMS, size=LENGTHS.sum()).astype(np.int32)
 MEMBERSHIP = np.eye(3, dtype=bool)[np.arange(NUM_USERS) % 3]
 WINDOWS = np.minimum(LENGTHS, MAX_LEN - 1).astype(np.int32)
-MIXTURE = {"pointer": True, "neighbours": 4}
+MIXTURE = {"pointer": True, "neighbours": 4, "item_bias": True}
 NEIGHBOURS = Neighbours(
     _rng.integers(NUM_ITEMS + 1, size=(NUM_ITEMS, 4)).astype(np.int32),
     _rng.random((NUM_ITEMS, 4)).astype(np.float32) / 4,
@@ -85,7 +85,8 @@ def make_program(
     batches = Batches(seeds, lengths=WINDOWS, batch_size=BATCH, steps=STEPS, vmap=vmap, mesh=mesh)(
         0
     )
-    weights = method.target_weights(np.bincount(ITEMS, minlength=model.num_items).clip(min=1))
+    counts = np.bincount(ITEMS, minlength=model.num_items)
+    weights = method.target_weights(counts.clip(min=1))
     data = step.TrainData(
         Sequences(
             devices.pad_rows(ITEMS, data_shards),
@@ -101,7 +102,7 @@ def make_program(
     hparams = {key: np.full(len(seeds), HPARAMS[key], np.float32) for key in method.method.reads}
 
     def arguments():
-        states = step.initial_states(task, seeds=seeds, num_groups=3, mesh=mesh)
+        states = step.initial_states(task, seeds=seeds, num_groups=3, mesh=mesh, item_counts=counts)
         return states, hparams, data, batches.user_ids, np.zeros_like(batches.size_index)
 
     # The largest size alone, which compiles sooner.
@@ -147,16 +148,15 @@ def steps(objective, *shapes, **settings):
 
 
 def with_dropout(*shapes):
-    """With dropout, random windows, other blocks, a loss in chunks, and runs one after another."""
-    return steps(
-        "gdro", *shapes, dropout=0.3, windows=True, gated=True, position_bias=True, vmap=False,
-        max_logits=300,
-    )  # fmt: skip
+    """With dropout, all of the model's options, a loss in chunks, and runs one after another."""
+    options = {"gated": True, "position_bias": True, "item_bias": True, "windows": True}
+    return steps("gdro", *shapes, dropout=0.3, vmap=False, max_logits=300, **options)
 
 
 def with_negatives(*shapes):
-    """A loss over sampled negatives, with dropout."""
-    return steps("cvar", *shapes, vmap=True, dropout=0.3, sampled=Sampled("softmax", 9, 0.0))
+    """A loss over sampled negatives, with dropout and item biases."""
+    settings = {"dropout": 0.3, "item_bias": True, "sampled": Sampled("softmax", 9, 0.0)}
+    return steps("cvar", *shapes, vmap=True, **settings)
 
 
 def without_dropout(objective, *shapes):
@@ -195,7 +195,12 @@ def random_params(model):
     params = devices.to_host(state.params)["params"]
     table = np.copy(params["output_embedding"])
     table[5:15], table[20:22] = table[4], table[19]
-    return {"params": params | {"output_embedding": table}}
+    params |= {"output_embedding": table}
+    if model.item_bias:
+        bias = np.random.default_rng(2).normal(size=(NUM_ITEMS, 1)).astype(np.float32)
+        bias[5:15], bias[20:22] = bias[4], bias[19]
+        params |= {"item_bias": bias}
+    return {"params": params}
 
 
 def rankings_of_a_mixture(*shapes):

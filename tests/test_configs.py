@@ -206,6 +206,7 @@ def test_arguments_of_the_papers_configs():
     best = load("ml1m_erm", "scale=small,model=best")
     assert (best.model.pointer, best.model.neighbours, best.model.gated) == (False, 256, True)
     assert best.train.average_decay == load("own_log", "model=best").train.average_decay == 0.995
+    assert best.model.dim == 128
     assert load("rr_gdro", "scale=small,model=best").train.batch_size == 256
     assert load("rr_gdro", "model=best").train.batch_size == 128
     with pytest.raises(UserError, match="model=mix: expected plain, mixture or best"):

@@ -408,7 +408,7 @@ class SASRec(nn.Module):
             x = block(x, visible, packed.first, train)
         hidden = self.final_norm(self.blocks[-1](x, visible, packed.first, train, only))
         if self.item_bias:
-            hidden = _with_column(hidden, jnp.ones((len(hidden), 1)))
+            hidden = _with_column(hidden, jnp.ones_like(hidden[:, :1]))
         if self.is_mixture and self.is_initializing():
             nothing = jnp.full((1, NEAR_ITEMS), -jnp.inf)
             self.mixture(read_history(packed, self.num_items, jnp.zeros(1, jnp.int32)), nothing)
