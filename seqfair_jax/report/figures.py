@@ -21,6 +21,7 @@ from seqfair_jax.evaluation.slices import printable
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _DASHES = ("", "6 2", "1.5 2")  # of lines, as SVG writes them: further lines of a colour
+_HATCHES = ("", "////", "....")  # of bars: further bars of a colour
 _MARKERS = "osD^v<>p"
 _PANEL = (4.0, 2.3)  # inches
 _FOREST_WIDTH = 5.0  # inches
@@ -179,7 +180,7 @@ def change_bars(
         places: where the bars are on the axis.
         rows: columns baseline, difference, low and high, a row for each bar. A bar against a
             baseline of 0 is left out.
-        number: of the colour.
+        number: of the colour and pattern; the first 24 differ.
         width: of a bar.
 
     Returns:
@@ -187,7 +188,17 @@ def change_bars(
     """
     scale = 100 / rows["baseline"].where(rows["baseline"] > 0)
     change, low, high = (rows[name] * scale for name in ("difference", "low", "high"))
-    bars: Any = axes.bar(places, change, width, color=colour(number), alpha=0.85)
+    hatch = _HATCHES[number // len(_COLOURS) % len(_HATCHES)]
+    bars: Any = axes.bar(
+        places,
+        change,
+        width,
+        color=colour(number),
+        alpha=0.85,
+        hatch=hatch,
+        edgecolor="white",
+        lw=0,
+    )
     axes.vlines(places, low, high, color="black", linewidth=1)
     return bars, pd.concat([change, low, high]).dropna().tolist()
 
