@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.extend.random import threefry_2x32
 from numpy.testing import assert_allclose, assert_array_equal
 
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
@@ -224,6 +225,17 @@ def test_dropout_draws_the_same_bits_under_vmap():
     alone = jnp.stack([dropout(key, x, 0.5) for key in keys])
     np.testing.assert_array_equal(together, alone)
     assert (together[0] != together[1]).any()
+
+
+def test_dropout_reads_the_blocks_of_threefry():
+    key = jax.random.key(5, impl="threefry2x32")
+    rows, columns = np.meshgrid(np.arange(6), np.arange(10), indexing="ij")
+    counters = np.stack([columns // 4, rows]).astype(np.uint32)
+    first, second = threefry_2x32(jax.random.key_data(key), jnp.asarray(counters)).reshape(2, 6, 10)
+    word = np.where(columns % 4 < 2, first, second)
+    bits = np.where(columns % 2 == 0, word & 0xFFFF, word >> 16)
+    found = dropout(key, jnp.ones((6, 10)), 0.25)
+    np.testing.assert_array_equal(np.asarray(found) > 0, bits < 0.75 * 2**16)
 
 
 def test_dropout_of_the_first_rows_does_not_depend_on_the_others():

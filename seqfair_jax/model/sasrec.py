@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
@@ -30,6 +29,7 @@ PRECISIONS = {
     "bfloat16": (jnp.bfloat16, lax.Precision.DEFAULT),
 }
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of threefry's rounds
 _LAYER_NORM_EPSILON = 1e-5
 POSITION_BUCKETS, _EXACT, _LONGEST = 32, 16, 128  # see `position_buckets`
 _TABLES = ("item_embedding", "output_embedding", "item_bias")  # parameters with a row for each item
@@ -72,17 +72,32 @@ def dropout(
     blocks = jnp.asarray(start // 4, jnp.uint32).reshape(-1, 1) + jnp.arange(
         num_blocks, dtype=jnp.uint32
     ).reshape(1, -1)
-    counters = (blocks, numbers.astype(jnp.uint32)[:, None])
-    key_words = jax.random.key_data(key)
-    words = threefry_2x32(
-        (key_words[0], key_words[1]),
-        jnp.concatenate([jnp.broadcast_to(counter, shape).reshape(-1) for counter in counters]),
-    )  # every block's first word, then every block's second
-    bits = lax.bitcast_convert_type(words.reshape(2, -1).T, jnp.uint16)
+    words = _threefry(
+        jax.random.key_data(key),
+        jnp.broadcast_to(blocks, shape),
+        jnp.broadcast_to(numbers.astype(jnp.uint32)[:, None], shape),
+    )
+    bits = lax.bitcast_convert_type(jnp.stack(words, axis=-1), jnp.uint16)
     bits = bits.reshape(shape[0], 4 * num_blocks)
     bits = lax.dynamic_slice_in_dim(bits, 0 if aligned else shift, columns, axis=1)
     kept = bits.reshape(x.shape) < threshold
     return jnp.where(kept, x * (2**16 / threshold), jnp.zeros_like(x))
+
+
+def _threefry(key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both words of the threefry blocks with counters u32[...] x and y (Salmon et al. 2011).
+
+    The same bits as `jax.extend.random.threefry_2x32`, which on a CPU is a loop that writes all
+    words to memory and reads them again five times. XLA computes this one where its words are used.
+    """
+    keys = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    x, y = x + keys[0], y + keys[1]
+    for i in range(5):
+        for distance in _ROTATIONS[i % 2]:
+            x = x + y
+            y = x ^ ((y << np.uint32(distance)) | (y >> np.uint32(32 - distance)))
+        x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + np.uint32(i + 1)
+    return x, y
 
 
 def _bias_init(fan_in: int) -> nn.initializers.Initializer:
