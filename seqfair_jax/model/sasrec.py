@@ -29,6 +29,7 @@ PRECISIONS = {
     "bfloat16": (jnp.bfloat16, lax.Precision.DEFAULT),
 }
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
+_KEYS = 16  # the keys before a block are a multiple, for the vectors of the processor
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of threefry's rounds
 _LAYER_NORM_EPSILON = 1e-5
 POSITION_BUCKETS, _EXACT, _LONGEST = 32, 16, 128  # see `position_buckets`
@@ -240,11 +241,13 @@ class Block(nn.Module):
                 bias = jnp.swapaxes(bias[:, :, only % block], 0, 2)
             logits += bias
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
-        # A row for each query and head, a column for each key, both counted in the batch.
+        # A row for each query and head, a column for each key, both counted in the batch, the keys
+        # from whole blocks before the first one.
+        behind = -num_keys % block
         n, h, q = jnp.meshgrid(*map(jnp.arange, logits.shape[:3]), indexing="ij")
         pairs = {
             "rows": (((first + n * block + q) * self.num_heads) + h).reshape(-1),
-            "start": (n * block).reshape(-1) + first // 4 * 4,
+            "start": (n * block).reshape(-1) + behind + first // 4 * 4,
             "shift": first % 4,
         }
         weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype), **pairs)
@@ -268,18 +271,20 @@ class Block(nn.Module):
 def _with_previous(blocks: jax.Array, visible: jax.Array) -> jax.Array:
     """Append to each block of tokens [n, block, ...] the blocks before it: [n, K, ...]."""
     num_blocks, block, num_keys = visible.shape
-    lookback = num_keys // block - 1
+    lookback = -(-(num_keys - block) // block)
     zeros = jnp.zeros((lookback, *blocks.shape[1:]), blocks.dtype)
     padded = jnp.concatenate([zeros, blocks])
-    return jnp.concatenate([padded[i : i + num_blocks] for i in range(lookback + 1)], axis=1)
+    parts = [padded[i : i + num_blocks] for i in range(lookback + 1)]
+    parts[0] = parts[0][:, -num_keys % block :]
+    return jnp.concatenate(parts, axis=1)
 
 
 def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
     """Which keys each query may look at: the same user's, not later than itself.
 
-    Tokens are cut into blocks. A block's queries see the keys of their own block and of the
-    `lookback` blocks before it, the fewest that cover a window. This is exact, since no user has
-    more than `window` tokens.
+    Tokens are cut into blocks. A block's queries see the keys of their own block and those before
+    it that cover a window, a multiple of 16. This is exact, since no user has more than `window`
+    tokens.
 
     Args:
         slots: i32[T], the batch slot of each token; T is a multiple of `block`.
@@ -287,15 +292,17 @@ def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
         window: the most tokens that a user can have.
 
     Returns:
-        bool[T / block, block, K], K = (lookback + 1) * block. A query always sees itself, so no
-        row of the attention is empty. Padding tokens only see each other.
+        bool[T / block, block, K]; the last `block` keys are the block's own. A query always sees
+        itself, so no row of the attention is empty. Padding tokens only see each other.
     """
     lookback = -(-(window - 1) // block)
+    before = min(lookback * block, -(-(window - 1) // _KEYS) * _KEYS)
     own = slots.reshape(-1, block)
     own_index = jnp.arange(slots.size, dtype=jnp.int32).reshape(-1, block)
     padded = jnp.concatenate([jnp.full((lookback, block), -1, slots.dtype), own])
     keys = jnp.concatenate([padded[i : i + own.shape[0]] for i in range(lookback + 1)], axis=1)
-    behind = jnp.arange(-lookback * block, block, dtype=jnp.int32)
+    keys = keys[:, -(before + block) :]
+    behind = jnp.arange(-before, block, dtype=jnp.int32)
     key_index = own_index[:, :1] + behind[None, :]
     same_user = own[:, :, None] == keys[:, None, :]
     return same_user & (key_index[:, None, :] <= own_index[:, :, None])
