@@ -6,6 +6,7 @@ import reference
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose
 
+from seqfair_jax.model import softmax_loss as module
 from seqfair_jax.model.softmax_loss import chunk_sizes, softmax_loss
 
 # Of the 77 logits of `draw`: all at once, tokens in chunks, tokens and items in chunks.
@@ -41,6 +42,28 @@ def test_loss_and_gradient_match_the_reference(scale, max_logits):
     size = np.abs(expected_d_table).max()
     assert_allclose(d_hidden, expected_d_hidden, rtol=1e-5, atol=1e-5 * size)
     assert_allclose(d_table, expected_d_table, rtol=1e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize(("tokens", "items"), [(40, 50), (50, 40)])
+def test_parts_change_nothing(tokens, items, monkeypatch):
+    hidden, table, targets, cotangent = draw(tokens, items)
+    targets %= 30  # the last rows of the table belong to no item
+
+    def both():
+        losses, pullback = jax.vjp(
+            lambda h, w: softmax_loss(h, w, jnp.asarray(targets), num_items=30),
+            jnp.float32(hidden),
+            jnp.float32(table),
+        )
+        return losses, *pullback(jnp.float32(cotangent))
+
+    whole = both()
+    monkeypatch.setattr(module, "_CACHED_LOGITS", 500)  # three parts of 16 and one of 2 of 50
+    if jax.default_backend() == "cpu":
+        cuts = ((), (16, 32, 48)) if items > tokens else ((16, 32, 48), ())
+        assert module._cuts(tokens, items) == cuts
+    jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-5, atol=1e-5), both(), whole)
+    assert (np.asarray(whole[2])[30:] == 0).all()
 
 
 @pytest.mark.parametrize("max_logits", MAX_LOGITS)

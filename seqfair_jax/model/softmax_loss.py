@@ -14,6 +14,8 @@ from jax import lax
 from seqfair_jax import devices
 
 DEFAULT_MAX_LOGITS = 2**27  # half a GiB of float32
+_CACHED_LOGITS = 2**23  # of a part on a CPU: 32 MiB of float32
+_ALIGNED = 16  # the tokens or items of a part are a multiple, for the vectors of the processor
 _MIN_ITEMS = 1024  # of a chunk; the tokens are cut before a chunk gets fewer items
 
 
@@ -31,12 +33,16 @@ def softmax_loss(
 
     l_t = log sum_v exp(h_t . w_v) - h_t . w_{y_t}
 
-    If T * V is at most `max_logits`, the forward pass keeps E = exp(logits - row maximum),
-    [T, V]. With S its row sums and g the cotangent, the backward pass is two matrix products on
-    E itself, its scaling folded into the thin factor, and one sparse correction for the target:
+    If T * V is at most `max_logits`, the forward pass keeps E = exp(logits - row maximum), [T, V],
+    and q = E w / S, the mean embedding by the softmax, with S the row sums of E. With g the
+    cotangent, the backward pass is one matrix product on E itself, its scaling folded into the
+    thin factor, and one sparse correction for the target:
 
-        dL/dh = (g / S) * (E w) - g * w_y
+        dL/dh = g * (q - w_y)
         dL/dw = E^T ((g / S) * h) - scatter_y(g * h)
+
+    On a CPU this is done for one part of the longer side of [T, V] after another, each with its own
+    row maxima. So the passes over a part read it from the processor's cache.
 
     Otherwise both passes work through the catalogue in chunks of at most `max_logits` (and through
     the tokens, where chunks of 1,024 items are still too large). The forward pass keeps only
@@ -67,17 +73,63 @@ def _forward(hidden, table, targets, precision, max_logits, num_items, shards):
             hidden, table, targets, precision, max_logits, real, shards
         )
         return losses, (hidden, table, targets, None, log_sum)
-    logits = _matmul(hidden, table.T, precision)
+    token_cuts, item_cuts = _cuts(len(hidden), len(table))
+    found: list[Any] = []  # for each part of the items: E of each part of the tokens; of all tokens
+    for own, start in zip(jnp.split(table, item_cuts), (0, *item_cuts), strict=True):
+        own_real = None if real is None else real - start
+        parts = [_part(rows, own, precision, own_real) for rows in jnp.split(hidden, token_cuts)]
+        exps, *rest = zip(*parts, strict=True)
+        found.append((exps, *map(jnp.concatenate, rest)))
+    exps, maxima, sums, mixed = zip(*found, strict=True)
+    top = devices.largest(functools.reduce(jnp.maximum, maxima), devices.CATALOGUE, shards)
+    own_sum = sum(
+        row_sum * jnp.exp(row_max - top) for row_sum, row_max in zip(sums, maxima, strict=True)
+    )
+    log_sum = top + jnp.log(devices.total(own_sum, devices.CATALOGUE, shards))
+    # What makes a part's E the softmax over all items.
+    scales = [jnp.exp(row_max - log_sum) for row_max in maxima]
+    mean = sum(scale[:, None] * part for scale, part in zip(scales, mixed, strict=True))
+    target_rows = _target_rows(table, targets, shards)
+    target_logits = jnp.einsum(
+        "td,td->t",
+        hidden,
+        target_rows,
+        precision=precision,
+        preferred_element_type=log_sum.dtype,
+    )
+    target_logits = devices.total(target_logits, devices.CATALOGUE, shards)
+    kept = (exps, scales, mean - target_rows)
+    return log_sum - target_logits, (hidden, table, targets, kept, None)
+
+
+def _cuts(num_tokens: int, num_items: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the tokens and the items are cut, so that a part's logits stay in a CPU's cache."""
+    parts = -(-num_tokens * num_items // _CACHED_LOGITS)
+    if jax.default_backend() != "cpu" or parts <= 1:
+        return (), ()
+    total = max(num_tokens, num_items)
+    size = -(-total // parts // _ALIGNED) * _ALIGNED
+    cuts = tuple(range(size, total, size))
+    return (cuts, ()) if num_tokens > num_items else ((), cuts)
+
+
+def _part(rows, table, precision, real):
+    """E of some tokens and items, its row maxima and row sums, and E w."""
+    logits = _matmul(rows, table.T, precision)
     if real is not None:
         logits = jnp.where(jnp.arange(len(table)) < real, logits, -jnp.inf)
-    row_max = devices.largest(logits.max(axis=-1, keepdims=True), devices.CATALOGUE, shards)
-    exp = jnp.exp(logits - row_max)
-    row_sum = devices.total(exp.sum(axis=-1), devices.CATALOGUE, shards)
+    # The lowest finite number where no row belongs to an item: the difference of two -inf is NaN.
+    row_max = jnp.maximum(logits.max(axis=-1), jnp.finfo(logits.dtype).min)
+    exp = jnp.exp(logits - row_max[:, None])
+    row_sum = exp.sum(axis=-1)
+    exp = exp.astype(rows.dtype)
+    return exp, row_max, row_sum, _matmul(exp, table, precision)
+
+
+def _target_rows(table, targets, shards):
+    """The targets' rows of the table, f[T, D]; 0 for those of other devices."""
     place, here = devices.own_rows(targets, len(table), devices.CATALOGUE, shards)
-    target_logits = jnp.take_along_axis(logits, place[:, None], axis=-1, mode="clip")[:, 0]
-    target_logits = devices.total(jnp.where(here, target_logits, 0), devices.CATALOGUE, shards)
-    losses = jnp.log(row_sum) + row_max[:, 0] - target_logits
-    return losses, (hidden, table, targets, exp.astype(hidden.dtype), row_sum)
+    return jnp.where(here[:, None], jnp.asarray(table).at[place].get(mode="clip"), 0)
 
 
 def _real_items(table, num_items, shards):
@@ -88,22 +140,37 @@ def _real_items(table, num_items, shards):
 
 
 def _backward(precision, max_logits, num_items, shards, residuals, cotangent):
-    hidden, table, targets, exp, row_sum = residuals
-    if exp is None:
+    hidden, table, targets, kept, log_sum = residuals
+    weight = cotangent[:, None]
+    if kept is None:
         real = _real_items(table, num_items, shards)
         d_hidden, d_table = _chunked_gradients(
-            hidden, table, row_sum, cotangent, precision, max_logits, real
+            hidden, table, log_sum, cotangent, precision, max_logits, real
         )
+        d_hidden -= weight * _target_rows(table, targets, shards)
     else:
-        scale = (cotangent / row_sum)[:, None]
-        d_hidden = scale * _matmul(exp, table, precision)
-        d_table = _matmul(exp.T, (scale * hidden).astype(exp.dtype), precision)
-    weight = cotangent[:, None]
-    place, here = devices.own_rows(targets, len(table), devices.CATALOGUE, shards)
-    target_rows = jnp.where(here[:, None], table.at[place].get(mode="clip"), 0)
-    d_hidden = devices.total(d_hidden - weight * target_rows, devices.CATALOGUE, shards)
+        exps, scales, difference = kept
+        token_cuts, _ = _cuts(len(hidden), len(table))
+        d_hidden = weight * difference
+        d_tables: list[Any] = []
+        for own_exps, scale in zip(exps, scales, strict=True):
+            scaled = ((cotangent * scale)[:, None] * hidden).astype(hidden.dtype)
+            parts = zip(own_exps, jnp.split(scaled, token_cuts), strict=True)
+            d_tables.append(sum(_transposed_matmul(exp, rows, precision) for exp, rows in parts))
+        d_table = jnp.concatenate(d_tables)
+    d_hidden = devices.total(d_hidden, devices.CATALOGUE, shards)
+    place, _ = devices.own_rows(targets, len(table), devices.CATALOGUE, shards)
     d_table = d_table.at[place].add(-weight * hidden, mode="drop")
     return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None
+
+
+def _transposed_matmul(exp: jax.Array, rows: jax.Array, precision: Any) -> jax.Array:
+    """exp^T rows, [v, D]. On a CPU as (rows^T exp)^T, so that no pass transposes the larger factor;
+    the barriers keep XLA from simplifying it back."""
+    if jax.default_backend() != "cpu":
+        return _matmul(exp.T, rows, precision)
+    turned = lax.optimization_barrier(rows.T)
+    return lax.optimization_barrier(_matmul(turned, exp, precision)).T
 
 
 def chunk_sizes(num_tokens: int, num_items: int, max_logits: int) -> tuple[int, int]:
