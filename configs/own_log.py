@@ -5,8 +5,8 @@
 
 Train `method=erm` and `method=cvar`, which needs no groups. `seqfair report DIR DIR` prints both in
 one table with the baselines. `model=mixture` adds the user's own items and the items near them to
-the scores, which helps where users return to items or most items are rare. `model=best` is that with
-every other option that validated best on two public logs.
+the scores, which helps where users return to items or most items are rare. `model=best` is that,
+with every other option that validated best on two public logs.
 
 Useful keys: data.columns.* (what the file calls its columns), data.min_interactions (5),
 data.group_file (your own groups), groups, seeds, evaluate.mask_seen (True
