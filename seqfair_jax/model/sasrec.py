@@ -31,6 +31,7 @@ PRECISIONS = {
 MAX_DROPOUT = 0.999  # rates are multiples of 2**-16, and 1 would leave nothing
 _KEYS = 16  # the keys before a block are a multiple, for the vectors of the processor
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of threefry's rounds
+_FEW = 16  # tokens, one of which is asked for: with fewer, all attend, which copies no keys
 _LAYER_NORM_EPSILON = 1e-5
 POSITION_BUCKETS, _EXACT, _LONGEST = 32, 16, 128  # see `position_buckets`
 _TABLES = ("item_embedding", "output_embedding", "item_bias")  # parameters with a row for each item
@@ -227,7 +228,8 @@ class Block(nn.Module):
         qkv = qkv.reshape(num_blocks, block, 3, self.num_heads, head_dim)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         key, value = _with_previous(key, visible), _with_previous(value, visible)
-        if only is not None:  # a block for each token: a query, and the keys of the token's block
+        few = only is not None and _FEW * len(only) <= len(x)
+        if only is not None and few:  # a block for each token: a query, and the keys of its block
             query = query.reshape(-1, 1, *query.shape[2:])[only]
             visible = visible.reshape(-1, 1, visible.shape[-1])[only]
             key, value = key[only // block], value[only // block]
@@ -252,8 +254,10 @@ class Block(nn.Module):
         }
         weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype), **pairs)
         mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value, precision=self.precision)
-        x = x if only is None else x[only]
-        mixed = mixed.reshape(x.shape)
+        mixed = mixed.reshape(-1, self.dim)
+        if only is not None:
+            x = x[only]
+            mixed = mixed if few else mixed[only]
         mixed = dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed)
         x = x + gate(drop(mixed, **tokens), x, "attention_gate")
 
