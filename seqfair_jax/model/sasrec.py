@@ -239,7 +239,7 @@ class Block(nn.Module):
             shape = (self.num_heads, POSITION_BUCKETS)
             table = self.param("position_bias", nn.initializers.zeros, shape)
             bias = position_bias(table, block=block, num_keys=num_keys)[None]
-            if only is not None:  # [N, H, 1, K]
+            if only is not None and few:  # [N, H, 1, K]
                 bias = jnp.swapaxes(bias[:, :, only % block], 0, 2)
             logits += bias
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
