@@ -506,6 +506,27 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(tmp_path):
         compare_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "0", NDCG)
 
 
+def test_rows_with_many_settings_are_named_by_their_folders(tmp_path):
+    many = {"batch_size": 64, "learning_rate": 0.5, "weight_decay": 0.1, "clip_norm": 1.0}
+    plain = write_run(tmp_path / "plain")
+    best = change_config(plain, tmp_path / "best", **many)
+    printed = text.tables([plain, best], NDCG)
+    names = [line.split("  ")[0] for line in printed.splitlines() if line.startswith("ERM (")]
+    assert sorted(names[:2]) == ["ERM (best)", "ERM (plain)"]
+    assert "ERM (best): train.batch_size 64, train.learning_rate 0.5" in printed
+    assert "more than the objective" not in printed
+    # Folders of one name are told apart by their paths.
+    shutil.copytree(best, tmp_path / "other" / "plain")
+    again = [run.name for run in runs.read_runs([plain, tmp_path / "other" / "plain"])]
+    assert again == [f"ERM ({plain})", f"ERM ({tmp_path / 'other' / 'plain'})"]
+    # Other methods with other settings: the note warns, in the page too.
+    cvar = change_config(write_run(tmp_path / "a", "cvar"), tmp_path / "cvar", **many)
+    said = "he rows differ in more than the objective (train.batch_size, "
+    assert said in text.tables([plain, cvar], NDCG)
+    write_page([plain, cvar], tmp_path / "report.html")
+    assert f"T{said}" in (tmp_path / "report.html").read_text()
+
+
 def test_differences_over_seeds_by_hand(tmp_path, capsys):
     # Every user rises by these amounts, so each group does: the differences by seed are
     # 0.1 - 0, 0.3 - 0.1 and 0.2 - 0.15. Seeds 5 and 7 have no partner.

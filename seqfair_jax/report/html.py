@@ -21,7 +21,7 @@ from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO, RESAMPLES
 from seqfair_jax.report import figures, names, rows, text, verdict
 from seqfair_jax.report.contents import LEVEL, Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST, Row
-from seqfair_jax.report.runs import FinishedRun, failed_runs
+from seqfair_jax.report.runs import FinishedRun, differences, failed_runs
 from seqfair_jax.training.selection import is_result
 
 _METHODS = 8  # in a figure
@@ -112,7 +112,7 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
         dataset=contents.dataset,
         split=describe_split(split) if split else [],
         failed=failed_runs(runs),
-        notes=verdict.notes(contents),
+        notes=[*verdict.notes(contents), *map(_sentence, differences(runs))],
         verdicts=told[: text.FAMILIES],
         tables=[_results(contents, family) for family in shown.families],
         more_verdicts=told[text.FAMILIES :],
@@ -167,11 +167,15 @@ def _validation(row: Row) -> float:
     return float(np.mean([seed[slices.OVERALL] or 0.0 for seed in row.validation] or [0.0]))
 
 
+def _sentence(note: str) -> str:
+    return f"{note[0].upper()}{note[1:]}."
+
+
 def _results(contents: Contents, family: str) -> Section:
     notes = text.left_out(contents, family)
     return Section(
         f"{contents.metric} by {slices.family_label(family)}",
-        [f"{note[0].upper()}{note[1:]}." for note in notes],
+        list(map(_sentence, notes)),
         _result_table(contents, family),
     )
 

@@ -16,6 +16,7 @@ from seqfair_jax.training.selection import RULES, is_result
 
 _log = logging.getLogger(__name__)
 _SHOWN, _LONG = 4, 40  # differences in a message, and characters of a value
+_NAMED = 3  # settings in the name of a row; with more it has the name of its folder instead
 # Settings that runs of one row may differ in; `row_name` shows the objective's values.
 _FREE = {"seeds", *RESUMABLE} - {"train.epochs", "data.group_file"}
 
@@ -27,6 +28,7 @@ class FinishedRun(NamedTuple):
     name: str  # of its row: runs of one name differ only in the seed
     summary: dict[str, Any]
     named: tuple[Path, ...] = ()  # the folders that the user named it by: its own, or its grid's
+    settings: tuple[tuple[str, str], ...] = ()  # by key, without those that a row may differ in
 
     @property
     def is_list(self) -> bool:
@@ -56,6 +58,9 @@ def unique_name(label: str, taken: Collection[str]) -> str:
 def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """The runs of work directories; runs with different settings get different names.
 
+    The name of a row has the settings that differ. If there are many, it has the name of the folder
+    that the user gave, and `notes` lists them.
+
     The folders may have other systems' lists too, as `seqfair evaluate` writes them. A run that it
     tested again is left out if the run itself is there, or the same test.
 
@@ -77,8 +82,10 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         kept = {key: str(value) for key, value in settings.items() if not _is_free(key, value)}
         found.append((part, row_name(summary), kept, summary))
     variants: dict[str, list[dict[str, str]]] = {}
-    for _, name, kept, _ in found:
+    folders_of: dict[tuple[str, str], set[Path]] = {}  # by the row's method and the folder's name
+    for part, name, kept, _ in found:
         variants.setdefault(name, []).append(kept)
+        folders_of.setdefault((name, named[part][0].name), set()).add(named[part][0].resolve())
     runs: dict[tuple, FinishedRun] = {}
     for part, name, kept, summary in found:
         differing = [
@@ -86,8 +93,12 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             for key in kept
             if any(other.get(key) != kept[key] for other in variants[name])
         ]
+        if len(differing) > _NAMED:
+            folder = named[part][0]
+            only = len(folders_of[name, folder.name]) == 1
+            differing = [folder.name if only and folder.name else str(folder)]
         shown = slices.printable(row_name(summary, differing))
-        run = FinishedRun(part, shown, summary, tuple(named[part]))
+        run = FinishedRun(part, shown, summary, tuple(named[part]), tuple(kept.items()))
         first = runs.setdefault((run.name, summary["seed"]), run)
         if first is not run:
             _check_dataset(run, first)  # the path of a log is no part of a name
@@ -223,14 +234,42 @@ def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def notes(runs: Sequence[FinishedRun]) -> list[str]:
-    """The notes below the tables: a line for each run that failed or stopped early."""
+    """The notes below the tables.
+
+    They have a line for each run that failed or stopped early, and the settings in which the rows
+    differ beside their objectives.
+    """
     stopped = [
         f"{run.name}, seed {run.summary['seed']}: stopped early, after epoch "
         f"{run.summary['train']['stopped_epoch']}; its best epoch is {run.summary['best']['epoch']}"
         for run in runs
         if is_result(run.summary) and run.summary.get("train", {}).get("stopped_epoch") is not None
     ]
-    return [*failed_runs(runs), *stopped]
+    return [*failed_runs(runs), *stopped, *differences(runs)]
+
+
+def differences(runs: Sequence[FinishedRun]) -> list[str]:
+    """What rows differ in beside their objectives, where their names do not say it."""
+    rows = {run.name: dict(run.settings) for run in runs if not run.is_list}
+    keys = [
+        key
+        for key in dict.fromkeys(key for settings in rows.values() for key in settings)
+        if not key.startswith("objective.") and len({row.get(key) for row in rows.values()}) > 1
+    ]
+    if not keys:
+        return []
+    lines = []
+    methods = {run.summary["method"] for run in runs if not run.is_list}
+    if len(methods) > 1:
+        lines.append(
+            f"the rows differ in more than the objective ({', '.join(keys)}), so their differences "
+            "are not of the objective alone"
+        )
+    if len(methods) > 1 or len(keys) > _NAMED:
+        for name, settings in rows.items():
+            values = ", ".join(setting_text(key, settings.get(key, "none")) for key in keys)
+            lines.append(f"{name}: {values}")
+    return list(map(slices.printable, lines))
 
 
 def finished_only(folders: Sequence[Path]) -> list[Path]:
