@@ -178,6 +178,7 @@ def test_a_cache_that_cannot_be_written_is_not_used(config, tmp_path, caplog, mo
     config.cache_dir = str(tmp_path / "file" / "cache")
     assert load_dataset(config).counts["users"] == 3
     assert "the cache is not used: cannot write" in caplog.text
+    assert "made again" not in caplog.text
     caplog.clear()
 
     def full(*args, **kwargs):

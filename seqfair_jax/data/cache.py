@@ -29,7 +29,7 @@ from seqfair_jax.workdir import cache_folder, user_path, write_file
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_FORMAT = 6  # raise it when what `load_dataset` computes or stores changes
+_FORMAT = 6  # raise it when what is `cached` changes: the logs, the splits, the baselines
 _FILES = {"log": "path", "valid_log": "valid_path", "test_log": "test_path"}  # of `data`
 # What the splits depend on, beside the log.
 _SPLIT = {"leave_one_out": (), "files": ("targets",),
@@ -273,7 +273,7 @@ def _load(entry: Path, kind: type[_Kept], mapped: bool = False) -> _Kept | None:
                 elif field.name not in values:
                     values[field.name] = get(field.name)
         return kind(**values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # damage can raise anything; the log is there to read again
         _LOG.warning("the cache entry %s cannot be used and is made again: %s", entry, error)
