@@ -227,6 +227,8 @@ def test_parse_arguments():
     for text in ("a=x", "a"):
         with pytest.raises(UserError, match="expected a=VALUE with a int"):
             parse_arguments(text, a=1)
+    with pytest.raises(UserError, match="argument 'a=2': a is given twice"):
+        parse_arguments("a=1,b=1,a=2", a=0, b=0)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
     Values take the type of their default.
 
     Raises:
-        UserError: on a key without a default (names the closest) or a value of another type.
+        UserError: on a key without a default (names the closest), a key that is given twice, or a
+            value of another type.
     """
-    arguments = ConfigDict(defaults)
+    arguments, given = ConfigDict(defaults), set()
     for part in filter(None, (text or "").split(",")):
         key, equals, value = part.partition("=")
         if key not in defaults:
@@ -21,6 +22,9 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
                 f"config argument {part!r}: unknown key {key!r}{did_you_mean(key, defaults)}; "
                 f"known: {', '.join(defaults)}"
             )
+        if key in given:
+            raise UserError(f"config argument {part!r}: {key} is given twice, expected once")
+        given.add(key)
         kind = type(defaults[key])
         try:
             if not equals:
