@@ -53,6 +53,8 @@ NOT_RUN = {
     "python -m benchmarks.export --format=onnx": "it needs the extra `onnx`",
     "seqfair export --format=onnx":
         "it needs the extra `onnx`; tests/test_export.py runs it where that is installed",
+    "--workdir=runs/field_rr": "tests/test_reproduce.py runs such a sweep",
+    "--workdir=runs/field_ml1m": "tests/test_reproduce.py runs such a sweep",
     "python -m pytest": "it is this command",
     "--config.data.path=ml-100k.inter.gz": "it needs MovieLens-100K",
 }  # fmt: skip

@@ -370,6 +370,7 @@ def losses_of(folder):
     return [json.loads(row)["train/loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_alone_and_after_a_stop(mixed, tmp_path):
     whole = small(**{"model.pointer": True, "model.neighbours": 6})
     run.run(whole, tmp_path / "whole")

@@ -208,7 +208,7 @@ def test_group_dro_agrees_with_the_reference_over_fifty_steps(method, level):
         assert_allclose(state.log_weights, np.log(omega), rtol=1e-5, atol=1e-5)
         assert_allclose(state.loss_estimate, estimate, rtol=1e-5)
         assert_allclose(logged["group_weight"], omega, rtol=1e-5, atol=1e-5)
-        assert_allclose(loss, expected, rtol=1e-5)
+        assert_allclose(loss, expected, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["gdro", "sdro"])

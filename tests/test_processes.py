@@ -81,6 +81,7 @@ def train_to_the_end(folder):
     return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_resume_to_the_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     first, second = train_to_the_end(whole)
@@ -126,6 +127,7 @@ def test_a_log_that_the_first_process_cannot_prepare_ends_all(tmp_path):
     assert "Traceback" not in "".join(outputs)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_devices_resumes_on_one(tmp_path):
     folder = tmp_path / "run"
     train_to_the_end(folder)
@@ -143,6 +145,7 @@ def test_a_checkpoint_of_four_devices_resumes_on_one(tmp_path):
     assert after["train/loss"][3] < after["train/loss"][0]
 
 
+@pytest.mark.slow
 def test_neighbours_that_two_processes_share_are_written_whole(tmp_path):
     more = (
         "--config.model.neighbours=4",

@@ -259,6 +259,7 @@ def start(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
     done = start(_SHARED, tmp_path / "sweep")
     assert done.returncode == 0, done.stderr
@@ -309,6 +310,7 @@ def test_a_whole_sweep_beyond_the_paper_shared_by_two_processes(tmp_path):
     assert "settings " in claims_text.splitlines()[2]
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_it_ends_with_the_same_tables(finished, tmp_path):
     # Every durable write is a rename, so kills before the n-th of them are spread over planning,
     # training, checkpoints, tests and tables; the numbers grow, so that every life gets further.

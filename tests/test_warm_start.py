@@ -448,6 +448,7 @@ def test_the_training_does_not_change_the_source(logs, tmp_path):
         assert warm_start.parameters_hash(best)
 
 
+@pytest.mark.slow
 def test_it_reaches_the_score_from_scratch_in_less_than_half_the_steps(logs, tmp_path):
     recipe = {
         "train.learning_rate": 0.01,
