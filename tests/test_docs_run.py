@@ -28,9 +28,7 @@ from seqfair_jax.data.synthetic import default_settings, generate
 from seqfair_jax.objectives import registry
 
 # Pages whose commands `make test` runs. `make test-all` runs the others too.
-QUICK = (
-    "README.md", "docs/own_log.md", "docs/tutorial.md", "docs/recommend.md", "docs/python.md"
-)  # fmt: skip
+QUICK = ("README.md", "docs/own_log.md")
 
 # Commands that do not run here, by some of their words, and why. tests/test_docs.py checks them.
 NOT_RUN = {

@@ -270,6 +270,7 @@ def test_a_log_that_grew_holds_out_no_row_that_was_trained_on(logs, caplog, kind
         assert "test targets, so the scores on them are too high" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_the_old_folder_no_more(logs, tmp_path, monkeypatch):
     """Runs side by side, stopped in the second epoch, equal the uninterrupted bit for bit."""
     shutil.copytree(logs / "old", tmp_path / "old")
