@@ -516,6 +516,10 @@ def test_rows_with_many_settings_are_named_by_their_folders(tmp_path):
     assert names[:2] == ["ERM (plain)", "ERM (best)"]
     assert "ERM (best): train.batch_size 64, train.learning_rate 0.5" in printed
     assert "more than the objective" not in printed
+    # Another seed with the same settings is in the same row, wherever it is.
+    second = change_config(write_run(tmp_path / "erm1", seed=1), tmp_path / "second", **many)
+    rows_of = [run.name for run in runs.read_runs([plain, best, second])]
+    assert rows_of == ["ERM (plain)", "ERM (best)", "ERM (best)"]
     # Folders of one name are told apart by their paths.
     shutil.copytree(best, tmp_path / "other" / "plain")
     again = [run.name for run in runs.read_runs([plain, tmp_path / "other" / "plain"])]

@@ -228,19 +228,19 @@ class Block(nn.Module):
         qkv = qkv.reshape(num_blocks, block, 3, self.num_heads, head_dim)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         key, value = _with_previous(key, visible), _with_previous(value, visible)
-        few = only is not None and _FEW * len(only) <= len(x)
-        if only is not None and few:  # a block for each token: a query, and the keys of its block
-            query = query.reshape(-1, 1, *query.shape[2:])[only]
-            visible = visible.reshape(-1, 1, visible.shape[-1])[only]
-            key, value = key[only // block], value[only // block]
+        alone = only if only is not None and _FEW * len(only) <= len(x) else None
+        if alone is not None:  # a block for each token: a query, and the keys of its block
+            query = query.reshape(-1, 1, *query.shape[2:])[alone]
+            visible = visible.reshape(-1, 1, visible.shape[-1])[alone]
+            key, value = key[alone // block], value[alone // block]
         logits = jnp.einsum("nqhd,nkhd->nhqk", query, key, precision=self.precision)
         logits = logits.astype(jnp.float32) * head_dim**-0.5
         if self.position_bias:
             shape = (self.num_heads, POSITION_BUCKETS)
             table = self.param("position_bias", nn.initializers.zeros, shape)
             bias = position_bias(table, block=block, num_keys=num_keys)[None]
-            if only is not None and few:  # [N, H, 1, K]
-                bias = jnp.swapaxes(bias[:, :, only % block], 0, 2)
+            if alone is not None:  # [N, H, 1, K]
+                bias = jnp.swapaxes(bias[:, :, alone % block], 0, 2)
             logits += bias
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
         # A row for each query and head, a column for each key, both counted in the batch, the keys
@@ -257,7 +257,7 @@ class Block(nn.Module):
         mixed = mixed.reshape(-1, self.dim)
         if only is not None:
             x = x[only]
-            mixed = mixed if few else mixed[only]
+            mixed = mixed[only] if alone is None else mixed
         mixed = dense(self.dim, "attention_out", bias_init=nn.initializers.zeros)(mixed)
         x = x + gate(drop(mixed, **tokens), x, "attention_gate")
 

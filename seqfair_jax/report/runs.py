@@ -79,26 +79,28 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         if is_list(summary):
             continue
         settings = dict(flatten(workdir.read_json(part / workdir.CONFIG) or {}))
-        kept = {key: str(value) for key, value in settings.items() if not _is_free(key, value)}
+        kept = tuple(
+            (key, str(value)) for key, value in settings.items() if not _is_free(key, value)
+        )
         found.append((part, row_name(summary), kept, summary))
-    variants: dict[str, list[dict[str, str]]] = {}
-    folders_of: dict[tuple[str, str], set[Path]] = {}  # by the row's method and the folder's name
+    # Of each method: the settings of its rows, and the first folder that has them.
+    variants: dict[str, dict[tuple[tuple[str, str], ...], Path]] = {}
     for part, name, kept, _ in found:
-        variants.setdefault(name, []).append(kept)
-        folders_of.setdefault((name, named[part][0].name), set()).add(named[part][0].resolve())
+        variants.setdefault(name, {}).setdefault(kept, named[part][0])
     runs: dict[tuple, FinishedRun] = {}
     for part, name, kept, summary in found:
+        others = variants[name]
         differing = [
-            setting_text(key, kept[key])
-            for key in kept
-            if any(other.get(key) != kept[key] for other in variants[name])
+            setting_text(key, value)
+            for key, value in kept
+            if any((key, value) not in other for other in others)
         ]
         if len(differing) > _NAMED:
-            folder = named[part][0]
-            only = len(folders_of[name, folder.name]) == 1
-            differing = [folder.name if only and folder.name else str(folder)]
+            folder = others[kept]
+            is_clear = [other.name for other in others.values()].count(folder.name) == 1
+            differing = [folder.name if is_clear and folder.name else str(folder)]
         shown = slices.printable(row_name(summary, differing))
-        run = FinishedRun(part, shown, summary, tuple(named[part]), tuple(kept.items()))
+        run = FinishedRun(part, shown, summary, tuple(named[part]), kept)
         first = runs.setdefault((run.name, summary["seed"]), run)
         if first is not run:
             _check_dataset(run, first)  # the path of a log is no part of a name
