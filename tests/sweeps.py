@@ -24,17 +24,24 @@ def tiny(**changes):
     return config
 
 
-class Threads:
-    """Two threads in place of a cluster (`jobs.Workers`); the arguments are pickled."""
+class Threads(ThreadPoolExecutor):
+    """Two threads in place of a cluster (`jobs.Workers`); the arguments are pickled.
+
+    A test uses it as a context: a thread that still ran after its test would call what the next
+    test patches.
+    """
 
     def __init__(self):
-        self._pool = ThreadPoolExecutor(2)
+        super().__init__(2)
 
     def submit(self, function, /, *args):
-        return self._pool.submit(function, *pickle.loads(pickle.dumps(args)))
+        return super().submit(function, *pickle.loads(pickle.dumps(args)))
 
     def count(self):
         return 2
+
+    def __exit__(self, *_):
+        self.shutdown(cancel_futures=True)
 
 
 def planned(config, runs_per_job=1000):

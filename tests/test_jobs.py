@@ -109,13 +109,15 @@ def quick_poll(monkeypatch):
 
 def test_workers_run_every_job_once(plan, trained, tmp_path, capsys, quick_poll):
     write_results(workdir.job_folder(tmp_path, "cvar"), plan[3].config)
-    assert jobs.work(plan, tmp_path, Threads()) == {}
+    with Threads() as workers:
+        assert jobs.work(plan, tmp_path, workers) == {}
     assert sorted(trained) == ["erm", "gdro-pop33", "gdro-seq33"]
     assert jobs.done(plan, tmp_path) == plan
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": done")]
     assert lines[-1].startswith("[4 of 4 done, 0 running, 0 failed] ")
     assert len(lines) == 3
-    assert jobs.work(plan, tmp_path, Threads()) == {}
+    with Threads() as workers:
+        assert jobs.work(plan, tmp_path, workers) == {}
     assert len(trained) == 3
 
 
@@ -134,7 +136,8 @@ def test_the_lines_say_which_process_runs_a_job(plan, tmp_path, monkeypatch, qui
     # A killed process left its name.
     lock = workdir.job_lock(tmp_path, "erm")
     workdir.write_text(lock.with_name(f"{lock.name}.owner"), "process 1 on earth")
-    assert jobs.work(plan[:1], tmp_path, Threads()) == {}
+    with Threads() as workers:
+        assert jobs.work(plan[:1], tmp_path, workers) == {}
     ours = [line for line in lines if " done, " in line]
     assert ours[0].startswith(f"[0 of 1 done, 1 running, 0 failed] {shown}")
     assert ours[1:] == ["[1 of 1 done, 0 running, 0 failed] erm: done"]
@@ -160,7 +163,8 @@ def test_a_job_that_fails_or_is_lost_elsewhere_does_not_stop_the_others(
         write_results(folder, config)
 
     monkeypatch.setattr(jobs, "run", run)
-    errors = jobs.work(plan, tmp_path, Lossy())
+    with Lossy() as workers:
+        errors = jobs.work(plan, tmp_path, workers)
     lost = "lost in 4 attempts"
     assert errors == {"gdro-pop33": lost, "gdro-seq33": lost, "cvar": "diverged"}
     assert [job.name for job in jobs.done(plan, tmp_path)] == ["erm"]
@@ -174,8 +178,8 @@ def test_a_bug_elsewhere_stops_the_work(plan, tmp_path, monkeypatch, quick_poll)
         raise ZeroDivisionError
 
     monkeypatch.setattr(jobs, "run", run)
-    with pytest.raises(ZeroDivisionError):
-        jobs.work(plan, tmp_path, Threads())
+    with Threads() as workers, pytest.raises(ZeroDivisionError):
+        jobs.work(plan, tmp_path, workers)
 
 
 def test_an_interrupted_job_is_run_again(plan, trained, tmp_path):

@@ -153,8 +153,9 @@ def test_workers_measure_their_memory_and_run_the_jobs(finished, tmp_path, monke
     monkeypatch.setattr(
         jobs, "run", lambda _, folder: shutil.copytree(finished / "jobs" / folder.name, folder)
     )
-    for _ in range(2):
-        reproduce(tiny(**{"sweep.runs_per_job": 0}), tmp_path, workers=Threads())
+    with Threads() as workers:
+        for _ in range(2):
+            reproduce(tiny(**{"sweep.runs_per_job": 0}), tmp_path, workers=workers)
     assert len(measured) == 1
     assert workdir.read_json(tmp_path / "plan.json") == {"runs_per_job": 8}
     for name in ("results.csv", "overall-claims.csv"):

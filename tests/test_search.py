@@ -568,7 +568,8 @@ def test_workers_find_what_one_process_finds(tmp_path, trainings, monkeypatch, c
     tested = []
     monkeypatch.setattr(runs, "run", lambda config, folder: tested.append(folder.name))
     capsys.readouterr()
-    table = search(config, tmp_path / "many", train_best=True, workers=Threads())
+    with Threads() as workers:
+        table = search(config, tmp_path / "many", train_best=True, workers=workers)
     unequal = ["seconds"]
     pd.testing.assert_frame_equal(table.drop(columns=unequal), expected.drop(columns=unequal))
     line = "[5 of 5 trials: 4 finished, 0 pruned, 1 failed, 0 unfinished; best so far "
@@ -595,8 +596,8 @@ def test_workers_that_all_fail_end_the_search(tmp_path, trainings, monkeypatch, 
     real = studies.opened
     doors = iter([real, fail, fail])  # of this process, and of the workers
     monkeypatch.setattr(studies, "opened", lambda *args, **kwargs: next(doors)(*args, **kwargs))
-    with pytest.raises(UserError, match="the disk is full"):
-        search(searchable(), tmp_path, trials_wanted=2, workers=Threads())
+    with Threads() as workers, pytest.raises(UserError, match="the disk is full"):
+        search(searchable(), tmp_path, trials_wanted=2, workers=workers)
     assert caplog.text.count("a worker ended: the disk is full") == 2
 
 
