@@ -418,7 +418,9 @@ def mixture(parameters, inputs, *, num_blocks, totals, shares):
         sum(is_return) / max(count, 1),
         np.dot(is_return, fading) / max(sum(fading), 1),
         is_return[0] if count else 0.0,
+        np.log(1 + len(set(newest))),
     ]
+    features += [float(len(set(newest)) == few) for few in range(8)]
     if totals is not None:
         known = [(age, x) for age, x in enumerate(history[:12]) if totals[x] > 0]
         features.append(np.log(totals[newest[0]]) if count and totals[newest[0]] > 0 else 0.0)

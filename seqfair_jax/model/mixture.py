@@ -39,6 +39,7 @@ from seqfair_jax.model.packing import Packed
 
 POINTER_ITEMS = 64  # P
 NEAR_ITEMS = 12  # W: of older items the weight is below a hundredth
+_FEW = 8  # each smaller number of distinct items has its own weight in the gates
 _FADING = 0.8  # how much less the next older row counts in the fading share of returns
 _NEVER = -1e30  # a logit whose softmax is 0, also where all are
 _SMALLEST = 1e-30  # of a share; 1 / x of a much smaller one is infinite in float32
@@ -99,9 +100,12 @@ def newest_items(
 def read_history(packed: Packed, num_items: int, at: jax.Array | None = None) -> History:
     """The features of the history up to each token, or up to some of the tokens.
 
-    Those of a history, with n items among the newest P: log(1 + n); the share of the n rows that
-    are returns to the item of an older row; the same share with weights 0.8^j; whether the newest
-    row is a return.
+    Those of a history, with n items among the newest P, of which m are distinct: log(1 + n); the
+    share of the n rows that are returns to the item of an older row; the same share with weights
+    0.8^j; whether the newest row is a return; log(1 + m); and whether m is 0, 1, ..., 7. The last
+    eight let the gates be any function of a small m. In a log whose filter keeps the users with at
+    least five distinct items, the held-out ones included, the next item of a user with three is
+    never a return.
 
     Those of its j-th item: whether no newer row has the item; whether the row before it has the
     newest item, so that the item followed that one before.
@@ -121,13 +125,15 @@ def read_history(packed: Packed, num_items: int, at: jax.Array | None = None) ->
     is_return = (same & is_newer.T[None]).any(axis=2)
     newer = jnp.maximum(jnp.cumsum(is_newest_row, axis=1) - 1, 0)
 
-    count = real.sum(axis=1)
+    count, distinct = real.sum(axis=1), is_newest_row.sum(axis=1)
     fading = jnp.where(real, _FADING ** age[None].astype(jnp.float32), 0)
     features = [
         jnp.log1p(count),
         is_return.sum(axis=1) / jnp.maximum(count, 1),
         (fading * is_return).sum(axis=1) / jnp.maximum(fading.sum(axis=1), 1),
         is_return[:, 0],
+        jnp.log1p(distinct),
+        *(distinct == few for few in range(_FEW)),
     ]
     before = found[:, 1:]
     followed = (before == items[:, :1]) & (before < num_items)
