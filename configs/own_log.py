@@ -1,6 +1,6 @@
 """Your own log: a table of users, items and times.
 
-    seqfair train --config=own_log:method=cvar --workdir=runs/mine \
+    seqfair train --config=own_log:method=cvar --workdir=runs/mine \\
         --config.data.path=log.csv --config.data.columns.user_id=customer
 
 Train `method=erm` and `method=cvar`, which needs no groups. `seqfair report DIR DIR` prints both in

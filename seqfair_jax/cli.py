@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from seqfair_jax import workdir
 from seqfair_jax.config import flatten, help
 from seqfair_jax.config.change import locate
-from seqfair_jax.config.files import load_config
+from seqfair_jax.config.files import description, load_config
 from seqfair_jax.config.keys import settings
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.settings import Setting
@@ -204,7 +204,8 @@ class Command:
             lines += [
                 *_wrapped(
                     "--config: the name of a shipped config, such as own_log, or the path of "
-                    "your own file, such as mine.py; its arguments follow a colon"
+                    "your own file, such as mine.py; its arguments follow a colon, as in "
+                    "own_log:method=cvar, and own_log:help lists them"
                     + " (required)"
                     * (self._takes_config is True)
                 ),
@@ -231,6 +232,9 @@ class Command:
             name, _ = take_config(argv)
             values = dict(flatten(self._load(name).to_dict()))
             if all(setting.key in values for setting in listed):
+                if about := description(name):
+                    yield f"--config={name}:"
+                    yield f"\n{textwrap.indent(about, '  ')}\n"
                 yield f"settings, with the values of --config={name}:"
                 yield f"\n{help.settings_text(listed, values)}"
                 return

@@ -485,6 +485,7 @@ def test_help_with_a_config_shows_its_values(capsys, config_file):
     out = help_of(capsys, "--config=rr_gdro")
     assert "  objective.name (here: gdro; " in out
     assert "  train.epochs (here: 1000; " in out
+    assert "\n--config=rr_gdro:\n\n  GDRO on Retailrocket, a row of the paper's tables" in out
     assert "  train.epochs (here: 2; " in help_of(capsys, f"--config={config_file}")
 
 

@@ -229,6 +229,10 @@ def test_parse_arguments():
             parse_arguments(text, a=1)
     with pytest.raises(UserError, match="argument 'a=2': a is given twice"):
         parse_arguments("a=1,b=1,a=2", a=0, b=0)
+    with pytest.raises(UserError, match=r"unknown key 'd'; known, with their defaults: a=1, b=y$"):
+        parse_arguments("d=1", a=1, b="y")
+    with pytest.raises(UserError, match="arguments of this config, with their defaults: a=1, b=y$"):
+        parse_arguments("help", a=1, b="y")
 
 
 @pytest.mark.parametrize(

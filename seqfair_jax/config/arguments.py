@@ -11,16 +11,19 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
     Values take the type of their default.
 
     Raises:
-        UserError: on a key without a default (names the closest), a key that is given twice, or a
-            value of another type.
+        UserError: if the text is `help`, with the keys and their defaults; on a key without a
+            default (names the closest), a key that is given twice, or a value of another type.
     """
     arguments, given = ConfigDict(defaults), set()
+    known = ", ".join(f"{key}={value}" for key, value in defaults.items())
+    if text == "help":
+        raise UserError(f"the arguments of this config, with their defaults: {known}")
     for part in filter(None, (text or "").split(",")):
         key, equals, value = part.partition("=")
         if key not in defaults:
             raise UserError(
                 f"config argument {part!r}: unknown key {key!r}{did_you_mean(key, defaults)}; "
-                f"known: {', '.join(defaults)}"
+                f"known, with their defaults: {known}"
             )
         if key in given:
             raise UserError(f"config argument {part!r}: {key} is given twice, expected once")

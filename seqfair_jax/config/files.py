@@ -25,8 +25,20 @@ def shipped() -> dict[str, Path]:
 
 def summary(path: Path) -> str:
     """The first line of a config file's docstring."""
-    text = ast.get_docstring(ast.parse(workdir.read_text(path))) or ""
-    return text.partition("\n")[0]
+    return _docstring(path).partition("\n")[0]
+
+
+def description(argument: str) -> str:
+    """The docstring of the config file that `load_config` would run; "" if it has none.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    return _docstring(_find(argument.partition(":")[0]))
+
+
+def _docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(workdir.read_text(path))) or ""
 
 
 def load_config(argument: str) -> ConfigDict:
