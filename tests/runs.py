@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from seqfair_jax.config import default_config, flatten
 from seqfair_jax.evaluation import slices
 from seqfair_jax.run import run
@@ -58,6 +60,13 @@ def means_of(values, families, repeat):
         for name, users in ((slices.REPEAT, repeat), (slices.NEW, ~repeat)):
             found[metric][name] = float(value[users].mean())
     return found
+
+
+def slow_but(values, quick):
+    """Parameters of a test; `make test` runs those in `quick` alone."""
+    return [
+        value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values
+    ]
 
 
 class Finished(NamedTuple):

@@ -377,6 +377,7 @@ def test_evaluate_by_other_groups_cutoffs_and_metrics(model, folder):
             model.evaluate(**arguments)
 
 
+@pytest.mark.slow
 def test_a_trained_position_bias_is_tested_and_recommends():
     """Of two seeds that train side by side, with steps that move the bias far."""
     changes = {"model.position_bias": True, "train.learning_rate": 0.3, "train.runs_axis": "vmap"}

@@ -506,6 +506,7 @@ def test_the_result_as_tables(one_run):
         found.table("NDCG@7")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_grid_and_a_rule(finished, tmp_path, capsys):
     folder = finished("cvar", **{"objective.alpha": (0.2, 0.9)}).folder
     names = [run["run"] for run in workdir.read_summary(folder)["runs"]]

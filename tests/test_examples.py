@@ -119,6 +119,7 @@ def test_a_config_file_imports_the_module_that_registers(tmp_path):
     assert str(tmp_path) not in sys.path
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_script(tmp_path):
     done = subprocess.run(
         [sys.executable, EXAMPLES / "own_objective.py"],

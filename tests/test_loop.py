@@ -28,7 +28,10 @@ def test_fewer_epochs_than_are_done_are_refused(finished):
     workdir.check_finished(folder)  # nothing changed
 
 
-@pytest.mark.parametrize("options", [{}, {"train.average_decay": 0.9, "model.neighbours": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"train.average_decay": 0.9, "model.neighbours": 3}, marks=pytest.mark.slow)],
+)
 def test_the_scores_in_the_summary_are_those_of_the_parameters_that_are_kept(options, finished):
     changes = {"train.learning_rate": 0.1, "train.epochs": 5, **options}
     config, run = resolve(small(**changes)), finished(**changes)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import slow_but
 
 from seqfair_jax import devices, objectives
 from seqfair_jax.errors import UserError
@@ -40,7 +41,7 @@ def assert_equal_steps(found):
     assert all(worst < 1e-5 for worst in found.values()), found
 
 
-@pytest.mark.parametrize("objective", ["erm", "gdro_clusters"])  # the others: on every mesh
+@pytest.mark.parametrize("objective", slow_but(["erm", "gdro_clusters"], ["erm"]))
 def test_a_mesh_takes_the_step_of_one_device(objective):
     assert_equal_steps(on_mesh("without_dropout", objective, "2,2,2"))
 
@@ -57,6 +58,7 @@ def test_every_mesh_takes_the_step_of_one_device(objective):
 # Other bits would change the loss and the gradients by far more than rounding.
 
 
+@pytest.mark.slow
 def test_dropout_has_the_bits_of_one_device():
     assert_equal_steps(on_mesh("with_dropout", "2,2,2"))
 

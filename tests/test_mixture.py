@@ -248,6 +248,7 @@ def test_who_cannot_fit_a_mixture():
     jax.tree.map(assert_array_equal, fit(params, "x"), params["params"]["mixture"])
 
 
+@pytest.mark.slow
 def test_a_mixture_changes_no_step():
     plain, mixed = (
         build_experiment(resolve(small(**{"model.pointer": pointer}))) for pointer in (False, True)

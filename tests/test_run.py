@@ -8,7 +8,17 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from runs import DROPOUT, FILES, files_of, finish, rows_of, small, train_command, write_config
+from runs import (
+    DROPOUT,
+    FILES,
+    files_of,
+    finish,
+    rows_of,
+    slow_but,
+    small,
+    train_command,
+    write_config,
+)
 
 from seqfair_jax import workdir
 from seqfair_jax.config import decay_over_training, resolve
@@ -21,7 +31,7 @@ from seqfair_jax.training import environment, loop, resume
 from seqfair_jax.training.experiment import build_experiment
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, ["gdro", "sdro", "cvar", "gdro_clusters"]))
 def test_every_objective_from_log_to_table(method, finished):
     folder, summary, printed = finished(method)
     assert files_of(folder) == FILES
@@ -62,7 +72,7 @@ def test_a_finished_run_prints_its_table_again(finished, capsys):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {
             "model.gated": True,
             "model.item_bias": True,
@@ -307,7 +317,7 @@ def test_a_group_method_refuses_an_overlapping_family(tmp_path):
         run(small("gdro", **changes), tmp_path / "a")
 
 
-@pytest.mark.parametrize("method", ["gdro", "ipw", "cvar"])
+@pytest.mark.parametrize("method", slow_but(["gdro", "ipw", "cvar"], ["gdro"]))
 def test_a_loss_over_two_families_at_once(method, tmp_path):
     summary = run(small(method, **{"objective.group_family": "pop33&seq33"}), tmp_path / "run")
     assert summary["group_family"] == "pop33&seq33"
@@ -340,6 +350,7 @@ def read_until(process, text):
         found += part
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     config = small("sdro", **DROPOUT, **{"train.epochs": 40, "train.segment_seconds": 0.0})
     command = train_command(write_config(tmp_path / "config.py", config), tmp_path / "run")

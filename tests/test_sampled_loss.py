@@ -332,6 +332,7 @@ def train(vmap, cuts):
     return run_segment(task, [0, 1], [make_hparams()] * 2, vmap=vmap, cuts=cuts)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_take_the_first_step_that_they_take_alone():
     together, alone = (train(vmap, [(0, 1)]) for vmap in (True, False))
     jax.tree.map(

@@ -94,6 +94,7 @@ def test_our_side_has_a_point_for_each_epoch(config):
     assert point["steps"] == point["targets"] == 0
 
 
+@pytest.mark.slow
 def test_our_side_scores_the_average_of_the_parameters(finished):
     changes = {"train.average_decay": 0.9, "train.learning_rate": 0.1}
     points = time_to_quality.train_ours(resolve(small(**changes)), 600.0)

@@ -102,6 +102,7 @@ def test_the_wheel_has_every_file_of_the_package_and_the_configs(wheel):
     }
 
 
+@pytest.mark.slow
 def test_the_installed_commands_run_in_an_empty_folder(seqfair):
     run, folder = seqfair
     assert "recommend" in run("--help")
