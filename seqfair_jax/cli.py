@@ -231,10 +231,10 @@ class Command:
         if any(word.partition("=")[0] in ("--config", "-config") for word in argv):
             name, _ = take_config(argv)
             values = dict(flatten(self._load(name).to_dict()))
+            if about := description(name):
+                yield f"--config={name}:"
+                yield f"\n{help.indented(about)}\n"
             if all(setting.key in values for setting in listed):
-                if about := description(name):
-                    yield f"--config={name}:"
-                    yield f"\n{textwrap.indent(about, '  ')}\n"
                 yield f"settings, with the values of --config={name}:"
                 yield f"\n{help.settings_text(listed, values)}"
                 return

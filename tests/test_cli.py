@@ -489,6 +489,26 @@ def test_help_with_a_config_shows_its_values(capsys, config_file):
     assert "  train.epochs (here: 2; " in help_of(capsys, f"--config={config_file}")
 
 
+@pytest.mark.parametrize("command", [train, search, reproduce])
+def test_help_prints_the_description_of_a_config(command, capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    code = "from seqfair_jax.config import default_config as get_config\n"
+    path.write_text(code)
+    out = help_of(capsys, f"--config={path}", command=command)
+    assert f"\n--config={path}:\n" not in out
+    words, line = "100 % of {users} " * 10, "    seqfair train " + "x" * 90
+    item = "- " + "y " * 60
+    path.write_text(f'"""First.\n\n{words}\n{words}\n\n{line}\n\n{item}\n"""\n{code}')
+    out = help_of(capsys, f"--config={path}", command=command)
+    about = out[out.index(f"\n--config={path}:\n") : out.index("\nsettings, with the")]
+    _, first, filled, kept, listed = about.strip().split("\n\n")
+    assert first == "  First."
+    assert filled.split() == [*words.split(), *words.split()]
+    assert len(filled.splitlines()) > 1
+    assert all(len(row) < 80 and row.startswith("  ") for row in filled.splitlines())
+    assert (kept, listed) == (f"  {line}", f"  {item.rstrip()}")
+
+
 def test_search_and_reproduce_list_their_own_settings(capsys):
     for command, own in ((search, search_settings()), (reproduce, sweep_settings())):
         out = help_of(capsys, command=command)

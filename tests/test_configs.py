@@ -233,6 +233,8 @@ def test_parse_arguments():
         parse_arguments("d=1", a=1, b="y")
     with pytest.raises(UserError, match="arguments of this config, with their defaults: a=1, b=y$"):
         parse_arguments("help", a=1, b="y")
+    with pytest.raises(UserError, match="with their defaults: none$"):
+        parse_arguments("help")
 
 
 @pytest.mark.parametrize(

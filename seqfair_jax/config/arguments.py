@@ -15,7 +15,7 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
             default (names the closest), a key that is given twice, or a value of another type.
     """
     arguments, given = ConfigDict(defaults), set()
-    known = ", ".join(f"{key}={value}" for key, value in defaults.items())
+    known = ", ".join(f"{key}={value}" for key, value in defaults.items()) or "none"
     if text == "help":
         raise UserError(f"the arguments of this config, with their defaults: {known}")
     for part in filter(None, (text or "").split(",")):

@@ -18,6 +18,21 @@ def shipped_configs() -> str:
     return "\n".join(f"  {name:<13}  {_plain(summary(path))}" for name, path in shipped().items())
 
 
+def indented(text: str) -> str:
+    """A config's description for a terminal: indented, its plain paragraphs filled.
+
+    A paragraph with an indented line, such as a command, or with a list keeps its lines.
+    """
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        if not re.search(r"^(?:\s|[-*>|#]|\d+[.)]\s)", paragraph, re.MULTILINE):
+            paragraph = textwrap.fill(
+                paragraph, _WIDTH - 2, break_long_words=False, break_on_hyphens=False
+            )
+        paragraphs.append(textwrap.indent(paragraph, "  "))
+    return "\n\n".join(paragraphs)
+
+
 def settings_text(settings: Iterable[Setting], values: Mapping[str, Any] | None = None) -> str:
     """Settings with their value, what it may be, and what it means, for a terminal.
 
