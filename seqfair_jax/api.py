@@ -391,8 +391,8 @@ class Model:
             given = {user: list(items) for user, items in users.items()}
             return tables.histories_of(given, known_users, known_items)
         if _is_table(users) and tables.has_items(users, columns):
-            time_format = trained.config.data.get("time_format", "")
-            return tables.read_histories(users, known_users, known_items, columns, time_format)
+            rules = tables.reading_rules(trained.config.data)
+            return tables.read_histories(users, known_users, known_items, columns, **rules)
         table = users if _is_table(users) else _ids(users, "users", "user_id")
         ids, places = tables.read_users(table, known_users, columns, require_known=True)
         return ids, trained.histories.select(places)

@@ -124,6 +124,7 @@ def test_words_that_no_flag_takes_are_refused(name, words, message, call, capsys
     [
         ("model.dimm=3", "unknown config key model.dimm (did you mean 'model.dim'?)"),
         ("train.epoch=3", "unknown config key train.epoch (did you mean 'train.epochs'?)"),
+        ("data.repeat=drop", "unknown config key data.repeat (did you mean 'data.repeats'?)"),
         ("epochs=3", "unknown config key epochs (did you mean 'train.epochs'?)"),
         ("sweep.alfa=0.3", "unknown config key sweep.alfa (did you mean 'sweep.alpha'?)"),
         ("model.dim.x=3", "unknown config key model.dim.x (did you mean 'model.dim'?)"),
@@ -485,6 +486,7 @@ def test_help_with_a_config_shows_its_values(capsys, config_file):
     out = help_of(capsys, "--config=rr_gdro")
     assert "  objective.name (here: gdro; " in out
     assert "  train.epochs (here: 1000; " in out
+    assert "  data.cache_dir (here: your cache folder; text)" in out
     assert "\n--config=rr_gdro:\n\n  GDRO on Retailrocket, a row of the paper's tables" in out
     assert "  train.epochs (here: 2; " in help_of(capsys, f"--config={config_file}")
 

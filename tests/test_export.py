@@ -168,6 +168,11 @@ def test_ids_come_back_in_their_type(ids, trained, tmp_path):
     assert {type(item) for item, _ in found} == {type(np.array(ids, dtype).tolist()[0])}
 
 
+def test_a_history_for_a_list_of_histories_is_refused(model):
+    with pytest.raises(TypeError, match="the history 'Schuhe 3' is one text: expected a list"):
+        model.recommend(["Schuhe 3"])
+
+
 @pytest.mark.parametrize("k", [0, 26])
 def test_a_list_that_the_program_cannot_give_is_refused(k, model):
     with pytest.raises(ValueError, match=f"k is {k}: expected 1 to 25"):

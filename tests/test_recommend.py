@@ -367,7 +367,30 @@ def test_histories_may_have_the_times_of_the_log(trained):
     table = pd.DataFrame({"user_id": 1, "item_id": items, "timestamp": ["01.02.24", "02.01.24"]})
     known = (trained.user_ids, trained.item_ids)
     for time_format, order in [("%d.%m.%y", [1, 0]), ("%m.%d.%y", [0, 1])]:
-        _, found = tables.read_histories(table, *known, None, time_format)
+        _, found = tables.read_histories(table, *known, time_format=time_format)
         assert found.items.tolist() == order
     with pytest.raises(UserError, match="expected a time of data.time_format='%Y'"):
-        tables.read_histories(table, *known, None, "%Y")
+        tables.read_histories(table, *known, time_format="%Y")
+
+
+def test_histories_are_read_by_the_rules_of_the_log(trained, caplog):
+    a, b = trained.item_ids[:2]
+    rows = [("x", a, 1), ("x", b, 2), ("x", a, 1), (None, a, 3), ("x", b, 3), ("y", None, 4)]
+    table = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    known = (trained.user_ids, trained.item_ids)
+    with pytest.raises(UserError, match="data row 4 has no user_id"):
+        tables.read_histories(table, *known)
+    rules = tables.reading_rules({"missing": "drop", "repeats": "drop"})
+    with caplog.at_level("INFO"):
+        ids, found = tables.read_histories(table, *known, **rules)
+    assert ids.tolist() == ["x"]
+    assert found.items.tolist() == [0, 1, 1]
+    assert "2 rows have no user, item or time" in caplog.text
+    assert "1 rows have the user, item and time of an earlier row" in caplog.text
+    kept = tables.reading_rules({"missing": "drop", "repeats": "keep"})
+    assert tables.read_histories(table, *known, **kept)[1].items.tolist() == [0, 0, 1, 1]
+    # Without times an item twice is no repeated row.
+    _, found = tables.read_histories(table.drop(columns="timestamp"), *known, **rules)
+    assert found.items.tolist() == [0, 1, 0, 1]
+    with pytest.raises(UserError, match="every row lacks a user, an item or a time"):
+        tables.read_histories(table[3:4], *known, **rules)

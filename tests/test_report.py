@@ -319,8 +319,8 @@ def test_a_baseline_above_the_trained_rows_is_told(tmp_path):
     # Means of 0.1104 niche, 0.1496 popular, and 0.0909, 0.13, 0.1691 from short to long.
     lower = write_run(tmp_path / "lower", families=families, shift=-0.33, epochs=(1, 1))
     assert (
-        f"\n\n{told} ERM in overall and in 3 of 5 groups. docs/own_log.md and docs/objectives.md "
-        "say what to try: a longer training, `seqfair search`.\n\nNDCG@20 with one target: "
+        f"\n\n{told} ERM in overall and in 3 of 5 groups. docs/own_log.md says what to "
+        "try: a longer training, model=best, `seqfair search`.\n\nNDCG@20 with one target: "
         "1 / log2(1 + rank) within the first 20, else 0.\n"
     ) in text.tables([lower], NDCG)
     cvar = write_run(tmp_path / "cvar", "cvar", families=families, shift=-0.4, epochs=(1, 1))

@@ -223,6 +223,25 @@ def test_a_list_has_no_effect_on_a_method():
     assert not [sentence for sentence in told if "raises" in sentence or "lowers" in sentence]
 
 
+def test_of_a_baseline_that_is_the_reference_there_is_one_conclusion():
+    """Its q as the reference and as a baseline differ: each is over other tests."""
+    conclusions = set()
+    for shift in np.linspace(0, 0.15, 31):
+        means = {group: mean + shift for group, mean in MARKOV.items()}
+        lists = row("old system", rows.LIST, means, noise=0.2)
+        told, made = sentences([lists, *baselines()], erm=set())
+        assert made.reference == "[markov]"
+        text = " ".join(told)
+        is_found = "old system is above [markov] for all users" in text
+        assert is_found != ("For all users, no difference between old system and" in text)
+        better, _, rest = text.partition("No difference was found for")
+        assert ("It is better for all users ([markov]," in better) == is_found
+        assert ("all users ([markov]," in rest) != is_found
+        tests = made.baseline_tests["old system"].set_index(["name", "slice"])
+        conclusions.add((is_found, bool(tests.star["[markov]", "overall"])))
+    assert {(True, True), (False, False)} < conclusions  # and one where the two q disagree
+
+
 def test_q_is_over_the_methods_and_apart_over_the_baselines():
     rng = np.random.default_rng(0)
     found = runs(erm=ERM, a=ERM, b=ERM) + baselines()

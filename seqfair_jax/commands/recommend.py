@@ -99,7 +99,7 @@ def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray,
             trained.user_ids,
             trained.item_ids,
             trained.config.data.columns,
-            trained.config.data.get("time_format", ""),
+            **tables.reading_rules(trained.config.data),
         )
     if values.users:
         columns = trained.config.data.columns

@@ -47,7 +47,9 @@ def settings_text(settings: Iterable[Setting], values: Mapping[str, Any] | None 
             if values is None:
                 value = "default: " + shown_default(setting)
             else:
-                value = "here: " + _shown(values[setting.key])
+                here = values[setting.key]
+                is_default = here == setting.default
+                value = "here: " + (shown_default(setting) if is_default else _shown(here))
             head = f"{setting.key} ({value}; {setting.expected})"
             lines += textwrap.wrap(
                 head, _WIDTH, initial_indent="  ", subsequent_indent=" " * 8,

@@ -272,7 +272,7 @@ _MODEL = (
     Setting(
         "model.max_len",
         200,
-        "How many tokens of a history the model reads, the begin token included.",
+        "The window: the model reads a begin token and the newest `model.max_len` - 2 items.",
         whole(2),
     ),
     Setting(

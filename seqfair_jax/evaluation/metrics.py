@@ -77,7 +77,7 @@ def describe_metric(name: str) -> str:
         "Recall": f"The share of the user's targets among the first {k} items. With one target it "
         "is the same as HitRate.",
         "MRR": f"1 / rank of the first target, if it is among the first {k} items, else 0.",
-        "MAP": f"The mean of i / rank over the i-th hits among the first {k} items, divided by "
+        "MAP": f"The sum of i / rank over the i-th hits among the first {k} items, divided by "
         f"min(n, {k}) for n targets. With one target it is the same as MRR.",
         "HitRate": f"1 if any target is among the first {k} items, else 0. With one target it is "
         "the same as Recall.",

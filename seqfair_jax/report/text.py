@@ -128,8 +128,7 @@ def better_baseline(found: Contents) -> list[str]:
     groups = f" and in {above} of {known} groups" if known else ""
     return [
         f"{found.rows[theirs].name}, which is not trained, is above {name} in overall{groups}. "
-        "docs/own_log.md and docs/objectives.md say what to try: a longer training, "
-        "`seqfair search`."
+        "docs/own_log.md says what to try: a longer training, model=best, `seqfair search`."
     ]
 
 

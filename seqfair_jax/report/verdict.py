@@ -250,13 +250,21 @@ class _Family:
 def best_baselines(
     contents: Contents, subject: str, wanted: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """The test of a row against the baseline with the highest mean, by slice."""
+    """The test of a row against the baseline with the highest mean, by slice.
+
+    If that baseline is the report's reference, it is the test that the other sentences quote.
+    """
     tests = contents.baseline_tests.get(subject, pd.DataFrame(columns=["slice"]))
+    known = contents.tests[contents.tests["name"] == subject]
     found = {}
     for where in wanted:
         rows = records(tests[tests["slice"] == where])
-        if rows:
-            found[where] = max(rows, key=lambda row: row["mean"])
+        if not rows:
+            continue
+        found[where] = max(rows, key=lambda row: row["mean"])
+        if found[where]["name"] == contents.reference:
+            same = records(known[known["slice"] == where])
+            found[where] |= {key: same[0][key] for key in ("star", "q") if same}
     return found
 
 

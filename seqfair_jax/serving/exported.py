@@ -90,8 +90,12 @@ class Model:
             mask_seen: recommend no item of the history; None for what the run was evaluated by.
 
         Raises:
+            TypeError: if a history is a text, and not a list of items.
             ValueError: if k is not between 1 and `max_k`.
         """
+        for history in histories:
+            if isinstance(history, str):
+                raise TypeError(f"the history {history!r} is one text: expected a list of items")
         if not 1 <= k <= self.max_k:
             raise ValueError(f"k is {k}: expected 1 to {self.max_k}")
         if mask_seen is None:

@@ -137,12 +137,16 @@ def read_histories(
     known_users: np.ndarray,
     known_items: np.ndarray,
     named: Mapping[str, str] | None = None,
+    *,
     time_format: str = "",
+    drops_missing: bool = False,
+    drops_repeats: bool = False,
 ) -> tuple[np.ndarray, Histories]:
     """The users of a file, in order of their first row, and their known items.
 
     Rows are sorted by the column `timestamp`; rows of the same time, and all rows if there is no
-    such column, keep the order of the file.
+    such column, keep the order of the file. `reading_rules` gives the last three arguments, so that
+    rows are read as those of the run's log.
 
     Args:
         argument: a table with columns `user_id` and `item_id`: the value of `--histories`, or in
@@ -150,19 +154,48 @@ def read_histories(
         known_users: the ids of the log's users, whose type the ids get if all fit.
         known_items: the vocabulary.
         named: as for `read_users`.
-        time_format: of the run's log (`data.time_format`).
+        time_format: of the times (`data.time_format`).
+        drops_missing: leave out rows without a value (`data.missing=drop`).
+        drops_repeats: leave out rows with the user, item and time of an earlier row
+            (`data.repeats=drop`); none if there is no column `timestamp`.
 
     Raises:
-        UserError: if the file cannot be read, or is empty.
+        UserError: if the file cannot be read, has a row without a value, or is empty.
     """
     columns = ["user_id", "item_id"]
-    frame = _read(argument, "histories", columns, named, times=True, time_format=time_format)
+    frame = _read(
+        argument,
+        "histories",
+        columns,
+        named,
+        times=True,
+        time_format=time_format,
+        drops_missing=drops_missing,
+    )
+    if drops_repeats and frame["timestamp"].any():
+        repeated = frame.duplicated(["user_id", "item_id", "timestamp"]).to_numpy()
+        _count(repeated.sum(), "histories", argument, "rows have the user, item and time of an "
+               "earlier row; left out, as data.repeats=drop says")  # fmt: skip
+        frame = frame[~repeated]
     users, distinct = pd.factorize(frame["user_id"])
     ids = pd.Series(distinct)
     items = find(frame["item_id"], known_items)
     order = np.lexsort((frame["timestamp"].to_numpy(), users))  # stable
     users, items = users[order], items[order]
     return _histories(argument, ids, users, items, known_users)
+
+
+def reading_rules(data: Mapping[str, Any]) -> dict[str, Any]:
+    """How `read_histories` reads rows as those of a log.
+
+    Args:
+        data: the settings `data` of the run; an earlier version's run has fewer.
+    """
+    return {
+        "time_format": data.get("time_format", ""),
+        "drops_missing": data.get("missing") == "drop",
+        "drops_repeats": data.get("repeats") == "drop",
+    }
 
 
 def histories_of(
@@ -277,12 +310,20 @@ def _read(
     *,
     times: bool = False,
     time_format: str = "",
+    drops_missing: bool = False,
 ) -> pd.DataFrame:
     """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none."""
     optional = ["timestamp"] if times else []
     table, names, where, _ = read_given(argument, flag, columns, named, optional=optional)
     rows = np.arange(len(table))
-    frame = pd.DataFrame(index=rows)
+    if drops_missing:
+        whole = ~np.logical_or.reduce([missing(table[column]) for column in names])
+        _count((~whole).sum(), flag, argument, "rows have no user, item or time; left out, as "
+               "data.missing=drop says")  # fmt: skip
+        table, rows = table.filter(whole), rows[whole]
+        if not len(rows):
+            raise UserError(f"{where}: every row lacks a user, an item or a time")
+    frame = pd.DataFrame(index=np.arange(len(rows)))
     for column in columns:
         places, ids = encode_ids(table[column], rows, where, names[column])
         require_values(places < 0, rows, where, names[column], "fill or remove them")
