@@ -6,7 +6,7 @@
 Train `method=erm` and `method=cvar`, which needs no groups. `seqfair report DIR DIR` prints both in
 one table with the baselines. `model=mixture` adds the user's own items and the items near them to
 the scores, which helps where users return to items or most items are rare. `model=best` is that,
-with every other option that validated best on two public logs.
+with every other option that validated best on two public logs. `init` is model.init_scale.
 
 Useful keys: data.columns.* (what the file calls its columns), data.min_interactions (5),
 data.group_file (your own groups), groups, seeds, evaluate.mask_seen (True
