@@ -73,6 +73,7 @@ def test_the_import_is_light_and_the_names_are_found_when_used():
 # Training.
 
 
+@pytest.mark.slow
 def test_a_table_trains_as_its_file_does(model, tmp_path):
     LOG.to_csv(tmp_path / "log.csv", index=False)
     USERS.to_csv(tmp_path / "users.csv", index=False)
@@ -342,6 +343,7 @@ def test_evaluate_gives_the_figures_of_the_run(model):
         }
 
 
+@pytest.mark.slow
 def test_evaluate_by_other_groups_cutoffs_and_metrics(model, folder):
     per_user = model.per_user.set_index("user_id")
     plans = pd.DataFrame({"user_id": per_user.index, "plan": ["a", "b"] * 20})

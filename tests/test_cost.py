@@ -146,6 +146,7 @@ def test_where_the_device_has_no_limit_the_machines_memory_counts(experiment, mo
     assert cost.measure_runs_per_job(experiment) == 30  # of 1000 bytes each in 30,000
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_program_grow_with_its_runs(experiment, monkeypatch):
     """At least by the state of a run: parameters, two moments and two best sets of parameters."""
     params = sum(

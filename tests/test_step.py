@@ -277,6 +277,7 @@ def test_a_vmapped_grid_equals_its_runs_alone_after_fifty_steps(objective, key, 
     assert len(set(np.asarray(together.totals.loss).tolist())) == len(grid)
 
 
+@pytest.mark.slow
 def test_runs_one_after_another_and_side_by_side_agree():
     task = make_task("sdro", dropout=0.3)
     hparams = [make_hparams(step_size=s) for s in (0.1, 0.01)]
