@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tqdm
-from runs import rows_of, small
+from runs import rows_of, slow_but, small
 
 from seqfair_jax import results, serving, workdir
 from seqfair_jax.config import resolve
@@ -29,8 +29,7 @@ def test_fewer_epochs_than_are_done_are_refused(finished):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param({"train.average_decay": 0.9, "model.neighbours": 3}, marks=pytest.mark.slow)],
+    "options", slow_but([{}, {"train.average_decay": 0.9, "model.neighbours": 3}], [{}])
 )
 def test_the_scores_in_the_summary_are_those_of_the_parameters_that_are_kept(options, finished):
     changes = {"train.learning_rate": 0.1, "train.epochs": 5, **options}

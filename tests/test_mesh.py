@@ -69,9 +69,7 @@ def test_dropout_and_negatives_have_the_bits_of_one_device_on_every_mesh(loss):
     assert_equal_steps(on_mesh(loss, *SHAPES))
 
 
-@pytest.mark.parametrize(
-    "model", ["rankings", pytest.param("rankings_of_a_mixture", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model", slow_but(["rankings", "rankings_of_a_mixture"], ["rankings"]))
 def test_a_mesh_ranks_as_one_device(model):
     assert on_mesh(model, *SHAPES) == dict.fromkeys(SHAPES, True)
 

@@ -56,8 +56,11 @@ def _plain(value: Any) -> Any:
 
 def _closest(key: str, config: ConfigDict) -> str:
     known = [name for name, _ in flatten(config.to_dict())]
-    if close := did_you_mean(key, known, closeness=0.9):
-        return close
-    # The same setting of another part is the best guess: `epochs` for `train.epochs`.
+    # Unless a key is almost the same, the same setting of another part is the best guess: `epochs`
+    # for `train.epochs`.
     same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return did_you_mean(key, same, closeness=0) or did_you_mean(key, known)
+    return (
+        did_you_mean(key, known, closeness=0.9)
+        or did_you_mean(key, same, closeness=0)
+        or did_you_mean(key, known)
+    )
