@@ -144,6 +144,21 @@ def test_without_erm_the_reference_is_the_best_baseline():
     ]
 
 
+def test_of_several_rows_of_erm_validation_chooses_the_reference():
+    low, high = ERM | {"niche": 0.1}, ERM | {"niche": 0.3}
+    found = [row("small", rows.RUN, high, validation=low), row("large", rows.RUN, low,
+             validation=high), *baselines()]  # fmt: skip
+    both = {"small", "large"}
+    _, made = sentences(found, erm=both)
+    assert made.reference == "large"
+    assert verdict.notes(made) == [
+        "There are 2 rows of ERM. The others are compared with large, which has the highest NDCG@20 "
+        "over all users in validation. --baseline=DIR names another."
+    ]
+    assert verdict.notes(build(found, erm=both, named="small")) == []
+    assert verdict.notes(build(found, erm={"large"})) == []
+
+
 def test_one_run_is_compared_with_the_baselines():
     told, made = sentences([*runs(erm=ERM), *baselines()])
     assert told[2] == "There is no other run to compare erm with."

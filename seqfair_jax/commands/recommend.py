@@ -105,4 +105,10 @@ def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray,
         columns = trained.config.data.columns
         ids, places = tables.read_users(values.users, trained.user_ids, columns)
         return ids, trained.histories.select(places)
+    dropped = workdir.read_summary(trained.folder)["dataset"].get("dropped_users", 0)
+    if dropped:
+        _LOG.info(
+            "%s more users of the log get no list, since the filter left them out; to recommend to "
+            "them, give their rows as --histories", f"{dropped:,}",
+        )  # fmt: skip
     return trained.user_ids, trained.histories

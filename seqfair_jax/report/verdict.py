@@ -44,6 +44,12 @@ def notes(contents: Contents) -> list[str]:
             f"There is no ERM run. The methods are compared with {contents.reference}, the best "
             "baseline without training."
         )
+    elif contents.erm_rows > 1:
+        found.append(
+            f"There are {contents.erm_rows} rows of ERM. The others are compared with "
+            f"{contents.reference}, which has the highest {contents.metric} over all users in "
+            "validation. --baseline=DIR names another."
+        )
     both = [row.name for row in contents.rows if row.is_both]
     if both:
         found.append(
