@@ -381,6 +381,18 @@ def test_users_of_equal_numbers_stay_together(caplog):
     assert build_family(dataset, "age:9999", group_table=own).groups == ("1", "2", "3", "9")
 
 
+@pytest.mark.parametrize(
+    ("values", "is_told"),
+    [(range(21), True), (range(20), False), ([*range(21), "old"], False)],
+    ids=["many", "few", "no-number"],
+)
+def test_many_numbers_that_are_not_cut_are_told(values, is_told, caplog):
+    dataset, own = ages(*map(str, values))
+    family = build_family(dataset, "age", group_table=own)
+    assert len(family.groups) == len(values)
+    assert ("has 21 groups, one for each number; name it age:4 in" in caplog.text) == is_told
+
+
 def test_only_the_log_s_users_say_where_to_cut():
     dataset, own = ages("1", "2", "3", "4")
     others = table(*((f"x{i}", "age", "100") for i in range(50)))

@@ -55,6 +55,7 @@ RESERVED_NAMES = (
     "target", "repeat", "user_id", "target_item_id", "rank",
     "overall", "epoch", "step", "name", "seed",
 )  # fmt: skip
+_MANY = 20  # groups of a family of numbers: more are hard to read, and have few users each
 _LONG = ("user_id", "family", "group")  # columns of a file with a row for each membership
 # MovieLens-100K's u.user, which has no header. The zip code is no group.
 _ATTRIBUTES = ("age", "gender", "occupation")
@@ -456,6 +457,15 @@ def _from_table(
 ) -> GroupFamily:
     users, labels = _labelled(dataset, name, table)
     groups = tuple(sorted(set(labels)))
+    numbers = pd.to_numeric(pd.Series(groups, dtype=object), errors="coerce")
+    if len(groups) > _MANY and numbers.notna().all():
+        _LOG.warning(
+            "family %s has %s groups, one for each number; name it %s:4 in `groups` to cut the "
+            "numbers into at most 4 groups of about as many users",
+            name,
+            f"{len(groups):,}",
+            encode_name(name),
+        )
     membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
     membership[users, _places(labels, groups)] = True
     return _with_missing(GroupFamily(encode_name(name), groups, membership), missing_group)

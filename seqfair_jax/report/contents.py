@@ -38,7 +38,7 @@ class Contents(NamedTuple):
     subjects: dict[str, str]  # by family the name of a row
     baseline_tests: dict[str, pd.DataFrame]  # by subject: it minus each baseline
     over_seeds: pd.DataFrame  # `rows.over_seeds` against the reference
-    erm_rows: int = 0  # of how many rows of ERM the reference is the best; 0 where it is no such row
+    erm_rows: int = 0  # of so many rows of ERM the reference is the best; 0 where it is none
 
     def row(self, name: str) -> Row:
         """The row of a name."""
