@@ -335,7 +335,8 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     given = {"tier": tuple("abcde")}
     erm = write_run(tmp_path / "erm", families=given, min_users=5)
     page = write_page([erm], tmp_path / "report.html")
-    assert page.tables[0][1] == ["test users", "5", "5", "5", "5", "4 too few", "24", "", "8", "16"]
+    assert page.tables[0][1] == ["test users", "5", "5", "5", "5", "4 too few", "24", "", "8", "16",
+                                 ""]  # fmt: skip
     printed = text.tables([erm], NDCG)
     sizes = next(line for line in printed.splitlines() if line.startswith("test users"))
     assert sizes.split() == ["test", "users", "5", "5", "5", "5", "4", "24", "8", "16"]
@@ -343,6 +344,29 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     values = np.linspace(0, 0.9, USERS)
     means = [values[i::5].mean() for i in range(5)]
     assert page.cell(0, "ERM", "worst") == f"{min(means[:4]):.4f}"
+
+
+def test_tables_have_the_validation_score(tmp_path):
+    given = {"tier": ("test", "validation")}  # a group of that name is told by its family
+    folders = [write_run(tmp_path / str(seed), families=given, seed=seed) for seed in (0, 1)]
+    gdro = write_run(tmp_path / "gdro", "gdro", families=given, loss_family="tier", shift=0.1)
+    for folder, score in zip([*folders, gdro], (0.25, 0.35, 0.45), strict=True):
+        summary = workdir.read_json(folder / workdir.SUMMARY)
+        for suffix in ("", "_worst_group"):
+            summary[f"val{suffix}"] = {NDCG: summary[f"val{suffix}"][NDCG] | {"overall": score}}
+        workdir.write_json(folder / workdir.SUMMARY, summary)
+        workdir.finish(folder, {})
+    numbers = contents.build(runs.read_runs([*folders, gdro]), NDCG).table("tier")
+    assert numbers["validation"].tolist()[:2] == [pytest.approx(0.3), 0.45]
+    assert numbers["validation"].isna().tolist() == [False, False, True]  # a baseline has none
+    assert numbers["validation ±"][0] == pytest.approx(12.706 * 0.05, rel=1e-3)
+    page = write_page([*folders, gdro], tmp_path / "report.html")
+    header = ["", "test", "tier=validation", "overall", "worst", "repeat", "new", "validation"]
+    assert page.tables[0][0] == header
+    assert page.cell(0, "ERM, 2 seeds", "validation").startswith("0.3000")
+    printed = text.tables([*folders, gdro], NDCG).splitlines()
+    assert printed[1].split() == header[1:]
+    assert next(line for line in printed if line.startswith("GDRO")).split()[-1] == "0.4500"
 
 
 def test_a_folder_without_a_finished_run_is_left_out(tmp_path, capsys):
@@ -726,7 +750,7 @@ def test_names_from_data_are_shown_as_they_are_and_never_are_markup(tmp_path):
     assert not {"b", "i", "u", "script"} & set(page.tags)
     shown = [slices.printable(name) for name in AWKWARD]
     assert page.tables[0][0] == ["", *sorted(shown, key=shown.index), "overall", "worst",
-                                 "repeat", "new"]  # fmt: skip
+                                 "repeat", "new", "validation"]  # fmt: skip
     assert page.tables[1][0][1:3] == ["target=new", "old"]
     row = "GDRO (R&D <i>*, step_size 0.5)"
     assert page.cell(0, row, r"tab\there\x07") != "-"

@@ -182,7 +182,7 @@ def _results(contents: Contents, family: str) -> Section:
 
 def _result_table(contents: Contents, family: str) -> Table:
     numbers = contents.table(family)
-    columns = text.shown_slices(numbers)
+    columns = text.shown_columns(numbers)
     judged = contents.judged(family)
     small = {name for name in slices.groups_in(columns, family) if name not in judged}
     starred = contents.tests[contents.tests["star"].eq(True)]
@@ -214,7 +214,7 @@ def _result_table(contents: Contents, family: str) -> Table:
         for column in columns
     ]
     caption = f"{contents.metric} by {slices.family_label(family)}"
-    header = ["", *slices.labels(columns)]
+    header = ["", *text.column_labels(columns)]
     return Table(caption, header, lines, [Cell(text.USERS), *sizes])
 
 
@@ -537,6 +537,11 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
             "worst",
             f"The lowest mean of a family's groups with at least {contents.min_users} test users "
             "(select.min_users).",
+        ),
+        (
+            "validation",
+            "The mean over all validation users, at the epoch that is tested. Methods and values "
+            "are chosen by it. The other columns are of the test.",
         ),
         (
             "±",

@@ -18,6 +18,7 @@ from seqfair_jax.report.runs import FinishedRun
 from seqfair_jax.training.selection import RULES, is_result
 
 RUN, BASELINE, LIST = "run", "baseline", "list"
+VALIDATION = "validation"  # the column of the validation score; no slice has this name
 # The seed of what no seed trained. No run has it, so the mean of a run's seeds is compared with it.
 _NO_SEED = -1
 # A per-user table has the columns of `per_user.parquet` that a report needs.
@@ -277,9 +278,10 @@ def numbers(
 ) -> pd.DataFrame:
     """The numbers of a family's table: columns `name`, `seeds`, and each slice and its `±`.
 
-    Several seeds are their mean and the half-width of its 95 % interval (t distribution). The worst
-    is the lowest mean among groups with at least `min_users` test users, of each seed. Repeat and
-    new targets are left out if all are of one kind.
+    The last column is `VALIDATION` if there are runs: their validation score over all users, at the
+    epoch that was chosen. Several seeds are their mean and the half-width of its 95 % interval (t
+    distribution). The worst is the lowest mean among groups with at least `min_users` test users,
+    of each seed. Repeat and new targets are left out if all are of one kind.
     """
     known = dict.fromkeys(name for row in rows for seed in row.means for name in seed)
     groups = slices.groups_in(known, family)
@@ -287,11 +289,14 @@ def numbers(
     worst = slices.statistic_slice(family, "min")
     kinds = [name for name in (slices.REPEAT, slices.NEW) if name in known]
     shown = [*groups, slices.OVERALL, worst, *(kinds if has_both_kinds(rows) else [])]
+    shown += [VALIDATION] if any(row.validation for row in rows) else []
     records = []
     for row in rows:
         record: dict[str, Any] = {"name": row.name, "seeds": len(row.means)}
         for name in shown:
-            if name == worst:
+            if name == VALIDATION:
+                found = [seed.get(slices.OVERALL) for seed in row.validation]
+            elif name == worst:
                 found = [worst_mean(seed, judged) for seed in row.means]
             else:
                 found = [seed.get(name) for seed in row.means]

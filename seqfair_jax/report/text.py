@@ -12,7 +12,7 @@ from seqfair_jax.evaluation.metrics import LIST_FIGURES, define_metric, parse_me
 from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO
 from seqfair_jax.report import contents, rows, verdict
 from seqfair_jax.report.contents import Contents, records
-from seqfair_jax.report.rows import BASELINE, RUN, row_label
+from seqfair_jax.report.rows import BASELINE, RUN, VALIDATION, row_label
 from seqfair_jax.report.runs import notes, read_runs
 
 FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
@@ -215,9 +215,19 @@ def seed_comparison(found: Contents, family: str) -> str:
     )
 
 
-def shown_slices(numbers: pd.DataFrame) -> list[str]:
-    """The slices in the columns of `rows.numbers`."""
+def shown_columns(numbers: pd.DataFrame) -> list[str]:
+    """The columns of `rows.numbers` that a table shows: slices, and the validation score."""
     return list(numbers.columns[2::2])
+
+
+def column_labels(columns: Sequence[str]) -> list[str]:
+    """What a table calls these columns; a group that is called validation has its family."""
+    of_slices = [name for name in columns if name != VALIDATION]
+    found = [
+        slices.full_label(name) if label == VALIDATION else label
+        for name, label in zip(of_slices, slices.labels(of_slices), strict=True)
+    ]
+    return [*found, *columns[len(of_slices) :]]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -256,7 +266,7 @@ def users_cell(found: Contents, name: str) -> str:
 def _text(found: Contents, numbers: pd.DataFrame) -> str:
     names = [row_label(*row) for row in zip(numbers["name"], numbers["seeds"], strict=True)]
     width = max(map(len, [USERS, *names]))
-    columns = shown_slices(numbers)
+    columns = shown_columns(numbers)
     cells = [[name.ljust(width) for name in (USERS, *names)]]
     for column in columns:
         halves = numbers[f"{column} ±"]
@@ -267,7 +277,7 @@ def _text(found: Contents, numbers: pd.DataFrame) -> str:
                 for value, half in zip(numbers[column], halves, strict=True)
             ]
         )
-    shown = pd.DataFrame(list(zip(*cells, strict=True)), columns=["", *slices.labels(columns)])
+    shown = pd.DataFrame(list(zip(*cells, strict=True)), columns=["", *column_labels(columns)])
     lines = shown.to_string(index=False).splitlines()
     kinds = [row.kind for row in found.rows]
     first_baseline = kinds.index(BASELINE) + 2 if BASELINE in kinds else len(lines)
