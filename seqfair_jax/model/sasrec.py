@@ -59,31 +59,30 @@ def dropout(
         key: a threefry key.
         x: f[..., columns]; the dimensions before the last one make N rows.
         rate: 0 to `MAX_DROPOUT`; below 2**-17 nothing is dropped.
-        rows: i32[N], the rows' numbers; 0, 1, 2, ... if None.
-        start: the number of each row's first column, a multiple of 4: i32[N], or one for all.
+        rows: the rows' numbers, i32 of a shape that broadcasts to the dimensions before the last
+            one; 0, 1, 2, ... if None. XLA computes numbers that are made of `jnp.arange` where it
+            uses them, if they are not reshaped.
+        start: the number of each row's first column, a multiple of 4: like `rows`, or one for all.
         shift: 0 to 3, added to `start`. The int 0 costs less than an array.
     """
     threshold = round((1.0 - rate) * 2**16)
     if threshold == 2**16:  # does not fit into the 16 bits that it is compared with
         return x
-    columns = x.shape[-1]
+    *places, columns = x.shape
     aligned = isinstance(shift, int) and shift == 0
     num_blocks = -(-columns // 4) + (not aligned)
-    shape = (x.size // columns, num_blocks)
-    numbers = jnp.arange(shape[0]) if rows is None else rows
-    blocks = jnp.asarray(start // 4, jnp.uint32).reshape(-1, 1) + jnp.arange(
-        num_blocks, dtype=jnp.uint32
-    ).reshape(1, -1)
+    shape = (*places, num_blocks)
+    numbers = jnp.arange(x.size // columns).reshape(places) if rows is None else rows
+    first = jnp.broadcast_to(jnp.asarray(start // 4, jnp.uint32)[..., None], shape)
     words = _threefry(
         jax.random.key_data(key),
-        jnp.broadcast_to(blocks, shape),
-        jnp.broadcast_to(numbers.astype(jnp.uint32)[:, None], shape),
+        first + lax.broadcasted_iota(jnp.uint32, shape, len(places)),
+        jnp.broadcast_to(numbers.astype(jnp.uint32)[..., None], shape),
     )
     bits = lax.bitcast_convert_type(jnp.stack(words, axis=-1), jnp.uint16)
-    bits = bits.reshape(shape[0], 4 * num_blocks)
-    bits = lax.dynamic_slice_in_dim(bits, 0 if aligned else shift, columns, axis=1)
-    kept = bits.reshape(x.shape) < threshold
-    return jnp.where(kept, x * (2**16 / threshold), jnp.zeros_like(x))
+    bits = bits.reshape(*places, 4 * num_blocks)
+    bits = lax.dynamic_slice_in_dim(bits, 0 if aligned else shift, columns, axis=-1)
+    return jnp.where(bits < threshold, x * (2**16 / threshold), jnp.zeros_like(x))
 
 
 def _threefry(key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -233,7 +232,9 @@ class Block(nn.Module):
             query = query.reshape(-1, 1, *query.shape[2:])[alone]
             visible = visible.reshape(-1, 1, visible.shape[-1])[alone]
             key, value = key[alone // block], value[alone // block]
-        logits = jnp.einsum("nqhd,nkhd->nhqk", query, key, precision=self.precision)
+        query, key, value = map(_heads_first, (query, key, value))
+        logits = jnp.einsum("nqd,nkd->nqk", query, key, precision=self.precision)
+        logits = logits.reshape(-1, self.num_heads, *logits.shape[1:])
         logits = logits.astype(jnp.float32) * head_dim**-0.5
         if self.position_bias:
             shape = (self.num_heads, POSITION_BUCKETS)
@@ -246,14 +247,16 @@ class Block(nn.Module):
         # A row for each query and head, a column for each key, both counted in the batch, the keys
         # from whole blocks before the first one.
         behind = -num_keys % block
-        n, h, q = jnp.meshgrid(*map(jnp.arange, logits.shape[:3]), indexing="ij")
+        n, h, q = jnp.meshgrid(*map(jnp.arange, logits.shape[:3]), indexing="ij", sparse=True)
         pairs = {
-            "rows": (((first + n * block + q) * self.num_heads) + h).reshape(-1),
-            "start": (n * block).reshape(-1) + behind + first // 4 * 4,
+            "rows": (first + n * block + q) * self.num_heads + h,
+            "start": n * block + behind + first // 4 * 4,
             "shift": first % 4,
         }
         weights = drop(jax.nn.softmax(logits, axis=-1).astype(self.dtype), **pairs)
-        mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value, precision=self.precision)
+        weights = weights.reshape(-1, *weights.shape[2:])
+        mixed = jnp.einsum("nqk,nkd->nqd", weights, value, precision=self.precision)
+        mixed = jnp.swapaxes(mixed.reshape(*logits.shape[:3], head_dim), 1, 2)
         mixed = mixed.reshape(-1, self.dim)
         if only is not None:
             x = x[only]
@@ -281,6 +284,15 @@ def _with_previous(blocks: jax.Array, visible: jax.Array) -> jax.Array:
     parts = [padded[i : i + num_blocks] for i in range(lookback + 1)]
     parts[0] = parts[0][:, -num_keys % block :]
     return jnp.concatenate(parts, axis=1)
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    """[n, tokens, H, D / H] as [n H, tokens, D / H].
+
+    A matrix product with a single batch dimension needs no copy of its factors on a CPU. With one
+    head this is not a copy either.
+    """
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def visible_keys(slots: jax.Array, *, block: int, window: int) -> jax.Array:
