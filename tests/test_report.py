@@ -346,6 +346,18 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     assert page.cell(0, "ERM", "worst") == f"{min(means[:4]):.4f}"
 
 
+def test_the_tests_have_the_order_of_the_tables(tmp_path):
+    given = {"tier": ("young", "old", "middle")}
+    erm = write_run(tmp_path / "erm", families=given)
+    cvar = write_run(tmp_path / "cvar", "cvar", families=given, shift=0.1)
+    found = contents.build(runs.read_runs([erm, cvar]), NDCG)
+    tested = list(found.tests["slice"][found.tests["name"] == "CVaR (alpha 0.5)"])
+    groups = ["tier=young", "tier=old", "tier=middle"]
+    assert tested == [name for name in found.sizes if name in tested]
+    assert [name for name in tested if name in groups] == groups
+    assert set(tested) == {*groups, slices.OVERALL, slices.REPEAT, slices.NEW}
+
+
 def test_tables_have_the_validation_score(tmp_path):
     given = {"tier": ("test", "validation")}  # a group of that name is told by its family
     folders = [write_run(tmp_path / str(seed), families=given, seed=seed) for seed in (0, 1)]
