@@ -225,6 +225,7 @@ def test_an_onnx_program_gives_the_same_lists(batch_size, trained, tmp_path):
     pytest.importorskip("onnxruntime")
     settings = export.write_onnx(tmp_path, trained, max_k=100, batch_size=batch_size)
     assert settings["shape"] == [batch_size, 1024]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # all can be read alike
     assert export.check(tmp_path, trained) == 16
     model = exported.Model(tmp_path)
     rng = np.random.default_rng(0)

@@ -168,7 +168,7 @@ class Mixture(nn.Module):
         if self.neighbours:
             assert log_totals is not None
             known = real[:, :NEAR_ITEMS] & (log_totals > -jnp.inf)
-            known_totals = jnp.where(known, log_totals, 0)
+            known_totals = jnp.where(known, log_totals, 0.0)  # an int makes a double in ONNX
             features = jnp.concatenate([features, known_totals[:, :1]], axis=1)
         gates = nn.Dense(
             num_parts,

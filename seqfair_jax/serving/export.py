@@ -241,6 +241,8 @@ def _write_shared(
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(exported.__file__, folder / LOADER)
+    for path in folder.iterdir():  # jax2onnx makes a file that its owner alone can read
+        path.chmod((folder / SETTINGS).stat().st_mode)
     return settings
 
 
