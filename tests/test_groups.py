@@ -381,6 +381,15 @@ def test_users_of_equal_numbers_stay_together(caplog):
     assert build_family(dataset, "age:9999", group_table=own).groups == ("1", "2", "3", "9")
 
 
+def test_groups_that_are_numbers_are_in_their_order():
+    dataset, own = ages("10", "9", "-1", "2.5", "09")
+    family = build_family(dataset, "age", group_table=own)
+    assert family.groups == ("-1", "2.5", "09", "9", "10")  # equal numbers by their text
+    assert family.labels().tolist() == ["10", "9", "-1", "2.5", "09"]
+    dataset, own = ages("10", "9", "old")
+    assert build_family(dataset, "age", group_table=own).groups == ("10", "9", "old")
+
+
 @pytest.mark.parametrize(
     ("values", "is_told"),
     [(range(21), True), (range(20), False), ([*range(21), "old"], False)],

@@ -458,14 +458,16 @@ def _from_table(
     users, labels = _labelled(dataset, name, table)
     groups = tuple(sorted(set(labels)))
     numbers = pd.to_numeric(pd.Series(groups, dtype=object), errors="coerce")
-    if len(groups) > _MANY and numbers.notna().all():
-        _LOG.warning(
-            "family %s has %s groups, one for each number; name it %s:4 in `groups` to cut the "
-            "numbers into at most 4 groups of about as many users",
-            name,
-            f"{len(groups):,}",
-            encode_name(name),
-        )
+    if numbers.notna().all():
+        groups = tuple(groups[place] for place in np.argsort(numbers, kind="stable"))
+        if len(groups) > _MANY:
+            _LOG.warning(
+                "family %s has %s groups, one for each number; name it %s:4 in `groups` to cut the "
+                "numbers into at most 4 groups of about as many users",
+                name,
+                f"{len(groups):,}",
+                encode_name(name),
+            )
     membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
     membership[users, _places(labels, groups)] = True
     return _with_missing(GroupFamily(encode_name(name), groups, membership), missing_group)
