@@ -392,14 +392,19 @@ def test_groups_that_are_numbers_are_in_their_order():
 
 @pytest.mark.parametrize(
     ("values", "is_told"),
-    [(range(21), True), (range(20), False), ([*range(21), "old"], False)],
-    ids=["many", "few", "no-number"],
+    [
+        (range(21), True),
+        (range(20), False),
+        ([*range(21), "old"], False),
+        ([*range(21), "inf"], False),
+    ],
+    ids=["many", "few", "no-number", "infinite"],
 )
 def test_many_numbers_that_are_not_cut_are_told(values, is_told, caplog):
     dataset, own = ages(*map(str, values))
     family = build_family(dataset, "age", group_table=own)
     assert len(family.groups) == len(values)
-    assert ("has 21 groups, one for each number; name it age:4 in" in caplog.text) == is_told
+    assert ("has 21 groups, one for each number; write age:4 in" in caplog.text) == is_told
 
 
 def test_only_the_log_s_users_say_where_to_cut():

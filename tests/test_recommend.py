@@ -94,10 +94,10 @@ def test_every_user_has_a_list_in_the_ids_of_the_log(call, trained, capsys):
     captured = capsys.readouterr()
     assert "200 rows for 40 users" in captured.out
     assert "run seed=0, best epoch by overall: 40 users" in captured.err
-    assert "left them out" not in captured.err  # the filter left no user out
+    assert "get no list" not in captured.err  # every user has training rows
 
 
-def test_the_users_that_the_filter_left_out_are_counted(call, monkeypatch, capsys):
+def test_users_without_training_rows_are_counted(call, monkeypatch, capsys):
     read_summary = recommend.workdir.read_summary
 
     def with_dropped(folder):
@@ -107,8 +107,8 @@ def test_the_users_that_the_filter_left_out_are_counted(call, monkeypatch, capsy
     monkeypatch.setattr(recommend.workdir, "read_summary", with_dropped)
     call()
     assert (
-        "1,234 more users of the log get no list, since the filter left them out; to recommend to "
-        "them, give their rows as --histories"
+        "1,234 other users of the log get no list, since the run has no training rows of them; to "
+        "recommend to them, give their rows as --histories"
     ) in capsys.readouterr().err
 
 

@@ -245,6 +245,19 @@ def test_dropout_of_the_first_rows_does_not_depend_on_the_others():
     np.testing.assert_array_equal(short, long[:5])
 
 
+def test_dropout_of_rows_that_broadcast_is_that_of_each_row():
+    key, x = jax.random.key(4), jnp.ones((3, 2, 4, 9))
+    n, h, q = jnp.meshgrid(*map(jnp.arange, x.shape[:3]), indexing="ij", sparse=True)
+    rows, start, shift = (5 + n * 4 + q) * 2 + h, n * 8 + 4, jnp.int32(3)
+    found = dropout(key, x, 0.5, rows=rows, start=start, shift=shift)
+    # Column c of row r is that of a table with all rows and columns.
+    table = np.asarray(dropout(key, jnp.ones((40, 40)), 0.5))
+    first = np.broadcast_to(np.asarray(start + shift), x.shape[:3])
+    expected = table[np.asarray(rows)[..., None], first[..., None] + np.arange(9)]
+    np.testing.assert_array_equal(found, expected)
+    assert (found[:, 0] != found[:, 1]).any()  # heads draw apart
+
+
 def test_dropout_gradient_is_its_mask():
     x = jnp.ones((4, 6))
     key = jax.random.key(2)

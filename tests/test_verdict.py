@@ -152,9 +152,11 @@ def test_of_several_rows_of_erm_validation_chooses_the_reference():
     _, made = sentences(found, erm=both)
     assert made.reference == "large"
     assert verdict.notes(made) == [
-        "There are 2 rows of ERM. The others are compared with large, which has the highest "
-        "NDCG@20 over all users in validation. --baseline=DIR names another."
+        "There are 2 rows of ERM. All other rows are compared with large, which has the highest "
+        "NDCG@20 over all users in validation. `seqfair report --baseline=DIR` names another."
     ]
+    second = row("small, best worst group", rows.RUN, low)._replace(run="small")
+    assert "There are 3 rows of ERM." in verdict.notes(build([*found, second], erm=both))[0]
     assert verdict.notes(build(found, erm=both, named="small")) == []
     assert verdict.notes(build(found, erm={"large"})) == []
 

@@ -108,7 +108,7 @@ def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray,
     dropped = workdir.read_summary(trained.folder)["dataset"].get("dropped_users", 0)
     if dropped:
         _LOG.info(
-            "%s more users of the log get no list, since the filter left them out; to recommend to "
-            "them, give their rows as --histories", f"{dropped:,}",
+            "%s other users of the log get no list, since the run has no training rows of them; to "
+            "recommend to them, give their rows as --histories", f"{dropped:,}",
         )  # fmt: skip
     return trained.user_ids, trained.histories

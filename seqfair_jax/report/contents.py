@@ -38,7 +38,7 @@ class Contents(NamedTuple):
     subjects: dict[str, str]  # by family the name of a row
     baseline_tests: dict[str, pd.DataFrame]  # by subject: it minus each baseline
     over_seeds: pd.DataFrame  # `rows.over_seeds` against the reference
-    erm_rows: int = 0  # of so many rows of ERM the reference is the best; 0 where it is none
+    erm_rows: int = 0  # how many rows ERM has, if the reference is the best of several; else 0
 
     def row(self, name: str) -> Row:
         """The row of a name."""
@@ -149,8 +149,9 @@ def of_rows(
         {}, {}, rows.over_seeds([], Row("", BASELINE, ())),
     )  # fmt: skip
     reference = _reference(found, named, erm)
-    if named is None and reference is not None and reference.name in erm:
-        contents = contents._replace(erm_rows=sum(row.name in erm for row in found))
+    if named is None and sum(row.name in erm for row in found) > 1:
+        # A run's second row, of the worst group's epoch, has another name.
+        contents = contents._replace(erm_rows=sum(row.run in erm for row in found))
     chosen: dict[str, str] = {}
     for family in families:
         name = _chosen(found, contents.judged(family), reference)

@@ -538,11 +538,7 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
             f"The lowest mean of a family's groups with at least {contents.min_users} test users "
             "(select.min_users).",
         ),
-        (
-            "validation",
-            "The mean over all validation users, at the epoch that is tested. Methods and values "
-            "are chosen by it. The other columns are of the test.",
-        ),
+        (rows.VALIDATION, text.VALIDATION_MEANING[0].upper() + text.VALIDATION_MEANING[1:]),
         (
             "±",
             "Half of the 95 % interval of a mean over seeds (t distribution). It covers other "

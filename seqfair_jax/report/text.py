@@ -23,6 +23,11 @@ SEEDS_AND_USERS = (
     "An interval over users says what to expect of these trained models for other users.",
 )
 
+VALIDATION_MEANING = (
+    "the mean over all validation users, at the epoch that is tested. The other columns are of the "
+    "test."
+)
+
 # What Markdown would read as markup: an underscore between letters is none, a bracket only before
 # the target of a link, an ampersand only in an entity, a colon only in an emoji's name.
 _MARKUP = re.compile(r"[\\`*<|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])|&(?=#?\w+;)|:(?=[\w+-]+:)")
@@ -58,7 +63,14 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
         + "\n".join([_text(found, found.table(family)), *left_out(found, family)])
         for family in found.families
     ]
-    last = [*better_baseline(found), define_metric(found.metric), *joined_rows(found), *below]
+    has_validation = any(row.validation for row in found.rows)
+    last = [
+        *better_baseline(found),
+        define_metric(found.metric),
+        *([f"{VALIDATION}: {VALIDATION_MEANING}"] if has_validation else []),
+        *joined_rows(found),
+        *below,
+    ]
     return "\n\n".join([*parts, *last])
 
 
@@ -85,7 +97,7 @@ def list_figure(value: float) -> str:
 def left_out(found: Contents, family: str) -> list[str]:
     """A sentence on the groups that `worst` ignores, or none."""
     groups = slices.groups_in(found.sizes, family)
-    labels = dict(zip(groups, slices.labels(groups), strict=True))
+    labels = dict(zip(groups, column_labels(groups), strict=True))
     small = [f"{labels[name]} ({found.sizes[name]:,})" for name in groups
              if name not in found.judged(family)]  # fmt: skip
     if not small:

@@ -35,7 +35,7 @@ def verdicts(contents: Contents) -> list[Verdict]:
 
 
 def notes(contents: Contents) -> list[str]:
-    """What a reader must know of all tables: missing tests, joined rows, ignored groups."""
+    """What a reader must know of all tables: missing tests, the reference, joined rows."""
     found = []
     if contents.problem:
         found.append(f"No tests were made. {contents.problem}.")
@@ -46,9 +46,9 @@ def notes(contents: Contents) -> list[str]:
         )
     elif contents.erm_rows > 1:
         found.append(
-            f"There are {contents.erm_rows} rows of ERM. The others are compared with "
+            f"There are {contents.erm_rows} rows of ERM. All other rows are compared with "
             f"{contents.reference}, which has the highest {contents.metric} over all users in "
-            "validation. --baseline=DIR names another."
+            "validation. `seqfair report --baseline=DIR` names another."
         )
     both = [row.name for row in contents.rows if row.is_both]
     if both:
