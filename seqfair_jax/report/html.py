@@ -538,7 +538,7 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
             f"The lowest mean of a family's groups with at least {contents.min_users} test users "
             "(select.min_users).",
         ),
-        (rows.VALIDATION, text.VALIDATION_MEANING[0].upper() + text.VALIDATION_MEANING[1:]),
+        (rows.VALIDATION, _sentence(text.VALIDATION_MEANING)),
         (
             "±",
             "Half of the 95 % interval of a mean over seeds (t distribution). It covers other "

@@ -25,7 +25,7 @@ SEEDS_AND_USERS = (
 
 VALIDATION_MEANING = (
     "the mean over all validation users, at the epoch that is tested. The other columns are of the "
-    "test."
+    "test"
 )
 
 # What Markdown would read as markup: an underscore between letters is none, a bracket only before
@@ -67,7 +67,7 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
     last = [
         *better_baseline(found),
         define_metric(found.metric),
-        *([f"{VALIDATION}: {VALIDATION_MEANING}"] if has_validation else []),
+        *([f"{VALIDATION}: {VALIDATION_MEANING}."] if has_validation else []),
         *joined_rows(found),
         *below,
     ]
