@@ -263,8 +263,7 @@ def _corrected(table: pd.DataFrame, found: Sequence[Row]) -> pd.DataFrame:
     """A table of tests without doubled ones, in the order of the other tables; the star is by q."""
     if not rows.has_both_kinds(found):  # the only kind of targets is all of them
         table = table[~table["slice"].isin([slices.REPEAT, slices.NEW])]
-    known = dict.fromkeys(name for row in found for seed in row.means for name in seed)
-    place = {name: i for i, name in enumerate(known)}
+    place = {name: i for i, name in enumerate(rows.known_slices(found))}
     order = np.lexsort((table["slice"].map(place), pd.factorize(table["name"])[0]))
     table = table.iloc[order].reset_index(drop=True)
     q = significance.false_discovery_rates(table["p"])

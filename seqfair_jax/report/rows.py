@@ -232,12 +232,17 @@ def over_seeds(found: Sequence[Row], reference: Row) -> pd.DataFrame:
     return pd.DataFrame(records, columns=["name", "slice", "seeds", "difference", "half"])
 
 
+def known_slices(rows: Sequence[Row]) -> list[str]:
+    """The slices that some row has a mean of, in the order of the tables."""
+    return list(dict.fromkeys(name for row in rows for seed in row.means for name in seed))
+
+
 def slice_sizes(rows: Sequence[Row]) -> dict[str, int]:
     """How many test users each slice has; of a slice that only some rows know, by the first.
 
     Where users have several targets, one with both kinds of them counts as repeat and as new.
     """
-    known = dict.fromkeys(name for row in rows for seed in row.means for name in seed)
+    known = known_slices(rows)
     wanted = {
         name
         for row in rows
@@ -253,7 +258,7 @@ def slice_sizes(rows: Sequence[Row]) -> dict[str, int]:
             sizes = _sizes(table) | sizes
             if wanted <= set(sizes):
                 break
-    none = dict.fromkeys(known.keys() - wanted, 0) if sizes else {}  # no user is in such a slice
+    none = dict.fromkeys(set(known) - wanted, 0) if sizes else {}  # no user is in such a slice
     sizes = none | sizes
     return {
         name: sizes[name] for name in known if name in sizes and not slices.parse(name).statistic
@@ -283,7 +288,7 @@ def numbers(
     distribution). The worst is the lowest mean among groups with at least `min_users` test users,
     of each seed. Repeat and new targets are left out if all are of one kind.
     """
-    known = dict.fromkeys(name for row in rows for seed in row.means for name in seed)
+    known = known_slices(rows)
     groups = slices.groups_in(known, family)
     judged = judged_groups(sizes, family, min_users=min_users) if sizes else groups
     worst = slices.statistic_slice(family, "min")
