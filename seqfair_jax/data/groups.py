@@ -460,8 +460,11 @@ def _from_table(
     numbers = pd.to_numeric(pd.Series(groups, dtype=object), errors="coerce")
     if numbers.notna().all():
         groups = tuple(groups[place] for place in np.argsort(numbers, kind="stable"))
-        can_be_cut = np.isfinite(numbers.astype(float)).all() and len(set(users)) == len(users)
-        if len(groups) > _MANY and can_be_cut:
+        if (
+            len(groups) > _MANY
+            and np.isfinite(numbers.astype(float)).all()
+            and len(np.unique(users)) == len(users)  # else `_quantiles` refuses
+        ):
             _LOG.warning(
                 "family %s has %s groups, one for each number; write %s:4 in its place to cut the "
                 "numbers into at most 4 groups of about as many users",

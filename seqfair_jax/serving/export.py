@@ -213,6 +213,8 @@ def write_onnx(
         input_names=["items", "lengths", "mask_seen"],
         output_names=["scores", "places"],
     )
+    for path in folder.iterdir():  # jax2onnx makes a file that its owner alone can read
+        path.chmod((folder / ONNX_PROGRAM).stat().st_mode)
     own = {"format": "onnx", "shape": list(shape), "platforms": ["onnxruntime"]}
     versions = {"onnxruntime": onnxruntime.__version__, "jax2onnx": version("jax2onnx")}
     return _write_shared(folder, trained, max_k, own, versions)
@@ -241,8 +243,6 @@ def _write_shared(
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(exported.__file__, folder / LOADER)
-    for path in folder.iterdir():  # jax2onnx makes a file that its owner alone can read
-        path.chmod((folder / SETTINGS).stat().st_mode)
     return settings
 
 
