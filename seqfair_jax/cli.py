@@ -21,7 +21,7 @@ from seqfair_jax.config import flatten, help
 from seqfair_jax.config.change import locate
 from seqfair_jax.config.files import description, load_config
 from seqfair_jax.config.keys import settings
-from seqfair_jax.errors import Interrupted, UserError
+from seqfair_jax.errors import HelpRequested, Interrupted, UserError
 from seqfair_jax.settings import Setting
 from seqfair_jax.training.environment import processor
 
@@ -121,8 +121,7 @@ class Command:
         `work` gets the flags' values as attributes of one object, then the config if the command
         takes one, else the positional arguments. A `UserError` ends the process with status 1
         and one line on standard error, SIGINT with status 130 and SIGTERM with 143, and a pipe
-        whose reader has ended with 141. Any other
-        exception is a bug and keeps its traceback.
+        whose reader has ended with 141. Any other exception is a bug and keeps its traceback.
         """
         with log_to_stderr(), _signals():
             try:
@@ -130,6 +129,8 @@ class Command:
                 use_compilation_cache()
                 work(values, rest)
                 sys.stdout.flush()
+            except HelpRequested as shown:
+                print(shown, flush=True)
             except UserError as error:
                 _exit(f"error: {error}", 1)
             except KeyboardInterrupt as error:

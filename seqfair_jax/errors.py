@@ -13,6 +13,13 @@ class UserError(ValueError):
     """
 
 
+class HelpRequested(UserError):
+    """The arguments of a config ask for help, which is the message.
+
+    A command prints it to standard output and ends with status 0.
+    """
+
+
 class DivergedError(UserError, FloatingPointError):
     """Training produced a loss, a parameter or a score that is not finite."""
 

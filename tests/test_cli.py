@@ -491,6 +491,14 @@ def test_help_with_a_config_shows_its_values(capsys, config_file):
     assert "  train.epochs (here: 2; " in help_of(capsys, f"--config={config_file}")
 
 
+def test_the_arguments_of_a_config_are_help_and_no_error(capsys):
+    train.main(["--config=own_log:help"])
+    assert capsys.readouterr() == (
+        "the arguments of this config, with their defaults: method=erm, init=0.1, model=plain\n",
+        "",
+    )
+
+
 @pytest.mark.parametrize("command", [train, search, reproduce])
 def test_help_prints_the_description_of_a_config(command, capsys, tmp_path):
     path = tmp_path / "mine.py"

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from seqfair_jax.errors import UserError, did_you_mean
+from seqfair_jax.errors import HelpRequested, UserError, did_you_mean
 
 
 def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDict:
@@ -11,13 +11,14 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
     Values take the type of their default.
 
     Raises:
-        UserError: if the text is `help`, with the keys and their defaults; on a key without a
-            default (names the closest), a key that is given twice, or a value of another type.
+        HelpRequested: if the text is `help`, with the keys and their defaults.
+        UserError: on a key without a default (names the closest), a key that is given twice, or a
+            value of another type.
     """
     arguments, given = ConfigDict(defaults), set()
     known = ", ".join(f"{key}={value}" for key, value in defaults.items()) or "none"
     if text == "help":
-        raise UserError(f"the arguments of this config, with their defaults: {known}")
+        raise HelpRequested(f"the arguments of this config, with their defaults: {known}")
     for part in filter(None, (text or "").split(",")):
         key, equals, value = part.partition("=")
         if key not in defaults:
@@ -34,8 +35,9 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
                 raise ValueError
             arguments[key] = kind(value)
         except ValueError:
+            expected = {int: "a whole number", float: "a number"}.get(kind, "a text")
             raise UserError(
-                f"config argument {part!r}: expected {key}=VALUE with a {kind.__name__}"
+                f"config argument {part!r}: expected {key}=VALUE with {expected}"
             ) from None
     return arguments
 
