@@ -336,23 +336,33 @@ def test_a_changed_log_without_a_path_is_named(monkeypatch, tmp_path, caplog):
     assert "the log of synthetic changed after this run finished" in caplog.text
 
 
-def test_the_bar_does_not_count_the_compilation(monkeypatch, capsys):
+def steps_done(step, *, seconds, best=None):
+    totals = types.SimpleNamespace(loss=jnp.ones(1), steps=jnp.ones(1))
+    states = types.SimpleNamespace(totals=totals)
+    done = progress.Progress("", "", "", [best], [None], [0], step=step, seconds=seconds)
+    return progress.Snapshot(states, {}, done)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that tqdm sees, to be moved by hand."""
     now = [0.0]
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
-
-    def at(step, seconds):
-        totals = types.SimpleNamespace(loss=jnp.ones(1), steps=jnp.ones(1))
-        states = types.SimpleNamespace(totals=totals)
-        done = progress.Progress("", "", "", [None], [None], [0], step=step, seconds=seconds)
-        return progress.Snapshot(states, {}, done)
-
     monkeypatch.setattr(progress, "is_training", lambda states: True)
-    bar = progress.ProgressBar(small(**{"train.epochs": 4, "train.steps_per_epoch": 100}), at(0, 0))
+    return now
+
+
+FOUR_EPOCHS = {"train.epochs": 4, "train.steps_per_epoch": 100}
+
+
+def test_the_bar_does_not_count_the_compilation(clock, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = progress.ProgressBar(small(**FOUR_EPOCHS), steps_done(0, seconds=0))
     for step, waited, seconds in ((1, 35, 0), (2, 0.5, 0.5), (22, 10, 10.5), (23, 60, 10.5)):
-        now[0] += waited
-        bar.show_steps(at(step, seconds))
-    now[0] += 10
-    bar.show_steps(at(43, 20.5))
+        clock[0] += waited
+        bar.show_steps(steps_done(step, seconds=seconds))
+    clock[0] += 10
+    bar.show_steps(steps_done(43, seconds=20.5))
     bar.close()
     lines = capsys.readouterr().err.split("\r")
     assert "compiling" in lines[1]
@@ -361,3 +371,22 @@ def test_the_bar_does_not_count_the_compilation(monkeypatch, capsys):
     # 0.5 s for a step, so 357 steps in 178 s. 20.5 s of training have passed.
     assert "00:00<?" in found
     assert found[-1] == "00:20<02:58"
+
+
+def test_in_a_file_the_bar_is_a_line_a_minute_and_for_each_epoch(clock, capsys):
+    bar = progress.ProgressBar(small(**FOUR_EPOCHS), steps_done(0, seconds=0))
+    for step in range(1, 101):
+        clock[0] += 1.0
+        bar.show_steps(steps_done(step, seconds=float(step)))
+    best = {name: dict.fromkeys(progress.RULES, 0.25) for name in progress.RULES}
+    bar.show_best(steps_done(100, seconds=100.0, best=best))
+    bar.close()
+    out = capsys.readouterr().err
+    assert "\r" not in out
+    start, minute, epoch, *rest = out.splitlines()
+    assert rest == []
+    assert "0/400" in start
+    assert "compiling" in start
+    assert 60 <= int(minute.partition("/400")[0].rpartition(" ")[2]) < 75
+    assert "100/400" in epoch
+    assert "overall=0.2500" in epoch

@@ -97,7 +97,7 @@ def write_lists(
     def write(temporary: Path) -> None:
         nonlocal rows, short_lists
         writer = _WRITERS[path.suffix.lower()](temporary, schema)
-        bar = tqdm(total=len(user_ids), unit="user", dynamic_ncols=True)
+        bar = tqdm(total=len(user_ids), unit="user", dynamic_ncols=True, disable=None)
         with writer, bar:
             for lists, table in as_tables(found, user_ids=user_ids, item_ids=item_ids):
                 writer.write_table(table)

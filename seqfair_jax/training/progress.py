@@ -2,7 +2,8 @@
 
 import dataclasses
 import io
-from typing import Any, NamedTuple
+import sys
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -39,14 +40,23 @@ class Snapshot(NamedTuple):
     progress: Progress
 
 
+_SECONDS_PER_LINE = 60.0  # where the bar is written to a file
+
+
 class ProgressBar:
-    """A tqdm bar over the steps, with the loss, the speed and the best validation figures."""
+    """A tqdm bar over the steps, with the loss, the speed and the best validation figures.
+
+    If standard error is neither a terminal nor a notebook's, the bar is a line for each epoch, and
+    at most one a minute between them.
+    """
 
     def __init__(self, config: ConfigDict, snapshot: Snapshot):
         """Start at the snapshot's step."""
         num_runs = len(snapshot.progress.best)
         self._metric = config.select.metric
         self._notes: dict[str, str] = {}
+        self._moves = sys.stderr.isatty() or "ipykernel" in sys.modules
+        shown = sys.stderr if self._moves else _Lines(sys.stderr)
         self._bar = tqdm(
             total=config.train.epochs * config.train.steps_per_epoch,
             initial=snapshot.progress.step,
@@ -54,7 +64,9 @@ class ProgressBar:
             desc=config.objective.name + (f" x {num_runs} runs" if num_runs > 1 else ""),
             postfix="compiling",  # until the first steps are done
             dynamic_ncols=True,
-            file=None if is_first_process() else io.StringIO(),  # one bar for all processes
+            mininterval=0.1 if self._moves else _SECONDS_PER_LINE,
+            maxinterval=10 if self._moves else _SECONDS_PER_LINE,
+            file=shown if is_first_process() else io.StringIO(),  # one bar for all processes
         )
         self._seconds = snapshot.progress.seconds
 
@@ -68,6 +80,7 @@ class ProgressBar:
         self._notes["loss"] = f"{_mean_loss(snapshot.states):.4f}"
         if progress.seconds:
             self._notes["targets/s"] = f"{progress.timed_targets / progress.seconds:,.0f}"
+        self._bar.set_postfix(self._notes, refresh=False)
         if progress.seconds > self._seconds:
             self._bar.update(steps)
         else:
@@ -76,7 +89,8 @@ class ProgressBar:
             self._bar.last_print_n += steps
             self._bar.unpause()
         self._seconds = progress.seconds
-        self._bar.set_postfix(self._notes)
+        if self._moves:
+            self._bar.refresh()
 
     def show_best(self, snapshot: Snapshot) -> None:
         """Show the best validation figures so far, of the best run."""
@@ -91,6 +105,21 @@ class ProgressBar:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+class _Lines(io.StringIO):
+    """Writes each state of a bar as a line of its own, but not the same line twice."""
+
+    def __init__(self, stream: TextIO):
+        super().__init__()
+        self._stream, self._last = stream, ""
+
+    def write(self, text: str) -> int:
+        line = text.strip()
+        if line and line != self._last:
+            print(line, file=self._stream, flush=True)
+            self._last = line
+        return len(text)
 
 
 def _mean_loss(states: TrainState) -> float:
