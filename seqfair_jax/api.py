@@ -457,7 +457,9 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
         found["data.path"] = str(_store_log(folder, stored))
     if table is not None:
         found["data.group_file"] = _group_path(folder, table)
-        frame = read_group_table(found["data.group_file"], config.data.columns.user_id)
+        frame = read_group_table(
+            found["data.group_file"], config.data.columns.user_id, config.data.encoding
+        )
         assert frame is not None
         names = names or source.all_families(frame)
     change(config, found | ({"groups": names} if names else {}))

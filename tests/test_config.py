@@ -57,6 +57,11 @@ from seqfair_jax.sweeps.search_plan import split_search
         ),
         ({"data.missing_group": "none"}, "missing_group is 'none'.*known: unknown, leave_out"),
         ({"data.delimiter": "::"}, "data.delimiter is '::': expected one character"),
+        (
+            {"data.encoding": "base64"},
+            "data.encoding is 'base64': expected an encoding that Python",
+        ),
+        ({"data.encoding": "a\0"}, "data.encoding is 'a.*0': expected an encoding that Python"),
         ({"data.delimiter": "é"}, "data.delimiter is 'é': expected one character"),
         ({"data.delimiter": "\n"}, r"data.delimiter is '.n': expected one character"),
         ({"data.min_rating": math.nan}, "data.min_rating is nan: expected a finite number"),
@@ -163,6 +168,7 @@ def test_a_changed_first_family_is_explained():
             "data.columns.user_id is set, but the columns of data.name=retailrocket are fixed",
         ),
         ({"data.name": "ml1m", "data.delimiter": ";"}, "data.delimiter is set, but"),
+        ({"data.name": "ml1m", "data.encoding": "cp1252"}, "data.encoding is set, but"),
         ({"seeds": (True,)}, "seeds is .*expected unequal integers"),
     ],
 )

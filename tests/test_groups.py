@@ -207,6 +207,13 @@ def test_bad_group_files(tmp_path, content, message):
         read(tmp_path / "groups.csv", content)
 
 
+def test_the_groups_have_the_encoding_of_the_log(tmp_path):
+    path = tmp_path / "groups.csv"
+    path.write_bytes("user_id,plan\n7,größer\n".encode("cp1252"))
+    own = own_groups(data_part(tmp_path, group_file=str(path), encoding="cp1252"))
+    assert own["group"].tolist() == ["größer"]
+
+
 def test_the_user_column_is_called_as_in_the_log_or_has_a_usual_name(tmp_path):
     (tmp_path / "groups.csv").write_text("Kunde,plan\n7,free\n")
     for name in ("Kunde", "kunde"):
@@ -479,7 +486,7 @@ U_USER = "1|24|M|technician|85711\n2|53|F|other|94043\n"  # of MovieLens-100K
 def data_part(path, **changes):
     columns = {"user_id": ""}
     settings = {"name": "ml100k", "path": str(path), "columns": columns, "group_file": None}
-    return ConfigDict(settings | changes)
+    return ConfigDict(settings | {"encoding": ""} | changes)
 
 
 @pytest.mark.parametrize("form", ["publisher", "zip", "recbole"])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from seqfair_jax.data import files
-from seqfair_jax.data.files import locate
+from seqfair_jax.data.files import locate, open_file
 from seqfair_jax.data.readers import Rows, log_from_table, read_log
 from seqfair_jax.errors import UserError
 
@@ -33,10 +33,10 @@ EVENTS = """timestamp,visitorid,event,itemid,transactionid
 """
 
 
-def read(path, content, name="csv", columns=COLUMNS):
+def read(path, content, name="csv", columns=COLUMNS, **options):
     """The log in a file of that content."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_log(name, [path], columns).frame()
+    return read_log(name, [path], columns, **options).frame()
 
 
 def zipped(members, compression=zipfile.ZIP_DEFLATED):
@@ -97,6 +97,35 @@ def test_other_delimiters_are_found(tmp_path, caplog, delimiter):
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     text = b"\xef\xbb\xbf" + LOG.to_csv(index=False).encode()
     pd.testing.assert_frame_equal(read(tmp_path / "log.csv", text), LOG)
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize(
+    ("encoding", "setting"),
+    [("cp1252", "cp1252"), ("utf-16", ""), ("utf-16-be", "utf-16-be"), ("utf-16", "cp1252")],
+)
+def test_a_text_in_another_encoding_is_read(tmp_path, packer, encoding, setting):
+    log = LOG.assign(user_id=["Zoë", "Zoë", "€"])
+    mixed = log.assign(item_id=[10, "11", 10])  # such JSON is read line by line
+    lines = {"orient": "records", "lines": True, "force_ascii": False}
+    for name, text in (
+        ("log.csv", log.to_csv(index=False, sep=";")),
+        ("log.jsonl", log.to_json(None, **lines)),
+        ("mixed.jsonl", mixed.to_json(None, **lines)),
+    ):
+        packed = PACKERS[packer](text.encode(encoding))
+        pd.testing.assert_frame_equal(read(tmp_path / name, packed, encoding=setting), log)
+    table = PACKERS[packer](log.to_parquet())  # which has no encoding
+    pd.testing.assert_frame_equal(read(tmp_path / "log", table, encoding="cp1252"), log)
+
+
+def test_characters_that_reads_cut_in_two_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("seqfair_jax.data.files.CHUNK", 5)
+    path, text = tmp_path / "log.csv", "Zoë €5 😀 " * 4
+    path.write_bytes(text.encode("utf-16"))
+    with open_file(path) as stream:
+        found = b"".join(iter(lambda: stream.read(3), b""))
+    assert found.decode() == text
 
 
 def test_only_the_wanted_columns_are_read(tmp_path):
@@ -167,9 +196,9 @@ def test_movielens_100k_as_its_publisher_ships_it_and_of_recbole(tmp_path, caplo
         (HEADER + "1,2,3\n1,5\n", r"cannot be read.*Row #3: Expected 3 columns, got 2"),
         (HEADER + '1,2,3\n1,"5,4\n1,6,5\n', "row of line 3 has a quotation mark"),
         (HEADER + '1,2,3\n\n1,"5,4\n1,6",5\n', "row of line 4 has a quotation mark"),
-        (HEADER.encode() + b"1,2,3\n\xe4,5,4\n", r"Row #3.*not UTF-8; save it as UTF-8"),
-        (("\ufeff" + HEADER).encode("utf-16-le"), "is UTF-16 text: save it as UTF-8"),
-        (HEADER.encode("utf-16-le"), "is not UTF-8 text, perhaps UTF-16"),
+        (HEADER.encode() + b"1,2,3\n\xe4,5,4\n", r"Row #3.*not UTF-8; set data.encoding"),
+        (HEADER.encode("utf-16-le"), "is not UTF-8 text: set data.encoding"),
+        (("\ufeff" + HEADER).encode("utf-16-le") + b"\0", "cannot be read: .*truncated data"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(9), "is a 7z archive: unpack it"),
         (gzip.compress(gzip.compress(b"a,b\n")), "compressed twice"),
         (parquet(user_id=["ab", "cd"]).replace(b"cd", b"c\xff"), "cannot be read: .*UTF8"),

@@ -77,7 +77,8 @@ def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
     dataset = catalogue.read_dataset(folder)
     inputs = workdir.finished_inputs(folder)
     stored = stored_families(folder, summary)
-    table = read_group_table(choice.group_file, config.data.columns.user_id)
+    data = config.data  # that of a run of an earlier version has no encoding
+    table = read_group_table(choice.group_file, data.columns.user_id, data.get("encoding", ""))
     names = list(stored) if choice.groups is None else list(choice.groups)
     if table is not None:
         inputs = inputs | {"group_file": hash_files([workdir.user_path(choice.group_file or "")])}

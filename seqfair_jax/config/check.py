@@ -103,7 +103,7 @@ def _check_data(data: ConfigDict) -> None:
             raise UserError(f"data.{key} is empty: give a path, or leave it out")
     if data.name in MEMBERS:
         fixed = [f"columns.{key}" for key in data.columns if data.columns[key]]
-        fixed += ["delimiter"] * bool(data.delimiter)
+        fixed += [key for key in ("delimiter", "encoding") if data[key]]
         if fixed:
             raise UserError(
                 f"data.{fixed[0]} is set, but the columns of data.name={data.name} are "

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from seqfair_jax import objectives
 from seqfair_jax.data import synthetic
-from seqfair_jax.data.files import MEMBERS
+from seqfair_jax.data.files import MEMBERS, is_encoding
 from seqfair_jax.data.groups import MISSING_GROUP
 from seqfair_jax.data.split import SPLITS, TARGETS
 from seqfair_jax.data.times import is_time_format
@@ -40,6 +40,7 @@ _DELIMITER = Check(
     "one character, such as ';', or tab",
     lambda text: len(text.encode()) <= 1 and text not in tuple('"\r\n'),
 )
+_ENCODING = Check("an encoding that Python knows, such as cp1252 or utf-16", is_encoding)
 _TIME_FORMAT = Check(
     "a strptime format with a year, such as '%d.%m.%Y %H:%M'",
     lambda text: not text or is_time_format(text),
@@ -137,6 +138,13 @@ _DATA = (
         "",
         "What separates the columns of a CSV file. If empty, it is detected.",
         _DELIMITER,
+    ),
+    Setting(
+        "data.encoding",
+        "",
+        "The encoding of the log and of `data.group_file` if they are text. If empty, UTF-8, or "
+        "UTF-16 if the file starts with its mark.",
+        _ENCODING,
     ),
     Setting(
         "data.time_format",

@@ -162,8 +162,9 @@ def _logs(config_data: ConfigDict) -> dict[str, _Source]:
     found = {}
     for source, paths in _sources(config_data).items():
         where = str(config_data[_FILES[source]] or paths[0])
-        key = cache_key(name, [hash_files(paths), columns, rows, config_data.delimiter])
-        options = {"columns": columns, "rows": rows, "delimiter": config_data.delimiter}
+        text = {"delimiter": config_data.delimiter, "encoding": config_data.encoding}
+        key = cache_key(name, [hash_files(paths), columns, rows, text])
+        options = {"columns": columns, "rows": rows, **text}
         found[source] = _Source(where, key, functools.partial(_read, name, paths, options))
     return found
 

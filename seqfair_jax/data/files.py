@@ -1,6 +1,7 @@
 """Files of logs and groups: where they are, and their bytes, unpacked while they are read."""
 
 import bz2
+import codecs
 import contextlib
 import functools
 import glob
@@ -32,6 +33,7 @@ USERS = {"ml100k": "u.user"}
 MAX_UNPACKED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 SHOW_PROGRESS = 50 * 2**20  # bytes of a file whose reading shows a bar
 PARQUET = (b"PAR1", b"PARE")
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CHUNK = 2**20  # bytes of `Stream.head`
 
 _MOVIELENS = "https://files.grouplens.org/datasets/movielens/"
@@ -55,8 +57,6 @@ _NOT_TABLES = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
     b"Rar!": "a RAR archive: unpack it",
     b"\x1f\x9d": "compressed by `compress`: unpack it",
-    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
     **dict.fromkeys((*_OPENERS, *_ZIP), "compressed twice: unpack it once"),
 }
 # What the standard library raises on archives that are damaged, encrypted or of an unknown kind.
@@ -242,22 +242,64 @@ def _download(name: str) -> Path:
 # Their bytes.
 
 
+def is_encoding(name: str) -> bool:
+    """Whether Python can read a text in the encoding of that name; '' counts as one."""
+    try:
+        "".encode(name or "utf-8")
+        codecs.getincrementaldecoder(name or "utf-8")
+    except (LookupError, ValueError):
+        return False
+    return True
+
+
+class _Recoded:
+    """The bytes of a text in another encoding, as UTF-8."""
+
+    def __init__(self, source: Any, encoding: str, start: bytes):
+        """Read a text.
+
+        Args:
+            source: of its bytes.
+            encoding: a name that Python knows.
+            start: the bytes that were read from the source already.
+        """
+        self._source = source
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._ready = self._decoder.decode(start).encode()
+        self._ended = False
+
+    def read(self, size: int) -> bytes:
+        """The next bytes: as many as asked for except at the end."""
+        while len(self._ready) < size and not self._ended:
+            data = self._source.read(size)
+            self._ended = not data
+            self._ready += self._decoder.decode(data, final=self._ended).encode()
+        data, self._ready = self._ready[:size], self._ready[size:]
+        return data
+
+
 class Stream(io.RawIOBase):
     """The unpacked bytes of a file, from its start to its end; at most `MAX_UNPACKED` of them.
 
-    An archive's own word for its size is not believed, and nothing is unpacked to the disk.
+    An archive's own word for its size is not believed, and nothing is unpacked to the disk. The
+    bytes of a text are UTF-8.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, unpacked: Any):
+    def __init__(self, path: Path, file: BinaryIO, unpacked: Any, encoding: str):
         super().__init__()
         self.path = path
         self.lines = 0  # line breaks so far
         self.has_quotes = False
+        start = unpacked.read(4)
+        if start.startswith(_UTF_16):
+            encoding = "utf-16"
+        if encoding and not start.startswith(PARQUET):
+            unpacked, start = _Recoded(unpacked, encoding, start), b""
         self._file, self._unpacked = file, unpacked
-        self._size = 0
+        self._size = len(start)
         large = path.stat().st_size >= SHOW_PROGRESS
         self._bar = progress(path, path.stat().st_size, "B", shown=large)
-        self._waiting = b""
+        self._waiting = start
         self.head = self.read(CHUNK)  # the first bytes; they are read again
         self._waiting, self.lines, self.has_quotes = self.head, 0, False
 
@@ -300,12 +342,14 @@ class Stream(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_file(path: Path, member: str | None = None) -> Iterator[Stream]:
+def open_file(path: Path, member: str | None = None, encoding: str = "") -> Iterator[Stream]:
     """Open a file to read its bytes, unpacked; its content says how it is compressed.
 
     Args:
         path: the file: plain, or packed by gzip, bzip2, xz, zstd, lz4 or zip.
         member: the file to read in a zip, in any folder of it; None if the zip holds one.
+        encoding: of a text, a name that Python knows; '' for UTF-8. A text that starts with the
+            mark of UTF-16 is in UTF-16 whatever this says.
 
     Raises:
         UserError: naming the file, if it cannot be read or is of a kind that is no table.
@@ -314,7 +358,7 @@ def open_file(path: Path, member: str | None = None) -> Iterator[Stream]:
         reading(path),
         path.open("rb") as file,
         _unpack(file, path, member) as unpacked,
-        contextlib.closing(Stream(path, file, unpacked)) as stream,
+        contextlib.closing(Stream(path, file, unpacked, encoding)) as stream,
     ):
         for magic, what in _NOT_TABLES.items():
             if stream.head.startswith(magic):

@@ -164,7 +164,7 @@ def own_groups(data: ConfigDict) -> pd.DataFrame | None:
         UserError: as `read_group_table`.
     """
     if data.group_file is not None:
-        return read_group_table(data.group_file, data.columns.user_id)
+        return read_group_table(data.group_file, data.columns.user_id, data.encoding)
     path = locate_users(data.name, data.path)
     if path is None:
         return None
@@ -174,7 +174,9 @@ def own_groups(data: ConfigDict) -> pd.DataFrame | None:
     return _group_table(path, _choose_attributes, options)
 
 
-def read_group_table(path: str | None, user_column: str = "") -> pd.DataFrame | None:
+def read_group_table(
+    path: str | None, user_column: str = "", encoding: str = ""
+) -> pd.DataFrame | None:
     """The users' own groups: columns user_id, family, group, a row for each membership; all text.
 
     The file has these columns, or it is wide: a row for each user, and a column for each family.
@@ -189,6 +191,7 @@ def read_group_table(path: str | None, user_column: str = "") -> pd.DataFrame | 
         path: a CSV, JSON Lines or Parquet file (see `tables.read_table`), or None.
         user_column: what the log calls its user column (`data.columns.user_id`); '' if it has a
             usual name.
+        encoding: of a text file, as for `files.open_file`.
 
     Raises:
         UserError: naming the file, the row and what is wrong: a row without user or family, a
@@ -198,7 +201,8 @@ def read_group_table(path: str | None, user_column: str = "") -> pd.DataFrame | 
         return None
     file = user_path(path)
     require_file(file, f"data.group_file={path}")
-    return _group_table(file, functools.partial(_choose, user_column=user_column), {})
+    choose = functools.partial(_choose, user_column=user_column)
+    return _group_table(file, choose, {"encoding": encoding})
 
 
 def _group_table(file: Path, choose: Choose, options: Mapping[str, Any]) -> pd.DataFrame:

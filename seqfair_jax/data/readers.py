@@ -81,6 +81,7 @@ def read_log(
     rows: Rows = ALL_ROWS,
     *,
     delimiter: str = "",
+    encoding: str = "",
 ) -> Log:
     """Read a log of interactions, a row each.
 
@@ -92,6 +93,7 @@ def read_log(
             `event` and `rating`; '' or absent to find a column by the names in `ALIASES`.
         rows: which rows to read.
         delimiter: of CSV files; '' to find it out.
+        encoding: of text files, for `csv`; see `files.open_file`.
 
     Returns:
         The log. Ids are integers where every id of the column is one, else text: '07' and '7' are
@@ -103,7 +105,7 @@ def read_log(
     Raises:
         UserError: naming the file, the row and what is wrong.
     """
-    options: dict[str, Any] = {"delimiter": delimiter}
+    options: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
     if name == "retailrocket":
         columns, rows = _RETAILROCKET, rows._replace(events=rows.events or ("view",))
         options = {"member": MEMBERS[name]}

@@ -6,6 +6,7 @@ and nothing is guessed before it is checked.
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import re
@@ -25,11 +26,13 @@ from seqfair_jax.errors import UserError, did_you_mean
 
 # From a file's column names and its name for messages, which column is which: {"user_id": "uid"}.
 Choose = Callable[[Sequence[str], str], Mapping[str, str]]
+Open = Callable[[], contextlib.AbstractContextManager[Stream]]  # a file, from its start
 
 _BLOCK = 2**22  # bytes that a thread parses at once
 _LONGEST_ROW = 2**26
 _SAMPLE = 1000  # lines of JSON whose keys and types are looked at before the others are read
 _TYPED_NAME = re.compile(r"(.*):(token|float)(_seq)?")  # a column of a RecBole file
+_NOT_UTF_8 = "is not UTF-8; set data.encoding to its encoding, such as cp1252, or save it as UTF-8"
 _TEXT = pa.large_string()
 _CODED = pa.dictionary(pa.int32(), _TEXT)
 _JSON_TYPES = {
@@ -54,6 +57,7 @@ def read_table(
     *,
     member: str | None = None,
     delimiter: str = "",
+    encoding: str = "",
     coded: Collection[str] = (),
     header: Sequence[str] = (),
 ) -> Table:
@@ -68,6 +72,7 @@ def read_table(
             has (`user_id:token`). Raises a `UserError` if one is missing.
         member: the file to read in a zip; None if the zip holds one.
         delimiter: of a CSV file; '' finds out which of `,`, `;`, `|` and tab it is.
+        encoding: of a text file, as for `files.open_file`.
         coded: the columns to read as dictionaries if they are text.
         header: the column names of a CSV file without a header line.
 
@@ -82,12 +87,13 @@ def read_table(
         is_parquet = file.read(4) in files.PARQUET
     if is_parquet:
         return _read_parquet(path, path, choose, coded)
-    with open_file(path, member) as stream:
+    open_again = functools.partial(open_file, path, member, encoding)
+    with open_again() as stream:
         if stream.head.startswith(files.PARQUET):
             return _read_parquet(pa.BufferReader(stream.read_all()), path, choose, coded)
         if not header and re.match(rb"(\xef\xbb\xbf)?\s*(\{|\[\s*\{)", stream.head):
-            return _read_json(stream, member, choose)
-        return _read_csv(stream, member, choose, delimiter, coded, header)
+            return _read_json(stream, open_again, choose)
+        return _read_csv(stream, open_again, choose, delimiter, coded, header)
 
 
 def table_in_memory(table: Any, choose: Choose, where: str) -> Table:
@@ -237,7 +243,7 @@ def _is_text(schema: pa.Schema, name: str) -> bool:
 
 def _read_csv(
     stream: Stream,
-    member: str | None,
+    open_again: Open,
     choose: Choose,
     delimiter: str,
     coded: Collection[str],
@@ -269,18 +275,16 @@ def _read_csv(
     try:
         table = parse(stream, threads=True)
     except pa.ArrowInvalid:
-        with open_file(path, member) as stream:
+        with open_again() as stream:
             try:  # one thread: it names the row, and takes longer ones
                 table = parse(stream, threads=False)
             except pa.ArrowInvalid as error:
-                _check_line_breaks(path, member, delimiter)
-                reason = str(error).replace(
-                    "invalid UTF8 data", "the text is not UTF-8; save it as UTF-8"
-                )
+                _check_line_breaks(open_again, delimiter)
+                reason = str(error).replace("invalid UTF8 data", f"the text {_NOT_UTF_8}")
                 raise UserError(f"{path} cannot be read: {short(reason)}") from error
     # A row less than there are lines: an empty line, or a field with a line break.
     if stream.has_quotes and len(table) < stream.lines - (not header):
-        _check_line_breaks(path, member, delimiter)
+        _check_line_breaks(open_again, delimiter)
     columns = pa.table([table[name] for name in wanted.values()], names=list(wanted))
     return Table(columns, chosen, "CSV", delimiter)
 
@@ -291,7 +295,9 @@ def _header(stream: Stream, choose: Choose, delimiter: str) -> tuple[list[str], 
     if line is None:
         raise UserError(f"{stream.path} is empty: expected a header line and rows")
     if b"\0" in line[0]:
-        raise UserError(f"{stream.path} is not UTF-8 text, perhaps UTF-16 or another kind of file")
+        raise UserError(
+            f"{stream.path} is not UTF-8 text: set data.encoding if it is a text, such as utf-16-le"
+        )
     text = line[0].decode("utf-8-sig", errors="replace")
     splits = {sign: _split(text, sign) for sign in ([delimiter] if delimiter else ",;\t|")}
 
@@ -317,13 +323,13 @@ def _untyped(names: list[str]) -> list[str]:
     return [match[1] for match in typed if match] if all(typed) else names
 
 
-def _check_line_breaks(path: Path, member: str | None, delimiter: str) -> None:
+def _check_line_breaks(open_again: Open, delimiter: str) -> None:
     """Refuse a quoted field with a line break.
 
     A quotation mark without its partner makes a field of the rows up to the next mark, and such
     rows cannot be told from text of several lines.
     """
-    with open_file(path, member) as stream:
+    with open_again() as stream:
         text = io.TextIOWrapper(
             io.BufferedReader(stream), encoding="utf-8", errors="replace", newline=""
         )
@@ -335,16 +341,16 @@ def _check_line_breaks(path: Path, member: str | None, delimiter: str) -> None:
                 next(rows)
         if rows.line_num > line + 1:
             raise UserError(
-                f"{path}: the row of line {line + 1} has a quotation mark that closes on another "
-                "line; each row must be one line: close the quotation, or remove the line breaks "
-                "in it"
+                f"{stream.path}: the row of line {line + 1} has a quotation mark that closes on "
+                "another line; each row must be one line: close the quotation, or remove the line "
+                "breaks in it"
             )
 
 
 # JSON Lines.
 
 
-def _read_json(stream: Stream, member: str | None, choose: Choose) -> Table:
+def _read_json(stream: Stream, open_again: Open, choose: Choose) -> Table:
     path = stream.path
     sample = stream.head.decode("utf-8-sig", errors="replace").splitlines()
     if len(stream.head) == files.CHUNK:
@@ -365,15 +371,16 @@ def _read_json(stream: Stream, member: str | None, choose: Choose) -> Table:
         )
         table.validate(full=True)  # damaged text
     except pa.ArrowInvalid:  # also numbers beside text in a column, which are fine
-        table = _parse_json(path, member, list(schema))
+        table = _parse_json(open_again, list(schema))
     columns = pa.table([table[name] for name in names.values()], names=list(names))
     return Table(columns, names, "JSON Lines")
 
 
-def _parse_json(path: Path, member: str | None, names: list[str]) -> pa.Table:
+def _parse_json(open_again: Open, names: list[str]) -> pa.Table:
     """The columns as text, line by line; numbers as they are written."""
     values: dict[str, list[str]] = {name: [] for name in names}
-    with open_file(path, member) as stream:
+    with open_again() as stream:
+        path = stream.path
         lines = io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
         for number, record in _records(lines, path, parse_int=str, parse_float=str):
             for name, texts in values.items():
