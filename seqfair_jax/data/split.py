@@ -639,8 +639,8 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
     tested = counted(split["test_users"], "user is tested", "users are tested")
     if split["kind"] == "leave_one_out":
         lines = [
-            "Leave-one-out split: each user's last row is the test target, and the row before it "
-            "is the validation target.",
+            "Leave-one-out split: each user's last row is the test target. For the users who "
+            "validate, the row before it is the validation target.",
             f"{validate}, and {tested}.",
             "The model trains on other users' events that are later than a user's target. So the "
             "figures may be higher than for the future; data.split=time avoids this.",
