@@ -7,8 +7,6 @@ Shape letters: U users, V vocabulary, D width.
 
 import contextlib
 import copy
-import hashlib
-import io
 import logging
 import os
 import shutil
@@ -33,7 +31,7 @@ from seqfair_jax.config.files import load_config
 from seqfair_jax.data.files import MEMBERS
 from seqfair_jax.data.groups import read_group_table
 from seqfair_jax.data.readers import Rows, needed_columns
-from seqfair_jax.data.tables import stored_tables, table_in_memory
+from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import contents, runs
@@ -194,8 +192,9 @@ class Model:
                 "seed": part["seed"],
                 **part["hparams"],
                 "status": part["status"],
+                # A grid's summary has the epochs of its runs, but not their tests.
                 f"validation {metric}": selection.score(part, "overall")
-                if selection.is_result(part)
+                if part.get("best")
                 else None,
                 "selected": part["run"] == self._trained.run,
             }
@@ -289,7 +288,7 @@ class Model:
         """
         table, names = source.split_groups(groups)
         with tempfile.TemporaryDirectory(prefix="seqfair_") as temporary:
-            path = None if table is None else _group_path(Path(temporary), table)
+            path = None if table is None else source.group_path(Path(temporary), table)
             given = None if cutoffs is None else source.checked_cutoffs(cutoffs)
             choice = source.Choice(groups=names or None, group_file=path, cutoffs=given)
             with stored_tables(Path(temporary) / workdir.INPUTS):
@@ -432,7 +431,7 @@ def _settings(
     if both:
         raise UserError(f"{both[0]} is given twice: by an argument of fit and in settings")
     if log is not None:
-        is_public = _is_path(log) and chosen.data.name in MEMBERS
+        is_public = workdir.is_path(log) and chosen.data.name in MEMBERS
         change(chosen, {} if is_public else {"data.name": "csv"})
     change(chosen, {key: value for key, value in named.items() if value is not None})
     change(chosen, settings)
@@ -448,7 +447,7 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
     table, names = source.split_groups(groups)
     checked = resolve(config)  # before anything is written
     found: dict[str, Any] = {}
-    if _is_path(log):
+    if workdir.is_path(log):
         found["data.path"] = os.fspath(log)
     elif log is not None:
         rows = Rows(**{key: checked.data[key] for key in Rows._fields})
@@ -456,17 +455,13 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
         stored = needed_columns(log, columns, rows, "log")
         found["data.path"] = str(_store_log(folder, stored))
     if table is not None:
-        found["data.group_file"] = _group_path(folder, table)
+        found["data.group_file"] = source.group_path(folder, table)
         frame = read_group_table(
             found["data.group_file"], config.data.columns.user_id, config.data.encoding
         )
         assert frame is not None
         names = names or source.all_families(frame)
     change(config, found | ({"groups": names} if names else {}))
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike)
 
 
 # Tables in the work directory.
@@ -516,23 +511,6 @@ def _difference(old: pa.Table, new: pa.Table) -> str:
 
 def _columns(table: pa.Table) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-
-
-def _group_path(folder: Path, table: Any) -> str:
-    """The path of a group file; a table is written to the folder's `inputs/`.
-
-    Other groups get another name, so that a finished run sees that they are others.
-    """
-    if _is_path(table):
-        return os.fspath(table)
-    arrow = table_in_memory(table, lambda names, _: {name: name for name in names}, "groups")[0]
-    sink = io.BytesIO()
-    pq.write_table(arrow, sink)
-    digest = hashlib.sha256(sink.getvalue()).hexdigest()[:12]
-    path = folder / workdir.INPUTS / f"groups-{digest}.parquet"
-    if not path.is_file():
-        workdir.write_file(path, lambda temporary: temporary.write_bytes(sink.getvalue()))
-    return str(path)
 
 
 def _remove_other_groups(folder: Path, used: str | None) -> None:

@@ -36,6 +36,7 @@ class Setting(NamedTuple):
     kind: type | None = None  # the type of a value; None: that of the default
     resumable: bool = False  # may differ when a run is resumed
     shown: str | None = None  # what help shows as the default; None: the default itself
+    is_path: bool = False  # of this machine
 
     @property
     def type(self) -> type:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -54,6 +55,11 @@ _LONGEST_NAME = 150  # of ours: suffixes and temporary names need some
 
 
 # Names of files and folders.
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value that a Python function was given is a path, and not a table."""
+    return isinstance(value, str | os.PathLike)
 
 
 def user_path(path: str | Path) -> Path:
@@ -253,12 +259,24 @@ def is_finished(folder: Path) -> bool:
 
 
 def finished_hash(folder: Path) -> str:
-    """The SHA-256 of a run's `finished.json`: the same for a copy, and for no other run."""
-    return sha256(folder / _FINISHED)
+    """A SHA-256 of a finished run's results: the same for a copy, and for no other run.
+
+    It leaves out the config, since that of a copy may name other files.
+
+    Raises:
+        UserError: as `finished_inputs`.
+    """
+    files = {name: digest for name, digest in _read_finished(folder)["files"].items()
+             if name != CONFIG}  # fmt: skip
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def finished_inputs(folder: Path) -> dict[str, str]:
-    """The hashes of a finished run's inputs, as `finish` stored them."""
+    """The hashes of a finished run's inputs, as `finish` stored them.
+
+    Raises:
+        UserError: if the run has not finished, or its `finished.json` cannot be read.
+    """
     return _read_finished(folder)["inputs"]
 
 
@@ -484,8 +502,7 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         path = path.resolve()
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is not a regular file; name another")
-    # With the process's number, since caches and reports may be written by several at once.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    temporary = _temporary(path)
     with named_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -493,6 +510,15 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside a path.
+
+    It is drawn, since several processes may write a cache or a report at once, and those of two
+    machines or containers may have the same number.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
 
 
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
@@ -503,7 +529,7 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
     """
     refuse_filled(path)
     path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    temporary = _temporary(path)
     with named_errors(path, "write"):
         try:
             temporary.mkdir(parents=True)

@@ -11,25 +11,31 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 from jax.sharding import PartitionSpec as P
+from runs import small
 
 import seqfair_jax
 from seqfair_jax import devices, objectives
+from seqfair_jax.config import resolve
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import by_time
 from seqfair_jax.evaluation.ranking import make_ranker
 from seqfair_jax.model.mixture import Neighbours, pad_neighbours
 from seqfair_jax.model.packing import Sequences
 from seqfair_jax.model.sampled_loss import Sampled
-from seqfair_jax.model.sasrec import SASRec, is_table, param_specs, with_rows
+from seqfair_jax.model.sasrec import SASRec, is_table, param_specs
 from seqfair_jax.objectives import make_objective, user_mass
 from seqfair_jax.serving.trained import load_source
+from seqfair_jax.sweeps import cost
+from seqfair_jax.sweeps.jobs import Job
 from seqfair_jax.training import checkpoint, stacking, step, warm_start
 from seqfair_jax.training.batches import Batches
+from seqfair_jax.training.experiment import build_experiment
 
 NUM_USERS, NUM_ITEMS, MAX_LEN, BATCH, STEPS = 40, 27, 20, 7, 2
 HPARAMS = {key: hparam.default for key, hparam in objectives.hparams().items()} | {
@@ -47,6 +53,22 @@ NEIGHBOURS = Neighbours(
     np.where(np.arange(NUM_ITEMS) % 5, 1.5, -np.inf).astype(np.float32),
 )
 NEIGHBOURS.shares[NEIGHBOURS.items == NUM_ITEMS] = 0
+
+
+def with_rows(params: Any, rows: int) -> Any:
+    """Parameters of the host whose tables have that many rows: the first ones, or zeros behind.
+
+    A table has more rows than items where a mesh splits it into equal parts.
+    """
+
+    def resize(path: tuple, leaf: np.ndarray) -> np.ndarray:
+        if not is_table(path) or leaf.shape[-2] == rows:
+            return leaf
+        pad = [(0, 0)] * leaf.ndim
+        pad[-2] = (0, max(rows - leaf.shape[-2], 0))
+        return np.pad(leaf[..., :rows, :], pad)
+
+    return jax.tree_util.tree_map_with_path(resize, params)
 
 
 def make_model(shards, *, dropout=0.0, num_items=NUM_ITEMS, dim=8, **parts):
@@ -355,6 +377,18 @@ def gathers():
         for dims in re.findall(r"\[([\d,]*)\]", shapes):
             sizes.append(math.prod(int(n) for n in dims.split(",") if n))
     return {"largest": max(sizes), "count": len(sizes) - 1, "table": 4001 * 16}
+
+
+def cost_of_a_sweep():
+    """The runs that fit together, and the seconds of a plan, on a mesh and on one device."""
+    found = {}
+    for data, catalogue in ((2, 2), (1, 1)):
+        changes = {"train.mesh.data": data, "train.mesh.catalogue": catalogue}
+        experiment = build_experiment(resolve(small(**changes)))
+        job = Job("erm", "erm", None, experiment.config)
+        seconds = cost.estimate([job], experiment, 1).seconds
+        found[f"{data},{catalogue}"] = [cost.measure_runs_per_job(experiment), seconds]
+    return found
 
 
 if __name__ == "__main__":

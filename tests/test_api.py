@@ -171,6 +171,11 @@ def test_seeds_make_a_grid_and_the_model_is_the_selected_run():
     assert list(model.runs["run"]) == ["seed=3", "seed=1"]
     assert list(model.runs["status"]) == ["finished"] * 2
     assert list(model.runs["selected"]) == [True, False]
+    scores = [
+        workdir.read_summary(folder)["best"]["overall"]
+        for folder in workdir.run_folders(model.folder, list(model.runs["run"]))
+    ]
+    assert list(model.runs["validation NDCG@20"]) == scores
     assert model.summary["seed"] == 3
     assert model.config.train.epochs == 2
     other = seqfair_jax.load(model.folder, run="seed=1")

@@ -128,6 +128,21 @@ def test_the_worst_group_stands_beside_its_best_baseline(card, folder):
     assert f"[{best}] with {baselines[best][METRIC][f'pop33={worst}']:.4f}." in line
 
 
+def test_small_groups_do_not_compete_for_the_worst(copied):
+    config = workdir.read_json(copied / "config.json")
+    users = pd.read_parquet(copied / "per_user.parquet")
+    sizes = users.seq33.value_counts()
+    for least, expected in ((sizes.max(), f"- seq33={sizes.idxmax()}: "), (10_000, "- seq33: no ")):
+        config["select"]["min_users"] = int(least)
+        workdir.write_json(copied / "config.json", config)
+        lines = model_card(copied, "overall", EXPORTED).splitlines()
+        assert sum(line.startswith(expected) for line in lines) == 1
+        assert sum(line.startswith("- seq33") and "best untrained" in line for line in lines) == (
+            least < 10_000
+        )
+    assert "- seq33: no group has 10,000 tested users." in lines
+
+
 def test_it_says_where_a_baseline_is_better(copied):
     summary = workdir.read_summary(copied)
     for means in summary["baselines"].values():
@@ -163,7 +178,7 @@ def test_the_data_the_split_and_the_limits_are_said(card, folder):
     settings = dict(rows_of(card, "## Settings")[1:])
     assert settings["model.dim"] == "8"
     assert settings["groups"] == "pop33, seq33"
-    assert not [key for key in settings if "path" in key or "cache" in key]
+    assert not {"data.path", "data.cache_dir", "data.group_file", "train.init_from"} & set(settings)
 
 
 def test_the_card_of_an_onnx_program_says_what_it_needs(folder):

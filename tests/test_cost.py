@@ -151,7 +151,7 @@ def test_the_bytes_of_a_program_grow_with_its_runs(experiment, monkeypatch):
     """At least by the state of a run: parameters, two moments and two best sets of parameters."""
     params = sum(
         np.prod(leaf.shape) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(cost._segment_arguments(experiment, 1, steps=1)[0].params)
+        for leaf in jax.tree.leaves(cost._segment(experiment, 1, steps=1)[1].params)
     )
     one, two = (cost._program_bytes(experiment, runs) for runs in (1, 2))
     assert two - one >= 5 * params

@@ -121,6 +121,7 @@ def test_an_intersection_keeps_the_first_familys_values_by_each_rule(tmp_path):
             overall, worst = overall_of[job.family, step_size]
             best = {"epoch": 1, "step": 1, "overall": overall, "worst_group": worst}
             summary = {"status": "finished", "hparams": {"step_size": step_size}}
+            summary["group_family"] = job.family
             for suffix in ("", "_worst_group"):
                 summary |= {f"best{suffix}": best, f"test{suffix}": {}}
             summaries.append(summary)
@@ -145,6 +146,21 @@ def test_an_intersection_keeps_the_first_familys_values_by_each_rule(tmp_path):
         write(job)
     assert choose("overall", [*first, *more]) == {"pop33": 0.01, "pop33&seq33": 0.01}
     assert choose("worst_group", [*first, *more]) == {"pop33": 0.1, "pop33&seq33": 0.1}
+
+
+def test_a_choice_has_the_family_by_its_name_in_the_results(tmp_path):
+    """The columns of tables have that name; a sweep may call the family as the group file does."""
+    base, sweep = grid.split_sweep(
+        tiny(**{"sweep.families": ("a=b", "pop33"), "sweep.intersections": ("a%3Db*pop33",)})
+    )
+    [job] = [job for job in grid.plan(base, sweep, runs_per_job=8) if job.name == "gdro-a=b"]
+    best = {"epoch": 1, "overall": 0.5, "worst_group": 0.5}
+    summary = {"status": "finished", "group_family": "a%3Db", "best": best, "test": {}}
+    runs = [summary | {"hparams": run.hparams} for run in plan_runs(job.config)]
+    write_results(workdir.job_folder(tmp_path, job.name), job.config, runs)
+    results = choice.read_job(job, tmp_path)
+    [entry] = choice.choose(results, "overall", seeds=base.seeds, families=sweep.families)
+    assert (entry.family, entry.name) == ("a%3Db", "gdro(a%3Db)")
 
 
 def test_values_that_differ_in_the_last_digit_have_their_own_names():
@@ -206,7 +222,7 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_is():
         return grid.config_hash(*grid.split_sweep(tiny(**changes)))
 
     assert len(of()) == 12
-    assert of() == of(**{"data.path": "elsewhere"})
+    assert of() == of(**{"data.path": "elsewhere", "data.test_path": "there"})
     assert len({of(), of(seeds=(1,)), of(**{"sweep.alpha": (0.3,)})}) == 3
 
 
@@ -224,6 +240,7 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_is():
         ({"sweep.families": ("pop33", "pop33")}, "sweep.families is .*expected each name once"),
         ({"sweep.intersections": ("pop33*pop2060",)}, "'pop33.pop2060' does not combine two or"),
         ({"sweep.intersections": ("seq33",)}, "'seq33' does not combine two or more"),
+        ({"train.mesh.run": 2}, "train.mesh.run is 2: expected 1"),
         ({"sweep.choice_seeds": 2}, "sweep.choice_seeds is 2: expected 0 to 1"),
         ({"sweep.one_seed_methods": ("xyz",)}, "sweep.one_seed_methods: 'xyz' is unknown"),
         ({"sweep.intersection_methods": ("cvar",)}, "cvar does not use groups"),

@@ -207,6 +207,16 @@ def test_bad_group_files(tmp_path, content, message):
         read(tmp_path / "groups.csv", content)
 
 
+def test_a_column_without_a_name_is_no_family(tmp_path):
+    """As `DataFrame.to_csv` writes its index."""
+    frame = pd.DataFrame({"user_id": ["a", "b"], "plan": ["free", "paid"]})
+    frame.to_csv(tmp_path / "groups.csv")
+    assert read_group_table(str(tmp_path / "groups.csv"))["family"].tolist() == ["plan", "plan"]
+    (tmp_path / "long.csv").write_text("user_id,family,group\na,plan,free\nb, ,paid\n")
+    with pytest.raises(UserError, match="data row 2 has no family"):
+        read_group_table(str(tmp_path / "long.csv"))
+
+
 def test_the_groups_have_the_encoding_of_the_log(tmp_path):
     path = tmp_path / "groups.csv"
     path.write_bytes("user_id,plan\n7,größer\n".encode("cp1252"))

@@ -94,6 +94,12 @@ def test_no_step_gathers_a_table_or_logits():
     assert found["largest"] < found["table"] / 50
 
 
+def test_a_sweep_is_planned_on_a_mesh():
+    found = on_mesh("cost_of_a_sweep")
+    assert set(found) == {"2,2", "1,1"}
+    assert all(runs >= 1 and seconds > 0 for runs, seconds in found.values())
+
+
 def test_too_few_devices_for_a_mesh():
     with pytest.raises(UserError, match="run=1, data=2, catalogue=4 needs 8 devices, but there"):
         devices.make_mesh(data=2, catalogue=4)

@@ -111,7 +111,9 @@ def test_recommendation_stats_by_group():
     assert found["novelty@2"]["f=a"] == recommendation_stats(top[:2], [2], items)["novelty@2"]
 
 
-@pytest.mark.parametrize("name", ["NDGC@20", "NDCG", "NDCG@0", "NDCG@x", "accuracy@5"])
+@pytest.mark.parametrize(
+    "name", ["NDGC@20", "NDCG", "NDCG@0", "NDCG@020", "NDCG@２", "NDCG@x", "accuracy@5"]
+)
 def test_unknown_metrics_are_refused(name):
     with pytest.raises(UserError, match="unknown metric"):
         parse_metric(name)

@@ -128,6 +128,14 @@ def test_characters_that_reads_cut_in_two_are_whole(tmp_path, monkeypatch):
     assert found.decode() == text
 
 
+def test_json_may_have_line_separators_in_its_texts(tmp_path):
+    lines = {"orient": "records", "lines": True, "force_ascii": False}
+    text = LOG.assign(note=["a\u2028b", "\u2029", "\x85"]).to_json(None, **lines)
+    pd.testing.assert_frame_equal(read(tmp_path / "log.jsonl", text), LOG)
+    text = LOG.to_json(None, **lines).replace("\n", "\r\n")
+    pd.testing.assert_frame_equal(read(tmp_path / "log.jsonl", text), LOG)
+
+
 def test_only_the_wanted_columns_are_read(tmp_path):
     text = b"user_id,note,item_id,timestamp,count\n1,\xff,10,1,\n1,,11,2,7\n2,NA,10,3,x\n"
     pd.testing.assert_frame_equal(read(tmp_path / "log.csv", text), LOG)

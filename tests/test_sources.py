@@ -379,6 +379,10 @@ def test_the_c_stream_of_other_libraries():
         (LOG.drop(columns="item_id"), "the table: no column 'item_id'"),
         (LOG.assign(item_id=[1, "a", 3]), "the table: the values of column item_id are not of one"),
         (LOG.assign(item_id=[1, 2**70, 3]), "the values of column item_id are not of one type"),
+        (
+            LOG.assign(item_id=pd.Series(["a", "\ud800", "b"], dtype=object)),
+            "the values of column item_id are not of one",
+        ),
         (LOG.set_index("item_id"), r"index \(item_id\) is not read: give table.reset_index"),
         (LOG["item_id"], "expected a table of pandas, polars or pyarrow, found Series"),
         (LOG[:0], "the table holds no interactions"),

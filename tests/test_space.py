@@ -1,5 +1,6 @@
 """The texts of a search's space."""
 
+import numpy as np
 import pytest
 from runs import small
 
@@ -115,3 +116,11 @@ def test_nearest_and_rounded():
         0.0012345, 0.123, 0.98765
     ]  # fmt: skip
     assert Interval(1, 9999).rounded(1234) == 1234
+    near_one = Interval(0.99, 0.9999)
+    values = [near_one.rounded(value) for value in np.linspace(0.99, 0.9999, 500)]
+    assert len(set(values)) == 500
+    assert near_one.rounded(0.99123456) == 0.99123
+    assert Interval(0.0, 0.5).rounded(0.0) == 0.0
+    steps = Interval(0.99, 0.999, step=0.0005)
+    points = [steps.rounded(steps.nearest(0.99 + 0.0005 * i)) for i in range(19)]
+    assert points == [round(0.99 + 0.0005 * i, 4) for i in range(19)]

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqfair_jax.evaluation.significance import gap
+from seqfair_jax.evaluation.significance import gap, slice_members
 from seqfair_jax.report import contents, rows, verdict
 
 METRIC = "NDCG@20"
@@ -24,12 +24,15 @@ def users(means, noise=0.0, *, sizes=SIZES):
 
 
 def row(name, kind, means, noise=0.0, *, validation=None, sizes=SIZES):
-    made = rows.of_lists(name, users(means, noise, sizes=sizes), METRIC)
+    table = users(means, noise, sizes=sizes)
+    values = table[METRIC].to_numpy()
+    found = {key: float(values[at].mean()) for key, at in slice_members(table).items()}
+    made = rows.Row(name, kind, (found,), lambda: {0: table})
     if kind == rows.RUN:
         seen = validation or means
         slices = {f"tier={group}": mean for group, mean in seen.items()}
         made = made._replace(validation=({"overall": sum(seen.values())} | slices,), run=name)
-    return made._replace(kind=kind)
+    return made
 
 
 def runs(**named):

@@ -100,6 +100,20 @@ def test_a_write_that_fails_keeps_the_file_before(tmp_path):
     assert pd.read_parquet(tmp_path / "a.parquet")["x"].tolist() == [1]
 
 
+def test_two_writers_of_a_file_do_not_share_a_temporary_name(tmp_path):
+    """Also those with the same process number, as in two containers with one cache."""
+    path = tmp_path / "a.json"
+
+    def slowly(temporary):
+        temporary.write_text("first")
+        workdir.write_text(path, "second")
+        assert temporary.read_text() == "first"
+
+    workdir.write_file(path, slowly)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_unfinished_files_are_known_by_their_names(tmp_path):
     seen = []
 

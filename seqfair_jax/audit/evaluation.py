@@ -1,6 +1,7 @@
 """Judge systems: a finished run again, any recommender's lists, and the baselines."""
 
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from seqfair_jax.config import default_config
 from seqfair_jax.config.change import change
 from seqfair_jax.data.files import hash_files
 from seqfair_jax.data.readers import Rows, needed_columns
-from seqfair_jax.data.tables import stored_tables, table_in_memory
+from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation import significance
 from seqfair_jax.evaluation.metrics import metric_names, parse_metric
@@ -390,25 +391,19 @@ def evaluate_recommendations(
     """
     is_named = isinstance(recommendations, Mapping)
     given = dict(recommendations) if is_named else {FLAG: recommendations}
-    given = {str(name): str(of) if _is_path(of) else of for name, of in given.items()}
+    given = {str(name): os.fspath(of) if workdir.is_path(of) else of for name, of in given.items()}
     mesh = devices.make_mesh(data=data, catalogue=catalogue)
     with tempfile.TemporaryDirectory() as temporary:
         choice = Choice(cutoffs=cutoffs, mask_seen=mask_seen)
+        inputs = Path(temporary) / workdir.INPUTS
         table, names = source.split_groups(groups)
         choice = choice._replace(groups=names or None)
-        if _is_path(table):
-            choice = choice._replace(group_file=str(table))
-        elif table is not None:
-            every = table_in_memory(
-                table, lambda names, _: {name: name for name in names}, "groups"
-            )
-            path = Path(temporary) / "groups.parquet"
-            pq.write_table(every.columns, path)
-            choice = choice._replace(group_file=str(path))
-        if _is_path(log) and (workdir.user_path(log) / workdir.CONFIG).exists():
+        if table is not None:
+            choice = choice._replace(group_file=source.group_path(Path(temporary), table))
+        if workdir.is_path(log) and (workdir.user_path(log) / workdir.CONFIG).exists():
             if settings:
                 raise UserError(f"settings are of a log, and {log} is the folder of a run")
-            with stored_tables(Path(temporary)):
+            with stored_tables(inputs):
                 judged = source.from_run(log, run, choice)
             return evaluate(judged, given, rule=rule, mesh=mesh)
         if run is not None or rule != "overall" or mesh.size > 1:
@@ -418,20 +413,17 @@ def evaluate_recommendations(
         config = default_config()
         config.data.name = "csv"
         change(config, settings or {})
-        if _is_path(log):
-            config.data.path = str(log)
+        if workdir.is_path(log):
+            config.data.path = os.fspath(log)
         else:
-            path = Path(temporary) / "log.parquet"
+            path = inputs / "log.parquet"
+            inputs.mkdir(exist_ok=True)
             columns = {key: name for key, name in config.data.columns.items() if name}
             rows = Rows(**{key: config.data[key] for key in Rows._fields})
             pq.write_table(needed_columns(log, columns, rows, "log"), path)
             config.data.path, config.data.cache_dir = str(path), ""
-        with stored_tables(Path(temporary)):
+        with stored_tables(inputs):
             judged = source.from_config(config, choice)
-        if not _is_path(log):
+        if not workdir.is_path(log):
             judged.config.data.path = None
         return evaluate(judged, given)
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str | Path)

@@ -1,12 +1,16 @@
 """What systems are judged on: a split log and its groups, from a run's folder or from the log."""
 
+import hashlib
+import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
@@ -21,18 +25,19 @@ from seqfair_jax.data.groups import (
     encode_name,
     is_product,
     is_union,
+    needs_cuts,
     own_groups,
     read_group_table,
     unused_families,
 )
 from seqfair_jax.data.split import Dataset
+from seqfair_jax.data.tables import table_in_memory
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.results import dataset_summary
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.trained import run_folder
 
-_MANY = 20  # more numbers than this are no groups: they are to be cut
 _LOG = logging.getLogger("seqfair_jax")
 
 
@@ -123,23 +128,50 @@ def split_groups(groups: Any) -> tuple[Any, list[str]]:
     """The table or path of groups, and the family names, of what a Python function was given.
 
     Args:
-        groups: a family's name, or several; or a table of the users' groups, or its path (a text
-            with `/` or `.`); or a list of a table and names; or None.
+        groups: a family's name, or several; or a table of the users' groups, or its path; or a list
+            of a table and names; or None. A text with `/` or `.` is a path if there is such a file,
+            or if nothing else is a table.
 
     Raises:
         UserError: if there are two tables.
     """
     if groups is None:
         return None, []
-    table, names = None, []
-    for part in groups if isinstance(groups, list | tuple) else [groups]:
-        if isinstance(part, str) and not any(sign in part for sign in "/."):
-            names.append(part)
-        elif table is not None:
-            raise UserError("groups has two tables: give one, and the names of its families")
-        else:
-            table = part
-    return table, names
+    parts = groups if isinstance(groups, list | tuple) else [groups]
+    texts = [part for part in parts if isinstance(part, str)]
+    tables = [part for part in parts if not isinstance(part, str)]
+    like_paths = [text for text in texts if any(sign in text for sign in "/.")]
+    paths = [text for text in like_paths if workdir.user_path(text).is_file()]
+    if not tables and not paths:
+        paths = like_paths[:1]  # the error of reading it says that it is absent
+    tables += paths
+    if len(tables) > 1:
+        raise UserError("groups has two tables: give one, and the names of its families")
+    return (tables[0] if tables else None), [text for text in texts if text not in paths]
+
+
+def group_path(folder: Path, table: Any) -> str:
+    """The path of a group file; a table is written to the folder's `inputs/`.
+
+    Other groups get another name, so that a finished run sees that they are others.
+
+    Args:
+        folder: of a run, or a temporary one.
+        table: of pandas, polars or pyarrow, or the path of one.
+
+    Raises:
+        UserError: if it is neither, or cannot be written.
+    """
+    if workdir.is_path(table):
+        return os.fspath(table)
+    arrow = table_in_memory(table, lambda names, _: {name: name for name in names}, "groups")[0]
+    sink = io.BytesIO()
+    pq.write_table(arrow, sink)
+    digest = hashlib.sha256(sink.getvalue()).hexdigest()[:12]
+    path = folder / workdir.INPUTS / f"groups-{digest}.parquet"
+    if not path.is_file():
+        workdir.write_file(path, lambda temporary: temporary.write_bytes(sink.getvalue()))
+    return str(path)
 
 
 def all_families(table: pd.DataFrame) -> list[str]:
@@ -153,8 +185,7 @@ def all_families(table: pd.DataFrame) -> list[str]:
     """
     for family, labels in table.groupby("family", sort=False)["group"]:
         distinct = labels.dropna().unique()
-        numbers = pd.to_numeric(pd.Series(distinct), errors="coerce")
-        if len(distinct) > _MANY and numbers.notna().all():
+        if needs_cuts(distinct.tolist()):
             name = encode_name(str(family))
             raise UserError(
                 f"groups: family {family!r} has {len(distinct):,} numbers; name the families to "

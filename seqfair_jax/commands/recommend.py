@@ -9,6 +9,7 @@ from absl import flags
 
 from seqfair_jax import devices, workdir
 from seqfair_jax.cli import Command
+from seqfair_jax.config import PATHS, flatten
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.serving import TrainedModel, load, output, tables
 from seqfair_jax.serving.catalogue import Histories
@@ -55,7 +56,7 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         trained = load(directory, run=values.run, rule=values.rule, mesh=mesh)
         data = trained.config.data
         inputs = [values.users, values.histories, values.exclude, values.only]
-        inputs += [data[key] for key in ("path", "valid_path", "test_path", "group_file")]
+        inputs += [value for key, value in flatten(trained.config.to_dict()) if key in PATHS]
         workdir.refuse_overwrite(out, inputs)
         user_ids, histories = _users(trained, values)
         candidates = tables.read_candidates(

@@ -2,12 +2,13 @@
 
 from seqfair_jax.config.arguments import choose_model, parse_arguments
 from seqfair_jax.config.check import resolve
-from seqfair_jax.config.keys import DATA_NAMES, decay_over_training, default_config
+from seqfair_jax.config.keys import DATA_NAMES, PATHS, decay_over_training, default_config
 from seqfair_jax.config.resume import RESUMABLE, changed_settings, check_resumable, flatten
 from seqfair_jax.config.runs import RunSpec, format_value, plan_runs
 
 __all__ = [
     "DATA_NAMES",
+    "PATHS",
     "RESUMABLE",
     "RunSpec",
     "changed_settings",

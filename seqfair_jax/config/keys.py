@@ -110,6 +110,7 @@ _DATA = (
         None,
         "The log: a file, a folder of parts, or a pattern such as `'logs/2024-*.csv.gz'`.",
         kind=str,
+        is_path=True,
         resumable=True,
     ),
     # Resumable, since a name can be spelled in several ways; the log itself is compared.
@@ -225,6 +226,7 @@ _DATA = (
         None,
         "Of a split by files: the validation rows. A file, a folder or a pattern.",
         kind=str,
+        is_path=True,
         resumable=True,
     ),
     Setting(
@@ -232,6 +234,7 @@ _DATA = (
         None,
         "Of a split by files: the test rows.",
         kind=str,
+        is_path=True,
         resumable=True,
     ),
     Setting(
@@ -246,6 +249,7 @@ _DATA = (
         None,
         "Your own user groups: a row for each user and a column for each family.",
         kind=str,
+        is_path=True,
         resumable=True,  # the groups themselves are compared with the checkpoint's
     ),
     Setting(
@@ -259,6 +263,7 @@ _DATA = (
         None,
         "The folder where prepared logs are stored. If empty, they are not stored.",
         kind=str,
+        is_path=True,
         resumable=True,
         shown="your cache folder",
     ),
@@ -358,6 +363,7 @@ _TRAIN = (
         "train.init_from",
         "",
         "The folder of a finished run to start from. If empty, parameters are random.",
+        is_path=True,
     ),
     Setting("train.batch_size", 128, "The number of users in a batch.", whole(1)),
     Setting(
@@ -509,3 +515,5 @@ _EVALUATE = (
         resumable=True,
     ),
 )
+
+PATHS = tuple(setting.key for setting in settings() if setting.is_path)

@@ -216,6 +216,7 @@ def _group_table(file: Path, choose: Choose, options: Mapping[str, Any]) -> pd.D
         family = _labels(table["family"], str(file), "family")
         empty = np.array([label is None for label in family])
         advice = "fill or remove them"
+        empty |= [not (label or "").strip() for label in family]
         require_values(empty, np.arange(len(table)), str(file), "family", advice)
         columns = {"user_id": users, "family": family}
         columns["group"] = _labels(table["group"], str(file), "group")
@@ -241,6 +242,16 @@ def _group_table(file: Path, choose: Choose, options: Mapping[str, Any]) -> pd.D
     return frame
 
 
+def needs_cuts(labels: Sequence[str]) -> bool:
+    """Whether a family's unequal labels are more finite numbers than groups should be."""
+    return len(labels) > _MANY and bool(np.isfinite(_numbers(labels)).all())
+
+
+def _numbers(labels: Sequence[str]) -> np.ndarray:
+    """Labels as numbers, NaN for other texts: f64[G]."""
+    return pd.to_numeric(pd.Series(labels, dtype=object), errors="coerce").to_numpy(np.float64)
+
+
 def unused_families(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
     """The families of a group table that no family name uses, sorted and encoded.
 
@@ -263,7 +274,8 @@ def _choose(names: Sequence[str], where: str, *, user_column: str) -> dict[str, 
         user = find_column(names, "user_id", where, advice)
     if set(_LONG[1:]) <= set(map(fold, names)):
         return {"user_id": user} | {key: pick(names, key, where, advice) for key in _LONG[1:]}
-    families = [name for name in names if name != user]
+    # A column without a name is the index that pandas writes.
+    families = [name for name in names if name != user and name.strip()]
     if not families:
         raise UserError(f"{where} has no column beside {user}; add one for each family of groups")
     for name in families:
@@ -461,14 +473,10 @@ def _from_table(
 ) -> GroupFamily:
     users, labels = _labelled(dataset, name, table)
     groups = tuple(sorted(set(labels)))
-    numbers = pd.to_numeric(pd.Series(groups, dtype=object), errors="coerce")
-    if numbers.notna().all():
+    numbers = _numbers(groups)
+    if not np.isnan(numbers).any():
         groups = tuple(groups[place] for place in np.argsort(numbers, kind="stable"))
-        if (
-            len(groups) > _MANY
-            and np.isfinite(numbers.astype(float)).all()
-            and len(np.unique(users)) == len(users)  # else `_quantiles` refuses
-        ):
+        if needs_cuts(groups) and len(np.unique(users)) == len(users):  # else `_quantiles` refuses
             _LOG.warning(
                 "family %s has %s groups, one for each number; write %s:4 in its place to cut the "
                 "numbers into at most 4 groups of about as many users",

@@ -146,7 +146,7 @@ def _of_pandas(column: pd.Series, name: str, where: str) -> pa.ChunkedArray:
     """
     try:
         return pa.Table.from_pandas(column.to_frame("column"), preserve_index=False)["column"]
-    except (pa.ArrowException, OverflowError) as error:
+    except (pa.ArrowException, OverflowError, UnicodeError) as error:
         reason = short(str(error.args[0] if error.args else error))
         raise UserError(
             f"{where}: the values of column {name} are not of one type that can be stored "
@@ -352,7 +352,8 @@ def _check_line_breaks(open_again: Open, delimiter: str) -> None:
 
 def _read_json(stream: Stream, open_again: Open, choose: Choose) -> Table:
     path = stream.path
-    sample = stream.head.decode("utf-8-sig", errors="replace").splitlines()
+    # Not `splitlines`, which also cuts at characters that JSON allows in a text.
+    sample = stream.head.decode("utf-8-sig", errors="replace").split("\n")
     if len(stream.head) == files.CHUNK:
         sample.pop()  # its end may be missing
     if not sample:

@@ -3,6 +3,7 @@
 Shape letters: U users, m relevant items of all of them, V catalogue, k cut-off.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,10 +27,10 @@ def parse_metric(name: str) -> tuple[str, int]:
     """Split 'NDCG@20' into its kind and its cut-off.
 
     Raises:
-        UserError: if the kind is unknown or the cut-off is not an integer >= 1.
+        UserError: if the kind is unknown, or the cut-off is no integer >= 1 without leading zeros.
     """
     kind, _, cutoff = name.partition("@")
-    if kind not in KINDS or not cutoff.isdecimal() or int(cutoff) < 1:
+    if kind not in KINDS or not re.fullmatch("[1-9][0-9]*", cutoff):
         hint = did_you_mean(name, [f"{kind}@20" for kind in KINDS])
         raise UserError(
             f"unknown metric {name!r}{hint}: expected one of {', '.join(KINDS)}, then @ and the "

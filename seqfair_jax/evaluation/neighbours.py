@@ -150,8 +150,8 @@ def neighbour_matrix(pairs: Pairs, weights: Weights) -> scipy.sparse.csr_matrix:
     totals = np.asarray(found.sum(axis=1)).ravel()
     by_row = np.power(totals, -weights.row_power, where=totals > 0, out=np.zeros_like(totals))
     by_item = (pairs.item_counts + 1.0) ** -weights.item_power
-    values *= np.repeat(by_row, np.diff(pairs.indptr))
-    values *= by_item[pairs.indices]
+    found.data *= np.repeat(by_row, np.diff(pairs.indptr))
+    found.data *= by_item[pairs.indices]
     return found
 
 

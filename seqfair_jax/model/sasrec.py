@@ -527,19 +527,3 @@ def param_specs(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: P(devices.CATALOGUE) if is_table(path) else P(), params
     )
-
-
-def with_rows(params: Any, rows: int) -> Any:
-    """Parameters of the host whose tables have that many rows: the first ones, or zeros behind.
-
-    A table has more rows than items where a mesh splits it into equal parts.
-    """
-
-    def resize(path: tuple, leaf: np.ndarray) -> np.ndarray:
-        if not is_table(path) or leaf.shape[-2] == rows:
-            return leaf
-        pad = [(0, 0)] * leaf.ndim
-        pad[-2] = (0, max(rows - leaf.shape[-2], 0))
-        return np.pad(leaf[..., :rows, :], pad)
-
-    return jax.tree_util.tree_map_with_path(resize, params)

@@ -29,6 +29,7 @@ from seqfair_jax.objectives.method import (
     weighted,
 )
 from seqfair_jax.objectives.registry import (
+    LOGGED,
     METHODS,
     SHARED,
     Objective,
@@ -44,6 +45,7 @@ from seqfair_jax.objectives.registry import (
 
 __all__ = [
     "GROUP_WEIGHT",
+    "LOGGED",
     "METHODS",
     "SHARED",
     "TAIL_SHARE",

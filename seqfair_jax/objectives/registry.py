@@ -29,7 +29,7 @@ from seqfair_jax.objectives.method import (
 _methods: dict[str, Method] = {}
 METHODS: Mapping[str, Method] = MappingProxyType(_methods)  # a view: it shows later registrations
 SHARED = ("name", "group_family", "user_loss")  # settings of config.objective, of every objective
-_LOGGED = ("group_loss", "group_count", "group_mass")  # for every objective
+LOGGED = ("group_loss", "group_count", "group_mass")  # for every objective
 
 
 def register(method: Method) -> Method:
@@ -116,7 +116,7 @@ def _check_method(method: Method) -> None:
                 "metrics.jsonl has before the group"
             )
         _check_choice(f"{where}: the epoch of log {log.key!r}", log.epoch, ("mean", "last"))
-        if log.key in _LOGGED:
+        if log.key in LOGGED:
             raise UserError(f"{where}: {log.key!r} is logged for every objective: use another key")
 
 

@@ -18,7 +18,7 @@ class Result(NamedTuple):
     """A finished run of a job."""
 
     method: str
-    family: str  # of the loss, canonical; "" for a method that needs no groups
+    family: str  # of the loss, as the sweep names it; "" for a method that needs no groups
     summary: dict[str, Any]
     folder: Path
 
@@ -113,5 +113,6 @@ def choose(
             for result in chosen
         }
         summaries = [result.summary for result in chosen]
-        entries.append(Entry(method, family, values, summaries, tables))
+        canonical = summaries[0]["group_family"] if family else ""
+        entries.append(Entry(method, canonical, values, summaries, tables))
     return entries

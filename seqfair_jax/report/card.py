@@ -12,17 +12,15 @@ import numpy as np
 import pandas as pd
 
 from seqfair_jax import workdir
-from seqfair_jax.config import flatten
+from seqfair_jax.config import PATHS, flatten
 from seqfair_jax.data.split import describe_split
 from seqfair_jax.data.times import with_date
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import names, text
+from seqfair_jax.report.rows import judged_groups
 from seqfair_jax.training.selection import RULES
 
 SMALL_GROUP = 100  # users; the figures of smaller groups are marked
-# Paths of the machine that trained say nothing about the model.
-_NOT_SHOWN = ("data.path", "data.valid_path", "data.test_path", "data.cache_dir", "data.group_file",
-               "data.files.")  # fmt: skip
 
 
 class Mean(NamedTuple):
@@ -81,7 +79,10 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
             for family in families
         },
         metrics=_metrics_table(summary, suffix),
-        worst=[_worst_group(found, family, baselines, metric) for family in families],
+        worst=[
+            _worst_group(found, family, baselines, metric, config["select"]["min_users"])
+            for family in families
+        ],
         beaten=_beaten(found, baselines),
         small=[
             f"{slices.full_label(name)} ({found[name].users:,.0f} users)"
@@ -116,13 +117,12 @@ def _mixture(model: Mapping[str, Any]) -> str:
 
 def _settings_table(config: Mapping[str, Any]) -> text.Markdown:
     """The settings that were used, without paths."""
-    hidden: tuple[str, ...] = _NOT_SHOWN
-    if config["data"]["name"] != "synthetic":
-        hidden = (*hidden, "data.synthetic.")
+    is_drawn = config["data"]["name"] == "synthetic"
     rows = [
         [key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
         for key, value in flatten(config)
-        if value not in (None, "", []) and not key.startswith(hidden)
+        if value not in (None, "", []) and key not in PATHS
+        if is_drawn or not key.startswith("data.synthetic.")
     ]
     return text.Markdown(text.markdown_table(["setting", "value"], rows))
 
@@ -157,10 +157,18 @@ def _metrics_table(summary: Mapping[str, Any], suffix: str) -> text.Markdown:
 
 
 def _worst_group(
-    found: Mapping[str, Mean], family: str, baselines: Mapping[str, slices.Slices], metric: str
+    found: Mapping[str, Mean],
+    family: str,
+    baselines: Mapping[str, slices.Slices],
+    metric: str,
+    min_users: int,
 ) -> str:
-    """A sentence about the group of a family with the lowest mean."""
-    worst = min(slices.groups_in(found, family), key=lambda name: found[name].mean)
+    """A sentence about the group with the lowest mean, of a family's groups of `min_users`."""
+    sizes = {name: int(row.users) for name, row in found.items()}
+    judged = judged_groups(sizes, family, min_users=min_users)
+    if not judged:
+        return f"{slices.family_label(family)}: no group has {min_users:,} tested users."
+    worst = min(judged, key=lambda name: found[name].mean)
     row = found[worst]
     best = max(baselines, key=lambda name: baselines[name].get(worst) or 0)
     return (

@@ -73,19 +73,17 @@ def build(
     *,
     family: str | None = None,
     baseline: Path | None = None,
-    lists: Sequence[Row] = (),
     tested: bool = True,
 ) -> Contents:
     """The contents of the report of finished runs and of other systems' lists.
 
     Args:
-        runs: finished runs on one log, from `runs.read_runs`.
+        runs: finished runs and lists on one log, from `runs.read_runs`.
         metric: such as NDCG@20.
         family: the one to show, as its user wrote it; None shows all that the runs share.
         baseline: the work directory of the run that the others are tested against, of a single
             method; other seeds of its method count too. Without one it is ERM, or else the best
             baseline without training.
-        lists: rows of other systems, from `rows.of_lists`.
         tested: whether to make the tests, which read the per-user tables.
 
     Raises:
@@ -96,14 +94,12 @@ def build(
     named = None if baseline is None else name_of_folder(runs, baseline)
     # Two folders may be evaluated by more families than they share.
     found = rows.of_runs(runs, metric, shared_families(runs, metric, None))
-    at = next((i for i, row in enumerate(found) if row.kind == BASELINE), len(found))
-    found[at:at] = lists
     if named is not None:
         if all(row.name != named for row in found):
             raise UserError(
                 f"--baseline={baseline} has no run that succeeded; name the folder of another run"
             )
-        if not lists and all(run.name == named for run in runs if _succeeded(found, run)):
+        if all(run.name == named for run in runs if _succeeded(found, run)):
             raise UserError(
                 f"--baseline={baseline}: there is no other method that succeeded; name the folder "
                 "of at least one"

@@ -117,20 +117,6 @@ def recommended(rows: Sequence[Row], k: int, families: Sequence[str]) -> pd.Data
     return pd.DataFrame(records, columns=["name", "slice", *LIST_FIGURES])
 
 
-def of_lists(name: str, table: pd.DataFrame, metric: str) -> Row:
-    """The row of another system's lists.
-
-    Args:
-        name: of the system.
-        table: with the columns of `per_user.parquet`, for the users of the other rows.
-        metric: such as NDCG@20.
-    """
-    values = table[metric].to_numpy(np.float64)
-    members = slice_members(table)
-    means: slices.Slices = {key: float(values[at].mean()) for key, at in members.items()}
-    return Row(slices.printable(name), LIST, (means,), lambda: {_NO_SEED: table})
-
-
 def _chose_one_epoch(run: FinishedRun) -> bool:
     bests = [run.summary.get("best" + rule.suffix) for rule in RULES.values()]
     epochs = [None if best is None else best["epoch"] for best in bests]
@@ -188,7 +174,7 @@ def _baselines(
 
         return read
 
-    has_users = is_result(tested.summary) and path.is_file()  # version 0.2.0 stored no users
+    has_users = is_result(tested.summary) and path.is_file()
     return [
         Row(baseline_name(name), BASELINE, (means[metric],), reader(name) if has_users else None)
         for name, means in tested.summary["baselines"].items()

@@ -127,7 +127,8 @@ def read_candidates(
 
 def has_items(table: Any, named: Mapping[str, str]) -> bool:
     """Whether a table in memory has a column of items: one that the log has, or a usual name."""
-    names = {fold(str(name)) for name in getattr(table, "column_names", table.columns)}
+    columns = table.column_names if hasattr(table, "column_names") else table.columns
+    names = {fold(str(name)) for name in columns}
     own = fold(named["item_id"]) if named.get("item_id") else "item_id"
     return bool(names & {own, *ALIASES["item_id"].split()})
 

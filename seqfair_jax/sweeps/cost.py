@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from seqfair_jax import devices
 from seqfair_jax.config import plan_runs
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.sampled_loss import Sampled
@@ -64,16 +65,15 @@ def measure_runs_per_job(experiment: Experiment) -> int:
 
 
 def _program_bytes(experiment: Experiment, num_runs: int) -> int:
-    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=1)
-    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
+    segment, states, arguments = _segment(experiment, num_runs, steps=1)
     analysis = segment.lower(states, *arguments).compile().memory_analysis()
     if analysis is None:
         raise UserError(
             f"{jax.default_backend()} does not report the memory of a program: set "
             "sweep.runs_per_job"
         )
-    # Training also keeps the best parameters by each rule.
-    params = sum(leaf.nbytes for leaf in jax.tree.leaves(states.params))
+    # Training also keeps the best parameters by each rule. All figures are of one device.
+    params = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(states.params))
     return (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes
@@ -83,7 +83,9 @@ def _program_bytes(experiment: Experiment, num_runs: int) -> int:
     )
 
 
-def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
+def _segment(experiment: Experiment, num_runs: int, *, steps: int):
+    """The loop over some steps on the experiment's mesh, and what it is called with."""
+    mesh = experiment.mesh
     user_ids, _, tokens = draw_batches(
         range(num_runs),
         0,
@@ -91,15 +93,30 @@ def _segment_arguments(experiment: Experiment, num_runs: int, *, steps: int):
         batch_size=experiment.config.train.batch_size,
         steps=steps,
         vmap=experiment.vmap,
+        shards=mesh.shape[devices.DATA],
     )
     sizes = tuple(token_sizes(tokens))
     states = initial_states(
-        experiment.task, seeds=range(num_runs), num_groups=len(experiment.loss_family.groups)
+        experiment.task,
+        seeds=range(num_runs),
+        num_groups=len(experiment.loss_family.groups),
+        mesh=mesh,
     )
-    hparams = jax.tree.map(lambda leaf: jnp.full(num_runs, leaf[0]), experiment.hparams)
-    index = jnp.asarray(choose_sizes(sizes, tokens))
-    arguments = (hparams, experiment.data, jnp.asarray(user_ids), index, 0, steps)
-    return states, arguments, sizes
+    by_run = P(devices.RUN)
+    hparams = jax.tree.map(
+        lambda leaf: devices.put(mesh, np.full(num_runs, leaf[0]), by_run),
+        devices.to_host(experiment.hparams),
+    )
+    arguments = (
+        hparams,
+        experiment.data,
+        devices.put(mesh, user_ids, by_run),
+        devices.put(mesh, choose_sizes(sizes, tokens), P() if experiment.vmap else by_run),
+        np.int32(0),
+        np.int32(steps),
+    )
+    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap, mesh=mesh)
+    return segment, states, arguments
 
 
 class Rates(NamedTuple):
@@ -148,8 +165,7 @@ def estimate(
 
 def _time_step(experiment: Experiment, num_runs: int) -> float:
     """The seconds of a step of one run here, where `num_runs` train together; not compilation."""
-    states, arguments, sizes = _segment_arguments(experiment, num_runs, steps=TIMED_STEPS)
-    segment = make_segment(experiment.task, sizes, vmap=experiment.vmap)
+    segment, states, arguments = _segment(experiment, num_runs, steps=TIMED_STEPS)
     states = jax.block_until_ready(segment(states, *arguments))  # compiles
     began = time.perf_counter()
     jax.block_until_ready(segment(states, *arguments))

@@ -14,9 +14,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seqfair_jax import objectives, workdir
-from seqfair_jax.config import default_config, format_value, resolve
+from seqfair_jax.config import PATHS, default_config, flatten, format_value, resolve
 from seqfair_jax.config.keys import UNEQUAL_NUMBERS
-from seqfair_jax.data.groups import FAMILIES, family_parts, is_union
+from seqfair_jax.data.groups import FAMILIES, encode_name, family_parts, is_union
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.settings import Setting, build, whole
@@ -120,7 +120,8 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
         if not METHODS[method].needs_groups:
             raise UserError(f"sweep.intersection_methods: {method} does not use groups; remove it")
     for family in sweep.intersections:
-        unknown = set(family_parts(family)) - set(sweep.families)
+        unknown = set(family_parts(family)) - set(map(encode_name, sweep.families))
+        unknown -= set(sweep.families)
         if unknown or family in sweep.families:
             raise UserError(
                 f"sweep.intersections: {family!r} does not combine two or more of sweep.families, "
@@ -141,6 +142,11 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
             raise UserError(
                 f"objective.{key} is {base.objective[key]}: a sweep ignores it; set sweep.{key}"
             )
+    if base.train.mesh.run > 1:
+        raise UserError(
+            f"train.mesh.run is {base.train.mesh.run}: expected 1, since the jobs of a sweep have "
+            "different numbers of runs; let several processes or workers share the jobs instead"
+        )
     if sweep.choice_seeds > len(base.seeds):
         raise UserError(
             f"sweep.choice_seeds is {sweep.choice_seeds}: expected 0 to {len(base.seeds)}, the "
@@ -154,9 +160,8 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
 
 def config_hash(base: ConfigDict, sweep: ConfigDict) -> str:
     """Twelve hexadecimal digits of a hash of a sweep's settings, without the paths."""
-    settings = workdir.jsonable({**base.to_dict(), "sweep": sweep.to_dict()})
-    for key in ("path", "cache_dir", "group_file"):
-        del settings["data"][key]
+    values = workdir.jsonable({**base.to_dict(), "sweep": sweep.to_dict()})
+    settings = {key: value for key, value in flatten(values) if key not in PATHS}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -68,10 +68,18 @@ class Interval(NamedTuple):
         return value
 
     def rounded(self, value: float) -> float:
-        """The value to three significant digits, inside the range."""
+        """The value to three significant digits, or a thousandth of the range; inside the range.
+
+        The finer of the two counts. Values in steps lose only what their sum added.
+        """
         if isinstance(self.low, int):
             return value
-        return min(max(float(f"{value:.3g}"), self.low), self.high)
+        if self.step:
+            digits = 12
+        else:
+            size = math.floor(math.log10(abs(value))) if value else 0
+            digits = max(2 - size, 3 - math.ceil(math.log10(self.high - self.low)))
+        return min(max(round(value, digits), self.low), self.high)
 
     def __str__(self) -> str:
         how = (

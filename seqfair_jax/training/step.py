@@ -30,7 +30,7 @@ from seqfair_jax.model.packing import (
 from seqfair_jax.model.sampled_loss import Sampled, draw_negatives, sampled_loss
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec, is_table, log_popularity, param_specs
 from seqfair_jax.model.softmax_loss import DEFAULT_MAX_LOGITS, softmax_loss
-from seqfair_jax.objectives import HParams, Objective
+from seqfair_jax.objectives import LOGGED, HParams, Objective
 
 KEY_IMPL = "threefry2x32"  # the one implementation that draws the same bits under vmap as alone
 _NEGATIVES = 0x6E656773  # folded into the key of a step, for the key of its negatives
@@ -292,11 +292,8 @@ def empty_totals(task: Task, num_groups: int) -> Totals:
     return Totals(jnp.int32(0), zero, zero, zeros, zeros, dict.fromkeys(_extra(aux), zeros))
 
 
-_SUMMED = ("group_loss", "group_count", "group_mass")
-
-
 def _extra(aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {key: value for key, value in aux.items() if key not in _SUMMED}
+    return {key: value for key, value in aux.items() if key not in LOGGED}
 
 
 def user_losses(
