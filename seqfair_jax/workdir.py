@@ -172,7 +172,11 @@ def create(path: str | Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder is empty but for inputs, locks and temporary files of killed processes."""
+    """Whether a folder is empty but for inputs, locks and temporary files of killed processes.
+
+    Raises:
+        UserError: naming the folder, if it cannot be read.
+    """
     with named_errors(folder, "read the folder"):
         return all(
             p.name == INPUTS or p.name.startswith(_LOCK) or is_unfinished(p)
@@ -226,7 +230,11 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_results(folder: Path) -> None:
-    """Remove the results of a run."""
+    """Remove the results of a run.
+
+    Raises:
+        UserError: naming the folder, if a file cannot be removed.
+    """
     if not is_writer():
         return
     with named_errors(folder, "remove the earlier results in"):
@@ -252,7 +260,11 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the runs of a work directory have finished: all of a grid's."""
+    """Whether the runs of a work directory have finished: all of a grid's.
+
+    Raises:
+        UserError: naming the folder, if it cannot be read.
+    """
     with named_errors(folder, "read the folder"):
         parts = [folder, *(folder / "runs").glob("*/")]
         return all((part / name).is_file() for part in parts for name in (_FINISHED, SUMMARY))
@@ -358,7 +370,11 @@ def refuse_old_sweep(folder: Path) -> None:
 
 
 def finished_folders(folder: Path) -> list[Path]:
-    """The folders of a finished work directory's runs, each checked (`check_finished`)."""
+    """The folders of a finished work directory's runs, each checked (`check_finished`).
+
+    Raises:
+        UserError: as `read_summary` and `check_finished`.
+    """
     summary = read_summary(folder)
     check_finished(folder)
     if "runs" not in summary:
@@ -396,6 +412,9 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     Args:
         path: the lock file.
         wait: wait until the lock is free.
+
+    Raises:
+        UserError: naming the file, if it cannot be made or locked.
     """
     file_lock = FileLock(path)
     with named_errors(path, "lock"):
@@ -613,7 +632,11 @@ def jsonable(tree: Any) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        UserError: naming the file, if it cannot be read.
+    """
     with named_errors(path, "read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -310,7 +310,8 @@ def _test_run(
             neighbours=trained.neighbours,
             mesh=mesh,
         )
-        return rank(trained.params, f"test of {trained.run}")
+        part = "test" if split == "test" else "validation"
+        return rank(trained.params, f"{part} of {trained.run}")
 
     tested = ranking("test", judge.top_k)
     per_user, means = judge.ranks(tested.ranks)

@@ -211,7 +211,11 @@ def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
 
 
 def worst_group(slices: Slices, family: GroupFamily, *, min_users: int) -> float:
-    """The lowest mean among a family's `judged_groups`."""
+    """The lowest mean among a family's `judged_groups`.
+
+    Raises:
+        UserError: as `judged_groups`.
+    """
     judged = judged_groups(family, min_users=min_users)
     means = [slices[group_slice(family.name, group)] for group in judged]
     return min(mean for mean in means if mean is not None)

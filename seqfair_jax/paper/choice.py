@@ -49,6 +49,9 @@ def read_job(job: Job, directory: Path) -> list[Result]:
     Args:
         job: of the sweep.
         directory: the sweep's folder.
+
+    Raises:
+        UserError: as `workdir.finished_folders`.
     """
     parts = workdir.finished_folders(workdir.job_folder(directory, job.name))
     return [Result(job.method, job.family or "", workdir.read_summary(p), p) for p in parts]

@@ -39,6 +39,9 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
         folder: of the finished run.
         rule: the epoch that was exported, of `selection.RULES`.
         exported: what `serving.export.write` returned.
+
+    Raises:
+        UserError: naming a file of the run that cannot be read.
     """
     summary = workdir.read_summary(folder)
     config = workdir.read_json(folder / workdir.CONFIG) or {}

@@ -295,7 +295,11 @@ def finished_only(folders: Sequence[Path]) -> list[Path]:
 
 
 def min_users(runs: Sequence[FinishedRun]) -> int:
-    """The `select.min_users` of the runs; the largest if they differ."""
+    """The `select.min_users` of the runs; the largest if they differ.
+
+    Raises:
+        UserError: naming the config of a run, if it cannot be read.
+    """
     configs = [workdir.read_json(run.folder / workdir.CONFIG) or {} for run in runs]
     return max(int(config.get("select", {}).get("min_users", 1)) for config in configs)
 

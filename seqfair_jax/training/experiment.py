@@ -123,43 +123,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
         dataset = load_dataset(config.data, mapped=several)
     devices.require_equal(bytes.fromhex(dataset.log_hash), "logs")
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
-    group_table = own_groups(config.data)
-    family = functools.partial(
-        build_family,
-        dataset,
-        group_table=group_table,
-        missing_group=config.data.missing_group,
-    )
-    loss_name = config.objective.group_family
-    by_name = {name: family(name) for name in dict.fromkeys((*config.groups, loss_name))}
-    unused = [] if group_table is None else unused_families(group_table, by_name)
-    if unused:
-        _log.info(
-            "data.group_file has families that `groups` does not name, so no result shows them: %s",
-            ", ".join(unused),
-        )
-    families, loss_family = [by_name[name] for name in config.groups], by_name[loss_name]
-    name = config.objective.name
-    method = objectives.find(name)
-    if method.needs_groups:
-        others = [known for known, other in objectives.METHODS.items() if not other.needs_groups]
-        require_partition(loss_family, name, dataset.user_ids, others=others)
-    judged_groups(loss_family.select(dataset.valid.users), min_users=config.select.min_users)
-    # A method without groups would be the mean of copies of itself.
-    parts = loss_family.parts if method.needs_groups else (loss_family,)
-    objective = objectives.mean_objective(
-        [
-            objectives.make_objective(
-                name,
-                membership=part.membership,
-                train_lengths=dataset.train_lengths,
-                dim=config.model.dim,
-                **{option.name: config.objective[option.name] for option in method.options},
-            )
-            for part in parts
-        ],
-        [len(part.groups) for part in parts],
-    )
+    families, loss_family = _build_families(config, dataset)
     optimizer = make_optimizer(
         learning_rate=config.train.learning_rate,
         decay_steps=config.train.decay_steps,
@@ -167,26 +131,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
     )
     shape = config.train.mesh
     model = SASRec(num_items=len(dataset.item_ids), shards=shape.catalogue, **config.model)
-    neighbours = find_neighbours(dataset, model.neighbours) if model.neighbours else None
-    rows = int(dataset.train_lengths.sum(dtype=np.int64))
-    sequences: Any = (
-        # No step can read another row.
-        devices.put_rows(mesh, functools.partial(training_items, dataset), rows),
-        np.cumsum(dataset.train_lengths, dtype=np.int32),
-        np.minimum(dataset.train_lengths, config.model.max_len - 1).astype(np.int32),
-    )
-    item_weights = objective.target_weights(dataset.item_counts).astype(np.float32)
-    data: Any = (
-        Sequences(*sequences),
-        loss_family.membership,
-        devices.pad_rows(item_weights, shape.catalogue),
-        objectives.user_mass(sequences[2], config.objective.user_loss),
-        neighbours and pad_neighbours(neighbours, shape.catalogue),
-        (dataset.train_lengths - sequences[2]).astype(np.int32)
-        if config.train.random_windows
-        else None,
-    )
-    put = functools.partial(devices.put, mesh)
+    objective = _build_objective(config, dataset, loss_family)
     axis = config.train.runs_axis
     return Experiment(
         config=config,
@@ -204,14 +149,101 @@ def build_experiment(config: ConfigDict) -> Experiment:
             average_decay=config.train.average_decay,
             shards=shape.data,
         ),
-        data=jax.tree.map(put, TrainData(*data), data_specs(TrainData(*data))),
+        data=_place_data(config, dataset, loss_family, objective, model, mesh),
         hparams={
-            key: put(np.array([run.hparams[key] for run in runs], np.float32), P(devices.RUN))
-            for key in method.reads
+            key: devices.put(
+                mesh, np.array([run.hparams[key] for run in runs], np.float32), P(devices.RUN)
+            )
+            for key in objective.method.reads
         },
         vmap=axis == "vmap" or (axis == "auto" and jax.default_backend() != "cpu"),
         mesh=mesh,
     )
+
+
+def _build_families(config: ConfigDict, dataset: Dataset) -> tuple[list[GroupFamily], GroupFamily]:
+    """The families to evaluate by, and that of the objective.
+
+    Raises:
+        UserError: on an unknown family, or one that the objective or the choice of epochs cannot
+            use.
+    """
+    group_table = own_groups(config.data)
+    family = functools.partial(
+        build_family,
+        dataset,
+        group_table=group_table,
+        missing_group=config.data.missing_group,
+    )
+    loss_name = config.objective.group_family
+    by_name = {name: family(name) for name in dict.fromkeys((*config.groups, loss_name))}
+    unused = [] if group_table is None else unused_families(group_table, by_name)
+    if unused:
+        _log.info(
+            "data.group_file has families that `groups` does not name, so no result shows them: %s",
+            ", ".join(unused),
+        )
+    loss_family, name = by_name[loss_name], config.objective.name
+    if objectives.find(name).needs_groups:
+        others = [known for known, other in objectives.METHODS.items() if not other.needs_groups]
+        require_partition(loss_family, name, dataset.user_ids, others=others)
+    judged_groups(loss_family.select(dataset.valid.users), min_users=config.select.min_users)
+    return [by_name[name] for name in config.groups], loss_family
+
+
+def _build_objective(
+    config: ConfigDict, dataset: Dataset, loss_family: GroupFamily
+) -> objectives.Objective:
+    """The objective; of a union of families, the mean of the objectives of its parts."""
+    method = objectives.find(config.objective.name)
+    # A method without groups would be the mean of copies of itself.
+    parts = loss_family.parts if method.needs_groups else (loss_family,)
+    return objectives.mean_objective(
+        [
+            objectives.make_objective(
+                method.name,
+                membership=part.membership,
+                train_lengths=dataset.train_lengths,
+                dim=config.model.dim,
+                **{option.name: config.objective[option.name] for option in method.options},
+            )
+            for part in parts
+        ],
+        [len(part.groups) for part in parts],
+    )
+
+
+def _place_data(
+    config: ConfigDict,
+    dataset: Dataset,
+    loss_family: GroupFamily,
+    objective: objectives.Objective,
+    model: SASRec,
+    mesh: Mesh,
+) -> TrainData:
+    """What the steps read, on the devices of the mesh."""
+    shards = mesh.shape[devices.CATALOGUE]
+    neighbours = find_neighbours(dataset, model.neighbours) if model.neighbours else None
+    rows = int(dataset.train_lengths.sum(dtype=np.int64))
+    sequences: Any = (
+        # No step can read another row.
+        devices.put_rows(mesh, functools.partial(training_items, dataset), rows),
+        np.cumsum(dataset.train_lengths, dtype=np.int32),
+        np.minimum(dataset.train_lengths, config.model.max_len - 1).astype(np.int32),
+    )
+    item_weights = objective.target_weights(dataset.item_counts).astype(np.float32)
+    data: Any = (
+        Sequences(*sequences),
+        loss_family.membership,
+        devices.pad_rows(item_weights, shards),
+        objectives.user_mass(sequences[2], config.objective.user_loss),
+        neighbours and pad_neighbours(neighbours, shards),
+        (dataset.train_lengths - sequences[2]).astype(np.int32)
+        if config.train.random_windows
+        else None,
+    )
+    put = functools.partial(devices.put, mesh)
+    return jax.tree.map(put, TrainData(*data), data_specs(TrainData(*data)))
 
 
 def _sampled(train: ConfigDict, num_items: int) -> Sampled | None:
