@@ -448,7 +448,7 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
     checked = resolve(config)  # before anything is written
     found: dict[str, Any] = {}
     if workdir.is_path(log):
-        found["data.path"] = os.fspath(log)
+        found["data.path"] = os.fsdecode(log)
     elif log is not None:
         rows = Rows(**{key: checked.data[key] for key in Rows._fields})
         columns = {key: value for key, value in checked.data.columns.items() if value}

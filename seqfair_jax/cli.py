@@ -129,8 +129,6 @@ class Command:
                 use_compilation_cache()
                 work(values, rest)
                 sys.stdout.flush()
-            except HelpRequested as shown:
-                print(shown, flush=True)
             except UserError as error:
                 _exit(f"error: {error}", 1)
             except KeyboardInterrupt as error:
@@ -177,7 +175,11 @@ class Command:
         return self.flags, (config if self._takes_config else rest)
 
     def _load(self, path: str) -> ConfigDict:
-        config = load_config(path)
+        try:
+            config = load_config(path)
+        except HelpRequested as shown:
+            print(shown, flush=True)
+            raise SystemExit(0) from None
         if self._extend is not None:
             self._extend(config)
         return config

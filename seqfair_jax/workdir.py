@@ -69,8 +69,9 @@ def user_path(path: str | Path) -> Path:
         UserError: if it is no path, is empty or has a NUL, a part of it is longer than file
             systems allow, or `~` has no meaning here, since there is no home folder.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not is_path(path):
         raise UserError(f"{path!r} is no path: expected text, or a pathlib.Path")
+    path = os.fsdecode(path)
     if not str(path):
         raise UserError("a path is empty; give one, or leave its flag or setting out")
     if "\0" in str(path):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -174,6 +175,48 @@ def test_a_run_s_own_groups_can_be_combined_without_the_group_file(finished, tmp
     labels = pd.read_parquet(folder / workdir.GROUPS)
     expected = labels["tier"] + "*" + labels["pop33"]
     assert crossed.labels().tolist() == expected.tolist()
+
+
+def test_a_new_group_file_takes_the_place_of_the_run_s_own_groups(finished, tmp_path, caplog):
+    ages = pd.DataFrame({"user_id": range(300), "age": np.arange(300) % 40, "tier": "old"})
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    ages.to_csv(old, index=False)
+    ages.assign(age=ages.age + 1000, plan="x").drop(columns="tier").to_csv(new, index=False)
+    names = ("age:2", "age:2*pop33", "age:2&pop33", "pop33*seq33", "tier")
+    folder = finished(**{"groups": names, "data.group_file": str(old)}).folder
+    with caplog.at_level("INFO", "seqfair_jax"):
+        found = source.from_run(folder, None, source.Choice(names[:-1], str(new))).families
+    assert "no result shows these families of the group file: plan" in caplog.text
+    assert found[0].groups == ("1000-1019", "1020-1039")
+    for family in found[1:3]:
+        assert any("10" in group for group in family.groups)
+    stored = source.from_run(folder, None, source.Choice(["pop33*seq33"])).families[0]
+    np.testing.assert_array_equal(found[3].membership, stored.membership)
+    with pytest.raises(UserError, match="unknown group family 'tier'; known: .*age, plan"):
+        source.from_run(folder, None, source.Choice(["tier"], str(new)))
+
+
+TABLE = pd.DataFrame({"user_id": [1], "plan": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        (None, (None, [])),
+        ("pop33", (None, ["pop33"])),
+        ("address.country", (None, ["address.country"])),
+        (["a/b", "c.d*pop33"], (None, ["a/b", "c.d*pop33"])),
+        ("absent.CSV", ("absent.CSV", [])),
+        (["here.data", "address.country"], ("here.data", ["address.country"])),
+        ([Path("x"), "address.country", "y.csv"], (Path("x"), ["address.country", "y.csv"])),
+        ([TABLE, "address.csv"], (TABLE, ["address.csv"])),
+    ],
+)
+def test_names_of_families_and_paths_are_told_apart(tmp_path, monkeypatch, groups, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.data").touch()
+    table, names = source.split_groups(groups)
+    assert (table is expected[0] or table == expected[0], names) == (True, expected[1])
 
 
 # Lists.
@@ -415,6 +458,20 @@ def test_folders_of_other_groups_or_other_logs(judged, one_run, tmp_path, capsys
     with pytest.raises(SystemExit):
         report_command.main([str(judged), str(finished().folder)])
     assert "are of different logs or splits" in capsys.readouterr().err
+
+
+def test_unequal_tests_of_one_run_are_not_taken_for_the_same(one_run, tmp_path, caplog):
+    for name, masks in (("masked", True), ("kept", False), ("again", False)):
+        audit.evaluate_recommendations({}, one_run, mask_seen=masks).write(tmp_path / name)
+    both = read_runs([tmp_path / "masked", tmp_path / "kept"])
+    assert [run.name for run in both] == [
+        "ERM (evaluate.mask_seen True)", "ERM (evaluate.mask_seen False)"
+    ]  # fmt: skip
+    with caplog.at_level("INFO", "seqfair_jax"):
+        assert len(read_runs([tmp_path / "kept", tmp_path / "again"])) == 1
+        assert "again: the same test is there, so this test is left out" in caplog.text
+        assert len(read_runs([tmp_path / "kept", one_run])) == 1
+    assert "kept: the run itself is there, so this test is left out" in caplog.text
 
 
 def test_two_lists_of_one_name(judged, one_run, tmp_path):

@@ -492,7 +492,9 @@ def test_help_with_a_config_shows_its_values(capsys, config_file):
 
 
 def test_the_arguments_of_a_config_are_help_and_no_error(capsys):
-    train.main(["--config=own_log:help"])
+    with pytest.raises(SystemExit) as end:
+        train.main(["--config=own_log:help"])
+    assert end.value.code == 0
     assert capsys.readouterr() == (
         "the arguments of this config, with their defaults: method=erm, init=0.1, model=plain\n",
         "",
@@ -541,9 +543,10 @@ def test_the_message_of_a_wrong_type_says_what_a_command_s_own_setting_takes(
     assert line.endswith("expected a whole number, 0 or more")
 
 
-def test_a_reader_of_the_output_may_end_early():
+@pytest.mark.parametrize("flag", ["--help", "--config=own_log:help"])
+def test_a_reader_of_the_output_may_end_early(flag):
     """As in `seqfair train --help | head -1`."""
-    command = [sys.executable, "-m", "seqfair_jax", "train", "--help"]
+    command = [sys.executable, "-m", "seqfair_jax", "train", flag]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

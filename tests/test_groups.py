@@ -211,7 +211,13 @@ def test_a_column_without_a_name_is_no_family(tmp_path):
     """As `DataFrame.to_csv` writes its index."""
     frame = pd.DataFrame({"user_id": ["a", "b"], "plan": ["free", "paid"]})
     frame.to_csv(tmp_path / "groups.csv")
-    assert read_group_table(str(tmp_path / "groups.csv"))["family"].tolist() == ["plan", "plan"]
+    pd.read_csv(tmp_path / "groups.csv").to_csv(tmp_path / "again.csv")  # Unnamed: 0
+    frame[frame.index < 5].set_index(pd.Index([4, 7])).to_parquet(tmp_path / "groups.parquet")
+    for name in ("groups.csv", "again.csv", "groups.parquet"):
+        found = read_group_table(str(tmp_path / name))
+        assert found["family"].tolist() == ["plan", "plan"], name
+    (tmp_path / "blank.csv").write_text("user_id,plan\na, \nb,x\n")
+    assert read_group_table(str(tmp_path / "blank.csv"))["group"].tolist() == [None, "x"]
     (tmp_path / "long.csv").write_text("user_id,family,group\na,plan,free\nb, ,paid\n")
     with pytest.raises(UserError, match="data row 2 has no family"):
         read_group_table(str(tmp_path / "long.csv"))

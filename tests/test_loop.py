@@ -373,6 +373,16 @@ def test_the_bar_does_not_count_the_compilation(clock, monkeypatch, capsys):
     assert found[-1] == "00:20<02:58"
 
 
+def test_without_standard_error_there_is_no_bar(monkeypatch, tmp_path):
+    """As in a program without a console, or where it is an object that only writes."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(small(**{"train.epochs": 1}), tmp_path / "none")["train"]["steps"] == 5
+    written = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=written.append, flush=int))
+    assert run(small(**{"train.epochs": 1}), tmp_path / "writes")["train"]["steps"] == 5
+    assert "5/5" in "".join(written)
+
+
 def test_in_a_file_the_bar_is_a_line_a_minute_and_for_each_epoch(clock, capsys):
     bar = progress.ProgressBar(small(**FOUR_EPOCHS), steps_done(0, seconds=0))
     for step in range(1, 101):
@@ -380,6 +390,7 @@ def test_in_a_file_the_bar_is_a_line_a_minute_and_for_each_epoch(clock, capsys):
         bar.show_steps(steps_done(step, seconds=float(step)))
     best = {name: dict.fromkeys(progress.RULES, 0.25) for name in progress.RULES}
     bar.show_best(steps_done(100, seconds=100.0, best=best))
+    clock[0] += 7.0  # the test; the rate would differ
     bar.close()
     out = capsys.readouterr().err
     assert "\r" not in out

@@ -102,7 +102,15 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
 @pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize(
     ("encoding", "setting"),
-    [("cp1252", "cp1252"), ("utf-16", ""), ("utf-16-be", "utf-16-be"), ("utf-16", "cp1252")],
+    [
+        ("cp1252", "cp1252"),
+        ("utf-16", ""),
+        ("utf-16-be", "utf-16-be"),
+        ("utf-16", "cp1252"),
+        ("utf-32", "utf-32"),
+        ("utf-8-sig", "cp1252"),
+        ("utf-8", "UTF8"),
+    ],
 )
 def test_a_text_in_another_encoding_is_read(tmp_path, packer, encoding, setting):
     log = LOG.assign(user_id=["Zoë", "Zoë", "€"])
@@ -117,6 +125,26 @@ def test_a_text_in_another_encoding_is_read(tmp_path, packer, encoding, setting)
         pd.testing.assert_frame_equal(read(tmp_path / name, packed, encoding=setting), log)
     table = PACKERS[packer](log.to_parquet())  # which has no encoding
     pd.testing.assert_frame_equal(read(tmp_path / "log", table, encoding="cp1252"), log)
+
+
+def test_what_the_bytes_say_comes_before_the_setting(tmp_path, caplog):
+    """An archive is known by its first bytes, and UTF-8 is improbable by chance."""
+    packed = gzip.compress(gzip.compress(LOG.to_csv(index=False).encode()))
+    with pytest.raises(UserError, match="is compressed twice"):
+        read(tmp_path / "log.csv", packed, encoding="cp1252")
+    for user, warned in (("Zoe", False), ("Zoë", True)):
+        caplog.clear()
+        read(tmp_path / "log.csv", LOG.assign(user_id=user).to_csv(index=False), encoding="cp1252")
+        assert ("reads as UTF-8 too, but data.encoding is cp1252" in caplog.text) == warned
+    with pytest.raises(UserError, match=r"no text in cp1252 \(.*\): set data.encoding to its enc"):
+        read(tmp_path / "log.csv", HEADER.encode() + b"\x81,1,2\n", encoding="cp1252")
+
+
+def test_where_no_setting_can_help_only_utf_8_is_named(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no text in UTF-8 \(.*\): save it as UTF-8; expected rows"
+    ):
+        read(tmp_path / "ratings.dat", b"\xe4::2::3::4\n", name="ml1m")
 
 
 def test_characters_that_reads_cut_in_two_are_whole(tmp_path, monkeypatch):
@@ -204,9 +232,15 @@ def test_movielens_100k_as_its_publisher_ships_it_and_of_recbole(tmp_path, caplo
         (HEADER + "1,2,3\n1,5\n", r"cannot be read.*Row #3: Expected 3 columns, got 2"),
         (HEADER + '1,2,3\n1,"5,4\n1,6,5\n', "row of line 3 has a quotation mark"),
         (HEADER + '1,2,3\n\n1,"5,4\n1,6",5\n', "row of line 4 has a quotation mark"),
-        (HEADER.encode() + b"1,2,3\n\xe4,5,4\n", r"Row #3.*not UTF-8; set data.encoding"),
-        (HEADER.encode("utf-16-le"), "is not UTF-8 text: set data.encoding"),
-        (("\ufeff" + HEADER).encode("utf-16-le") + b"\0", "cannot be read: .*truncated data"),
+        (HEADER.encode() + b"1,2,3\n\xe4,5,4\n", r"no text in UTF-8 .*Row #3.*: set data.encoding"),
+        ("größe,item_id\n".encode("cp1252"), "no text in UTF-8 .*: set data.encoding to its"),
+        (
+            '{"user_id": "ö", "item_id": 1, "timestamp": 2}'.encode("cp1252"),
+            "no text in UTF-8 .*: set data.encoding to its",
+        ),
+        (HEADER.encode("utf-16-le"), r"no text in UTF-8 \(its first line has NUL characters"),
+        ('{"user_id": 1}\n'.encode("utf-16-le"), r"no text in UTF-8 \(its first line has NUL"),
+        (("\ufeff" + HEADER).encode("utf-16-le") + b"\0", r"no text in utf-16 \(truncated data"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(9), "is a 7z archive: unpack it"),
         (gzip.compress(gzip.compress(b"a,b\n")), "compressed twice"),
         (parquet(user_id=["ab", "cd"]).replace(b"cd", b"c\xff"), "cannot be read: .*UTF8"),

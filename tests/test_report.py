@@ -15,6 +15,7 @@ from runs import means_of, small
 
 from seqfair_jax import workdir
 from seqfair_jax.commands import report as command
+from seqfair_jax.config import default_config
 from seqfair_jax.data.groups import GroupFamily, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
@@ -527,6 +528,13 @@ def test_only_runs_that_differ_in_the_seed_share_a_row(tmp_path):
         "ERM (train.learning_rate 0.001), 2 seeds",
         "ERM (train.learning_rate 0.5)",
     ]
+    # A run of an earlier version lacks a setting, which had the default.
+    config = workdir.read_json(parts[0] / workdir.CONFIG)
+    config["train"] |= {"weight_decay": default_config().train.weight_decay}
+    config["data"] = {"encoding": "cp1252"}
+    workdir.write_json(parts[0] / workdir.CONFIG, config)
+    workdir.finish(parts[0], {})
+    assert text.tables([*parts, fast], NDCG) == printed
     # Means 0.45 and 0.55: their mean, and t(0.975, 1) * 0.0707 / sqrt(2) = 12.706 * 0.05.
     assert "0.5000±0.6353" in lines[0]
     with pytest.raises(UserError, match=r"are the same training \(ERM, seed 0\)"):

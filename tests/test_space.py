@@ -1,6 +1,9 @@
 """The texts of a search's space."""
 
+import warnings
+
 import numpy as np
+import optuna
 import pytest
 from runs import small
 
@@ -122,5 +125,24 @@ def test_nearest_and_rounded():
     assert near_one.rounded(0.99123456) == 0.99123
     assert Interval(0.0, 0.5).rounded(0.0) == 0.0
     steps = Interval(0.99, 0.999, step=0.0005)
-    points = [steps.rounded(steps.nearest(0.99 + 0.0005 * i)) for i in range(19)]
+    points = [steps.rounded(0.99 + 0.0005 * i + 1e-9) for i in range(19)]
     assert points == [round(0.99 + 0.0005 * i, 4) for i in range(19)]
+
+
+@pytest.mark.parametrize(
+    ("text", "high", "points"),
+    [
+        ("0:0.9:0.3", 0.9, [0.0, 0.3, 0.6, 0.9]),
+        ("0:0.3:0.1", 0.3, [0.0, 0.1, 0.2, 0.3]),
+        ("0.1:0.6:0.15", 0.55, [0.1, 0.25, 0.4, 0.55]),
+    ],
+)
+def test_steps_are_decimal(text, high, points):
+    """Sums of binary fractions would lose the last step, or name it 0.30000000000000004."""
+    found = parsed("model.dropout", text)
+    assert found.high == high
+    assert [found.nearest(point + 1e-12) for point in points] == points
+    study = optuna.create_study()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        study.ask().suggest_float("x", found.low, found.high, step=found.step)

@@ -100,6 +100,16 @@ def test_a_write_that_fails_keeps_the_file_before(tmp_path):
     assert pd.read_parquet(tmp_path / "a.parquet")["x"].tolist() == [1]
 
 
+def test_a_path_may_be_bytes():
+    """As those that a file system has in another encoding."""
+
+    class OfBytes:
+        def __fspath__(self):
+            return b"a/b"
+
+    assert workdir.user_path(OfBytes()) == Path("a/b")
+
+
 def test_two_writers_of_a_file_do_not_share_a_temporary_name(tmp_path):
     """Also those with the same process number, as in two containers with one cache."""
     path = tmp_path / "a.json"

@@ -392,7 +392,9 @@ def evaluate_recommendations(
     """
     is_named = isinstance(recommendations, Mapping)
     given = dict(recommendations) if is_named else {FLAG: recommendations}
-    given = {str(name): os.fspath(of) if workdir.is_path(of) else of for name, of in given.items()}
+    given = {
+        str(name): os.fsdecode(of) if workdir.is_path(of) else of for name, of in given.items()
+    }
     mesh = devices.make_mesh(data=data, catalogue=catalogue)
     with tempfile.TemporaryDirectory() as temporary:
         choice = Choice(cutoffs=cutoffs, mask_seen=mask_seen)
@@ -415,7 +417,7 @@ def evaluate_recommendations(
         config.data.name = "csv"
         change(config, settings or {})
         if workdir.is_path(log):
-            config.data.path = os.fspath(log)
+            config.data.path = os.fsdecode(log)
         else:
             path = inputs / "log.parquet"
             inputs.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from seqfair_jax.data.groups import (
     build_family,
     decode_name,
     encode_name,
+    family_parts,
     is_product,
     is_union,
     needs_cuts,
@@ -38,6 +40,9 @@ from seqfair_jax.results import dataset_summary
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.trained import run_folder
 
+_TABLE_NAME = re.compile(
+    r"\.(csv|tsv|txt|json|jsonl|ndjson|parquet|gz|zip|bz2|xz|zst|lz4)$", re.IGNORECASE
+)
 _LOG = logging.getLogger("seqfair_jax")
 
 
@@ -93,11 +98,13 @@ def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
     families = []
     for name in names:
         canonical = next((key for key in (name, encode_name(name)) if key in stored), None)
-        in_table = table is not None and table["family"].isin([name, decode_name(name)]).any()
-        if canonical is not None and not in_table:
+        # The run's own groups have no place beside those of another file.
+        if canonical is not None and (table is None or _is_built_in(canonical)):
             families.append(stored[canonical])
         else:
             families.append(_build(dataset, name, known, config))
+    if table is not None:
+        _say_unused(table, names)
     config.groups = tuple(names)
     return Source(config, dataset, summary["dataset"], families, inputs, folder)
 
@@ -117,11 +124,21 @@ def from_config(config: ConfigDict, choice: Choice) -> Source:
         config.evaluate.cutoffs = tuple(choice.cutoffs)
     dataset = load_dataset(config.data)
     families = [_build(dataset, name, table, config) for name in config.groups]
-    unused = [] if table is None else unused_families(table, config.groups)
-    if unused:
-        _LOG.info("no result shows these families of the group file: %s", ", ".join(unused))
+    if table is not None:
+        _say_unused(table, config.groups)
     description = dataset_summary(dataset, config)
     return Source(config, dataset, description, families, source_hashes(config.data))
+
+
+def _is_built_in(name: str) -> bool:
+    """Whether a canonical name is that of a built-in family, or combines such."""
+    return set(family_parts(name)) <= set(FAMILIES)
+
+
+def _say_unused(table: pd.DataFrame, names: Sequence[str]) -> None:
+    unused = unused_families(table, names)
+    if unused:
+        _LOG.info("no result shows these families of the group file: %s", ", ".join(unused))
 
 
 def split_groups(groups: Any) -> tuple[Any, list[str]]:
@@ -130,7 +147,7 @@ def split_groups(groups: Any) -> tuple[Any, list[str]]:
     Args:
         groups: a family's name, or several; or a table of the users' groups, or its path; or a list
             of a table and names; or None. A text with `/` or `.` is a path if there is such a file,
-            or if nothing else is a table.
+            or if it ends as a table's name does, such as `.csv`, and nothing else is a table.
 
     Raises:
         UserError: if there are two tables.
@@ -143,7 +160,8 @@ def split_groups(groups: Any) -> tuple[Any, list[str]]:
     like_paths = [text for text in texts if any(sign in text for sign in "/.")]
     paths = [text for text in like_paths if workdir.user_path(text).is_file()]
     if not tables and not paths:
-        paths = like_paths[:1]  # the error of reading it says that it is absent
+        # The error of reading it says that it is absent.
+        paths = [text for text in like_paths if _TABLE_NAME.search(text)][:1]
     tables += paths
     if len(tables) > 1:
         raise UserError("groups has two tables: give one, and the names of its families")
@@ -163,7 +181,7 @@ def group_path(folder: Path, table: Any) -> str:
         UserError: if it is neither, or cannot be written.
     """
     if workdir.is_path(table):
-        return os.fspath(table)
+        return os.fsdecode(table)
     arrow = table_in_memory(table, lambda names, _: {name: name for name in names}, "groups")[0]
     sink = io.BytesIO()
     pq.write_table(arrow, sink)

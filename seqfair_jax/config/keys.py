@@ -139,6 +139,7 @@ _DATA = (
         "",
         "What separates the columns of a CSV file. If empty, it is detected.",
         _DELIMITER,
+        resumable=True,
     ),
     Setting(
         "data.encoding",
@@ -146,6 +147,7 @@ _DATA = (
         "The encoding of the log and of `data.group_file` if they are text. If empty, UTF-8, or "
         "UTF-16 if the file starts with its mark.",
         _ENCODING,
+        resumable=True,
     ),
     Setting(
         "data.time_format",

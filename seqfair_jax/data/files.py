@@ -8,6 +8,7 @@ import glob
 import gzip
 import hashlib
 import io
+import logging
 import lzma
 import os
 import re
@@ -33,8 +34,16 @@ USERS = {"ml100k": "u.user"}
 MAX_UNPACKED = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 SHOW_PROGRESS = 50 * 2**20  # bytes of a file whose reading shows a bar
 PARQUET = (b"PAR1", b"PARE")
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# UTF-32 first: its mark starts with one of UTF-16. pyarrow removes the mark of UTF-8.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8",
+}
 CHUNK = 2**20  # bytes of `Stream.head`
+_START = 300  # bytes that say which kind of file it is
 
 _MOVIELENS = "https://files.grouplens.org/datasets/movielens/"
 _FOLDERS = {"ml1m": "ml-1m", "ml100k": "ml-100k"}  # of others: the name
@@ -72,6 +81,8 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+_LOG = logging.getLogger("seqfair_jax")
 
 
 # Where the files are.
@@ -252,28 +263,41 @@ def is_encoding(name: str) -> bool:
     return True
 
 
+class EncodingError(UserError):
+    """A text is not in its encoding. The message says what was found, and not what to do."""
+
+
 class _Recoded:
     """The bytes of a text in another encoding, as UTF-8."""
 
-    def __init__(self, source: Any, encoding: str, start: bytes):
+    def __init__(self, path: Path, source: Any, encoding: str, start: bytes):
         """Read a text.
 
         Args:
+            path: for messages.
             source: of its bytes.
             encoding: a name that Python knows.
             start: the bytes that were read from the source already.
         """
-        self._source = source
+        self._path, self._source, self._encoding = path, source, encoding
         self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._ready = self._decoder.decode(start).encode()
         self._ended = False
+        self._ready = self._decode(start)
+
+    def _decode(self, data: bytes) -> bytes:
+        try:
+            return self._decoder.decode(data, final=self._ended).encode()
+        except UnicodeDecodeError as error:
+            raise EncodingError(
+                f"{self._path} is no text in {self._encoding} ({error.reason})"
+            ) from error
 
     def read(self, size: int) -> bytes:
         """The next bytes: as many as asked for except at the end."""
         while len(self._ready) < size and not self._ended:
             data = self._source.read(size)
             self._ended = not data
-            self._ready += self._decoder.decode(data, final=self._ended).encode()
+            self._ready += self._decode(data)
         data, self._ready = self._ready[:size], self._ready[size:]
         return data
 
@@ -290,11 +314,11 @@ class Stream(io.RawIOBase):
         self.path = path
         self.lines = 0  # line breaks so far
         self.has_quotes = False
-        start = unpacked.read(4)
-        if start.startswith(_UTF_16):
-            encoding = "utf-16"
-        if encoding and not start.startswith(PARQUET):
-            unpacked, start = _Recoded(unpacked, encoding, start), b""
+        start = unpacked.read(CHUNK)
+        self.start = start[:_START]  # as it is in the file
+        encoding = _encoding_of(path, start, encoding)
+        if encoding != "utf-8" and not start.startswith(PARQUET):
+            unpacked, start = _Recoded(path, unpacked, encoding, start), b""
         self._file, self._unpacked = file, unpacked
         self._size = len(start)
         large = path.stat().st_size >= SHOW_PROGRESS
@@ -341,6 +365,17 @@ class Stream(io.RawIOBase):
         super().close()
 
 
+def _encoding_of(path: Path, start: bytes, encoding: str) -> str:
+    """The encoding of a text: what its mark says, or else the given one; UTF-8 by default."""
+    marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    name = marked or codecs.lookup(encoding or "utf-8").name
+    if not name.startswith("utf") and not start.isascii():
+        with contextlib.suppress(UnicodeError):
+            codecs.getincrementaldecoder("utf-8")().decode(start)  # a character may be cut
+            _LOG.warning("%s reads as UTF-8 too, but data.encoding is %s", path, encoding)
+    return name
+
+
 @contextlib.contextmanager
 def open_file(path: Path, member: str | None = None, encoding: str = "") -> Iterator[Stream]:
     """Open a file to read its bytes, unpacked; its content says how it is compressed.
@@ -349,7 +384,7 @@ def open_file(path: Path, member: str | None = None, encoding: str = "") -> Iter
         path: the file: plain, or packed by gzip, bzip2, xz, zstd, lz4 or zip.
         member: the file to read in a zip, in any folder of it; None if the zip holds one.
         encoding: of a text, a name that Python knows; '' for UTF-8. A text that starts with the
-            mark of UTF-16 is in UTF-16 whatever this says.
+            mark of UTF-8, UTF-16 or UTF-32 is in that encoding whatever this says.
 
     Raises:
         UserError: naming the file, if it cannot be read or is of a kind that is no table.
@@ -361,9 +396,9 @@ def open_file(path: Path, member: str | None = None, encoding: str = "") -> Iter
         contextlib.closing(Stream(path, file, unpacked, encoding)) as stream,
     ):
         for magic, what in _NOT_TABLES.items():
-            if stream.head.startswith(magic):
+            if stream.start.startswith(magic):
                 raise UserError(f"{path} is {what}")
-        if stream.head[257:262] == b"ustar":
+        if stream.start[257:262] == b"ustar":
             raise UserError(f"{path} is a tar archive: unpack it")
         yield stream
 
@@ -411,6 +446,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except UnicodeDecodeError as error:
+        raise EncodingError(f"{path} is no text in UTF-8 ({error.reason})") from error
     except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or short(str(error)) or type(error).__name__
         raise UserError(f"{path} cannot be read: {reason}") from error

@@ -56,6 +56,7 @@ RESERVED_NAMES = (
     "overall", "epoch", "step", "name", "seed",
 )  # fmt: skip
 _MANY = 20  # groups of a family of numbers: more are hard to read, and have few users each
+_INDEX = re.compile(r"\s*|Unnamed: \d+|__index_level_\d+__")  # what pandas calls an index
 _LONG = ("user_id", "family", "group")  # columns of a file with a row for each membership
 # MovieLens-100K's u.user, which has no header. The zip code is no group.
 _ATTRIBUTES = ("age", "gender", "occupation")
@@ -216,7 +217,6 @@ def _group_table(file: Path, choose: Choose, options: Mapping[str, Any]) -> pd.D
         family = _labels(table["family"], str(file), "family")
         empty = np.array([label is None for label in family])
         advice = "fill or remove them"
-        empty |= [not (label or "").strip() for label in family]
         require_values(empty, np.arange(len(table)), str(file), "family", advice)
         columns = {"user_id": users, "family": family}
         columns["group"] = _labels(table["group"], str(file), "group")
@@ -274,8 +274,7 @@ def _choose(names: Sequence[str], where: str, *, user_column: str) -> dict[str, 
         user = find_column(names, "user_id", where, advice)
     if set(_LONG[1:]) <= set(map(fold, names)):
         return {"user_id": user} | {key: pick(names, key, where, advice) for key in _LONG[1:]}
-    # A column without a name is the index that pandas writes.
-    families = [name for name in names if name != user and name.strip()]
+    families = [name for name in names if name != user and not _INDEX.fullmatch(name)]
     if not families:
         raise UserError(f"{where} has no column beside {user}; add one for each family of groups")
     for name in families:
@@ -308,7 +307,7 @@ def _labels(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
         int(value) if isinstance(value, float) and value.is_integer() else value
         for value in distinct.to_pylist()
     )[pc.index_in(column, value_set=distinct).to_numpy()]
-    labels[missing(column)] = None
+    labels[missing(column) | np.array([not label.strip() for label in labels], bool)] = None
     return labels
 
 

@@ -105,7 +105,8 @@ def read_log(
     Raises:
         UserError: naming the file, the row and what is wrong.
     """
-    options: dict[str, Any] = {"delimiter": delimiter, "encoding": encoding}
+    options: dict[str, Any] = {"delimiter": delimiter}
+    options |= {"encoding": encoding} if name == "csv" else {}
     if name == "retailrocket":
         columns, rows = _RETAILROCKET, rows._replace(events=rows.events or ("view",))
         options = {"member": MEMBERS[name]}

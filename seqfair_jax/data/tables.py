@@ -21,7 +21,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from seqfair_jax.data import files
-from seqfair_jax.data.files import Stream, open_file, reading, short
+from seqfair_jax.data.files import EncodingError, Stream, open_file, reading, short
 from seqfair_jax.errors import UserError, did_you_mean
 
 # From a file's column names and its name for messages, which column is which: {"user_id": "uid"}.
@@ -32,7 +32,6 @@ _BLOCK = 2**22  # bytes that a thread parses at once
 _LONGEST_ROW = 2**26
 _SAMPLE = 1000  # lines of JSON whose keys and types are looked at before the others are read
 _TYPED_NAME = re.compile(r"(.*):(token|float)(_seq)?")  # a column of a RecBole file
-_NOT_UTF_8 = "is not UTF-8; set data.encoding to its encoding, such as cp1252, or save it as UTF-8"
 _TEXT = pa.large_string()
 _CODED = pa.dictionary(pa.int32(), _TEXT)
 _JSON_TYPES = {
@@ -57,7 +56,7 @@ def read_table(
     *,
     member: str | None = None,
     delimiter: str = "",
-    encoding: str = "",
+    encoding: str | None = None,
     coded: Collection[str] = (),
     header: Sequence[str] = (),
 ) -> Table:
@@ -72,7 +71,7 @@ def read_table(
             has (`user_id:token`). Raises a `UserError` if one is missing.
         member: the file to read in a zip; None if the zip holds one.
         delimiter: of a CSV file; '' finds out which of `,`, `;`, `|` and tab it is.
-        encoding: of a text file, as for `files.open_file`.
+        encoding: of a text file, as for `files.open_file`; None where no setting can change it.
         coded: the columns to read as dictionaries if they are text.
         header: the column names of a CSV file without a header line.
 
@@ -87,10 +86,34 @@ def read_table(
         is_parquet = file.read(4) in files.PARQUET
     if is_parquet:
         return _read_parquet(path, path, choose, coded)
+    try:
+        return _read_text(path, choose, member, delimiter, encoding or "", coded, header)
+    except EncodingError as error:
+        name = "" if encoding is None else "set data.encoding to its encoding, such as cp1252, or "
+        raise UserError(f"{error}: {name}save it as UTF-8") from error
+
+
+def _read_text(
+    path: Path,
+    choose: Choose,
+    member: str | None,
+    delimiter: str,
+    encoding: str,
+    coded: Collection[str],
+    header: Sequence[str],
+) -> Table:
+    """A CSV or JSON Lines file, or a Parquet file in an archive; see `read_table`.
+
+    Raises:
+        EncodingError: if a text is not in the encoding.
+        UserError: as `read_table`.
+    """
     open_again = functools.partial(open_file, path, member, encoding)
     with open_again() as stream:
         if stream.head.startswith(files.PARQUET):
             return _read_parquet(pa.BufferReader(stream.read_all()), path, choose, coded)
+        if b"\0" in re.split(rb"[\r\n]", stream.head, maxsplit=1)[0]:
+            raise EncodingError(f"{path} is no text in UTF-8 (its first line has NUL characters)")
         if not header and re.match(rb"(\xef\xbb\xbf)?\s*(\{|\[\s*\{)", stream.head):
             return _read_json(stream, open_again, choose)
         return _read_csv(stream, open_again, choose, delimiter, coded, header)
@@ -280,8 +303,10 @@ def _read_csv(
                 table = parse(stream, threads=False)
             except pa.ArrowInvalid as error:
                 _check_line_breaks(open_again, delimiter)
-                reason = str(error).replace("invalid UTF8 data", f"the text {_NOT_UTF_8}")
-                raise UserError(f"{path} cannot be read: {short(reason)}") from error
+                reason = short(str(error))
+                if "invalid UTF8 data" in reason:
+                    raise EncodingError(f"{path} is no text in UTF-8 ({reason})") from error
+                raise UserError(f"{path} cannot be read: {reason}") from error
     # A row less than there are lines: an empty line, or a field with a line break.
     if stream.has_quotes and len(table) < stream.lines - (not header):
         _check_line_breaks(open_again, delimiter)
@@ -294,11 +319,7 @@ def _header(stream: Stream, choose: Choose, delimiter: str) -> tuple[list[str], 
     line = re.search(rb"[^\r\n]+", stream.head)
     if line is None:
         raise UserError(f"{stream.path} is empty: expected a header line and rows")
-    if b"\0" in line[0]:
-        raise UserError(
-            f"{stream.path} is not UTF-8 text: set data.encoding if it is a text, such as utf-16-le"
-        )
-    text = line[0].decode("utf-8-sig", errors="replace")
+    text = line[0].decode("utf-8-sig")
     splits = {sign: _split(text, sign) for sign in ([delimiter] if delimiter else ",;\t|")}
 
     def score(sign: str) -> tuple[int, int]:

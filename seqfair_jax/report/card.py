@@ -169,8 +169,12 @@ def _worst_group(
     """A sentence about the group with the lowest mean, of a family's groups of `min_users`."""
     sizes = {name: int(row.users) for name, row in found.items()}
     judged = judged_groups(sizes, family, min_users=min_users)
-    if not judged:
-        return f"{slices.family_label(family)}: no group has {min_users:,} tested users."
+    if len(judged) < 2:
+        only = f"only {slices.full_label(judged[0])}" if judged else "no group"
+        return (
+            f"{slices.family_label(family)}: {only} has at least {min_users:,} tested users, so "
+            "none can be called worst."
+        )
     worst = min(judged, key=lambda name: found[name].mean)
     row = found[worst]
     best = max(baselines, key=lambda name: baselines[name].get(worst) or 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqfair_jax import workdir
-from seqfair_jax.config import RESUMABLE, flatten
+from seqfair_jax.config import RESUMABLE, default_config, flatten
 from seqfair_jax.data.groups import encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
@@ -75,10 +75,13 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             named.setdefault(part, []).append(folder)
     summaries = _without_copies({part: workdir.read_summary(part) for part in named})
     found = []
+    # A run of an earlier version lacks settings. It trained as their defaults say.
+    defaults = dict(flatten(workdir.jsonable(default_config().to_dict())))
     for part, summary in summaries.items():
         if is_list(summary):
             continue
         settings = dict(flatten(workdir.read_json(part / workdir.CONFIG) or {}))
+        settings |= {key: value for key, value in defaults.items() if key not in settings}
         kept = tuple(
             (key, str(value)) for key, value in settings.items() if not _is_free(key, value)
         )
@@ -129,13 +132,18 @@ def _without_copies(summaries: Mapping[Path, dict[str, Any]]) -> dict[Path, dict
     """Without the runs that were tested again, where the run or the same test is there too."""
     tested = {part: summary.get("evaluation", {}).get("run") for part, summary in summaries.items()}
     hashes = {workdir.finished_hash(part) for part, source in tested.items() if source is None}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, bool]] = set()
     kept = {}
     for part, summary in summaries.items():
         source = tested[part]
-        key = (source, summary["evaluation"]["rule"]) if source is not None else None
+        key = None
+        if source is not None:
+            # A report shows the groups and metrics that its folders share.
+            config = workdir.read_json(part / workdir.CONFIG) or {}
+            key = (source, summary["evaluation"]["rule"], config["evaluate"]["mask_seen"])
         if source in hashes or key in seen:
-            _log.info("%s: the run itself is there, so this test of it is left out", part)
+            what = "the run itself" if source in hashes else "the same test"
+            _log.info("%s: %s is there, so this test is left out", part, what)
             continue
         if key is not None:
             seen.add(key)

@@ -12,6 +12,7 @@ A space is written as text, so that it fits into a command line:
 
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -63,22 +64,24 @@ class Interval(NamedTuple):
     def nearest(self, value: float) -> float:
         """The value, or the nearest of the range."""
         value = min(max(value, self.low), self.high)
-        if self.step:
-            value = min(self.low + round((value - self.low) / self.step) * self.step, self.high)
-        return value
+        return value if self.step is None else self._at(round((value - self.low) / self.step))
+
+    def _at(self, steps: int) -> float:
+        """The value after so many steps, without what sums of binary fractions add."""
+        low, step = Decimal(repr(self.low)), Decimal(repr(self.step))
+        return type(self.low)(low + steps * step)
 
     def rounded(self, value: float) -> float:
         """The value to three significant digits, or a thousandth of the range; inside the range.
 
-        The finer of the two counts. Values in steps lose only what their sum added.
+        The finer of the two counts. In a range with steps, the nearest step.
         """
+        if self.step is not None:
+            return self.nearest(value)
         if isinstance(self.low, int):
             return value
-        if self.step:
-            digits = 12
-        else:
-            size = math.floor(math.log10(abs(value))) if value else 0
-            digits = max(2 - size, 3 - math.ceil(math.log10(self.high - self.low)))
+        size = math.floor(math.log10(abs(value))) if value else 0
+        digits = max(2 - size, 3 - math.ceil(math.log10(self.high - self.low)))
         return min(max(round(value, digits), self.low), self.high)
 
     def __str__(self) -> str:
@@ -223,8 +226,8 @@ def _parse(setting: Setting, text: str, own: Any) -> Choices | Interval:
         if not 0 < step <= found.high - found.low:
             raise UserError(f"search.space.{key} is {text!r}: expected a step inside the range")
         # The last step may be before the end.
-        steps = math.floor((found.high - found.low) / step + 1e-9)
-        found = found._replace(high=found.low + steps * step)
+        length = Decimal(repr(found.high)) - Decimal(repr(found.low))
+        found = found._replace(high=found._at(int(length // Decimal(repr(step)))))
     return found
 
 

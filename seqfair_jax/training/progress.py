@@ -55,8 +55,11 @@ class ProgressBar:
         num_runs = len(snapshot.progress.best)
         self._metric = config.select.metric
         self._notes: dict[str, str] = {}
-        self._moves = sys.stderr.isatty() or "ipykernel" in sys.modules
-        shown = sys.stderr if self._moves else _Lines(sys.stderr)
+        # A program without a console has no standard error.
+        stream = io.StringIO() if sys.stderr is None else sys.stderr
+        is_terminal = hasattr(stream, "isatty") and stream.isatty()
+        self._moves = is_terminal or "ipykernel" in sys.modules
+        shown = stream if self._moves else _Lines(stream)
         self._bar = tqdm(
             total=config.train.epochs * config.train.steps_per_epoch,
             initial=snapshot.progress.step,
@@ -66,6 +69,7 @@ class ProgressBar:
             dynamic_ncols=True,
             mininterval=0.1 if self._moves else _SECONDS_PER_LINE,
             maxinterval=10 if self._moves else _SECONDS_PER_LINE,
+            leave=self._moves,  # the line of the last epoch is the last
             file=shown if is_first_process() else io.StringIO(),  # one bar for all processes
         )
         self._seconds = snapshot.progress.seconds
@@ -117,7 +121,7 @@ class _Lines(io.StringIO):
     def write(self, text: str) -> int:
         line = text.strip()
         if line and line != self._last:
-            print(line, file=self._stream, flush=True)
+            self._stream.write(f"{line}\n")
             self._last = line
         return len(text)
 
