@@ -13,6 +13,8 @@ from seqfair_jax import __main__, serving
 from seqfair_jax.commands import recommend
 from seqfair_jax.errors import UserError
 from seqfair_jax.serving import tables
+from seqfair_jax.serving.output import write_lists
+from seqfair_jax.serving.recommender import Lists
 
 COLUMNS = ["user_id", "item_id", "score", "rank"]
 
@@ -339,6 +341,14 @@ write_lists(Path(sys.argv[1]), found(), user_ids=np.arange(2), item_ids=np.arang
     )
     assert result.returncode == -signal.SIGKILL
     assert not (tmp_path / "recs.csv").exists()
+
+
+def test_a_program_without_standard_error_writes_the_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    lists = Lists(0, np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32))
+    path = tmp_path / "recs.csv"
+    write_lists(path, [lists], user_ids=np.arange(2), item_ids=np.arange(1), k=1)
+    assert pd.read_csv(path)["user_id"].tolist() == [0, 1]
 
 
 def test_an_input_is_never_replaced(call, run_and_log, tmp_path, capsys):

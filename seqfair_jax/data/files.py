@@ -13,6 +13,7 @@ import lzma
 import os
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -461,7 +462,7 @@ def progress(path: Path, total: int, unit: str, *, shown: bool) -> tqdm:
         unit=unit,
         unit_scale=True,
         leave=False,
-        disable=None if shown else True,
+        disable=None if shown and sys.stderr is not None else True,
     )
 
 

@@ -1,6 +1,7 @@
 """Write lists to one file, block by block: Parquet, CSV or JSON Lines, whole or not at all."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +98,9 @@ def write_lists(
     def write(temporary: Path) -> None:
         nonlocal rows, short_lists
         writer = _WRITERS[path.suffix.lower()](temporary, schema)
-        bar = tqdm(total=len(user_ids), unit="user", dynamic_ncols=True, disable=None)
+        # Only on a terminal. A program without a console has no standard error.
+        hidden = True if sys.stderr is None else None
+        bar = tqdm(total=len(user_ids), unit="user", dynamic_ncols=True, disable=hidden)
         with writer, bar:
             for lists, table in as_tables(found, user_ids=user_ids, item_ids=item_ids):
                 writer.write_table(table)
