@@ -34,7 +34,7 @@ from seqfair_jax.serving.recommender import recommend
 from seqfair_jax.serving.trained import load
 from seqfair_jax.training import nearby, stacking
 from seqfair_jax.training.experiment import build_experiment
-from seqfair_jax.training.step import KEY_IMPL, create_train_state, user_losses
+from seqfair_jax.training.step import KEY_IMPL, create_train_state, train_step, user_losses
 
 MAX_LEN, KEPT = 16, 4
 PARTS = [(True, 0), (False, KEPT), (True, KEPT)]
@@ -260,6 +260,18 @@ def test_a_mixture_changes_no_step():
         params = {"params": {k: v for k, v in state.params["params"].items() if k != "mixture"}}
         losses.append(user_losses(experiment.task, params, experiment.data, users, 1024, key))
     assert_array_equal(*losses)
+
+
+def test_no_step_changes_the_weights_of_the_mixture():
+    """They have no gradient, and weight decay leaves them as they are."""
+    changes = {"model.pointer": True, "train.weight_decay": 0.1}
+    experiment = build_experiment(resolve(small(**changes)))
+    state = create_train_state(experiment.task, seed=0, num_groups=experiment.num_groups)
+    step = jax.jit(functools.partial(train_step, experiment.task, (BLOCK,)))
+    after, _ = step(state, (jnp.arange(8), 0), experiment.data, {})
+    before, after = state.params["params"], after.params["params"]
+    jax.tree.map(assert_array_equal, after["mixture"], before["mixture"])
+    assert (after["item_embedding"] != before["item_embedding"]).any()
 
 
 def test_no_row_of_the_test_is_fitted_to():

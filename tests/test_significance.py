@@ -9,7 +9,7 @@ from scipy import stats
 from seqfair_jax.data.groups import RESERVED_NAMES, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import significance
-from seqfair_jax.evaluation.significance import compare, gap
+from seqfair_jax.evaluation.significance import FEWEST_VALUES, compare, describe, gap
 
 
 def per_user(values, *, groups=None):
@@ -107,6 +107,28 @@ def test_overlapping_groups_count_a_user_in_each():
     ).set_index("slice")
     assert result.loc["pop33=a", "users"] == result.loc["pop33=b", "users"] == 2
     assert result.loc["pop33=a", "difference"] == 0.5
+
+
+def test_equal_differences_have_the_p_of_a_sign_test():
+    before = np.zeros(9)
+    after = {"up": before + 0.1, "same": before}
+    table = compare(
+        {name: {0: per_user(values)} for name, values in after.items()},
+        {0: per_user(before)},
+        "NDCG@20",
+    ).set_index(["name", "slice"])
+    assert table.loc[("up", "overall"), "p"] == 2 * 0.5**9  # all 9 up, or all down
+    assert table.loc[("same", "overall"), "p"] == 1
+
+
+def test_a_mean_of_few_hits_has_no_interval():
+    """Where no user has a hit, the bootstrap would be sure that the mean is 0."""
+    values = np.zeros(30)
+    for hits in (0, FEWEST_VALUES - 1, FEWEST_VALUES):
+        values[:hits] = 0.5
+        row = describe(per_user(values), "NDCG@20").loc["overall"]
+        assert row["mean"] == hits / 60
+        assert np.isnan([row["low"], row["high"]]).tolist() == [hits < FEWEST_VALUES] * 2
 
 
 def test_a_group_of_one_user_has_no_test():

@@ -17,6 +17,9 @@ KEYS = ("user_id", "target_item_id", "repeat")  # two runs must agree on these
 RESAMPLES = 2000
 # A mean over more users is nearly normal: its t interval is nearly the bootstrap's, in no time.
 BOOTSTRAP_UP_TO = 10_000  # users
+# Users with a value that is not 0, for the interval of a mean. With fewer, simulated NDCG@20 had a
+# coverage of 0.64 to 0.90 instead of 0.95.
+FEWEST_VALUES = 10
 # Values of the bootstrap. So few stay in a CPU's cache, and start no threads of a matrix product.
 _DRAWN_AT_ONCE = 50_000
 
@@ -60,7 +63,8 @@ def compare(
     Returns:
         columns name, slice ("overall", "pop33=niche", ...), users, mean, baseline, difference,
         low, high, p, q, star; a row for each method and each slice with at least one user.
-        Intervals and tests of a single user are NaN; p is 1 if no user differs.
+        Intervals and tests of a single user are NaN. p is 1 if no user differs, and that of a
+        sign test, 2^(1 - n), if all n differ by the same.
 
     Raises:
         UserError: if the tables differ in their users, targets or groups, or lack the metric.
@@ -108,21 +112,26 @@ def compare(
 def describe(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The mean of a per-user metric in each slice, with its 95 % interval over users.
 
-    The intervals are as in `compare`: bootstrap, and t for many users.
+    The intervals are as in `compare`: bootstrap, and t for many users. There is none if fewer than
+    `FEWEST_VALUES` users have a value other than 0: resamples of so few would show an interval that
+    is much too narrow, down to [0, 0].
 
     Args:
         table: a per-user table (`per_user.parquet`).
         metric: a column, such as NDCG@20.
 
     Returns:
-        columns users, mean, low, high by slice, for each slice with at least one user. The interval
-        of a single user is NaN.
+        columns users, mean, low, high by slice, for each slice with at least one user. Without an
+        interval its ends are NaN.
     """
     values = table[metric].to_numpy(np.float64)
     rows = {}
     for name, members in slice_members(table).items():
-        [low], [high] = _intervals(values[members][:, None], seed=0)
-        mean = values[members].mean()
+        own = values[members]
+        low = high = np.nan
+        if np.count_nonzero(own) >= FEWEST_VALUES:
+            [low], [high] = _intervals(own[:, None], seed=0)
+        mean = own.mean()
         rows[name] = {"users": len(members), "mean": mean, "low": low, "high": high}
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -274,9 +283,9 @@ def _p_values(difference: np.ndarray) -> np.ndarray:
 
     if len(difference) < 2:
         return np.full(difference.shape[1], np.nan)
-    # Where all users differ by the same, t is 0/0 or a constant over 0.
+    # Where all users differ by the same, t is 0/0 or a constant over 0. A sign test is made instead.
     constant = np.ptp(difference, axis=0) <= 1e-9 * np.abs(difference).max(axis=0)
-    p_values = np.where(difference.any(axis=0), 0.0, 1.0)
+    p_values = np.where(difference.any(axis=0), 0.5 ** (len(difference) - 1), 1.0)
     tested = ~constant
     if tested.any():
         p_values[tested] = stats.ttest_1samp(difference[:, tested], 0.0).pvalue

@@ -149,9 +149,10 @@ def write(
         rule = long["rule"].iloc[0]
         page = [f"# {name}: test {metric}, chosen by {rule} on validation\n", f"{source}\n"]
         page.append(
-            "\\* two-sided paired t-test against ERM over the seeds that both have, p < 0.05; the "
-            "best method is bold, the second underlined; ± is the standard deviation over seeds, "
-            "if there are several; rows in brackets are baselines without training."
+            "\\* two-sided paired t-test against ERM over users, p < 0.05, where a user's value is "
+            "its mean over the seeds that both have; the best method is bold, the second "
+            "underlined; ± is the standard deviation over seeds, if there are several; rows in "
+            "brackets are baselines without training."
             f"{' ' + RULES[rule].note if RULES[rule].note else ''}\n"
         )
         tex = [r"% The preamble needs \usepackage{booktabs}.", ""]

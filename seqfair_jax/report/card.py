@@ -179,7 +179,7 @@ def _worst_group(
     row = found[worst]
     best = max(baselines, key=lambda name: baselines[name].get(worst) or 0)
     return (
-        f"{slices.full_label(worst)}: {metric} is {row.mean:.4f} (95 % interval "
+        f"{slices.full_label(worst)}: {metric} is {row.mean:.4f} (95 % interval: "
         f"{_interval(row)}) for {row.users:,.0f} users, and {found[slices.OVERALL].mean:.4f} "
         f"for all users. The best untrained baseline of this group is "
         f"{names.baseline_name(best)} with {_figure(baselines[best].get(worst))}."
@@ -222,7 +222,7 @@ def _popularity(folder: Path, recommended: Mapping[str, slices.Slices]) -> dict[
 
 
 def _interval(row: Mean) -> str:
-    return "-" if np.isnan(row.low) else f"{row.low:.4f} to {row.high:.4f}"
+    return "none, too few hits" if np.isnan(row.low) else f"{row.low:.4f} to {row.high:.4f}"
 
 
 def _figure(value: float | None) -> str:

@@ -125,7 +125,8 @@ class _Family:
             return worst, plain
         tables = row.per_user()
         values = significance.seed_mean(tables, self._metric)
-        members = significance.slice_members(next(iter(tables.values()))).get(worst)
+        groups = significance.slice_members(next(iter(tables.values())))
+        members = groups.get(worst)
         if members is None or len(members) == len(values):
             return worst, plain
         others = np.delete(values, members)
@@ -134,7 +135,20 @@ class _Family:
         gap = significance.gap(values[members], others, confidence=confidence)
         end = f"{start} and {others.mean():.4f} for the other users, {_effect(gap._asdict())}."
         if gap.high < 0:
-            return worst, f"With {of}, group {label} is served worst: {end}"
+            # One group far above is enough for this. Is the worst below each of the others?
+            near = []
+            for name in sorted(set(self._judged) - {worst}, key=means.__getitem__):
+                rival = groups.get(name, np.array([], int))
+                own, other = np.setdiff1d(members, rival), np.setdiff1d(rival, members)
+                if len(own) and len(other):
+                    between = significance.gap(values[own], values[other], confidence=confidence)
+                    near += [] if between.high < 0 else [self._label[name]]
+            if not near:
+                return worst, f"With {of}, group {label} is served worst: {end}"
+            return worst, (
+                f"With {of}, group {label} has the lowest {self._metric}, but no difference from "
+                f"{listed(near)} was found: {end}"
+            )
         return worst, (
             f"With {of}, group {label} has the lowest {self._metric}, but no difference from the "
             f"other users was found: {end}"

@@ -16,6 +16,7 @@ as with any number that validation chooses; no row of the test is read.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +48,9 @@ from seqfair_jax.model.softmax_loss import softmax_loss
 
 _MOST = 20_000  # users: more make no better weights
 _SEED = 0x6D6978  # beside the seed, so that no other draw is the same
-_STEPS = 100  # of L-BFGS at most
+_STEPS = 200  # of L-BFGS at most
+
+_log = logging.getLogger(__name__)
 
 
 class FitTargets(NamedTuple):
@@ -229,6 +232,8 @@ def fit_weights(model: SASRec, start: Any, targets: FitTargets) -> Any:
         method="L-BFGS-B",
         options={"maxiter": _STEPS},
     )
+    if found.status == 1:  # other ends are those of a loss that falls no further
+        _log.info("the fit of the mixture ended after %d steps, before it converged", found.nit)
     return jax.tree.map(np.asarray, unravel(jnp.asarray(found.x, jnp.float32)))
 
 

@@ -444,7 +444,7 @@ def train_step(
         scale = jnp.where(grad_norm < task.clip_norm, 1.0, task.clip_norm / grad_norm)
         grads = jax.tree.map(lambda grad: grad * scale, grads)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = _keep_mixture(optax.apply_updates(state.params, updates), state.params)
     # A finite gradient can still lead to a parameter that overflows.
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     for leaf in jax.tree.leaves(params):
@@ -494,6 +494,17 @@ def _alike(grads: Any, shards: int) -> Any:
         ),
         grads,
     )
+
+
+def _keep_mixture(params: Any, before: Any) -> Any:
+    """The parameters with the weights of the mixture as before: `stacking` fits them.
+
+    They have no gradient, but weight decay would shrink them.
+    """
+    own = params["params"]
+    if "mixture" not in own:
+        return params
+    return {**params, "params": {**own, "mixture": before["params"]["mixture"]}}
 
 
 def _norm(grads: Any, shards: int) -> jax.Array:
