@@ -283,7 +283,7 @@ def _p_values(difference: np.ndarray) -> np.ndarray:
 
     if len(difference) < 2:
         return np.full(difference.shape[1], np.nan)
-    # Where all users differ by the same, t is 0/0 or a constant over 0. A sign test is made instead.
+    # Where all users differ by the same, t is 0/0 or a constant over 0. Then a sign test is made.
     constant = np.ptp(difference, axis=0) <= 1e-9 * np.abs(difference).max(axis=0)
     p_values = np.where(difference.any(axis=0), 0.5 ** (len(difference) - 1), 1.0)
     tested = ~constant
