@@ -22,7 +22,7 @@ from seqfair_jax.devices import is_first_process, to_host, wait_for_all
 from seqfair_jax.errors import DivergedError
 from seqfair_jax.evaluation.baselines import Tuning, compute_baselines
 from seqfair_jax.evaluation.metrics import item_popularity
-from seqfair_jax.evaluation.slices import OVERALL, Slices, list_means, target_means
+from seqfair_jax.evaluation.slices import OVERALL, Slices, group_slice, list_means, target_means
 from seqfair_jax.serving.catalogue import target_columns
 from seqfair_jax.training import checkpoint, selection
 from seqfair_jax.training.experiment import Experiment
@@ -74,6 +74,7 @@ def test(
         "needs_groups": method.needs_groups,
         "label": method.label,
         "logs": [log._asdict() for log in method.logs],
+        "validation_sizes": judge.validation_sizes,
         **found,
     }
     if snapshot.progress.init_from:
@@ -187,6 +188,14 @@ class Judge:
             dataset.item_counts, dataset.audience, len(dataset.user_ids)
         )
         self.top_k = min(max(cutoffs), len(dataset.item_ids))  # how long the lists must be
+        # The validation users of each group, in which it is judged when validation chooses.
+        self.validation_sizes = {
+            group_slice(family.name, group): int(size)
+            for family in families
+            for group, size in zip(
+                family.groups, family.membership[dataset.valid.users].sum(axis=0), strict=True
+            )
+        }
 
     def ranks(self, ranks: np.ndarray) -> tuple[pd.DataFrame, dict[str, Slices]]:
         """A row for each user who is tested, and the means by group.

@@ -85,6 +85,16 @@ def worst(means, group, name):
     )
 
 
+def test_groups_of_few_validation_users_choose_no_method():
+    """The test has enough users of popular, but a few of them validate."""
+    validation = {"gdro": ERM | {"popular": 0.1}, "cvar": ERM | {"niche": 0.15}}
+    found = [*runs(erm=ERM), *(row(name, rows.RUN, ERM, validation=seen)
+                               for name, seen in validation.items())]  # fmt: skip
+    assert build(found).chosen == {"tier": "cvar"}
+    few = {"tier=niche": 20, "tier=middle": 18, "tier=popular": 3, "tier=tiny": 0}
+    assert build(found, validation_sizes=few).chosen == {"tier": "gdro"}
+
+
 def test_one_group_far_above_does_not_make_the_lowest_the_worst():
     """The lowest is below the other users taken together, and equal to one of the groups."""
     close = {"niche": 0.2, "middle": 0.21, "popular": 0.6, "tiny": 0.0}

@@ -208,7 +208,9 @@ def _one_seed(table: pd.DataFrame) -> PerUser:
     return lambda: {0: table}
 
 
-_SHARED = ("schema_version", "dataset", "baselines", "baseline_choices", "evaluation")
+_SHARED = (
+    "schema_version", "dataset", "validation_sizes", "baselines", "baseline_choices", "evaluation",
+)  # fmt: skip
 
 
 def evaluate(
@@ -238,6 +240,7 @@ def evaluate(
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
         "dataset": dict(judged.description),
+        "validation_sizes": judge.validation_sizes,
         **baselines,
     }
     systems = []

@@ -112,6 +112,11 @@ def build(
         min_users=min_users(runs),
         named=named,
         erm={run.name for run in runs if run.summary["method"] == ERM},
+        validation_sizes={
+            name: size
+            for run in runs
+            for name, size in run.summary.get("validation_sizes", {}).items()
+        },
         tested=tested,
     )
 
@@ -125,6 +130,7 @@ def of_rows(
     min_users: int,
     named: str | None = None,
     erm: set[str] | frozenset[str] = frozenset(),
+    validation_sizes: Mapping[str, int] | None = None,
     tested: bool = True,
 ) -> Contents:
     """The contents of a report of any rows.
@@ -137,6 +143,8 @@ def of_rows(
         min_users: smaller groups are not judged.
         named: the reference; None for ERM, or the best baseline.
         erm: the names of ERM's rows.
+        validation_sizes: the validation users of each group; those of runs of earlier versions are
+            not known, and the sizes in the test are used.
         tested: whether to make the tests.
     """
     sizes = rows.slice_sizes(found)
@@ -150,7 +158,10 @@ def of_rows(
         contents = contents._replace(erm_rows=sum(row.run in erm for row in found))
     chosen: dict[str, str] = {}
     for family in families:
-        name = _chosen(found, contents.judged(family), reference)
+        # Validation scores choose, so a group must have so many validation users.
+        known = {**sizes, **(validation_sizes or {})}
+        judged = rows.judged_groups(known, family, min_users=min_users)
+        name = _chosen(found, judged, reference)
         chosen |= {} if name is None else {family: name}
     subjects = chosen
     first = next((row.name for row in found if row.kind == LIST), None)
