@@ -43,6 +43,13 @@ def test_every_objective_from_log_to_table(method, finished):
     niche = table.loc[table["pop33"] == "niche", "NDCG@20"].mean()
     assert means["pop33=niche"] == pytest.approx(niche)
     assert means["target=new"] == pytest.approx(table.loc[~table["repeat"], "NDCG@20"].mean())
+    split = pd.read_parquet(folder / "split.parquet")
+    groups = pd.read_parquet(folder / "groups.parquet")
+    validating = groups[split["validation_user"].to_numpy()]
+    for name, size in summary["validation_sizes"].items():
+        family, group = name.split("=")
+        assert size == (validating[family] == group).sum()
+    assert len(summary["validation_sizes"]) == 6
     assert [row["epoch"] for row in rows_of(folder)] == [1, 2]
     last = rows_of(folder)[-1]
     assert last["step"] == 10
