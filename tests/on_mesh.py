@@ -276,6 +276,7 @@ def mixtures(*shapes):
             users,
             neighbours_on(mesh),
             max_logits=2**27,
+            mask_seen=True,
             mesh=mesh,
         )
         found[shape] = read(on_mesh(mesh, params))

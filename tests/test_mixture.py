@@ -141,13 +141,18 @@ def test_ranks_match_the_reference_one_user_at_a_time(pointer, neighbours):
         assert_array_equal(found.top_items[place], np.argsort(-scores)[:5])
 
 
-def make_reader(model, users):
+def make_reader(model, users, *, mask_seen=False):
     neighbours = neighbours_of(model)
-    return stacking.make_reader(model, make_dataset(), users, neighbours, max_logits=2**27)
+    return stacking.make_reader(
+        model, make_dataset(), users, neighbours, max_logits=2**27, mask_seen=mask_seen
+    )
 
 
-def expected_losses(model, params, users):
-    """-log p of the first row behind the training rows of some users, by the reference."""
+def expected_losses(model, params, users, *, mask_seen=False):
+    """-log p of the first row behind the training rows of some users, by the reference.
+
+    With `mask_seen` it is that among the items that the user has not had, and the target.
+    """
     dataset, tree = make_dataset(), jax.tree.map(np.float64, params["params"])
     _, totals, shares = kept_matrix()
     found = []
@@ -160,7 +165,8 @@ def expected_losses(model, params, users):
             totals=totals if model.neighbours else None,
             shares=shares,
         )
-        found.append(-np.log(scores[target]))
+        seen = set(items[-(MAX_LEN - 2) :]) - {target} if mask_seen else set()
+        found.append(-np.log(scores[target] / (1 - sum(scores[item] for item in seen))))
     return found
 
 
@@ -168,23 +174,27 @@ def expected_losses(model, params, users):
 def test_losses_match_the_reference_one_user_at_a_time(pointer, neighbours):
     model, params = make_model(pointer, neighbours)
     for users in (np.arange(7), np.array([1, 3, 6])):
-        targets = make_reader(model, users)(params)
-        losses = stacking.target_losses(model, params["params"]["mixture"], targets)
-        assert_allclose(losses, expected_losses(model, params, users), rtol=1e-4)
+        for mask_seen in (False, True):
+            targets = make_reader(model, users, mask_seen=mask_seen)(params)
+            losses = stacking.target_losses(model, params["params"]["mixture"], targets)
+            expected = expected_losses(model, params, users, mask_seen=mask_seen)
+            assert_allclose(losses, expected, rtol=1e-4)
+        assert not np.allclose(expected, expected_losses(model, params, users), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("pointer", "neighbours"), PARTS)
 def test_no_weights_near_the_fitted_ones_are_better(pointer, neighbours):
     model, params = make_model(pointer, neighbours)
     first, users = make_first(pointer, neighbours), np.arange(7)
-    targets = make_reader(model, users)(params)
+    masks = {"mask_seen": not pointer}
+    targets = make_reader(model, users, **masks)(params)
     fitted = stacking.fit_weights(model, first, targets)
     other = stacking.fit_weights(model, params["params"]["mixture"], targets)
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-2), fitted, other)
 
     def penalised(mixture):
         whole = {"params": params["params"] | {"mixture": mixture}}
-        losses = expected_losses(model, whole, users)
+        losses = expected_losses(model, whole, users, **masks)
         change = jax.tree.map(lambda a, b: ((np.float64(a) - b) ** 2).sum(), mixture, first)
         return np.mean(losses) + sum(jax.tree.leaves(change)) / (2 * len(losses))
 
@@ -316,6 +326,30 @@ def test_a_pointer_reads_the_newest_64_items_across_blocks():
     every, some = read_history(packed, 30), read_history(packed, 30, newest)
     jax.tree.map(lambda a, b: assert_allclose(a[newest], b, rtol=1e-6), every, some)
     assert_allclose(encoded.weights.own.sum(axis=1), [1, 1, 0, 1], rtol=1e-6)
+
+
+def test_seen_items_that_are_older_than_the_pointer_s_are_not_ranked_either():
+    rng = np.random.default_rng(4)
+    users = np.repeat(np.arange(3), [90, 120, 30])
+    log = pd.DataFrame({"user_id": users, "item_id": rng.integers(60, size=len(users))})
+    log = log_from_table(log.assign(timestamp=np.arange(len(log))))
+    dataset = leave_one_out(log, name="log", num_valid_users=0, split_seed=0)
+    num_items, max_len = len(dataset.item_ids), 100
+    model = SASRec(num_items, 8, 8, 1, 1, 0.0, max_len, True, 1.0, "float32", True)
+    one = jnp.ones(1, int)
+    packed = pack(Sequences(one, one, one), one * 0, num_tokens=BLOCK, num_items=num_items)
+    params = model.init(jax.random.key(0), packed, train=False)
+    read = stacking.make_reader(
+        model, dataset, np.arange(3), None, max_logits=2**27, mask_seen=True
+    )
+    losses = stacking.target_losses(model, params["params"]["mixture"], read(params))
+    tree = jax.tree.map(np.float64, params["params"])
+    for user, loss in enumerate(losses):
+        *items, target = dataset.items[dataset.offsets[user] :][: dataset.train_lengths[user] + 1]
+        items = items[-(max_len - 2) :]
+        p = reference.mixture(tree, [None, *items], num_blocks=1, totals=None, shares=None)
+        unseen = 1 - sum(p[item] for item in set(items) - {target})
+        assert_allclose(loss, -np.log(p[target] / unseen), rtol=1e-4)
 
 
 def test_a_weight_that_is_next_to_nothing_counts_as_none():

@@ -247,6 +247,35 @@ def mixture_losses(
     return -jax.nn.logsumexp(_log_gates(weights, returns) + jnp.stack(found, axis=1), axis=1)
 
 
+def seen_mass(
+    returns: jax.Array,
+    weights: MixtureWeights,
+    targets: jax.Array,
+    seen: jax.Array,
+    near_seen: jax.Array | None,
+) -> jax.Array:
+    """The sum of p over the seen items, which a ranking without them leaves out; f32[N].
+
+    The target is not among the seen items, though the user may have had it.
+
+    Args:
+        returns, weights, targets: as for `mixture_losses`.
+        seen: f32[N], the sum of s over the seen items; with a pointer, of those that are not among
+            the newest P.
+        near_seen: f32[N, W], the sum of S over the seen items for each of the newest items; None
+            without neighbours.
+    """
+    returns = _limited(returns)
+    parts = [seen]
+    if weights.own is not None:
+        parts[0] = seen / (1 - returns)
+        parts.append(jnp.where(weights.items == targets[:, None], 0, weights.own).sum(axis=1))
+    if weights.near is not None:
+        assert near_seen is not None
+        parts.append((weights.near * near_seen).sum(axis=1))
+    return (jnp.exp(_log_gates(weights, returns)) * jnp.stack(parts, axis=1)).sum(axis=1)
+
+
 def _log(x: jax.Array) -> jax.Array:
     """The logarithm, -inf for (next to) nothing, whose gradient is then 0."""
     return jnp.where(x > _SMALLEST, jnp.log(jnp.where(x > _SMALLEST, x, 1)), -jnp.inf)

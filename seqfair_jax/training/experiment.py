@@ -80,6 +80,7 @@ class Experiment:
                 users,
                 self.data.neighbours,
                 max_logits=self.task.max_logits,
+                mask_seen=self.config.evaluate.mask_seen,
                 mesh=self.mesh,
             )
         return make_fit(model, read)

@@ -8,9 +8,11 @@ are trained on the same targets trust the network too much. Therefore the networ
 as any SASRec. At each validation the weights w of the mixture are fitted to the first targets of n
 validation users (stacked generalisation, Wolpert 1992):
 
-    w = argmin  1 / n sum_u -log p_w(y_u)  +  1 / (2 n) |w - w_0|^2
+    w = argmin  1 / n sum_u -log p_w(y_u) / (1 - m_w(u))  +  1 / (2 n) |w - w_0|^2
 
-w_0 are the first weights. The second term is that of a standard normal prior of w - w_0. L-BFGS
+m_w(u) is 0. Where items of the history are not ranked (`evaluate.mask_seen`), it is the sum of p_w
+over them, so that what a part gives to them counts neither for nor against it. w_0 are the first
+weights. The second term is that of a standard normal prior of w - w_0. L-BFGS
 starts at the weights of the validation before. The validation score is a little too good by this,
 as with any number that validation chooses; no row of the test is read.
 """
@@ -40,7 +42,9 @@ from seqfair_jax.model.mixture import (
     Mixture,
     Neighbours,
     mixture_losses,
+    newest_items,
     read_history,
+    seen_mass,
 )
 from seqfair_jax.model.packing import BLOCK, Packed, Sequences, pack
 from seqfair_jax.model.sasrec import PRECISIONS, SASRec, param_specs
@@ -49,6 +53,7 @@ from seqfair_jax.model.softmax_loss import softmax_loss
 _MOST = 20_000  # users: more make no better weights
 _SEED = 0x6D6978  # beside the seed, so that no other draw is the same
 _STEPS = 200  # of L-BFGS at most
+_MOST_SEEN = 1 - 1e-6  # of p on seen items; what is left is rounding
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +67,8 @@ class FitTargets(NamedTuple):
     items: jax.Array  # i32[n]
     shares: jax.Array | None  # f32[n, W], S of the target for each newest item; or no neighbours
     log_totals: jax.Array | None  # f32[n, W], log t of these items
+    seen: jax.Array | None = None  # f32[n], as `mixture.seen_mass` takes it; None: all are ranked
+    near_seen: jax.Array | None = None  # f32[n, W], likewise; None also without neighbours
 
 
 def choose_users(dataset: Dataset, seed: int) -> np.ndarray:
@@ -112,6 +119,7 @@ def make_reader(
     neighbours: Neighbours | None,
     *,
     max_logits: int,
+    mask_seen: bool = False,
     mesh: Mesh | None = None,
 ) -> Callable[[Any], FitTargets]:
     """The function that reads what the loss of a mixture needs, from a run's parameters.
@@ -122,6 +130,8 @@ def make_reader(
         users: from `choose_users`, at least one.
         neighbours: on the mesh; None for a model without neighbours.
         max_logits: as for `softmax_loss`.
+        mask_seen: the items of a history are not ranked. Those of the window count, the newest
+            `max_len` - 2.
         mesh: the devices, which share the users; one if None.
 
     Returns:
@@ -161,18 +171,35 @@ def make_reader(
 
         history = read_history(packed, model.num_items, newest)
         returns, shares, log_totals = jnp.zeros_like(losses), None, None
+        seen_total, near_seen = None, None
         known = jnp.minimum(history.items, model.num_items - 1)
+        log_sum = losses[:, None] + logits(targets[:, None])
+        if mask_seen:
+            seen = jnp.sort(newest_items(packed, model.max_len - 2, model.num_items, newest))
+            counts = (seen < model.num_items) & (seen != targets[:, None])
+            counts &= jnp.diff(seen, axis=1, prepend=-1) > 0  # each item once
+            if model.pointer:
+                counts &= ~(seen[:, :, None] == history.items[:, None, :]).any(axis=2)
+            given = jnp.exp(logits(jnp.minimum(seen, model.num_items - 1)) - log_sum)
+            seen_total = jnp.where(counts, given, 0).sum(axis=1)
         if model.pointer:
-            log_sum = losses[:, None] + logits(targets[:, None])
             own = jnp.exp(logits(known) - log_sum)
             returns = jnp.where(history.of_items[:, :, 0], own, 0).sum(axis=1)
         if neighbours is not None:
             known = known[:, :NEAR_ITEMS]
             near = devices.lookup(neighbours.items, known, model.shards)
-            shares = devices.lookup(neighbours.shares, known, model.shards)
-            shares = jnp.where(near == targets[:, None, None], shares, 0).sum(axis=2)
+            all_shares = devices.lookup(neighbours.shares, known, model.shards)
+            is_target = near == targets[:, None, None]
+            shares = jnp.where(is_target, all_shares, 0).sum(axis=2)
+            if mask_seen:
+                place = jax.vmap(jnp.searchsorted)(seen, near.reshape(len(near), -1))
+                found = jnp.take_along_axis(seen, place, axis=1, mode="clip").reshape(near.shape)
+                is_seen = (found == near) & (near < model.num_items) & ~is_target
+                near_seen = jnp.where(is_seen, all_shares, 0).sum(axis=2)
             log_totals = devices.lookup(neighbours.log_totals, known, model.shards)
-        return FitTargets(history, losses, returns, targets, shares, log_totals)
+        return FitTargets(
+            history, losses, returns, targets, shares, log_totals, seen_total, near_seen
+        )
 
     @jax.jit
     def collect(
@@ -256,9 +283,19 @@ def _first_weights(model: SASRec) -> Any:
 
 
 def target_losses(model: SASRec, weights: Any, targets: FitTargets) -> jax.Array:
-    """-log p of each target by a mixture's weights, f32[n]."""
+    """-log of each target's probability among the items that are ranked, f32[n].
+
+    Args:
+        model: the mixture.
+        weights: its weights.
+        targets: n of them.
+    """
     mixed: Any = _mixture(model).apply({"params": weights}, targets.history, targets.log_totals)
-    return mixture_losses(targets.losses, targets.returns, mixed, targets.items, targets.shares)
+    losses = mixture_losses(targets.losses, targets.returns, mixed, targets.items, targets.shares)
+    if targets.seen is None:
+        return losses
+    mass = seen_mass(targets.returns, mixed, targets.items, targets.seen, targets.near_seen)
+    return losses + jnp.log1p(-jnp.minimum(mass, _MOST_SEEN))
 
 
 def _mixture(model: SASRec) -> Mixture:
