@@ -144,8 +144,8 @@ _DATA = (
     Setting(
         "data.encoding",
         "",
-        "The encoding of the log and of `data.group_file` if they are text. If empty, UTF-8, or "
-        "UTF-16 if the file starts with its mark.",
+        "The encoding of the log and of `data.group_file` if they are text. If empty, what the "
+        "file's mark says, or UTF-8.",
         _ENCODING,
         resumable=True,
     ),
