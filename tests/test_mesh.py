@@ -38,7 +38,7 @@ def on_mesh(*words):
 def assert_equal_steps(found):
     """Losses, gradients and states are equal but for rounding."""
     assert found
-    assert all(worst < 1e-5 for worst in found.values()), found
+    assert all(worst < 2e-5 for worst in found.values()), found  # of float32
 
 
 @pytest.mark.parametrize("objective", slow_but(["erm", "gdro_clusters"], ["gdro_clusters"]))
