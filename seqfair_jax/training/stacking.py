@@ -10,12 +10,12 @@ validation users (stacked generalisation, Wolpert 1992):
 
     w = argmin  1 / n sum_u -log p_w(y_u) / (1 - m_w(u))  +  1 / (2 n) |w - w_0|^2
 
-m_w(u) is 0. Where items of the history are not ranked (`evaluate.mask_seen`), it is the sum of p_w
-over them, so that what a part gives to them counts neither for nor against it. w_0 are the first
-weights. The second term is that of a standard normal prior of w - w_0. The fit begins at w_0 and
-takes Newton steps in a trust region. (On a log with long histories the first step of L-BFGS is so
-long that it closes a gate, where the slope is 0.) The validation score is too good by this, as with
-any number that validation chooses; no row of the test is read.
+m_w(u) is 0. If items of the history are not ranked (`evaluate.mask_seen`), it is the sum of p_w
+over them. Then what a part gives to these items does not matter. w_0 are the first weights. The
+second term is that of a standard normal prior of w - w_0. The fit begins at w_0 and takes Newton
+steps in a trust region. (On a log with long histories the first step of L-BFGS is so long that it
+closes a gate, where the slope is 0.) The validation score is too good by this, as with any number
+that validation chooses; no row of the test is read.
 """
 
 import functools
