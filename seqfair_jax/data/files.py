@@ -44,7 +44,6 @@ _MARKS = {
     codecs.BOM_UTF8: "utf-8",
 }
 CHUNK = 2**20  # bytes of `Stream.head`
-_START = 300  # bytes that say which kind of file it is
 
 _MOVIELENS = "https://files.grouplens.org/datasets/movielens/"
 _FOLDERS = {"ml1m": "ml-1m", "ml100k": "ml-100k"}  # of others: the name
@@ -316,7 +315,7 @@ class Stream(io.RawIOBase):
         self.lines = 0  # line breaks so far
         self.has_quotes = False
         start = unpacked.read(CHUNK)
-        self.start = start[:_START]  # as it is in the file
+        _require_table(path, start)
         encoding = _encoding_of(path, start, encoding)
         if encoding != "utf-8" and not start.startswith(PARQUET):
             unpacked, start = _Recoded(path, unpacked, encoding, start), b""
@@ -366,6 +365,15 @@ class Stream(io.RawIOBase):
         super().close()
 
 
+def _require_table(path: Path, start: bytes) -> None:
+    """Refuse what is known by its first bytes to be no table."""
+    for magic, what in _NOT_TABLES.items():
+        if start.startswith(magic):
+            raise UserError(f"{path} is {what}")
+    if start[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive: unpack it")
+
+
 def _encoding_of(path: Path, start: bytes, encoding: str) -> str:
     """The encoding of a text: what its mark says, or else the given one; UTF-8 by default."""
     marked = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
@@ -396,11 +404,6 @@ def open_file(path: Path, member: str | None = None, encoding: str = "") -> Iter
         _unpack(file, path, member) as unpacked,
         contextlib.closing(Stream(path, file, unpacked, encoding)) as stream,
     ):
-        for magic, what in _NOT_TABLES.items():
-            if stream.start.startswith(magic):
-                raise UserError(f"{path} is {what}")
-        if stream.start[257:262] == b"ustar":
-            raise UserError(f"{path} is a tar archive: unpack it")
         yield stream
 
 
