@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from seqfair_jax.errors import HelpRequested, UserError, did_you_mean
+from seqfair_jax.settings import Setting
 
 
 def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDict:
@@ -35,7 +36,7 @@ def parse_arguments(text: str | None, **defaults: str | float | int) -> ConfigDi
                 raise ValueError
             arguments[key] = kind(value)
         except ValueError:
-            expected = {int: "a whole number", float: "a number"}.get(kind, "a text")
+            expected = Setting(key, defaults[key], "").expected
             raise UserError(
                 f"config argument {part!r}: expected {key}=VALUE with {expected}"
             ) from None

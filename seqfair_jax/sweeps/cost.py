@@ -99,7 +99,7 @@ def _segment(experiment: Experiment, num_runs: int, *, steps: int):
     states = initial_states(
         experiment.task,
         seeds=range(num_runs),
-        num_groups=len(experiment.loss_family.groups),
+        num_groups=experiment.num_groups,
         mesh=mesh,
     )
     by_run = P(devices.RUN)
