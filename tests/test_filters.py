@@ -154,8 +154,12 @@ BLANKS = "user_id,item_id,timestamp\n1,10,1\n,11,2\n1,,3\n2,12,\n,,\nNA,None,4\n
 
 
 def test_missing_values_are_an_error_or_dropped(tmp_path):
-    with pytest.raises(UserError, match=r"log.csv: 2 rows have no user_id, the first of them data "
-                       "row 2; fill or remove them, or set data.missing=drop"):  # fmt: skip
+    message = (
+        "log.csv: 2 rows have no user_id, the first of them data row 2; 2 rows have no item_id, the "
+        "first of them data row 3; 2 rows have no timestamp, the first of them data row 4; fill or "
+        "remove them, or set data.missing=drop"
+    )
+    with pytest.raises(UserError, match=message):
         read(tmp_path / "log.csv", BLANKS)
     log = read(tmp_path / "log.csv", BLANKS, missing="drop")
     assert log.frame().to_numpy().tolist() == [
@@ -167,6 +171,23 @@ def test_missing_values_are_an_error_or_dropped(tmp_path):
     empty = "user_id,item_id,timestamp\n,1,2\n"
     with pytest.raises(UserError, match="no row is left of 1: 1 have no user, item, time or"):
         read(tmp_path / "log.csv", empty, missing="drop")
+
+
+def test_one_message_names_what_is_wrong_in_all_columns(tmp_path):
+    text = "user,item,time,rating\n1,,1,5\n1,11,soon,good\n1,12,later,4\n2,12,2,3\n"
+    message = (
+        f"{tmp_path}/log.csv: data row 1 has no item; fill or remove them, or set data.missing=drop "
+        "to leave such rows out; the rating of data row 2 is 'good'; expected a finite number in "
+        "every row; the time of data row 2 is 'soon', the first of 2 such rows; expected a finite "
+        "number in every row"
+    )
+    columns = {"timestamp": "time"}
+    with pytest.raises(UserError) as raised:
+        read(tmp_path / "log.csv", text, min_rating=0.0, columns=columns)
+    assert str(raised.value).startswith(message)
+    with pytest.raises(UserError) as raised:
+        read(tmp_path / "log.csv", text, columns=columns)
+    assert "rating" not in str(raised.value)
 
 
 def test_missing_values_of_a_table():

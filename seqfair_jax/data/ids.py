@@ -82,12 +82,27 @@ def require_values(empty: np.ndarray, rows: np.ndarray, where: str, name: str, a
     Raises:
         UserError: naming the first row without a value.
     """
-    if empty.any():
-        row = f"data row {rows[empty.argmax()] + 1}"
-        found = f"{row} has no {name}"
-        if empty.sum() > 1:
-            found = f"{empty.sum():,} rows have no {name}, the first of them {row}"
+    if found := missing_text(empty, rows, name):
         raise UserError(f"{where}: {found}; {advice}")
+
+
+def missing_text(empty: np.ndarray, rows: np.ndarray, name: str) -> str:
+    """Which rows have no value, for a message; "" if each has one.
+
+    Args:
+        empty, rows, name: see `require_values`.
+    """
+    if not empty.any():
+        return ""
+    row = f"data row {rows[empty.argmax()] + 1}"
+    if empty.sum() > 1:
+        return f"{empty.sum():,} rows have no {name}, the first of them {row}"
+    return f"{row} has no {name}"
+
+
+def first_of(bad: np.ndarray) -> str:
+    """What follows the first of the bad rows, bool[N], in a message: "" if there is one only."""
+    return f", the first of {bad.sum():,} such rows" if bad.sum() > 1 else ""
 
 
 def encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
@@ -140,8 +155,8 @@ def encode_ids(
             first = inexact.argmax()
             raise UserError(
                 f"{where}: the {name} of data row {rows[first] + 1} is the float "
-                f"{float(numbers[first])}; expected integers or text: store the column as one of "
-                "these"
+                f"{float(numbers[first])}{first_of(inexact)}; expected integers or text: store the "
+                "column as one of these"
             )
         numbers = numbers.astype(np.int64)
     else:

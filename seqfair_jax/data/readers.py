@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,15 @@ import pandas as pd
 import pyarrow as pa
 
 from seqfair_jax.data.files import MEMBERS, is_recbole, short
-from seqfair_jax.data.ids import compact, encode, encode_ids, join_ids, missing, require_values
+from seqfair_jax.data.ids import (
+    compact,
+    encode,
+    encode_ids,
+    first_of,
+    join_ids,
+    missing,
+    missing_text,
+)
 from seqfair_jax.data.log import Log, group_rows, repeats, user_blocks
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import join_times, mixed_units, parse_times, within
@@ -280,36 +288,50 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
     }
     if settings.min_rating is not None:
         empty["rating"] = missing(columns["rating"])
+    faults: list[str] = []  # of all columns, so that one message names them
     if settings.missing == "error":
-        for key, is_empty in empty.items():
+        found = [missing_text(is_empty, rows, names[key]) for key, is_empty in empty.items()]
+        if any(found):
             advice = "fill or remove them, or set data.missing=drop to leave such rows out"
-            require_values(is_empty, rows, where, names[key], advice)
-    keep = ~np.logical_or.reduce(list(empty.values()))
-    counts["missing_values"] = int((~keep).sum())
+            faults.append(f"{where}: {'; '.join(filter(None, found))}; {advice}")
+    full = ~np.logical_or.reduce(list(empty.values()))
+    counts["missing_values"] = int((~full).sum())
 
+    keep = full.copy()
     if settings.min_rating is not None:
-        good = np.zeros(len(rows), bool)
-        column = columns["rating"].filter(pa.array(keep))
-        values = finite_numbers(column, rows[keep], where, names["rating"])
-        good[keep] = values >= settings.min_rating
-        counts["below_min_rating"] = int((keep & ~good).sum())
-        keep &= good
+        column = columns["rating"].filter(pa.array(full))
+        with _collect(faults):
+            values = finite_numbers(column, rows[full], where, names["rating"])
+            keep[full] = values >= settings.min_rating
+        counts["below_min_rating"] = int((full & ~keep).sum())
     column = columns["timestamp"]
     column = column if keep.all() else column.filter(pa.array(keep))
-    times = parse_times(
-        column,
-        rows[keep],
-        where,
-        names["timestamp"],
-        time_format=settings.time_format,
-        advice="set data.time_format, such as '%d.%m.%Y %H:%M'",
-    )
+    with _collect(faults):
+        times = parse_times(
+            column,
+            rows[keep],
+            where,
+            names["timestamp"],
+            time_format=settings.time_format,
+            advice="set data.time_format, such as '%d.%m.%Y %H:%M'",
+        )
+    if faults:
+        raise UserError("; ".join([faults[0], *(f.removeprefix(f"{where}: ") for f in faults[1:])]))
     inside = within(times, settings.since, settings.until, where)
     counts["outside_period"] = int((~inside).sum())
     keep[keep] = inside
     return _Part(
         (users[0][keep], users[1]), (items[0][keep], items[1]), times[inside], counts, others
     )
+
+
+@contextlib.contextmanager
+def _collect(faults: list[str]) -> Iterator[None]:
+    """Add the message of a `UserError` to the faults instead of raising it."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
 
 
 def _as_text(column: pa.ChunkedArray, where: str, name: str) -> pa.ChunkedArray:
@@ -342,8 +364,8 @@ def finite_numbers(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: 
     if bad.any():
         first = bad.argmax()
         raise UserError(
-            f"{where}: the {name} of data row {rows[first] + 1} is {column[first].as_py()!r}; "
-            "expected a finite number in every row"
+            f"{where}: the {name} of data row {rows[first] + 1} is {column[first].as_py()!r}"
+            f"{first_of(bad)}; expected a finite number in every row"
         )
     return values
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from seqfair_jax.data.ids import first_of
 from seqfair_jax.errors import UserError
 
 _DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[/.]\d{1,2}[/.]\d{2,4}\b.*")
@@ -143,8 +144,8 @@ def _bad_time(
     expected: str,
 ) -> UserError:
     first = bad.argmax()
-    value = column[first].as_py()
-    return UserError(f"{where}: the {name} of data row {rows[first] + 1} is {value!r}; {expected}")
+    found = f"data row {rows[first] + 1} is {column[first].as_py()!r}{first_of(bad)}"
+    return UserError(f"{where}: the {name} of {found}; {expected}")
 
 
 def join_times(parts: list[np.ndarray], files: list[str]) -> np.ndarray:
