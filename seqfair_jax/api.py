@@ -30,13 +30,12 @@ from seqfair_jax.config.change import change
 from seqfair_jax.config.files import load_config
 from seqfair_jax.data.files import MEMBERS
 from seqfair_jax.data.groups import read_group_table
-from seqfair_jax.data.readers import Rows, needed_columns
 from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import contents, runs
 from seqfair_jax.run import run
-from seqfair_jax.serving import output, tables
+from seqfair_jax.serving import catalogue, output, tables
 from seqfair_jax.serving.recommender import encode_users, item_vectors, parse_seen, recommend
 from seqfair_jax.training import selection
 
@@ -91,10 +90,12 @@ def fit(
     try:
         with _shown(verbose):
             path = _make(folder)
+            before = _input(path, "group_file")
             with stored_tables(path / _INPUTS):
                 _set_inputs(chosen, path, log, groups)
                 run(chosen, path)
-            _remove_other_groups(path, chosen.data.group_file)
+            if before is not None and str(before) != chosen.data.group_file:
+                before.unlink(missing_ok=True)  # the run has its new groups
             mesh = devices.make_mesh(**chosen.train.mesh)  # those that the model was trained on
             model = Model(serving.load(path, mesh=mesh), path, "overall")
     except Interrupted as stopped:
@@ -215,6 +216,7 @@ class Model:
         seen: str | None = None,
         exclude: Any = None,
         only: Any = None,
+        before_test: bool = False,
         batch_size: int | None = None,
     ) -> pd.DataFrame:
         """The k best items of each user, as `seqfair recommend` gives them.
@@ -228,14 +230,16 @@ class Model:
                 evaluated (`evaluate.mask_seen`).
             exclude: ids of items never to recommend, or a table with a column `item_id`.
             only: the only items to recommend, likewise.
+            before_test: recommend to the tested users, from their histories before the test: lists
+                that `evaluate_recommendations` can judge. Without it a list knows the test.
             batch_size: users scored at once; None as evaluated.
 
         Returns:
             Columns `user_id`, `item_id`, `score` and `rank`, a user's rows together from rank 1.
 
         Raises:
-            UserError: on unknown users, with some of them. Unknown items of histories are left
-                out with a warning.
+            UserError: on unknown users, with some of them, or users beside `before_test`. Unknown
+                items of histories are left out with a warning.
         """
         trained = self._trained
         mask_seen = parse_seen(seen, f"seen is {seen!r}")
@@ -243,7 +247,13 @@ class Model:
             is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if value is not None and not (is_number and value >= 1):
                 raise UserError(f"{name} is {value!r}: expected a whole number, 1 or more")
-        user_ids, histories = self._histories(users)
+        if before_test and users is not None:
+            raise UserError("users and before_test are both given; give one of them")
+        user_ids, histories = (
+            catalogue.histories_before_test(catalogue.read_dataset(trained.folder))
+            if before_test
+            else self._histories(users)
+        )
         candidates = tables.read_candidates(
             _items(only, "only"),
             _items(exclude, "exclude"),
@@ -450,10 +460,7 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
     if workdir.is_path(log):
         found["data.path"] = os.fsdecode(log)
     elif log is not None:
-        rows = Rows(**{key: checked.data[key] for key in Rows._fields})
-        columns = {key: value for key, value in checked.data.columns.items() if value}
-        stored = needed_columns(log, columns, rows, "log")
-        found["data.path"] = str(_store_log(folder, stored))
+        found["data.path"] = _store_log(folder, log, checked)
     if table is not None:
         found["data.group_file"] = source.group_path(folder, table)
         frame = read_group_table(
@@ -472,30 +479,24 @@ def _make(folder: str | Path) -> Path:
     return workdir.create(folder).resolve()
 
 
-def _store_log(folder: Path, table: pa.Table) -> Path:
-    """Write the log to `inputs/`, unless it is there.
+def _store_log(folder: Path, log: Any, config: ConfigDict) -> str:
+    """Write the log to `inputs/`, unless it is there; returns its path.
 
     Raises:
         UserError: if a run of the folder has another log there.
     """
-    path = folder / workdir.INPUTS / "log.parquet"
-    new = path.with_name("log.new.parquet")
-    with workdir.exclusive(folder):
-        try:
-            workdir.write_file(new, lambda temporary: pq.write_table(table, temporary))
-            has_run = path.is_file() and (folder / workdir.CONFIG).is_file()
-            if has_run and workdir.sha256(path) != workdir.sha256(new):
-                difference = _difference(pq.read_table(path), pq.read_table(new))
-                if difference:
-                    raise UserError(
-                        f"log is another table than the one that {folder} was trained on "
-                        f"({difference}); give the same table, or another workdir"
-                    )
-            if not has_run:
-                new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
-    return path
+    path = Path(source.log_path(folder, log, config))
+    before = _input(folder, "path")
+    if before in (None, path):
+        return str(path)
+    difference = _difference(pq.read_table(before), pq.read_table(path))
+    path.unlink()
+    if difference:
+        raise UserError(
+            f"log is another table than the one that {folder} was trained on ({difference}); give "
+            "the same table, or another workdir"
+        )
+    return str(before)  # another version of pyarrow wrote it
 
 
 def _difference(old: pa.Table, new: pa.Table) -> str:
@@ -513,10 +514,18 @@ def _columns(table: pa.Table) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in table.schema)
 
 
-def _remove_other_groups(folder: Path, used: str | None) -> None:
-    for path in (folder / workdir.INPUTS).glob("groups-*.parquet"):
-        if str(path) != used:
-            path.unlink()
+def _input(folder: Path, key: str) -> Path | None:
+    """The table in `inputs/` that the config of the run in a folder names; None if there is none.
+
+    Args:
+        folder: a work directory.
+        key: of the config's `data`.
+    """
+    config = workdir.read_json(folder / workdir.CONFIG)
+    path = config and config["data"].get(key)
+    if not path or not workdir.is_input(folder, path):
+        return None
+    return folder / workdir.INPUTS / Path(path).name
 
 
 # Arguments of `Model`.

@@ -276,6 +276,19 @@ def _select_hparams(config: ConfigDict, summaries: list[dict]) -> dict[str, Any]
     }
 
 
+def warn_of_masked_targets(dataset: Dataset, mask_seen: bool) -> None:
+    """Warn if `evaluate.mask_seen` tells the ranking which items of the history are targets."""
+    repeated = int(dataset.test.repeat.sum())
+    if mask_seen and repeated:
+        _log.warning(
+            "%s of the %s test targets are items of the user's history. evaluate.mask_seen hides "
+            "the other items of the history, and not these, so their ranks are better than a "
+            "recommender's can be: set evaluate.mask_seen=False, or read those of new targets",
+            f"{repeated:,}",
+            f"{len(dataset.test.repeat):,}",
+        )
+
+
 def dataset_summary(dataset: Dataset, config: ConfigDict) -> dict[str, Any]:
     """What `summary.json` says of the log."""
     counts = dataset.counts

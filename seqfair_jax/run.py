@@ -17,9 +17,10 @@ from seqfair_jax import __version__, devices, workdir
 from seqfair_jax.config import RunSpec, changed_settings, check_resumable, resolve
 from seqfair_jax.data.cache import source_hashes, source_path
 from seqfair_jax.data.split import counted, describe_counts, describe_split
+from seqfair_jax.data.times import with_date
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
-from seqfair_jax.results import dataset_summary, test
+from seqfair_jax.results import dataset_summary, test, warn_of_masked_targets
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.trained import load_source
 from seqfair_jax.training import checkpoint, warm_start
@@ -233,8 +234,11 @@ def describe(experiment: Experiment) -> None:
         f"{describe_counts(experiment.dataset.counts)}"
     )
     print("\n".join(describe_split(experiment.dataset.split)))
+    first, last = (with_date(found["split"][key]) for key in ("first_time", "last_time"))
+    print(f"times: {first} to {last}")
     print(f"log {found['log_hash']}")
     print(f"{experiment.config.objective.name}: " + ", ".join(experiment.names))
+    warn_of_masked_targets(experiment.dataset, experiment.config.evaluate.mask_seen)
 
 
 def _write_data_files(folder: Path, experiment: Experiment) -> None:

@@ -14,7 +14,9 @@ from test_serving import make_config, make_log, reference_list
 
 import seqfair_jax
 from seqfair_jax import UserError, api, workdir
+from seqfair_jax.audit import source
 from seqfair_jax.commands import recommend as recommend_command
+from seqfair_jax.config import default_config
 from seqfair_jax.errors import Interrupted
 from seqfair_jax.evaluation.metrics import KINDS
 from seqfair_jax.run import run
@@ -120,7 +122,7 @@ def test_tables_of_other_libraries_resume_the_run(folder, model, kind):
     again = fit(kind(LOG), groups=GROUPS, workdir=folder)
     assert again.summary == model.summary
     assert (folder / "summary.json").stat().st_mtime_ns == written
-    assert sorted(path.name[:6] for path in (folder / "inputs").iterdir()) == ["groups", "log.pa"]
+    assert sorted(path.name[:4] for path in (folder / "inputs").iterdir()) == ["grou", "log-"]
     again = fit(config=model.config, groups=GROUPS, workdir=folder)
     assert again.summary == model.summary
     assert (folder / "summary.json").stat().st_mtime_ns == written
@@ -135,11 +137,19 @@ def test_tables_of_other_libraries_resume_the_run(folder, model, kind):
     ],
 )
 def test_another_table_is_refused_by_name(folder, other, difference):
-    before = files_of(folder), (folder / "inputs/log.parquet").read_bytes()
+    [stored] = (folder / "inputs").glob("log-*.parquet")
+    before = files_of(folder), stored.read_bytes()
     with pytest.raises(UserError, match=f"log is another table than .*{difference}"):
         fit(other, groups=GROUPS, workdir=folder)
-    assert before == (files_of(folder), (folder / "inputs/log.parquet").read_bytes())
-    assert sorted(path.name[:6] for path in (folder / "inputs").iterdir()) == ["groups", "log.pa"]
+    assert before == (files_of(folder), stored.read_bytes())
+    assert sorted(path.name[:4] for path in (folder / "inputs").iterdir()) == ["grou", "log-"]
+
+
+def test_two_logs_for_a_new_folder_do_not_replace_each_other(tmp_path):
+    config = default_config()
+    paths = [source.log_path(tmp_path, log, config) for log in (LOG, LOG[:-1], LOG)]
+    assert paths[0] == paths[2] != paths[1]
+    assert [len(pd.read_parquet(path)) for path in paths] == [len(LOG), len(LOG) - 1, len(LOG)]
 
 
 def test_other_groups_are_tested_again(tmp_path):

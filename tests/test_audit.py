@@ -563,6 +563,30 @@ def test_the_result_as_tables(one_run):
         found.table("NDCG@7")
 
 
+@pytest.mark.parametrize("cutoffs", [5, np.array([5]), iter([5])], ids=["int", "array", "iterator"])
+def test_cutoffs_of_any_kind(cutoffs, tmp_path):
+    log, settings = make_log(), {"data.min_interactions": 1}
+    table = pd.DataFrame({"user_id": log.user_id[:1], "item_id": log.item_id[:1], "rank": 1})
+    found = audit.evaluate_recommendations(table, log, cutoffs=cutoffs, settings=settings)
+    assert {metric.partition("@")[2] for metric in found.metrics} == {"5"}
+    found.write(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["evaluate"]["cutoffs"] == [5]
+
+
+def test_tables_in_memory_leave_no_path_behind(one_run, tmp_path):
+    users = pd.DataFrame({"user_id": ODD_USERS, "plan": ["a", "b", "a", "b"]})
+    log, settings = make_log(), {"data.min_interactions": 1}
+    lists = own_lists(one_run)
+    for name, of in (("run", one_run), ("log", log)):
+        own = settings if name == "log" else None
+        found = audit.evaluate_recommendations(lists, of, groups=users, settings=own)
+        found.write(tmp_path / name)
+        data = json.loads((tmp_path / name / "config.json").read_text())["data"]
+        assert data["group_file"] is None
+        assert (data["path"] is None) == (name == "log")
+
+
 @pytest.mark.slow
 def test_a_run_of_a_grid_and_a_rule(finished, tmp_path, capsys):
     folder = finished("cvar", **{"objective.alpha": (0.2, 0.9)}).folder

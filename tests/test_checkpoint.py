@@ -134,6 +134,17 @@ def test_a_broken_latest_falls_back_to_the_one_before(tmp_path, caplog):
         checkpoint.load_latest(tmp_path, make_tree())
 
 
+def test_a_damaged_newest_keeps_no_place(tmp_path):
+    for step in (10, 20):
+        checkpoint.save_step(tmp_path, step, make_tree(float(step)), {"step": step})
+    flip_a_byte(tmp_path / "20" / "progress.json")
+    assert checkpoint.latest_progress(tmp_path) is None
+    for step in (12, 14, 16):
+        checkpoint.save_step(tmp_path, step, make_tree(float(step)), {"step": step})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["14", "16"]
+    assert checkpoint.latest_progress(tmp_path) == {"step": 16}
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     """tensorstore raises a ValueError with the number of the system's error in its text."""
 

@@ -1,5 +1,7 @@
 """Which rows of a log are read, and what is counted."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -129,13 +131,65 @@ def test_periods_that_do_not_fit(tmp_path):
         read(tmp_path / "log.csv", since="2025-01-01", events=("cart", "buy"))
 
 
+def test_times_of_no_unit_are_reported(caplog):
+    times = [0, 1_700_000_000, -1, 1_700_000_001]
+    log_from_table(pd.DataFrame({"user_id": 1, "item_id": 1, "timestamp": times}))
+    words = "like seconds since 1970, but 2 others do not, such as -1; correct them or remove"
+    assert words in caplog.text
+    caplog.clear()
+    log_from_table(pd.DataFrame({"user_id": 1, "item_id": 1, "timestamp": [3, 1, 2, 0]}))
+    assert not caplog.records
+
+
+def test_a_bound_of_numbers_may_be_a_date():
+    seconds = pd.Timestamp("2024-03-01").timestamp()
+    for unit in (1, 1_000):
+        times = [int((seconds + day * 86_400) * unit) for day in range(4)]
+        frame = pd.DataFrame({"user_id": 1, "item_id": range(4), "timestamp": times})
+        log = log_from_table(frame, rows=Rows(since="2024-03-02", until="2024-03-04"))
+        assert items(log) == [1, 2]
+    frame = pd.DataFrame({"user_id": 1, "item_id": range(4), "timestamp": range(4)})
+    with pytest.raises(UserError, match="a date, but the times of the table are numbers"):
+        log_from_table(frame, rows=Rows(since="2024-03-02"))
+
+
+# --- Ids ---
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", r"\N", r"\N"], r"2 rows have the user_id '\\\\N', which often stands for a missing"),
+        (["a", "b", "(not set)"], r"1 rows have the user_id '\(not set\)'"),
+        (["a@x", "A@x", "b"], "2 values of user_id differ .* such as 'A@x' and 'a@x'; they are"),
+        (["5", "5.0", "7 ", "7"], "4 values of user_id differ from another one only in case"),
+        (["5", "7", "9"], None),
+        (["x", "y", "z"], None),
+    ],
+)
+def test_doubtful_ids_are_reported(ids, message, caplog):
+    frame = pd.DataFrame({"user_id": ids, "item_id": 1, "timestamp": range(len(ids))})
+    assert len(log_from_table(frame)) == len(ids)
+    assert len(caplog.records) == (message is not None)
+    if message:
+        assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize(("rows", "warns"), [(20, False), (5, True)])
+def test_a_user_with_most_rows_is_reported(rows, warns, caplog):
+    users = [*np.repeat(range(50), rows), *[99] * 50]
+    frame = pd.DataFrame({"user_id": users, "item_id": range(len(users)), "timestamp": 1})
+    log_from_table(frame)
+    found = "user 99 has 50 of the 300 rows; leave these out if it is no person"
+    assert (found in caplog.text) == warns
+
+
 @pytest.mark.parametrize(
     ("times", "units"),
     [
         ([1_700_000_000, 1_700_000_001_000], "seconds and milliseconds"),
         ([1.7e9, 1.7e18, 1.7e9], "seconds and nanoseconds"),
         ([1_700_000_000, 946_684_800, 4_000_000_000], ""),
-        ([1, 1_700_000_000_000], ""),  # no date
         (["2024-01-01", "1973-01-01"], ""),
     ],
 )
@@ -155,9 +209,9 @@ BLANKS = "user_id,item_id,timestamp\n1,10,1\n,11,2\n1,,3\n2,12,\n,,\nNA,None,4\n
 
 def test_missing_values_are_an_error_or_dropped(tmp_path):
     message = (
-        "log.csv: 2 rows have no user_id, the first of them data row 2; 2 rows have no item_id, the "
-        "first of them data row 3; 2 rows have no timestamp, the first of them data row 4; fill or "
-        "remove them, or set data.missing=drop"
+        "log.csv: 2 rows have no user_id, the first of them data row 2; 2 rows have no item_id, "
+        "the first of them data row 3; 2 rows have no timestamp, the first of them data row 4; "
+        "fill or remove them, or set data.missing=drop"
     )
     with pytest.raises(UserError, match=message):
         read(tmp_path / "log.csv", BLANKS)
@@ -176,10 +230,10 @@ def test_missing_values_are_an_error_or_dropped(tmp_path):
 def test_one_message_names_what_is_wrong_in_all_columns(tmp_path):
     text = "user,item,time,rating\n1,,1,5\n1,11,soon,good\n1,12,later,4\n2,12,2,3\n"
     message = (
-        f"{tmp_path}/log.csv: data row 1 has no item; fill or remove them, or set data.missing=drop "
-        "to leave such rows out; the rating of data row 2 is 'good'; expected a finite number in "
-        "every row; the time of data row 2 is 'soon', the first of 2 such rows; expected a finite "
-        "number in every row"
+        f"{tmp_path}/log.csv: data row 1 has no item; fill or remove them, or set "
+        "data.missing=drop to leave such rows out; the rating of data row 2 is 'good'; expected "
+        "a finite number in every row; the time of data row 2 is 'soon', the first of 2 such "
+        "rows; expected a finite number in every row"
     )
     columns = {"timestamp": "time"}
     with pytest.raises(UserError) as raised:

@@ -252,8 +252,19 @@ def test_the_hash_of_the_settings_does_not_depend_on_where_the_log_is():
 def test_bad_sweeps_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         grid.split_sweep(tiny(**changes))
-    with pytest.raises(UserError, match="no `sweep`"):
-        grid.split_sweep(small())
+
+
+def test_a_config_without_a_sweep_gets_that_of_the_paper_on_its_own_groups():
+    config = small()
+    grid.add_defaults(config)
+    config.groups = ("pop2060",)  # as a flag does later
+    for found in (config, small(groups=("pop2060",))):
+        base, sweep = grid.split_sweep(found)
+        assert base.groups == sweep.families == ("pop2060",)
+        assert sweep.methods == grid.default_sweep().methods
+    config.sweep.families = ("seq33",)
+    assert config.groups == ("pop2060",)
+    assert grid.split_sweep(config)[1].families == ("seq33",)
 
 
 def test_names_given_on_the_command_line_are_split():

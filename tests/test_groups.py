@@ -154,7 +154,8 @@ def test_groups_from_a_file(tmp_path):
     union = build_family(split(), "pop33&age", group_table=own, missing_group="leave_out")
     with pytest.raises(UserError, match="in family 'age' 2 users are in none or several: 1, 3"):
         require_partition(union, "gdro", np.array([1, 2, 3]), others=())
-    with pytest.raises(UserError, match="none of family 'age'.s users is in the log"):
+    message = "none of the . users of family 'age' is in the log; its user_id column has"
+    with pytest.raises(UserError, match=message):
         build_family(split(log([1, 2, 3], users=["x"])), "age", group_table=own)
 
 
@@ -205,6 +206,12 @@ def test_labels_of_parquet_become_text(tmp_path, values, labels):
 def test_bad_group_files(tmp_path, content, message):
     with pytest.raises(UserError, match=rf"groups\.csv.*{message}"):
         read(tmp_path / "groups.csv", content)
+
+
+def test_a_family_with_the_name_of_a_built_in_one_is_left_out(tmp_path, caplog):
+    own = read(tmp_path / "groups.csv", "user_id,pop33,plan\n1,x,free\n2,y,paid\n")
+    assert own.to_numpy().tolist() == [["1", "plan", "free"], ["2", "plan", "paid"]]
+    assert "family 'pop33' has the name of a built-in family; rename it to use" in caplog.text
 
 
 def test_a_column_without_a_name_is_no_family(tmp_path):
@@ -364,7 +371,7 @@ def test_the_file_s_own_unknown_group_takes_the_others_in(tmp_path):
 
 def test_all_blank_is_no_family(tmp_path):
     own = read(tmp_path / "groups.csv", HEADER + "1,age,\n")
-    with pytest.raises(UserError, match="none of family 'age'.s users is in the log"):
+    with pytest.raises(UserError, match="family 'age' has no value"):
         build_family(split(), "age", group_table=own)
 
 
@@ -472,7 +479,8 @@ def test_the_place_of_numbers_in_the_grammar():
 @pytest.mark.parametrize(
     ("values", "name", "message"),
     [
-        (["1", "M"], "age:2", "'age:2': 'age' of user 1 is 'M', which is not a finite number"),
+        (["1", "M"], "age:2", "'age:2': 'age' of user 1 is 'M'; expected finite numbers .an empty"),
+        (["1,5", "2,5"], "age:2", "is '1,5', the first of 2 such rows; .* a point in place of the"),
         (["1", "inf"], "age:2", "'age' of user 1 is 'inf'"),
         (["1", "2"], "age:1", "expected age:N with N groups, 2 to 9999"),
         (["1", "2"], "age:x", "expected age:N with N groups"),

@@ -202,6 +202,20 @@ def test_a_job_that_failed_here_and_finished_elsewhere_is_no_failure(plan, tmp_p
     assert jobs.done(plan, tmp_path) == plan
 
 
+def test_a_setting_that_a_job_does_not_read_does_not_undo_it(plan, trained, tmp_path):
+    jobs.work(plan, tmp_path)
+    now = planned(tiny(**{"objective.absent_groups": "decay"}))
+    assert now[0].config.objective.absent_groups != plan[0].config.objective.absent_groups
+    assert jobs.work(now, tmp_path) == {}
+    assert jobs.done(now, tmp_path) == now
+    assert len(trained) == len(plan)
+
+
+def test_a_job_without_a_result_is_no_success(plan, tmp_path):
+    lines = jobs.failures({}, plan[:1], tmp_path).splitlines()
+    assert lines == ["1 of 1 jobs failed:", "  erm: it has no result"]
+
+
 def test_jobs_of_any_family_write_only_into_the_sweeps_folder(trained, tmp_path):
     folder = tmp_path / "deep" / "er" / "sweep"
     plan = planned(tiny(**{"sweep.families": tuple(STRANGE)}))

@@ -1,6 +1,7 @@
 import bz2
 import gzip
 import io
+import json
 import logging
 import lzma
 import tracemalloc
@@ -154,6 +155,72 @@ def test_characters_that_reads_cut_in_two_are_whole(tmp_path, monkeypatch):
     with open_file(path) as stream:
         found = b"".join(iter(lambda: stream.read(3), b""))
     assert found.decode() == text
+
+
+def json_lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_nan_in_json_is_a_missing_value(tmp_path):
+    """As Python writes it."""
+    users = ("x", float("nan"))
+    text = json_lines(*({"user_id": user, "item_id": "a", "timestamp": 1} for user in users))
+    assert "NaN" in text
+    with pytest.raises(UserError, match="data row 2 has no user_id"):
+        read(tmp_path / "log.jsonl", text)
+    found = read(tmp_path / "log.jsonl", text, rows=Rows(missing="drop"))
+    assert found["user_id"].tolist() == ["x"]
+
+
+def test_numbers_in_json_are_one_id_wherever_they_are(tmp_path):
+    floats = [{"user_id": 5.0, "item_id": 1, "timestamp": 1.5}, {"user_id": 7, "item_id": 1.0}]
+    for first in (0, 1_500):  # beyond the lines whose types are looked at first
+        rows = [{"user_id": 5, "item_id": 1, "timestamp": 1}] * first
+        for item in (1, "text"):
+            last = [row | {"timestamp": 2} for row in floats]
+            last.append({"user_id": 9, "item_id": item, "timestamp": 3})
+            found = read(tmp_path / "log.jsonl", json_lines(*rows, *last))
+            assert set(found["user_id"]) == {5, 7, 9}
+            assert set(map(str, found["item_id"])) == {"1", str(item)}
+
+
+def test_a_key_may_be_absent_in_the_first_lines(tmp_path):
+    rows = [{"session": "s", "timestamp": 1, "item_id": 4}] * 1_200
+    text = json_lines(*rows, {"user_id": "x", "item_id": 4, "timestamp": 2})
+    found = read(tmp_path / "log.jsonl", text, rows=Rows(missing="drop"))
+    assert found["user_id"].tolist() == ["x"]
+
+
+@pytest.mark.parametrize("mark", ["sep=;", "SEP=;", "\ufeffsep=;"])
+def test_the_first_line_may_name_the_separator(mark, tmp_path):
+    text = f"{mark}\nuser_id;item_id;timestamp\n1;2;3\n"
+    assert read(tmp_path / "log.csv", text).to_numpy().tolist() == [[1, 2, 3]]
+    with pytest.raises(UserError, match="data row 2 is 'soon'"):
+        read(tmp_path / "log.csv", text + "1;2;soon\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n{"user_id": 1}\n]', "line 1 is not JSON .*; each line must be a JSON object: `jq"),
+        ('{\n"user_id": 1\n}', "line 1 is not JSON .*`jq -c . FILE` those that have several"),
+        (
+            '{"user_id": {"id": 1}, "item_id": 1, "timestamp": 1}',
+            "line 1: user_id is a dict; .*flatten the file first",
+        ),
+    ],
+)
+def test_other_json_says_how_to_write_it(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "log.json", text)
+
+
+def test_decimal_commas_are_named(tmp_path):
+    text = "user_id;item_id;timestamp;rating\n1;2;3;4,5\n1;3;17,0;4,0\n"
+    with pytest.raises(UserError, match="'4,5', the first of 2 such rows; .* a point in place of"):
+        read(tmp_path / "log.csv", text, rows=Rows(min_rating=1.0))
+    with pytest.raises(UserError, match="timestamp of data row 2 is '17,0'; .* a point in"):
+        read(tmp_path / "log.csv", text)
 
 
 def test_json_may_have_line_separators_in_its_texts(tmp_path):

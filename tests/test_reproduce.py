@@ -133,6 +133,16 @@ def test_a_finished_sweep_trains_nothing_again(finished, monkeypatch, capsys):
         reproduce(tiny(**{"train.learning_rate": 0.5}), finished)
 
 
+def test_jobs_of_another_log_are_not_added(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "sweep")
+    plan = workdir.read_json(folder / "plan.json")
+    assert set(plan["inputs"]) == {"log", "groups of pop33", "groups of seq33"}
+    workdir.write_json(folder / "plan.json", plan | {"inputs": plan["inputs"] | {"log": "f" * 64}})
+    monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match="was begun with another log .hash ffffffffffff then"):
+        reproduce(tiny(), folder)
+
+
 def test_the_runs_of_a_job_are_measured_once(tmp_path, monkeypatch):
     def run(config, folder):
         raise DivergedError("diverged")
@@ -143,7 +153,7 @@ def test_the_runs_of_a_job_are_measured_once(tmp_path, monkeypatch):
         monkeypatch.setattr(cost, "measure_runs_per_job", lambda _, number=measured: number)
         with pytest.raises(SystemExit, match="5 of 5 jobs failed"):
             reproduce(config, tmp_path)
-        assert workdir.read_json(tmp_path / "plan.json") == {"runs_per_job": expected}
+        assert workdir.read_json(tmp_path / "plan.json")["runs_per_job"] == expected
 
 
 def test_workers_measure_their_memory_and_run_the_jobs(finished, tmp_path, monkeypatch):
@@ -157,7 +167,7 @@ def test_workers_measure_their_memory_and_run_the_jobs(finished, tmp_path, monke
         for _ in range(2):
             reproduce(tiny(**{"sweep.runs_per_job": 0}), tmp_path, workers=workers)
     assert len(measured) == 1
-    assert workdir.read_json(tmp_path / "plan.json") == {"runs_per_job": 8}
+    assert workdir.read_json(tmp_path / "plan.json")["runs_per_job"] == 8
     for name in ("results.csv", "overall-claims.csv"):
         with_them, without = (folder / "tables" / name for folder in (tmp_path, finished))
         assert with_them.read_text() == without.read_text()

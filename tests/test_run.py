@@ -60,7 +60,7 @@ def test_every_objective_from_log_to_table(method, finished):
 
 
 def test_too_few_users_to_judge_a_group_is_refused_before_training(tmp_path):
-    with pytest.raises(UserError, match=r"select.min_users is 1000, but the groups of pop33"):
+    with pytest.raises(UserError, match=r"no group of pop33 has select.min_users=1000 valid"):
         run(small(**{"select.min_users": 1000}), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 

@@ -79,7 +79,8 @@ def trainings(monkeypatch):
         found = Trainings(score)
         monkeypatch.setattr(runs, "train", found)
         monkeypatch.setattr(runs, "describe", lambda _: None)
-        monkeypatch.setattr("seqfair_jax.sweeps.search.build_experiment", lambda _: None)
+        found.log_hash, found.groups_hash = "a", "g"
+        monkeypatch.setattr("seqfair_jax.sweeps.search.build_experiment", lambda _: made_of(found))
         return found
 
     return replace
@@ -89,6 +90,39 @@ def peak(config, epoch):
     """Best at a rate of 0.01 and a dropout of 0.2; it rises with the epochs."""
     distance = abs(np.log10(config.train.learning_rate) + 2) + abs(config.model.dropout - 0.2)
     return float(np.exp(-distance)) * epoch / config.train.epochs
+
+
+def made_of(trainings):
+    """What is read of an experiment."""
+    family = types.SimpleNamespace(name="pop33", hash=lambda: trainings.groups_hash)
+    dataset = types.SimpleNamespace(log_hash=trainings.log_hash)
+    return types.SimpleNamespace(families=[], loss_family=family, dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"log_hash": "b"}, "another log .hash a then, b now"),
+        ({"groups_hash": "h"}, "another groups of pop33 .hash g then, h now"),
+    ],
+)
+def test_trials_of_other_inputs_are_not_compared(changed, message, trainings, tmp_path):
+    found = trainings(peak)
+    search(searchable(), tmp_path / "s", trials_wanted=1)
+    vars(found).update(changed)
+    with pytest.raises(UserError, match=message):
+        search(searchable(), tmp_path / "s", trials_wanted=2)
+    assert len(found.points) == 1
+
+
+def test_trials_of_other_lengths_are_not_compared(trainings, tmp_path):
+    found = trainings(peak)
+    space = {"train.epochs": "0.5x,1x,2x"}
+    search(searchable(space), tmp_path / "s", trials_wanted=1)
+    longer = small(**{"train.epochs": 4, "train.steps_per_epoch": 2})
+    with pytest.raises(UserError, match=r"train\.epochs \(2 there, 4 now\)"):
+        search(searchable(space, longer), tmp_path / "s", trials_wanted=2)
+    assert len(found.points) == 1
 
 
 @pytest.fixture(scope="module")

@@ -268,6 +268,17 @@ def test_a_failed_run_is_skipped_and_refused(grid, tmp_path):
         serving.load(folder, run="alpha=0.3,seed=4")
 
 
+def test_a_grid_of_diverged_runs_is_refused(grid, tmp_path):
+    folder = shutil.copytree(grid, tmp_path / "grid")
+    whole = workdir.read_summary(folder)
+    runs = [run | {"status": "failed at step 1"} for run in whole["runs"]]
+    write_summary(folder, whole | {"runs": runs, "selected": None})
+    with pytest.raises(
+        UserError, match=r"each run diverged \(alpha=0\.9,seed=4 failed at step 1, "
+    ):
+        serving.load(folder)
+
+
 def test_a_changed_grid_is_refused(grid, tmp_path):
     folder = shutil.copytree(grid, tmp_path / "grid")
     whole = workdir.read_summary(folder)

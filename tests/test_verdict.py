@@ -122,8 +122,7 @@ def test_a_method_that_helps_the_worst_and_costs_others():
         "gdro is compared with the baseline without training that is best for each group. It is "
         f"better for all users ([markov], {overall(made)}) and niche ([markov], +0.2600, 95 % "
         "interval +0.2600 to +0.2600). It is worse for popular ([markov], -0.1500, 95 % interval "
-        "-0.1500 to -0.1500). No difference was found for middle ([markov], 0.0000, 95 % interval "
-        "0.0000 to 0.0000).",
+        "-0.1500 to -0.1500). No difference was found for middle ([markov], 0.0000).",
     ]
     assert made.reference == "erm"
     assert made.subjects == {"tier": "gdro"}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from seqfair_jax import devices, workdir
@@ -19,7 +18,6 @@ from seqfair_jax.audit.source import Choice, Source
 from seqfair_jax.config import default_config
 from seqfair_jax.config.change import change
 from seqfair_jax.data.files import hash_files
-from seqfair_jax.data.readers import Rows, needed_columns
 from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation import significance
@@ -31,9 +29,9 @@ from seqfair_jax.report.contents import Contents
 from seqfair_jax.report.names import baseline_name
 from seqfair_jax.report.rows import BASELINE, LIST, RUN, PerUser, Row
 from seqfair_jax.report.runs import row_name, unique_name
-from seqfair_jax.results import Judge
+from seqfair_jax.results import Judge, warn_of_masked_targets
 from seqfair_jax.serving import load
-from seqfair_jax.training.selection import RULES
+from seqfair_jax.training.selection import FINISHED, RULES
 
 
 class System(NamedTuple):
@@ -133,7 +131,12 @@ class Evaluation:
             baseline: as for `contents`.
         """
         every = [self.contents(metric, baseline) for metric in metrics or [self.metric]]
-        parts = [describe(self.found)] if self.found else []
+        parts = []
+        if self.found:
+            rule = (
+                "The figures of lists are right only if no row of the test was used to make them."
+            )
+            parts = [describe(self.found), rule]
         parts.append(text.verdict_text(every[0]))
         for shown in every:
             parts.append(text.contents_tables(shown))
@@ -235,6 +238,7 @@ def evaluate(
         UserError: on bad lists, or if there is nothing to judge.
     """
     config = judged.config
+    warn_of_masked_targets(judged.dataset, config.evaluate.mask_seen)
     judge = Judge(judged.dataset, judged.families, config.evaluate.cutoffs)
     table, baselines = judge.baselines(config)
     shared = {
@@ -282,7 +286,7 @@ def _judge_lists(
         "run": f"{LIST}={name}",
         "hparams": {},
         "seed": 0,
-        "status": "finished",
+        "status": FINISHED,
         "test": means,
         "recommended": judge.lists(read.ranked.top_items),
         "evaluation": {"lists": read.found},
@@ -410,7 +414,7 @@ def evaluate_recommendations(
             if settings:
                 raise UserError(f"settings are of a log, and {log} is the folder of a run")
             with stored_tables(inputs):
-                judged = source.from_run(log, run, choice)
+                judged = _unstored(source.from_run(log, run, choice), inputs)
             return evaluate(judged, given, rule=rule, mesh=mesh)
         if run is not None or rule != "overall" or mesh.size > 1:
             raise UserError(
@@ -422,14 +426,17 @@ def evaluate_recommendations(
         if workdir.is_path(log):
             config.data.path = os.fsdecode(log)
         else:
-            path = inputs / "log.parquet"
-            inputs.mkdir(exist_ok=True)
-            columns = {key: name for key, name in config.data.columns.items() if name}
-            rows = Rows(**{key: config.data[key] for key in Rows._fields})
-            pq.write_table(needed_columns(log, columns, rows, "log"), path)
-            config.data.path, config.data.cache_dir = str(path), ""
+            config.data.path = source.log_path(Path(temporary), log, config)
+            config.data.cache_dir = ""
         with stored_tables(inputs):
-            judged = source.from_config(config, choice)
-        if not workdir.is_path(log):
-            judged.config.data.path = None
+            judged = _unstored(source.from_config(config, choice), inputs)
         return evaluate(judged, given)
+
+
+def _unstored(judged: Source, inputs: Path) -> Source:
+    """A source whose config does not name the tables of a temporary folder `inputs`."""
+    config = judged.config.copy_and_resolve_references()
+    for key in ("path", "group_file"):
+        if config.data[key] and Path(config.data[key]).parent == inputs:
+            config.data[key] = None
+    return judged._replace(config=config)

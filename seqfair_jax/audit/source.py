@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
@@ -32,6 +33,7 @@ from seqfair_jax.data.groups import (
     read_group_table,
     unused_families,
 )
+from seqfair_jax.data.readers import Rows, needed_columns
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.data.tables import table_in_memory
 from seqfair_jax.errors import UserError
@@ -116,12 +118,13 @@ def from_config(config: ConfigDict, choice: Choice) -> Source:
         UserError: as `load_dataset`, or if there is no such family.
     """
     config = _chosen(config, choice)
+    cutoffs = config.evaluate.cutoffs
     table = own_groups(config.data)
     if table is not None and choice.group_file is not None and choice.groups is None:
         config.groups = tuple(all_families(table))
     config = resolve(config)
     if choice.cutoffs is not None:  # `resolve` added that of `select.metric`
-        config.evaluate.cutoffs = tuple(choice.cutoffs)
+        config.evaluate.cutoffs = cutoffs
     dataset = load_dataset(config.data)
     families = [_build(dataset, name, table, config) for name in config.groups]
     if table is not None:
@@ -183,12 +186,35 @@ def group_path(folder: Path, table: Any) -> str:
     if workdir.is_path(table):
         return os.fsdecode(table)
     arrow = table_in_memory(table, lambda names, _: {name: name for name in names}, "groups")[0]
+    return _stored(folder, "groups", arrow)
+
+
+def log_path(folder: Path, table: Any, config: ConfigDict) -> str:
+    """The path of a log that is a table: it is written to the folder's `inputs/`.
+
+    Another log gets another name, so that two processes cannot replace each other's log.
+
+    Args:
+        folder: of a run, or a temporary one.
+        table: of pandas, polars or pyarrow.
+        config: says which columns and rows are read. A column that is not read is not stored.
+
+    Raises:
+        UserError: if a column is missing, or the file cannot be written.
+    """
+    rows = Rows(**{key: config.data[key] for key in Rows._fields})
+    columns = {key: name for key, name in config.data.columns.items() if name}
+    return _stored(folder, "log", needed_columns(table, columns, rows, "log"))
+
+
+def _stored(folder: Path, kind: str, table: pa.Table) -> str:
+    """Write a table to the folder's `inputs/` by a name of its content, unless it is there."""
     sink = io.BytesIO()
-    pq.write_table(arrow, sink)
-    digest = hashlib.sha256(sink.getvalue()).hexdigest()[:12]
-    path = folder / workdir.INPUTS / f"groups-{digest}.parquet"
+    pq.write_table(table, sink)
+    digest = hashlib.sha256(sink.getbuffer()).hexdigest()[:12]
+    path = folder / workdir.INPUTS / f"{kind}-{digest}.parquet"
     if not path.is_file():
-        workdir.write_file(path, lambda temporary: temporary.write_bytes(sink.getvalue()))
+        workdir.write_file(path, lambda temporary: temporary.write_bytes(sink.getbuffer()))
     return str(path)
 
 

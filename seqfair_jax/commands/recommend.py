@@ -11,7 +11,7 @@ from seqfair_jax import devices, workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.config import PATHS, flatten
 from seqfair_jax.errors import Interrupted, UserError
-from seqfair_jax.serving import TrainedModel, load, output, tables
+from seqfair_jax.serving import TrainedModel, catalogue, load, output, tables
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.serving.recommender import parse_seen, recommend
 
@@ -30,6 +30,11 @@ def main(argv: Sequence[str]) -> None:
     command.integer("k", "items for each user", 20)
     command.string("users", "a table with a column user_id (default: all users of the log)")
     command.string("histories", "a table user_id, item_id[, timestamp] of new or known users")
+    command.bool(
+        "before_test",
+        "lists for the tested users, from their histories before the test: those that seqfair "
+        "evaluate can judge",
+    )
     command.string("seen", "keep, or mask: no item of the user's history (default: as evaluated)")
     command.string("exclude", "a table with a column item_id: never recommend these")
     command.string("only", "a table with a column item_id: recommend only these")
@@ -50,8 +55,9 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         raise UserError(f"--k={values.k}, --batch_size={values.batch_size}: expected 1 or more")
     mesh = devices.make_mesh(data=values.data, catalogue=values.catalogue)
     mask_seen = parse_seen(values.seen, f"--seen={values.seen}")
-    if values.users and values.histories:
-        raise UserError("--users and --histories are both given; give one of them")
+    given = [name for name in ("users", "histories", "before_test") if values[name].value]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} are both given; give one of them")
     try:
         trained = load(directory, run=values.run, rule=values.rule, mesh=mesh)
         data = trained.config.data
@@ -83,8 +89,8 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
     seconds = time.perf_counter() - began
     if written.short_lists:
         _LOG.warning(
-            "%s users have fewer than %s items, since no more are left to recommend to them",
-            f"{written.short_lists:,}", values.k,
+            "%s users have fewer than %s items, and %s of them none, since no more are left to "
+            "recommend to them", f"{written.short_lists:,}", values.k, f"{written.empty_lists:,}",
         )  # fmt: skip
     print(
         f"{out}: {written.rows:,} rows for {len(user_ids):,} users in {seconds:.1f} s "
@@ -94,6 +100,8 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
 
 def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray, Histories]:
     """Who gets a list: the ids and the histories."""
+    if values.before_test:
+        return catalogue.histories_before_test(catalogue.read_dataset(trained.folder))
     if values.histories:
         return tables.read_histories(
             values.histories,

@@ -10,7 +10,7 @@ from seqfair_jax.cli import Command
 from seqfair_jax.errors import UserError
 from seqfair_jax.paper.reproduce import reproduce
 from seqfair_jax.sweeps.cost import Rates
-from seqfair_jax.sweeps.grid import sweep_settings
+from seqfair_jax.sweeps.grid import add_defaults, sweep_settings
 from seqfair_jax.sweeps.jobs import Workers
 
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str], workers: Workers | None = None) -> None:
         "figures and claims. Start the command several times to share the work.",
         config=True,
         own_settings=sweep_settings,
+        extend=add_defaults,
     )
     command.string("workdir", "the sweep's folder (required)")
     command.bool("dry_run", "print the plan and its cost, and train nothing")

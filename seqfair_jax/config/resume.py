@@ -1,6 +1,6 @@
 """Which settings may differ when a run is resumed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from seqfair_jax import objectives
@@ -10,7 +10,9 @@ from seqfair_jax.errors import UserError
 RESUMABLE = tuple(setting.key for setting in settings() if setting.resumable)
 
 
-def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
+def check_resumable(
+    saved: Mapping, config: Mapping, where: str, *, fixed: Collection[str] = ()
+) -> None:
     """Refuse to resume a work directory with another config.
 
     Settings of objectives that the run does not use may differ, and may be missing: they depend on
@@ -20,6 +22,7 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
         saved: the settings in `where`, as nested dicts.
         config: the settings of this call.
         where: the file, for the message.
+        fixed: settings in `RESUMABLE` that may not differ here.
 
     Raises:
         UserError: naming each setting that differs; those in `RESUMABLE` may differ.
@@ -29,7 +32,8 @@ def check_resumable(saved: Mapping, config: Mapping, where: str) -> None:
     def shown(settings: Mapping, key: str) -> str:
         return repr(settings[key]) if key in settings else "missing"
 
-    keys = [key for key in changed_settings(saved, config) if key not in RESUMABLE]
+    may_differ = set(RESUMABLE) - set(fixed)
+    keys = [key for key in changed_settings(saved, config) if key not in may_differ]
     changed = [f"{key} ({shown(old, key)} there, {shown(new, key)} now)" for key in keys]
     if changed:
         hints = {

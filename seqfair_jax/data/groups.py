@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from ml_collections import ConfigDict
 
 from seqfair_jax.data.files import USERS, is_recbole, locate_users, require_file
-from seqfair_jax.data.ids import encode_ids, missing, require_values
+from seqfair_jax.data.ids import DECIMAL_COMMA, encode_ids, first_of, missing, require_values
 from seqfair_jax.data.readers import find_column
 from seqfair_jax.data.split import Dataset, training_blocks
 from seqfair_jax.data.tables import Choose, fold, pick, read_table
@@ -236,10 +236,13 @@ def _group_table(file: Path, choose: Choose, options: Mapping[str, Any]) -> pd.D
             "group": np.concatenate(list(families.values())),
         }
     frame = pd.DataFrame(columns, dtype=object)
-    taken = sorted(set(frame["family"]) & set(FAMILIES))
-    if taken:
-        raise UserError(f"{file}: family {taken[0]!r} has the name of a built-in family; rename it")
-    return frame
+    taken = frame["family"].isin(FAMILIES)
+    for name in frame["family"][taken].unique():
+        built_in = f"{file}: family {name!r} has the name of a built-in family; rename it"
+        if taken.all():
+            raise UserError(built_in)
+        _LOG.warning("%s to use its groups", built_in)
+    return frame[~taken].reset_index(drop=True)
 
 
 def needs_cuts(labels: Sequence[str]) -> bool:
@@ -491,12 +494,16 @@ def _from_table(
 def _labelled(dataset: Dataset, name: str, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """The users of the log, and their labels: i64[M], object[M]."""
     rows = table[(table["family"] == name) & table["group"].notna()]
+    if rows.empty:
+        raise UserError(f"data.group_file: family {name!r} has no value; fill or remove it")
     users = _places(rows["user_id"], _texts(dataset.user_ids))
     known = users >= 0  # the table may hold users that the log's filter dropped
     if not known.any():
+        own, ids = rows["user_id"].unique()[:2], dataset.user_ids[:2]
         raise UserError(
-            f"data.group_file: none of family {name!r}'s users is in the log; "
-            "its user_id column must hold the log's ids"
+            f"data.group_file: none of the {len(rows):,} users of family {name!r} is in the log; "
+            f"its user_id column has {', '.join(map(repr, map(str, own)))}, and the log has "
+            f"{', '.join(map(repr, map(str, ids)))}: write the ids as the log does"
         )
     return users[known], rows["group"].to_numpy(object)[known]
 
@@ -515,8 +522,12 @@ def _quantiles(
     if bad.any():
         user, label = dataset.user_ids[users[bad.argmax()]], labels[bad.argmax()]
         raise UserError(
-            f"group family '{encode_name(name)}:{number}': {name!r} of user {user} is {label!r}, "
-            "which is not a finite number; remove it, or use the family without a number of groups"
+            f"group family '{encode_name(name)}:{number}': {name!r} of user {user} is {label!r}"
+            f"{first_of(bad)}; expected finite numbers"
+            + ", with a point in place of the comma"
+            * bool(DECIMAL_COMMA.fullmatch(label))
+            + f" (an empty field is an unknown one). Or write {encode_name(name)}, for a group of "
+            "each value"
         )
     pairs = pd.DataFrame({"user": users, "value": values}).drop_duplicates()
     several = pairs["user"][pairs["user"].duplicated()]

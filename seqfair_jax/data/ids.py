@@ -4,7 +4,8 @@ Ids have any length and any character, so text ids are `object` arrays, never nu
 strings: those take the longest id's size for every row and drop trailing NULs.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,27 @@ from seqfair_jax.errors import UserError
 
 _TEXT = pa.large_string()
 _EXACT_FLOATS = 2**53
+_PLACEHOLDERS = {
+    *[
+        r"\n",
+        r"null",
+        r"none",
+        r"nil",
+        r"nan",
+        r"na",
+        r"n/a",
+        r"#n/a",
+        r"<na>",
+        r"-",
+        r"?",
+        r"undefined",
+        r"unknown",
+        r"missing",
+        r"(none)",
+    ],
+    "(not set)",
+}  # what systems write for a missing value, in lower case
+DECIMAL_COMMA = re.compile(r"\s*-?\d+,\d+\s*")  # a number of a spreadsheet in many languages
 
 
 def compact(places: np.ndarray, ids: np.ndarray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +120,34 @@ def missing_text(empty: np.ndarray, rows: np.ndarray, name: str) -> str:
     if empty.sum() > 1:
         return f"{empty.sum():,} rows have no {name}, the first of them {row}"
     return f"{row} has no {name}"
+
+
+def doubtful_ids(places: np.ndarray, ids: np.ndarray, what: str) -> Iterator[str]:
+    """What is doubtful in ids, in sentences for warnings; ids are used as they are written.
+
+    Args:
+        places: i[N] of the rows, positions in `ids`.
+        ids: i64[D] or object[D] of text.
+        what: the column: user_id or item_id.
+    """
+    if ids.dtype.kind != "O":
+        return
+    texts = pd.Series(ids, dtype=pd.StringDtype("pyarrow"))
+    folded = texts.str.strip().str.lower().str.replace(r"\.0+$", "", regex=True)
+    for place in np.flatnonzero(folded.isin(_PLACEHOLDERS)):
+        yield (
+            f"{(places == place).sum():,} rows have the {what} {ids[place]!r}, which often stands "
+            "for a missing value; if it does, remove these rows or leave the field empty"
+        )
+    alike = folded.duplicated(keep=False).to_numpy()
+    if alike.any():
+        first = alike.argmax()
+        other = np.flatnonzero((folded == folded[first]).to_numpy())[1]
+        yield (
+            f"{alike.sum():,} values of {what} differ from another one only in case, blanks or "
+            f".0, such as {ids[first]!r} and {ids[other]!r}; they are distinct ids: write those "
+            "alike that are the same"
+        )
 
 
 def first_of(bad: np.ndarray) -> str:

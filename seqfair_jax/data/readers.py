@@ -13,7 +13,9 @@ import pyarrow as pa
 
 from seqfair_jax.data.files import MEMBERS, is_recbole, short
 from seqfair_jax.data.ids import (
+    DECIMAL_COMMA,
     compact,
+    doubtful_ids,
     encode,
     encode_ids,
     first_of,
@@ -23,7 +25,7 @@ from seqfair_jax.data.ids import (
 )
 from seqfair_jax.data.log import Log, group_rows, repeats, user_blocks
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
-from seqfair_jax.data.times import join_times, mixed_units, parse_times, within
+from seqfair_jax.data.times import doubtful_units, join_times, parse_times, within
 from seqfair_jax.errors import UserError
 
 # What data sets call the columns. Where `data.columns` is silent, a column of the first name is
@@ -54,6 +56,7 @@ _ML1M = {"user_id": "UserID", "item_id": "MovieID", "timestamp": "Timestamp", "r
 _ML1M_HEADER = ("UserID", "", "MovieID", "", "Rating", "", "Timestamp")  # between `::` is nothing
 _ML100K = {key: key for key in ("user_id", "item_id", "rating", "timestamp")}
 _CODED = ("user_id", "item_id", "event")
+_MANY_USERS, _LARGE_SHARE = 50, 0.1  # of so many users, none should have so large a share of rows
 _LOG = logging.getLogger("seqfair_jax")
 
 
@@ -366,6 +369,8 @@ def finite_numbers(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: 
         raise UserError(
             f"{where}: the {name} of data row {rows[first] + 1} is {column[first].as_py()!r}"
             f"{first_of(bad)}; expected a finite number in every row"
+            + ", with a point in place of the comma"
+            * bool(DECIMAL_COMMA.fullmatch(str(column[first].as_py())))
         )
     return values
 
@@ -382,16 +387,15 @@ def _join(parts: list[_Part], files: list[str], settings: Rows) -> Log:
     if not full:
         raise UserError(_nothing_left(where, counts, parts, settings))
     times = join_times([part.times for part, _ in full], [file for _, file in full])
-    if units := mixed_units(times):
-        _LOG.warning(
-            "%s: some times look like %s since 1970; write them in one unit, or their order is "
-            "wrong",
-            where,
-            units,
-        )
+    if doubt := doubtful_units(times):
+        _LOG.warning("%s: %s", where, doubt)
     users, user_ids = compact(*join_ids([part.users for part, _ in full]))
     items, item_ids = compact(*join_ids([part.items for part, _ in full]))
+    for places, ids, what in ((users, user_ids, "user_id"), (items, item_ids, "item_id")):
+        for doubt in doubtful_ids(places, ids, what):
+            _LOG.warning("%s: %s", where, doubt)
     rows, offsets = group_rows(users, len(user_ids))
+    _warn_of_bots(where, np.diff(offsets), user_ids)
     repeated = np.empty(len(users), bool)
     for block in user_blocks(offsets):
         at = rows[block]
@@ -407,6 +411,25 @@ def _join(parts: list[_Part], files: list[str], settings: Rows) -> Log:
         "repeated_rows": int(repeated.sum()),
     }
     return Log(users, items, times, user_ids, item_ids, counts)
+
+
+def _warn_of_bots(where: str, sizes: np.ndarray, user_ids: np.ndarray) -> None:
+    """Warn of a user with a large share of the rows of many users.
+
+    Args:
+        where: the files, for the message.
+        sizes: i[U], the rows of each user.
+        user_ids: [U].
+    """
+    most = sizes.argmax()
+    if len(sizes) >= _MANY_USERS and sizes[most] > _LARGE_SHARE * sizes.sum():
+        _LOG.warning(
+            "%s: user %s has %s of the %s rows; leave these out if it is no person",
+            where,
+            user_ids[most],
+            f"{sizes[most]:,}",
+            f"{sizes.sum():,}",
+        )
 
 
 def _nothing_left(

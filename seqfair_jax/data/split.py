@@ -286,7 +286,7 @@ def by_time(
     """
     times = log.times
     valid_point, test_point = (
-        None if bound is None else comparable_bound(bound, times, f"data.{key}", name)
+        None if bound is None else comparable_bound(bound, times, f"data.{key}", "the log")
         for key, bound in (("valid_from", valid_from), ("test_from", test_from))
     )
     distinct, sizes = np.unique(times, return_counts=True)

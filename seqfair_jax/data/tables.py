@@ -8,7 +8,9 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +34,8 @@ _BLOCK = 2**22  # bytes that a thread parses at once
 _LONGEST_ROW = 2**26
 _SAMPLE = 1000  # lines of JSON whose keys and types are looked at before the others are read
 _TYPED_NAME = re.compile(r"(.*):(token|float)(_seq)?")  # a column of a RecBole file
+_LOG = logging.getLogger("seqfair_jax")  # of the readers of tables
+_SEPARATOR = re.compile(r"sep=([,;|\t])\s*", re.IGNORECASE)  # a first line for Excel
 _TEXT = pa.large_string()
 _CODED = pa.dictionary(pa.int32(), _TEXT)
 _JSON_TYPES = {
@@ -181,13 +185,21 @@ def _of_pandas(column: pd.Series, name: str, where: str) -> pa.ChunkedArray:
 def stored_tables(folder: Path) -> Iterator[None]:
     """Let messages call the tables that are stored in a folder `log` and `groups`.
 
-    The user gave them in memory and does not know the files `log.parquet` and `groups*.parquet`.
+    The user gave them in memory and does not know the files `log-*.parquet` and `groups-*.parquet`.
     """
+    path = rf"{re.escape(str(folder))}/(log|groups)[-\w]*\.parquet"
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(path, r"\1", record.getMessage()), ()
+        return True
+
+    _LOG.addFilter(rename)
     try:
         yield
     except UserError as error:
-        path = rf"{re.escape(str(folder))}/(log|groups)[-\w]*\.parquet"
         raise type(error)(re.sub(path, r"\1", str(error))) from error
+    finally:
+        _LOG.removeFilter(rename)
 
 
 def pick(names: Sequence[str], wanted: str, where: str, advice: str) -> str:
@@ -272,9 +284,9 @@ def _read_csv(
     coded: Collection[str],
     header: Sequence[str],
 ) -> Table:
-    path, raw = stream.path, list(header)
+    path, raw, skipped = stream.path, list(header), 0
     if not header:
-        raw, delimiter = _header(stream, choose, delimiter)
+        raw, delimiter, skipped = _header(stream, choose, delimiter)
     names = _untyped(raw)
     chosen = choose(names, str(path))
     # The file's own names, with their types.
@@ -288,6 +300,7 @@ def _read_csv(
                 use_threads=threads,
                 block_size=_BLOCK if threads else _LONGEST_ROW,
                 column_names=header or None,
+                skip_rows=skipped,
             ),
             pa.csv.ParseOptions(delimiter=delimiter),
             pa.csv.ConvertOptions(
@@ -308,18 +321,22 @@ def _read_csv(
                     raise EncodingError(f"{path} is no text in UTF-8 ({reason})") from error
                 raise UserError(f"{path} cannot be read: {reason}") from error
     # A row less than there are lines: an empty line, or a field with a line break.
-    if stream.has_quotes and len(table) < stream.lines - (not header):
+    if stream.has_quotes and len(table) < stream.lines - skipped - (not header):
         _check_line_breaks(open_again, delimiter)
     columns = pa.table([table[name] for name in wanted.values()], names=list(wanted))
     return Table(columns, chosen, "CSV", delimiter)
 
 
-def _header(stream: Stream, choose: Choose, delimiter: str) -> tuple[list[str], str]:
-    """The column names of a CSV file and its delimiter."""
-    line = re.search(rb"[^\r\n]+", stream.head)
-    if line is None:
+def _header(stream: Stream, choose: Choose, delimiter: str) -> tuple[list[str], str, int]:
+    """The column names of a CSV file, its delimiter, and the lines before the names."""
+    lines = re.findall(rb"[^\r\n]+", stream.head)[:2]
+    if not lines:
         raise UserError(f"{stream.path} is empty: expected a header line and rows")
-    text = line[0].decode("utf-8-sig")
+    separator = _SEPARATOR.fullmatch(lines[0].decode("utf-8-sig"))
+    skipped = int(separator is not None and len(lines) == 2)
+    text = lines[skipped].decode("utf-8-sig")
+    if separator and not delimiter:
+        delimiter = separator[1]
     splits = {sign: _split(text, sign) for sign in ([delimiter] if delimiter else ",;\t|")}
 
     def score(sign: str) -> tuple[int, int]:
@@ -328,7 +345,7 @@ def _header(stream: Stream, choose: Choose, delimiter: str) -> tuple[list[str], 
         return 0, len(splits[sign])
 
     best = max(splits, key=score)
-    return splits[best], best
+    return splits[best], best, skipped
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -380,7 +397,10 @@ def _read_json(stream: Stream, open_again: Open, choose: Choose) -> Table:
     if not sample:
         raise UserError(f"{path}: line 1 is longer than {files.CHUNK:,} bytes; shorten it")
     records = [record for _, record in _records(sample[:_SAMPLE], path)]
-    names = choose(list(dict.fromkeys(key for record in records for key in record)), str(path))
+    try:
+        names = choose(list(dict.fromkeys(itertools.chain(*records))), str(path))
+    except UserError:  # a key may be absent in the first lines
+        names = choose(_keys(open_again), str(path))
     kinds = {name: {type(r.get(name)) for r in records} - {type(None)} for name in names.values()}
     schema = {name: _JSON_TYPES.get(frozenset(kinds[name]), _TEXT) for name in kinds}
     try:
@@ -398,34 +418,52 @@ def _read_json(stream: Stream, open_again: Open, choose: Choose) -> Table:
     return Table(columns, names, "JSON Lines")
 
 
+def _keys(open_again: Open) -> list[str]:
+    """The keys of all lines."""
+    with open_again() as stream:
+        records = (record for _, record in _records(_lines(stream), stream.path))
+        return list(dict.fromkeys(itertools.chain.from_iterable(records)))
+
+
+def _lines(stream: Stream) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
+
+
+def _written(number: str) -> str:
+    """A JSON number with a fraction or an exponent as text: 5.0 is 5, as in a column of numbers."""
+    value = float(number)
+    return str(int(value)) if value.is_integer() and abs(value) < 2**53 else number
+
+
 def _parse_json(open_again: Open, names: list[str]) -> pa.Table:
-    """The columns as text, line by line; numbers as they are written."""
+    """The columns as text, line by line; numbers as they are written, but 5.0 as 5."""
     values: dict[str, list[str]] = {name: [] for name in names}
     with open_again() as stream:
         path = stream.path
-        lines = io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
-        for number, record in _records(lines, path, parse_int=str, parse_float=str):
+        for number, record in _records(_lines(stream), path, parse_int=str, parse_float=_written):
             for name, texts in values.items():
                 value = record.get(name)
                 if isinstance(value, dict | list):
                     raise UserError(
                         f"{path}, line {number}: {name} is a {type(value).__name__}; expected text "
-                        "or a number"
+                        "or a number: flatten the file first, such as with pandas.json_normalize"
                     )
                 texts.append("" if value is None else str(value))
     return pa.table({name: pa.array(texts, _TEXT) for name, texts in values.items()})
 
 
 def _records(lines: Iterable[str], path: Path, **options: Any) -> Iterator[tuple[int, dict]]:
-    """The number and the object of each line that is not empty."""
+    """The number and the object of each line that is not empty; NaN and Infinity are None."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line, **options)
+            record = json.loads(line, parse_constant=lambda _: None, **options)
         except ValueError as error:
             raise UserError(
-                f"{path}, line {number} is not JSON ({error}); each line must be a JSON object"
+                f"{path}, line {number} is not JSON ({error}); each line must be a JSON object: "
+                "`jq -c .[] FILE` writes the objects of an array so, and `jq -c . FILE` those that "
+                "have several lines"
             ) from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number} is not a JSON object; each line must be one")

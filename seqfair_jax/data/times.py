@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from seqfair_jax.data.ids import first_of
+from seqfair_jax.data.ids import DECIMAL_COMMA, first_of
 from seqfair_jax.errors import UserError
 
 _DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[/.]\d{1,2}[/.]\d{2,4}\b.*")
@@ -132,6 +132,8 @@ def _expected(value: pa.Scalar, advice: str) -> str:
         return expected
     if _DAY_OR_MONTH_FIRST.fullmatch(value.as_py()):
         expected = "its day and month cannot be told apart; write dates as 2024-12-31"
+    if DECIMAL_COMMA.fullmatch(value.as_py()):
+        return "expected a number; write it with a point in place of the comma"
     return f"{expected}{', or ' * bool(advice)}{advice}"
 
 
@@ -174,17 +176,32 @@ def join_times(parts: list[np.ndarray], files: list[str]) -> np.ndarray:
     return joined
 
 
-def mixed_units(times: np.ndarray) -> str:
-    """What numbers since 1970 seem to be of, if they are of several: 'seconds and milliseconds'."""
-    if times.dtype.kind == "M":
+def doubtful_units(times: np.ndarray) -> str:
+    """What is doubtful in the units of numbers, for a warning; "" if they are alike."""
+    if times.dtype.kind == "M" or not (found := _units(times)):
         return ""
+    if len(found) > 1:
+        return (
+            f"some times look like {' and '.join(found)} since 1970; write them in one unit, or "
+            "their order is wrong"
+        )
+    low = times < _UNITS["seconds"]
+    if not low.any():
+        return ""
+    return (
+        f"some times look like {found[0]} since 1970, but {low.sum():,} others do not, such as "
+        f"{time_text(times.min())}; correct them or remove these rows, or their order is wrong"
+    )
+
+
+def _units(times: np.ndarray) -> list[str]:
+    """The units of time since 1970 that numbers seem to be of."""
     edges = [*_UNITS.values(), 1e20]
-    found = [
+    return [
         unit
         for unit, low, high in zip(_UNITS, edges, edges[1:], strict=False)
         if ((times >= low) & (times < high)).any()
     ]
-    return " and ".join(found) if len(found) > 1 else ""
 
 
 def parse_bound(value: str | float, setting: str) -> int | float | np.datetime64:
@@ -229,11 +246,17 @@ def comparable_bound(
 ) -> int | float | np.datetime64:
     """`parse_bound` of a setting that is compared with times.
 
+    A date is given in the unit of numbers that all look like times since 1970.
+
     Raises:
         UserError: if it is a date and the times are numbers, or the other way round.
     """
     bound = parse_bound(value, setting)
     is_date = times.dtype.kind == "M"
+    if isinstance(bound, np.datetime64) and not is_date:
+        units = _units(times)
+        if len(units) == 1 and not doubtful_units(times):
+            return int(bound.astype(f"datetime64[{_PANDAS_UNITS[units[0]]}]").astype(np.int64))
     if is_date != isinstance(bound, np.datetime64):
         kinds = ("dates", "a number") if is_date else ("numbers", "a date")
         raise UserError(

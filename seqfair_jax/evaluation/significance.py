@@ -14,14 +14,9 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 
 KEYS = ("user_id", "target_item_id", "repeat")  # two runs must agree on these
-RESAMPLES = 2000
-# A mean over more users is nearly normal: its t interval is nearly the bootstrap's, in no time.
-BOOTSTRAP_UP_TO = 10_000  # users
-# Users with a value that is not 0, for the interval of a mean. With fewer, the bootstrap's interval
-# has the mean far less often than in 95 % of samples.
+# Users with a value that is not 0, for an interval. With fewer, the rare values are mostly unseen,
+# and an interval has the true mean far less often than in 95 % of samples.
 FEWEST_VALUES = 10
-# Values of the bootstrap. So few stay in a CPU's cache, and start no threads of a matrix product.
-_DRAWN_AT_ONCE = 50_000
 
 
 class Gap(NamedTuple):
@@ -36,34 +31,29 @@ def compare(
     tables: Mapping[str, Mapping[int, pd.DataFrame]],
     baseline: Mapping[int, pd.DataFrame],
     metric: str,
-    *,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Compare methods with a baseline on per-user metrics (paper, tables 2 to 7).
 
     Each row is a two-sided paired t-test over the users of a slice; p < 0.05 gives the paper's
-    star. The effect is the mean difference, with its 95 % interval over users. For at most
-    `BOOTSTRAP_UP_TO` users it is the percentile bootstrap's. For more it is
-    d ± t(0.975, n - 1) s / sqrt(n), with the mean d and the standard deviation s of the n users'
-    differences. A mean of so many is nearly normal, so the bootstrap would give the same to a few
-    per cent of the width.
+    star. The effect is the mean difference d, with the 95 % interval of the same test over users,
+    d ± t(0.975, n - 1) s / sqrt(n), where s is the standard deviation of the n users' differences.
+    There is no interval if fewer than `FEWEST_VALUES` users differ.
 
     `q` is p after Benjamini and Hochberg (1995) over all rows: the expected share of false
-    discoveries among the rows with a q as small. With several seeds, a user's metric is its mean
-    over them, so the test measures the variation of the users, not of the seeds. Shared seeds are
-    compared. If there are none, each side's mean over its own seeds is. Every bootstrap is drawn
-    from the same seed, so it does not depend on the other methods and slices.
+    discoveries among the rows with a q as small, if the tests are independent or positively
+    dependent. With several seeds, a user's metric is its mean over them, so the test measures the
+    variation of the users, not of the seeds. Shared seeds are compared. If there are none, each
+    side's mean over its own seeds is.
 
     Args:
         tables: for each method, by seed, the per-user table (`per_user.parquet`).
         baseline: the same of the method to compare with, by seed.
         metric: a column, such as NDCG@20.
-        seed: of the bootstrap.
 
     Returns:
         columns name, slice ("overall", "pop33=niche", ...), users, mean, baseline, difference,
         low, high, p, q, star; a row for each method and each slice with at least one user.
-        Intervals and tests of a single user are NaN. p is 1 if no user differs, and that of a
+        The test of a single user is NaN. p is 1 if no user differs, and that of a
         sign test, 2^(1 - n), if all n differ by the same.
 
     Raises:
@@ -85,7 +75,7 @@ def compare(
     parts = []
     for slice_name, members in slice_members(reference).items():
         difference = change[members]
-        low, high = _intervals(difference, seed)
+        low, high = _intervals(difference)
         parts.append(
             pd.DataFrame(
                 {
@@ -112,9 +102,8 @@ def compare(
 def describe(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The mean of a per-user metric in each slice, with its 95 % interval over users.
 
-    The intervals are as in `compare`: bootstrap, and t for many users. There is none if fewer than
-    `FEWEST_VALUES` users have a value other than 0: resamples of so few would show an interval that
-    is much too narrow, down to [0, 0].
+    The intervals are t intervals, as in `compare`. There is none if fewer than `FEWEST_VALUES`
+    users have a value other than 0.
 
     Args:
         table: a per-user table (`per_user.parquet`).
@@ -128,11 +117,8 @@ def describe(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = {}
     for name, members in slice_members(table).items():
         own = values[members]
-        low = high = np.nan
-        if np.count_nonzero(own) >= FEWEST_VALUES:
-            [low], [high] = _intervals(own[:, None], seed=0)
-        mean = own.mean()
-        rows[name] = {"users": len(members), "mean": mean, "low": low, "high": high}
+        [low], [high] = _intervals(own[:, None])
+        rows[name] = {"users": len(members), "mean": own.mean(), "low": low, "high": high}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -292,27 +278,12 @@ def _p_values(difference: np.ndarray) -> np.ndarray:
     return p_values
 
 
-def _intervals(difference: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % intervals of the means of each column of f[n, M]: see `compare`.
-
-    All columns are measured on the same resamples. So a column's interval does not depend on the
-    others, and the resamples are drawn once.
-    """
-    num_users, num_methods = difference.shape
-    if num_users < 2:
-        return np.full(num_methods, np.nan), np.full(num_methods, np.nan)
-    if num_users > BOOTSTRAP_UP_TO:
-        mean, error = difference.mean(axis=0), difference.std(axis=0, ddof=1) / num_users**0.5
-        half = stdtrit(num_users - 1, 0.975) * error
-        return mean - half, mean + half
-    rng = np.random.default_rng(seed)
-    at_once = max(1, _DRAWN_AT_ONCE // num_users)
-    means = []
-    for start in range(0, RESAMPLES, at_once):
-        resamples = min(at_once, RESAMPLES - start)
-        users = rng.integers(num_users, size=(resamples, num_users), dtype=np.int32)
-        users += num_users * np.arange(resamples, dtype=np.int32)[:, None]
-        counts = np.bincount(users.ravel(), minlength=users.size).reshape(users.shape)
-        means.append(counts.astype(np.float64) @ difference / num_users)
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)
-    return low, high
+def _intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % t intervals of the means of each column of f[n, M]: see `compare`."""
+    num_users = len(values)
+    if num_users < FEWEST_VALUES:
+        return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
+    mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / num_users**0.5
+    half = stdtrit(num_users - 1, 0.975) * error
+    half[np.count_nonzero(values, axis=0) < FEWEST_VALUES] = np.nan
+    return mean - half, mean + half

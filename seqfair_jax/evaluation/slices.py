@@ -203,9 +203,13 @@ def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
     sizes = family.membership.sum(axis=0)
     judged = [group for group, size in zip(family.groups, sizes, strict=True) if size >= min_users]
     if not judged:
+        largest = np.argsort(-sizes, kind="stable")[:3]
+        found = ", ".join(f"{family.groups[group]} {sizes[group]}" for group in largest)
         raise UserError(
-            f"select.min_users is {min_users}, but the groups of {family_label(family.name)} have "
-            f"{', '.join(map(str, sizes))} validation users: lower it"
+            f"no group of {family_label(family.name)} has select.min_users={min_users} validation "
+            f"users, which the choice by the worst group needs of one at least (the largest: "
+            f"{found}); lower select.min_users, let more users validate, or name another family "
+            "first in groups"
         )
     return judged
 

@@ -13,6 +13,7 @@ Shape letters: U users, B users in a batch, G groups, V catalogue.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,6 +39,9 @@ from seqfair_jax.objectives.method import (
     per_user,
     weighted,
 )
+
+_ALIKE = 1.01  # the ratio of group sizes up to which their inverse weights are as good as one
+_LOG = logging.getLogger(__name__)
 
 STEP_SIZE = HParam(
     "step_size",
@@ -253,6 +257,16 @@ def _make_ipw(users: Users, count_by: str, *, log: bool = False) -> Formula:
     lengths = users.train_lengths
     user_sizes = lengths if count_by == "rows" else np.ones_like(lengths)
     sizes = (users.membership * user_sizes[:, None]).sum(axis=0)
+    least, most = sizes.min(initial=sizes.max(initial=0), where=sizes > 0), sizes.max(initial=0)
+    if most <= _ALIKE * least:
+        _LOG.warning(
+            "the groups have about the same number of %s (%s to %s), so ipw weighs all users alike "
+            "and trains as erm does; set objective.count_by=%s, or another objective.group_family",
+            count_by,
+            f"{least:,}",
+            f"{most:,}",
+            "users" if count_by == "rows" else "rows",
+        )
     return Formula(weighted(_inverse_propensity(sizes, log=log)))
 
 

@@ -83,6 +83,5 @@ def _cell(row: pd.Series) -> text.Markdown:
     if pd.isna(row["difference"]):  # a slice that this pair lacks
         return text.Markdown("-")
     star = "*" if row["star"] else ""
-    return text.Markdown(
-        f"{row['difference']:+.4f}{star} ({row['low']:+.4f} to {row['high']:+.4f})"
-    )
+    interval = "" if pd.isna(row["low"]) else f" ({row['low']:+.4f} to {row['high']:+.4f})"
+    return text.Markdown(f"{row['difference']:+.4f}{star}{interval}")

@@ -64,8 +64,10 @@ def reproduce(
     folder = workdir.create(directory)
     with workdir.lock(workdir.job_lock(folder, "plan"), wait=True):
         workdir.remove_unfinished(folder)
+        saved = workdir.read_json(folder / _PLAN) or {}
+        inputs = jobs.check_inputs(saved.get("inputs", {}), experiment, folder)
         runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder, workers)
-        workdir.write_json(folder / _PLAN, {"runs_per_job": runs_per_job})
+        workdir.write_json(folder / _PLAN, {"runs_per_job": runs_per_job, "inputs": inputs})
     read: dict[str, list[choice.Result]] = {}  # by the job's name; each is read once
 
     def results(of_jobs: list[jobs.Job]) -> list[choice.Result]:

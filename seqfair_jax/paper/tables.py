@@ -82,7 +82,7 @@ def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame
 def figure(long: pd.DataFrame, dataset: str) -> Figure | None:
     """Percentage change against ERM of the DRO methods, by group (paper, figures 1 and 2).
 
-    A bar is the difference in per cent of ERM's mean over the same seeds, with its bootstrap 95 %
+    A bar is the difference in per cent of ERM's mean over the same seeds, with its 95 %
     interval; diamonds are the paper's. None if no such method ran.
     """
     layout = layouts.side_by_side(long, dataset)

@@ -94,7 +94,6 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
             if name in found and found[name].users < SMALL_GROUP
         ],
         small_group=SMALL_GROUP,
-        bootstrap_up_to=significance.BOOTSTRAP_UP_TO,
         period=[with_date(split[key]) for key in ("first_time", "last_time")],
         families=[slices.family_label(family) for family in families],
         popularity=_popularity(folder, summary["recommended" + suffix]),

@@ -17,7 +17,7 @@ from seqfair_jax.config import format_value
 from seqfair_jax.data.split import describe_split
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import KINDS, LIST_FIGURES, describe_metric, parse_metric
-from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO, RESAMPLES
+from seqfair_jax.evaluation.significance import FEWEST_VALUES
 from seqfair_jax.report import figures, names, rows, text, verdict
 from seqfair_jax.report.contents import LEVEL, Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST, Row
@@ -298,10 +298,16 @@ def _legend(methods: Sequence[Row], styles: Mapping[str, int]) -> list[tuple[str
 
 
 def _history(runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """Every run's `metrics.jsonl`: a row for each method and epoch, averaged over seeds."""
+    """Every run's `metrics.jsonl`: a row for each method and epoch, averaged over seeds.
+
+    Epochs that not all seeds have, since some stopped early, are left out: a mean over fewer seeds
+    would show the choice of seeds as a change.
+    """
     none = pd.DataFrame(columns=["name", "epoch"], dtype=float)  # a run may have no rows
     tables = [workdir.read_metrics(run.folder).astype(float).assign(name=run.name) for run in runs]
-    means = pd.concat([none, *tables]).groupby(["name", "epoch"], sort=False).mean()
+    grouped = pd.concat([none, *tables]).groupby(["name", "epoch"], sort=False)
+    seeds = grouped.size()
+    means = grouped.mean()[seeds == seeds.groupby("name").transform("max")]
     # Its columns are apart in memory, and pandas warns of over 100 such; a copy joins them.
     return means.copy().reset_index()
 
@@ -345,7 +351,10 @@ def _curves(
         for name, label in zip(wanted, _labels(contents, wanted), strict=True)
     ]
     legend = [(run, figures.style(numbers[run])) for run in by_name]
-    notes = [f"Mean {contents.metric} of the validation users after each epoch, over the seeds."]
+    notes = [
+        f"Mean {contents.metric} of the validation users after each epoch, over the seeds. "
+        "It ends with the seed that stopped first."
+    ]
     if left_out:
         notes.append(
             f"The figures show the {each} groups of each family that are served worst. The other "
@@ -432,7 +441,7 @@ def _tests(contents: Contents) -> list[Section]:
                     Cell(f"{row['name']}, {slices.full_label(row['slice'])}"),
                     Cell(f"{row['users']:,}"),
                     Cell(verdict.signed(row["difference"]), star=row["star"]),
-                    Cell(f"{verdict.signed(row['low'])} to {verdict.signed(row['high'])}"),
+                    Cell(verdict.interval(row)),
                     Cell(f"{row['p']:.2g}"),
                     Cell(f"{row['q']:.2g}"),
                 ]
@@ -546,17 +555,18 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
         ),
         (
             "95 % interval",
-            f"Of a difference: percentile bootstrap over users, {RESAMPLES:,} resamples. For more "
-            f"than {BOOTSTRAP_UP_TO:,} users it is the paired t interval, which is then nearly the "
-            "same. It covers other users, not other seeds: with several seeds, a user's value is "
-            "its mean over the seeds that both sides have. Of the worst group against the other "
-            "users: Welch's t, widened for the choice among the groups (Bonferroni).",
+            "Of a difference: that of the paired t-test over users. There is none if fewer than "
+            f"{FEWEST_VALUES} users differ. It covers other users, not other seeds: with several "
+            "seeds, a user's value is its mean over the seeds that both sides have. Of the worst "
+            "group against the other users: Welch's t, widened for the choice among the groups "
+            "(Bonferroni).",
         ),
         (
             "p, q",
             "p is of a two-sided paired t-test over users. q is p after Benjamini and Hochberg, "
-            "over all rows and groups that are tested, apart for methods and for baselines. Of the "
-            f"tests with q < {LEVEL:g}, {LEVEL:.0%} or fewer are expected to be false.",
+            "over all rows and groups that are tested, apart for methods and for baselines. If the "
+            f"trained models are taken as they are, {LEVEL:.0%} or fewer of the tests with q < "
+            f"{LEVEL:g} are expected to be false on average. Models of other seeds may differ.",
         ),
         ("*", f"The difference from {reference} has q < {LEVEL:g}."),
         (

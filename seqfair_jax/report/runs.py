@@ -295,7 +295,9 @@ def finished_only(folders: Sequence[Path]) -> list[Path]:
         if not finished or not folder.exists():
             workdir.require_folder(folder)
     if not finished:
-        raise UserError("no folder has a finished run; run the training commands again")
+        raise UserError(
+            f"no run has finished in {', '.join(map(str, folders))}; run the training command again"
+        )
     for folder in folders:
         if folder not in finished:
             _log.warning("%s is left out: it has no finished run", slices.printable(str(folder)))

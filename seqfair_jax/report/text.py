@@ -9,7 +9,6 @@ import pandas as pd
 
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import LIST_FIGURES, define_metric, parse_metric
-from seqfair_jax.evaluation.significance import BOOTSTRAP_UP_TO
 from seqfair_jax.report import contents, rows, verdict
 from seqfair_jax.report.contents import Contents, records
 from seqfair_jax.report.rows import BASELINE, RUN, VALIDATION, row_label
@@ -140,7 +139,8 @@ def better_baseline(found: Contents) -> list[str]:
     groups = f" and in {above} of {known} groups" if known else ""
     return [
         f"{found.rows[theirs].name}, which is not trained, is above {name} in overall{groups}. "
-        "docs/own_log.md says what to try: a longer training, model=best, `seqfair search`."
+        "Train longer, or start from --config=own_log:model=best, or look for settings with "
+        "`seqfair search`."
     ]
 
 
@@ -192,17 +192,16 @@ def _tests(found: Contents, tests: pd.DataFrame) -> str:
     text = shown.to_string(
         index=False,
         float_format="{:.2g}".format,
-        formatters=dict.fromkeys(("difference", "low", "high"), "{:+.4f}".format),
-    )
-    intervals = (
-        f"bootstrap 95 % interval (t above {BOOTSTRAP_UP_TO:,} users)"
-        if rows["users"].gt(BOOTSTRAP_UP_TO).any()
-        else "bootstrap 95 % interval"
+        formatters=dict.fromkeys(("difference", "low", "high"), _signed),
     )
     return (
-        f"{found.metric} against {found.reference}: paired t-test over users, {intervals}, q after "
-        f"Benjamini-Hochberg over the methods and lists (* q < 0.05)\n{text}"
+        f"{found.metric} against {found.reference}: paired t-test over users with its 95 % "
+        f"interval, q after Benjamini-Hochberg over the methods and lists (* q < 0.05)\n{text}"
     )
+
+
+def _signed(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:+.4f}"
 
 
 def seed_comparison(found: Contents, family: str) -> str:

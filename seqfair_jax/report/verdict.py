@@ -292,8 +292,8 @@ def _effect(row: dict[str, Any]) -> str:
     """`difference +0.0123, 95 % interval +0.0010 to +0.0236, q 0.003`."""
     shown = f"difference {signed(row['difference'])}"
     if np.isnan(row["low"]):
-        return f"{shown}, too few users for an interval"
-    shown += f", 95 % interval {signed(row['low'])} to {signed(row['high'])}"
+        return f"{shown}, too few users differ for an interval"
+    shown += f", 95 % interval {interval(row)}"
     if "q" not in row:
         return shown
     return f"{shown}, q {row['q']:.3f}" if row["q"] >= 0.001 else f"{shown}, q below 0.001"
@@ -302,9 +302,12 @@ def _effect(row: dict[str, Any]) -> str:
 def _short(row: dict[str, Any]) -> str:
     """`+0.0123, 95 % interval +0.0010 to +0.0236`."""
     shown = signed(row["difference"])
-    if np.isnan(row["low"]):
-        return shown
-    return f"{shown}, 95 % interval {signed(row['low'])} to {signed(row['high'])}"
+    return shown if np.isnan(row["low"]) else f"{shown}, 95 % interval {interval(row)}"
+
+
+def interval(row: dict[str, Any]) -> str:
+    """The interval of a difference: `+0.0010 to +0.0236`; `-` without one."""
+    return "-" if np.isnan(row["low"]) else f"{signed(row['low'])} to {signed(row['high'])}"
 
 
 def signed(value: float) -> str:

@@ -50,6 +50,13 @@ def whole_histories(dataset: Dataset) -> Histories:
     return Histories(items, csr_offsets(earlier + later))
 
 
+def histories_before_test(dataset: Dataset) -> tuple[np.ndarray, Histories]:
+    """The ids of the tested users, and their histories before the test."""
+    users = dataset.test.users
+    histories = Histories(dataset.items, dataset.offsets)
+    return dataset.user_ids[users], histories.select(users)
+
+
 def write(folder: Path, dataset: Dataset) -> None:
     """Write `items.parquet`, `histories.parquet` and `split.parquet`.
 

@@ -72,6 +72,7 @@ class Written(NamedTuple):
 
     rows: int
     short_lists: int  # users with fewer items than were asked for
+    empty_lists: int  # users without an item, of whom there is no row
 
 
 def write_lists(
@@ -93,10 +94,10 @@ def write_lists(
     """
     check_suffix(path)
     schema = _schema(pa.array(user_ids), pa.array(item_ids))
-    rows = short_lists = 0
+    rows = short_lists = empty_lists = 0
 
     def write(temporary: Path) -> None:
-        nonlocal rows, short_lists
+        nonlocal rows, short_lists, empty_lists
         writer = _WRITERS[path.suffix.lower()](temporary, schema)
         # Only on a terminal. A program without a console has no standard error.
         hidden = True if sys.stderr is None else None
@@ -105,11 +106,13 @@ def write_lists(
             for lists, table in as_tables(found, user_ids=user_ids, item_ids=item_ids):
                 writer.write_table(table)
                 rows += len(table)
-                short_lists += int((np.isfinite(lists.scores).sum(axis=1) < k).sum())
+                lengths = np.isfinite(lists.scores).sum(axis=1)
+                short_lists += int((lengths < k).sum())
+                empty_lists += int((lengths == 0).sum())
                 bar.update(len(lists.items))
 
     write_file(path, write)
-    return Written(rows, short_lists)
+    return Written(rows, short_lists, empty_lists)
 
 
 def as_tables(

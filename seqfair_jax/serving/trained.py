@@ -154,7 +154,8 @@ def run_folder(folder: Path, run: str | None) -> Path:
 
     Raises:
         UserError: if the folder or the run has not finished, if its files are missing or changed,
-            or if there is no such run.
+            if there is no such run or, without a name, if each run diverged, or if the folder is
+            that of a sweep or of an evaluation.
     """
     if (folder / "jobs").is_dir():
         jobs = ", ".join(sorted(path.name for path in (folder / "jobs").iterdir())[:5])
@@ -172,8 +173,17 @@ def run_folder(folder: Path, run: str | None) -> Path:
     runs = summary.get("runs", [summary])
     names = [found["run"] for found in runs]
     if run is None and "runs" in summary:
+        if summary["selected"] is None:
+            found = ", ".join(f"{r['run']} {r['status']}" for r in runs)
+            raise UserError(
+                f"{folder}: each run diverged ({found}); train with a smaller train.learning_rate"
+            )
         best = summary["selected"]["hparams"]
-        run = next(r["run"] for r in runs if r["hparams"] == best and r["status"] == "finished")
+        run = next(
+            found["run"]
+            for found in runs
+            if found["hparams"] == best and found["status"] == selection.FINISHED
+        )
     if run is not None and run not in names:
         raise UserError(f"{folder} has no run {run!r}; there are {', '.join(names)}")
     if "runs" not in summary:

@@ -77,6 +77,14 @@ def default_sweep() -> ConfigDict:
     return build(sweep_settings()).sweep
 
 
+def add_defaults(config: ConfigDict) -> None:
+    """Add a sweep to a config that has none: the paper's methods on the families of `groups`."""
+    if "sweep" not in config:
+        with config.unlocked():
+            config.sweep = default_sweep()
+            config.sweep.families = config.get_oneway_ref("groups")
+
+
 def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     """A sweep's config as the runs' own config and its `sweep` part, checked.
 
@@ -87,8 +95,7 @@ def split_sweep(config: ConfigDict) -> tuple[ConfigDict, ConfigDict]:
     """
     base = config.copy_and_resolve_references()
     base.unlock()
-    if "sweep" not in base:
-        raise UserError("the config has no `sweep`: use one that has, --config=paper_rr")
+    add_defaults(base)
     sweep = base.sweep
     del base["sweep"]
     known = {setting.key.removeprefix("sweep."): setting for setting in sweep_settings()}

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 from ml_collections import ConfigDict
 
 from seqfair_jax import workdir
-from seqfair_jax.config import check_resumable
+from seqfair_jax.config import changed_settings, check_resumable
 from seqfair_jax.errors import UserError
 from seqfair_jax.run import run
+from seqfair_jax.training.experiment import Experiment
 
 _POLL_SECONDS = 2.0  # between checks of jobs that other processes work on
 _log = logging.getLogger(__name__)
@@ -161,7 +162,11 @@ def done(jobs: Sequence[Job], directory: Path) -> list[Job]:
 def failures(errors: Mapping[str, str], jobs: Sequence[Job], directory: Path) -> str:
     """Lists the jobs that failed here and that no other process finished; "" if none."""
     finished = {job.name for job in done(jobs, directory)}
-    lines = [f"  {name}: {error}" for name, error in errors.items() if name not in finished]
+    lines = [
+        f"  {job.name}: {errors.get(job.name, 'it has no result')}"
+        for job in jobs
+        if job.name not in finished
+    ]
     return "\n".join([f"{len(lines)} of {len(jobs)} jobs failed:", *lines]) if lines else ""
 
 
@@ -176,4 +181,33 @@ def is_done(job: Job, folder: Path) -> bool:
         return False
     settings = workdir.jsonable(job.config.to_dict())
     check_resumable(saved, settings, str(folder / workdir.CONFIG))
-    return saved == settings and workdir.is_finished(folder)
+    return not changed_settings(saved, settings) and workdir.is_finished(folder)
+
+
+def check_inputs(saved: Mapping[str, str], experiment: Experiment, folder: Path) -> dict[str, str]:
+    """Refuse to add results of another log, or of other groups, to those of a folder.
+
+    A job that has not begun has no checkpoint that could tell.
+
+    Args:
+        saved: what the earlier calls returned; {} for a new folder.
+        experiment: of this call.
+        folder: of all jobs, for the message.
+
+    Returns:
+        a hash of the log, and one of each family's groups, by what a message calls them.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    families = [*experiment.families, experiment.loss_family]
+    found = {f"groups of {family.name}": family.hash() for family in families}
+    found["log"] = experiment.dataset.log_hash
+    for name, now in found.items():
+        if saved.get(name, now) != now:
+            raise UserError(
+                f"{folder} was begun with another {name} (hash {saved[name][:12]} then, "
+                f"{now[:12]} now), and results of both do not compare; use the same input as "
+                "before, or another --workdir"
+            )
+    return {**saved, **found}

@@ -25,12 +25,12 @@ from seqfair_jax.config.keys import settings
 from seqfair_jax.data.files import log_title
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.sweeps import trials
-from seqfair_jax.sweeps.jobs import Workers, as_they_end
+from seqfair_jax.sweeps.jobs import Workers, as_they_end, check_inputs
 from seqfair_jax.sweeps.search_plan import Plan, Point, split_search
 from seqfair_jax.sweeps.space import (
     shown,
 )
-from seqfair_jax.training.experiment import build_experiment
+from seqfair_jax.training.experiment import Experiment, build_experiment
 from seqfair_jax.training.progress import Snapshot
 from seqfair_jax.training.selection import RULES, VAL
 
@@ -95,7 +95,9 @@ def search(
         raise UserError(f"--by is {by!r}{did_you_mean(by, RULES)}: expected {' or '.join(RULES)}")
     if trials_wanted < 0 or not 0 <= hours < math.inf:
         raise UserError(
-            f"--trials is {trials_wanted} and --hours is {hours}: expected 0 or more; 0 is no limit"
+            f"--trials is {trials_wanted} and --hours is {hours}: expected 0 or more. Without "
+            f"--trials there are {DEFAULT_TRIALS}, or as many as --hours allows; --dry_run trains "
+            "none"
         )
     workdir.refuse_old_sweep(workdir.user_path(directory))
     plan = split_search(config)
@@ -113,9 +115,10 @@ def search(
             f'seqfair search needs {error.name}; pip install "seqfair_jax[search]"'
         ) from None
     folder = workdir.create(directory)
-    _check_folder(plan, by, folder)
     # A bad log ends the search here.
-    runs.describe(build_experiment(resolve(plan.config(first[0]))))
+    experiment = build_experiment(resolve(plan.config(first[0])))
+    _check_folder(plan, by, folder, experiment)
+    runs.describe(experiment)
     budget = Budget(limit, time.monotonic() + 3600 * hours if hours else None)
     with _opened(plan, folder) as study:
         if workers is None:
@@ -402,8 +405,13 @@ def train_command(config: ConfigDict, name: str, directory: Path) -> str:
     return shlex.join([*words, f"--workdir={directory}"])
 
 
-def _check_folder(plan: Plan, by: str, folder: Path) -> None:
-    """Write the settings of the search, or compare them with those of the folder."""
+def _check_folder(plan: Plan, by: str, folder: Path, experiment: Experiment) -> None:
+    """Write the settings and inputs of the search, or compare them with those of the folder.
+
+    Args:
+        plan, by, folder: of the search.
+        experiment: of its first point.
+    """
     path = folder / workdir.SEARCH
     runs_settings = workdir.jsonable(resolve(plan.base).to_dict())
     own = {
@@ -420,9 +428,12 @@ def _check_folder(plan: Plan, by: str, folder: Path) -> None:
                 raise UserError(
                     f"--workdir={folder} has other files and no {path.name}; name an empty folder"
                 )
-            workdir.write_json(path, {"search": own, "runs": runs_settings})
+            inputs = check_inputs({}, experiment, folder)
+            workdir.write_json(path, {"search": own, "runs": runs_settings, "inputs": inputs})
             return
-    check_resumable(saved["runs"], runs_settings, str(path))
+    # Trials of unequal lengths do not compare, and the space may name multiples of the epochs.
+    check_resumable(saved["runs"], runs_settings, str(path), fixed=["train.epochs"])
+    check_inputs(saved.get("inputs", {}), experiment, folder)
     old, new = dict(flatten(saved["search"])), dict(flatten(own))
     changed = [
         f"{'--by' if key == 'by' else f'search.{key}'} "

@@ -138,6 +138,23 @@ def _check_files(path: Path) -> None:
     Raises:
         FileNotFoundError, CorruptCheckpointError: see `load`.
     """
+    hashes, files = _hashes(path), _read_manifest(path)["files"]
+    changed = sorted(
+        name for name in files.keys() | hashes.keys() if files.get(name) != hashes.get(name)
+    )
+    if changed:
+        raise CorruptCheckpointError(
+            f"checkpoint {path}: {', '.join(changed)} changed, was removed or was added since it "
+            "was written"
+        )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, without its digest.
+
+    Raises:
+        FileNotFoundError, CorruptCheckpointError: see `load`.
+    """
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         whole = manifest.pop("digest") == _digest(manifest)
@@ -146,16 +163,8 @@ def _check_files(path: Path) -> None:
     except (ValueError, KeyError, AttributeError):
         whole = False
     if not whole:
-        raise CorruptCheckpointError(f"{path / _MANIFEST} is damaged; remove {path}")
-    hashes, files = _hashes(path), manifest["files"]
-    changed = sorted(
-        name for name in files.keys() | hashes.keys() if files.get(name) != hashes.get(name)
-    )
-    if changed:
-        raise CorruptCheckpointError(
-            f"checkpoint {path}: {', '.join(changed)} changed, was removed or was added since it "
-            "was written; remove the folder, and the same command resumes from the previous one"
-        )
+        raise CorruptCheckpointError(f"checkpoint {path}: {_MANIFEST} is damaged")
+    return manifest
 
 
 def _restore(
@@ -196,11 +205,16 @@ def _restore(
 
 
 def save_step(directory: Path, step: int, tree: Any, progress: dict[str, Any]):
-    """`save` to `directory/step` and remove all but the newest `_KEPT` steps."""
+    """`save` to `directory/step` and remove all but the newest `_KEPT` steps up to it.
+
+    A later step is damaged, as training resumed from an earlier one; it is removed too.
+    """
     save(directory / str(step), tree, progress)
     if not devices.is_first_process():
         return
-    for old in _steps(directory)[_KEPT:]:
+    steps = _steps(directory)
+    kept = [saved for saved in steps if saved <= step][:_KEPT]
+    for old in set(steps) - set(kept):
         shutil.rmtree(directory / str(old), ignore_errors=True)
 
 
@@ -254,13 +268,14 @@ def exists(directory: Path) -> bool:
 
 
 def latest_progress(directory: Path) -> dict[str, Any] | None:
-    """The JSON object of the newest step, not checked; None where it cannot be read."""
-    steps = _steps(directory)
-    try:
-        found = workdir.read_json(directory / str(steps[0]) / _PROGRESS) if steps else None
-    except UserError:  # `load_latest` reports what is wrong
-        return None
-    return found
+    """The JSON object of the newest step; None if there is none, or if it is damaged."""
+    for step in _steps(directory)[:1]:
+        path = directory / str(step)
+        # `load_latest` reports what is wrong.
+        with contextlib.suppress(FileNotFoundError, UserError):
+            if workdir.sha256(path / _PROGRESS) == _read_manifest(path)["files"].get(_PROGRESS):
+                return workdir.read_json(path / _PROGRESS)
+    return None
 
 
 def recover(directory: Path) -> None:

@@ -15,7 +15,7 @@ from seqfair_jax.evaluation.slices import OVERALL, Slices
 Best = dict[str, dict[str, Any] | None]
 Key = TypeVar("Key", bound=Hashable)
 VAL = "val"
-_FINISHED = "finished"
+FINISHED = "finished"  # the status of a run that did not diverge
 
 
 class Rule(NamedTuple):
@@ -94,12 +94,12 @@ def without_scores(best: Best) -> Best:
 
 def status(failed_step: int) -> str:
     """The status of a run in `summary.json`, from its first step that was not finite, or -1."""
-    return _FINISHED if failed_step < 0 else f"failed at step {failed_step}"
+    return FINISHED if failed_step < 0 else f"failed at step {failed_step}"
 
 
 def is_result(summary: Mapping[str, Any], rule: str = "overall") -> bool:
     """Whether a run counts: in means, in ranks, and as a candidate. A failed run does not."""
-    return summary["status"] == _FINISHED and "test" + RULES[rule].suffix in summary
+    return summary["status"] == FINISHED and "test" + RULES[rule].suffix in summary
 
 
 def score(summary: Mapping[str, Any], rule: str) -> float:
