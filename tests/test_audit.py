@@ -130,6 +130,18 @@ def test_the_run_s_own_lists_get_the_run_s_figures(any_run):
         pd.testing.assert_frame_equal(other.per_user[columns], run.per_user[columns])
 
 
+@pytest.mark.parametrize("mask_seen", [False, True])
+def test_repeated_targets_under_a_mask_are_told(mask_seen, one_run, caplog):
+    choice = source.Choice(mask_seen=mask_seen)
+    evaluate(source.from_run(one_run, None, choice), {})
+    repeated = catalogue.read_dataset(one_run).test.repeat
+    told = (
+        f"{repeated.sum():,} of the {len(repeated):,} test targets are items of the user's history"
+    )
+    assert repeated.any()
+    assert (told in caplog.text) == mask_seen
+
+
 def test_other_groups_cutoffs_and_masks(one_run, tmp_path):
     users = pd.read_parquet(one_run / "split.parquet")["user_id"]
     country = np.array(["a/b", "NA", "<c>"])[np.arange(len(users)) % 3]

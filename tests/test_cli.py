@@ -530,9 +530,10 @@ def test_search_and_reproduce_list_their_own_settings(capsys):
     )
     assert "  search.prune (here: true; " in help_of(capsys, "--config=own_log", command=search)
     assert "  sweep.radius (here: 1; " in help_of(capsys, "--config=paper_rr", command=reproduce)
-    # A config without a sweep.
+    # A config without a sweep gets the default one.
     out = help_of(capsys, "--config=own_log", command=reproduce)
-    assert "  sweep.radius (default: 0.01,0.1,1; " in out
+    assert "  sweep.radius (here: 0.01,0.1,1; " in out
+    assert "  sweep.families (here: pop33,seq33; " in out
 
 
 def test_the_message_of_a_wrong_type_says_what_a_command_s_own_setting_takes(

@@ -1,4 +1,5 @@
 import functools
+import re
 from typing import Any
 
 import jax
@@ -332,6 +333,29 @@ def test_balanced_ipw_is_erm_up_to_scale():
     losses = jnp.array([1.0, 2.0, 6.0])
     membership = jnp.array([[True, False], [False, True], [False, True]])
     assert_allclose(objective.apply(losses, membership, (), HYPERPARAMS)[0], 2 * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count_by", "advice"),
+    [
+        ([600, 200, 406], "rows", "about the same number of rows .600 to 606.*count_by=users"),
+        ([600, 200, 407], "rows", None),
+        ([600, 200, 406], "users", None),
+        ([600, 0, 606], "users", None),
+    ],
+)
+def test_ipw_of_equal_groups_says_that_it_is_erm(lengths, count_by, advice, caplog):
+    for name in ("ipw", "ipw_log"):
+        caplog.clear()
+        make_objective(
+            name,
+            membership=np.eye(2, dtype=bool)[[0, 1, 1]],
+            train_lengths=np.array(lengths),
+            count_by=count_by,
+        )
+        assert len(caplog.records) == (advice is not None)
+        if advice:
+            assert re.search(advice, caplog.text)
 
 
 def test_class_balanced_weights_by_hand():

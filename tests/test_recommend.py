@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_serving import ODD_USERS, lists_of, make_run
 
-from seqfair_jax import __main__, serving
+from seqfair_jax import __main__, api, audit, serving
 from seqfair_jax.commands import recommend
 from seqfair_jax.errors import UserError
 from seqfair_jax.serving import tables
@@ -198,6 +198,22 @@ def test_seen_items_are_kept_or_masked(call, trained):
     pd.testing.assert_frame_equal(call(), kept)
     assert list(items_of(masked).values()) == named(trained, lists_of(trained, k=5, mask_seen=True))
     assert items_of(masked) != items_of(kept)
+
+
+def test_lists_before_the_test_are_those_that_were_tested(call, run_and_log, refused):
+    lists = call("--before_test", "--k=20")
+    found = audit.evaluate_recommendations({"own": lists}, run_and_log[0])
+    run, own = found.systems
+    assert own.summary["test"] == run.summary["test"]
+    whole = audit.evaluate_recommendations({"own": call("--k=20")}, run_and_log[0])
+    assert whole.systems[1].summary["test"] != run.summary["test"]
+    assert "no row of the test was used to make them" in str(found)
+    message = refused("--before_test", "--users=u.csv", out="none.csv")
+    assert "--users and --before_test are both given; give one of them" in message
+    model = api.load(run_and_log[0])
+    pd.testing.assert_frame_equal(model.recommend(before_test=True), lists)
+    with pytest.raises(UserError, match="users and before_test are both given"):
+        model.recommend(["07"], before_test=True)
 
 
 def test_only_and_exclude(call, trained, tmp_path, capsys):

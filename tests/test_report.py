@@ -321,8 +321,8 @@ def test_a_baseline_above_the_trained_rows_is_told(tmp_path):
     lower = write_run(tmp_path / "lower", families=families, shift=-0.33, epochs=(1, 1))
     assert (
         f"\n\n{told} ERM in overall and in 3 of 5 groups. Train longer, or start from "
-        "--config=own_log:model=best, or look for settings with `seqfair search`.\n\nNDCG@20 with one target: "
-        "1 / log2(1 + rank) within the first 20, else 0.\n"
+        "--config=own_log:model=best, or look for settings with `seqfair search`.\n\n"
+        "NDCG@20 with one target: 1 / log2(1 + rank) within the first 20, else 0.\n"
     ) in text.tables([lower], NDCG)
     cvar = write_run(tmp_path / "cvar", "cvar", families=families, shift=-0.4, epochs=(1, 1))
     assert f"{told} ERM, the best of the 2 trained rows, in overall and in 3 of 5 groups." in (
