@@ -113,7 +113,8 @@ def path_name(name: str) -> str:
     """A name as one component of a path; unequal names give unequal components.
 
     Letters, digits, space and `_.,=+@-` stay, other characters become `%XX` of their UTF-8
-    bytes, as does a leading dot or space. A long name is cut and ends in a hash of the whole.
+    bytes, as does a leading or trailing dot or space. A long name is cut and ends in a hash of
+    the whole.
     """
     kept = re.compile(rb"[A-Za-z0-9 _.,=+@-]")
     data = name.encode()

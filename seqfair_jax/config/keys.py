@@ -167,7 +167,7 @@ _DATA = (
     Setting(
         "data.since",
         None,
-        "The first time to read: an ISO date, or a number as in the log.",
+        "The first time to read: an ISO date, or a number if the log has numbers.",
         kind=str,
     ),
     Setting("data.until", None, "Rows at this time or later are not read.", kind=str),
@@ -497,7 +497,11 @@ _SELECT = (
 _EVALUATE = (
     Setting("evaluate.cutoffs", (20,), "The cut-offs of the metrics.", _CUTOFFS, resumable=True),
     # Not resumable, since the best epochs were chosen under it.
-    Setting("evaluate.mask_seen", False, "Never recommend the items of a user's history."),
+    Setting(
+        "evaluate.mask_seen",
+        False,
+        "Never recommend the items of a user's history. Targets among them are still ranked.",
+    ),
     Setting(
         "evaluate.batch_size", 256, "The number of users ranked at once.", whole(1), resumable=True
     ),
