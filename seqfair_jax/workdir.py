@@ -46,8 +46,10 @@ BASELINES = "baselines.parquet"
 SEARCH, STUDY = "search.json", "study.db"  # of a search: its settings, its trials
 TRIALS, RANKING, BEST = "trials.csv", "search.md", "best.json"  # and its results
 INPUTS = "inputs"  # tables that were given from Python
-LATEST_CHECKPOINT = Path("checkpoints", "latest")
-_FINISHED = "finished.json"  # written last: the hashes of the files above
+CHECKPOINTS, LOCKS = "checkpoints", "locks"
+LATEST_CHECKPOINT = Path(CHECKPOINTS, "latest")
+FINISHED = "finished.json"  # written last: the hashes of the files above
+JOBS, PLAN, TABLES = "jobs", "plan.json", "tables"  # of a sweep
 _LOCK = ".lock"
 _UNFINISHED = ".unfinished"
 _LONGEST_PART = 255  # bytes of a name, on most file systems
@@ -137,7 +139,7 @@ def run_folders(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def job_folder(folder: Path, name: str) -> Path:
     """The work directory of a sweep's job."""
-    return folder / "jobs" / path_name(name)
+    return folder / JOBS / path_name(name)
 
 
 def trial_folder(folder: Path, number: int) -> Path:
@@ -152,7 +154,7 @@ def per_user(folder: Path, suffix: str) -> Path:
 
 def best_checkpoint(folder: Path, rule: str) -> Path:
     """The parameters of the epoch that a rule chose."""
-    return folder / "checkpoints" / f"best_{rule}"
+    return folder / CHECKPOINTS / f"best_{rule}"
 
 
 # Work directories.
@@ -240,7 +242,7 @@ def remove_results(folder: Path) -> None:
     if not is_writer():
         return
     with named_errors(folder, "remove the earlier results in"):
-        results = (_FINISHED, SUMMARY, BASELINES)
+        results = (FINISHED, SUMMARY, BASELINES)
         for path in (*(folder / name for name in results), *folder.glob("per_user*.parquet")):
             path.unlink(missing_ok=True)
 
@@ -258,7 +260,7 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
     names.append(NEIGHBOURS)
     names += [path.name for path in sorted(folder.glob("per_user*.parquet"))]
     files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
-    write_json(folder / _FINISHED, {"files": files, "inputs": dict(inputs)})
+    write_json(folder / FINISHED, {"files": files, "inputs": dict(inputs)})
 
 
 def is_finished(folder: Path) -> bool:
@@ -269,7 +271,7 @@ def is_finished(folder: Path) -> bool:
     """
     with named_errors(folder, "read the folder"):
         parts = [folder, *(folder / "runs").glob("*/")]
-        return all((part / name).is_file() for part in parts for name in (_FINISHED, SUMMARY))
+        return all((part / name).is_file() for part in parts for name in (FINISHED, SUMMARY))
 
 
 def finished_hash(folder: Path) -> str:
@@ -309,15 +311,15 @@ def check_finished(folder: Path) -> None:
     if damaged:
         raise UserError(
             f"{folder}: {', '.join(damaged)} since the run finished. Restore the files, or remove "
-            f"{folder / _FINISHED} and run the training command again, which repeats the test"
+            f"{folder / FINISHED} and run the training command again, which repeats the test"
         )
 
 
 def _read_finished(folder: Path) -> dict[str, dict[str, str]]:
-    path = folder / _FINISHED
+    path = folder / FINISHED
     stored = read_json(path)
     if stored is None:
-        raise UserError(f"{folder}: no {_FINISHED}; name the --workdir of a run that has finished")
+        raise UserError(f"{folder}: no {FINISHED}; name the --workdir of a run that has finished")
     if not all(isinstance(stored.get(key), dict) for key in ("files", "inputs")):
         raise UserError(
             f"{path} is damaged. Restore it, or remove it and run the training command again, "
@@ -479,7 +481,7 @@ def _owner_file(path: Path) -> Path:
 
 def job_lock(folder: Path, name: str) -> Path:
     """The lock file of a job, or of another thing that only one process of a sweep may do."""
-    return folder / "locks" / f"{path_name(name)}.lock"
+    return folder / LOCKS / f"{path_name(name)}.lock"
 
 
 # Reading and writing.

@@ -316,6 +316,17 @@ def test_rows_that_cannot_be_compared():
     assert note.startswith("No tests were made. cvar: target_item_id of user 0 is not the baseline")
 
 
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [("18-24", "18-24"), ("niche*short", "niche*short"), ("a, b", "'a, b'"), ("*", "'*'"),
+     ("=1", "'=1'")],
+)  # fmt: skip
+def test_a_group_s_name_that_is_no_word_is_quoted(label, shown):
+    means = {label: 0.2, "other": 0.6}
+    told, _ = sentences([row("erm", rows.RUN, means, 0.05, sizes=dict.fromkeys(means, 20))])
+    assert told[0].startswith(f"With erm, group {shown} ")
+
+
 def test_all_users_are_told_once_for_several_families():
     found = []
     for one in [*runs(erm=ERM, cvar=ERM), *baselines()]:

@@ -33,13 +33,13 @@ from seqfair_jax.errors import UserError
 ALIASES = {
     "user_id": "user_id userid user uid user_token visitorid visitor_id customer_id customerid "
     "customer client_id clientid member_id memberid account_id accountid reviewer_id reviewerid "
-    "person_id session_id sessionid session",
+    "person_id user_pseudo_id domain_userid session_id sessionid session",
     "item_id": "item_id itemid item iid item_token movie_id movieid product_id productid product "
     "asin parent_asin sku article_id articleid track_id trackid song_id songid book_id bookid isbn "
     "video_id videoid news_id game_id business_id anime_id recipe_id",
     "timestamp": "timestamp time ts datetime date_time date when created_at event_time eventtime "
     "event_timestamp time_stamp unix_timestamp unixtime unixreviewtime rating_timestamp t_dat "
-    "order_date invoicedate",
+    "order_date invoicedate collector_tstamp",
     "event": "event event_type eventtype event_name behavior behavior_type behaviour action "
     "action_type",
     "rating": "rating ratings score stars overall book_rating user_rating",

@@ -19,8 +19,6 @@ from seqfair_jax.sweeps import cost, grid, jobs
 from seqfair_jax.training.experiment import Experiment, build_experiment
 from seqfair_jax.training.selection import RULES
 
-_PLAN = "plan.json"
-
 
 def reproduce(
     config: ConfigDict,
@@ -64,10 +62,10 @@ def reproduce(
     folder = workdir.create(directory)
     with workdir.lock(workdir.job_lock(folder, "plan"), wait=True):
         workdir.remove_unfinished(folder)
-        saved = workdir.read_json(folder / _PLAN) or {}
+        saved = workdir.read_json(folder / workdir.PLAN) or {}
         inputs = jobs.check_inputs(saved.get("inputs", {}), experiment, folder)
         runs_per_job = _runs_per_job(settings.runs_per_job, experiment, folder, workers)
-        workdir.write_json(folder / _PLAN, {"runs_per_job": runs_per_job, "inputs": inputs})
+        workdir.write_json(folder / workdir.PLAN, {"runs_per_job": runs_per_job, "inputs": inputs})
     read: dict[str, list[choice.Result]] = {}  # by the job's name; each is read once
 
     def results(of_jobs: list[jobs.Job]) -> list[choice.Result]:
@@ -97,11 +95,11 @@ def reproduce(
             f"seqfair_jax {__version__}, settings {grid.config_hash(base, settings)}, log "
             f"{experiment.dataset.log_hash[:12]}."
         )
-        target = folder / "tables"
+        target = folder / workdir.TABLES
         workdir.remove_unfinished(target)
         files = _write_tables(entries, base.data.name, base.select.metric, target, source)
         files += _write_table_1(experiment.dataset, target, source)
-    print("\n" + workdir.read_text(folder / "tables" / "overall.md"))
+    print("\n" + workdir.read_text(folder / workdir.TABLES / "overall.md"))
     print("files: " + ", ".join(str(path) for path in files))
     if failed:
         raise SystemExit(failed)
@@ -146,7 +144,7 @@ def _runs_per_job(
 
     The plan depends on it, so it cannot change within a sweep.
     """
-    plan = workdir.read_json(folder / _PLAN)
+    plan = workdir.read_json(folder / workdir.PLAN)
     if plan is None:
         if asked or workers is None:
             return asked or cost.measure_runs_per_job(experiment)

@@ -92,10 +92,10 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
     """
     trained = [run for run in runs if not run.is_list]
     results = [run for run in trained if is_result(run.summary)]
-    shown = contents._replace(families=contents.families[: text.FAMILIES])
+    shown = contents._replace(families=contents.families[: text.SHOWN_FAMILIES])
     methods = _shown_methods(contents)
     styles = {row.name: number for number, row in enumerate(methods)}
-    more = contents.families[text.FAMILIES :]
+    more = contents.families[text.SHOWN_FAMILIES :]
     told = [
         (slices.family_label(part.family), part.sentences) for part in verdict.verdicts(contents)
     ]
@@ -113,9 +113,9 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
         split=describe_split(split) if split else [],
         failed=failed_runs(runs),
         notes=[*verdict.notes(contents), *map(_sentence, differences(runs))],
-        verdicts=told[: text.FAMILIES],
+        verdicts=told[: text.SHOWN_FAMILIES],
         tables=[_results(contents, family) for family in shown.families],
-        more_verdicts=told[text.FAMILIES :],
+        more_verdicts=told[text.SHOWN_FAMILIES :],
         more_tables=[_results(contents, family) for family in more],
         sections=[
             *_forest(shown, methods, styles),

@@ -14,7 +14,8 @@ from seqfair_jax.report.contents import Contents, records
 from seqfair_jax.report.rows import BASELINE, RUN, VALIDATION, row_label
 from seqfair_jax.report.runs import notes, read_runs
 
-FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
+_LONGEST_LABEL = 24  # characters
+SHOWN_FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
 USERS = "test users"  # the row of the group sizes
 SEEDS_AND_USERS = (
     "An interval over seeds says what to expect if the models are trained again with other seeds, "
@@ -158,10 +159,10 @@ def joined_rows(found: Contents) -> list[str]:
 def verdict_text(found: Contents) -> str:
     """The verdict, as a line for each sentence."""
     parts = ["\n".join(f"- {sentence}" for sentence in verdict.notes(found))]
-    for part in verdict.verdicts(found)[:FAMILIES]:
+    for part in verdict.verdicts(found)[:SHOWN_FAMILIES]:
         lines = [f"Verdict by {slices.family_label(part.family)}:"]
         parts.append("\n".join([*lines, *(f"- {sentence}" for sentence in part.sentences)]))
-    more = len(found.families) - FAMILIES
+    more = len(found.families) - SHOWN_FAMILIES
     if more > 0:
         parts.append(f"The verdict on {more} more families is in the HTML report (--out).")
     return "\n\n".join(filter(None, parts))
@@ -214,7 +215,7 @@ def seed_comparison(found: Contents, family: str) -> str:
     for row in records(table):
         of_row = cells.setdefault(row_label(row["name"], row["seeds"]), {})
         of_row[row["slice"]] = verdict.over_seeds(row["difference"], row["half"])
-    lines = [["", *slices.labels(columns)]]
+    lines = [["", *map(_cut, slices.labels(columns))]]
     for name, at in cells.items():
         lines.append([name, *(at.get(column, "-") for column in columns)])
     shown = pd.DataFrame(lines[1:], columns=lines[0])
@@ -239,6 +240,11 @@ def column_labels(columns: Sequence[str]) -> list[str]:
         for name, label in zip(of_slices, slices.labels(of_slices), strict=True)
     ]
     return [*found, *columns[len(of_slices) :]]
+
+
+def _cut(label: str) -> str:
+    """A column's label on a terminal, so that one long name does not make the table too wide."""
+    return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -288,7 +294,8 @@ def _text(found: Contents, numbers: pd.DataFrame) -> str:
                 for value, half in zip(numbers[column], halves, strict=True)
             ]
         )
-    shown = pd.DataFrame(list(zip(*cells, strict=True)), columns=["", *column_labels(columns)])
+    header = ["", *map(_cut, column_labels(columns))]
+    shown = pd.DataFrame(list(zip(*cells, strict=True)), columns=header)
     lines = shown.to_string(index=False).splitlines()
     kinds = [row.kind for row in found.rows]
     first_baseline = kinds.index(BASELINE) + 2 if BASELINE in kinds else len(lines)

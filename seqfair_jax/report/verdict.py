@@ -1,5 +1,6 @@
 """The verdict of a report: sentences that are computed from its numbers."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ class _Family:
         self._metric = contents.metric
         self._groups = slices.groups_in(contents.sizes, family)
         self._judged = contents.judged(family)
-        self._label = dict(zip(self._groups, slices.labels(self._groups), strict=True))
+        labels = map(_named, slices.labels(self._groups))
+        self._label = dict(zip(self._groups, labels, strict=True))
         self._label[slices.OVERALL] = "all users"
         self._family = slices.family_label(family)
         self._subject = contents.subjects.get(family)
@@ -286,6 +288,11 @@ def best_baselines(
             same = records(known[known["slice"] == where])
             found[where] |= {key: same[0][key] for key in ("star", "q") if same}
     return found
+
+
+def _named(label: str) -> str:
+    """A group's label in a sentence: in quotation marks if it is more than a word."""
+    return label if re.fullmatch(r"[\w.*+-]*\w[\w.*+-]*", label) else f"'{label}'"
 
 
 def _effect(row: dict[str, Any]) -> str:

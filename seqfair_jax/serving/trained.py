@@ -96,8 +96,8 @@ def load(
         params, _ = checkpoint.load(path, template, resizes=is_table)
     except (FileNotFoundError, checkpoint.CorruptCheckpointError):
         raise UserError(
-            f"{path} is damaged or missing. Restore it, or remove finished.json from {folder} and "
-            "run the training command again: it repeats the test"
+            f"{path} is damaged or missing. Restore it, or remove {workdir.FINISHED} from "
+            f"{folder} and run the training command again: it repeats the test"
         ) from None
     neighbours: Any = None
     if model.neighbours and not on_host:  # they are needed to score
@@ -157,10 +157,11 @@ def run_folder(folder: Path, run: str | None) -> Path:
             if there is no such run or, without a name, if each run diverged, or if the folder is
             that of a sweep or of an evaluation.
     """
-    if (folder / "jobs").is_dir():
-        jobs = ", ".join(sorted(path.name for path in (folder / "jobs").iterdir())[:5])
+    of_jobs = folder / workdir.JOBS
+    if of_jobs.is_dir():
+        jobs = ", ".join(sorted(path.name for path in of_jobs.iterdir())[:5])
         raise UserError(
-            f"{folder} has the runs of several jobs; name the folder of one, {folder / 'jobs'}/JOB "
+            f"{folder} has the runs of several jobs; name the folder of one, {of_jobs}/JOB "
             f"(there are {jobs}, ...)"
         )
     summary = workdir.read_summary(folder)

@@ -361,7 +361,7 @@ def _write(plan: Plan, study: "Study", folder: Path, by: str, name: str | None) 
             is_open = trials.state(trial) == trials.UNFINISHED
             is_tested = part.is_dir() and workdir.is_finished(part)
             if not (is_best or is_open or is_tested):
-                shutil.rmtree(part / "checkpoints", ignore_errors=True)
+                shutil.rmtree(part / workdir.CHECKPOINTS, ignore_errors=True)
     return table
 
 
@@ -424,7 +424,7 @@ def _check_folder(plan: Plan, by: str, folder: Path, experiment: Experiment) -> 
     with workdir.lock(workdir.job_lock(folder, "ask"), wait=True):
         saved = workdir.read_json(path)
         if saved is None:
-            if {p.name for p in folder.iterdir() if not workdir.is_unfinished(p)} - {"locks"}:
+            if {p.name for p in folder.iterdir() if not workdir.is_unfinished(p)} - {workdir.LOCKS}:
                 raise UserError(
                     f"--workdir={folder} has other files and no {path.name}; name an empty folder"
                 )
