@@ -297,13 +297,17 @@ def _check_overrides(config: ConfigDict, argv: list[str]) -> list[str]:
         The arguments, with lists of text in quotation marks: ml_collections would read
         `--config.groups=age:4,pop33` as Python.
     """
-    quoted = list(argv)
+    quoted, faults = list(argv), []
     for i, word in enumerate(argv):
         match = re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
         if match is None:
             continue
         key, value = match.groups()
-        place, name = locate(config, key)
+        try:
+            place, name = locate(config, key)
+        except UserError as error:
+            faults.append(str(error))
+            continue
         setting = place[name]
         if value is None:
             value = argv[i + 1] if i + 1 < len(argv) else ""
@@ -312,6 +316,8 @@ def _check_overrides(config: ConfigDict, argv: list[str]) -> list[str]:
         is_text = isinstance(setting, tuple) and all(isinstance(part, str) for part in setting)
         if is_text and value and "=" in word and value[0] not in "([\"'":
             quoted[i] = f"--config.{key}={value!r}"
+    if faults:
+        raise UserError("; ".join(faults))
     return quoted
 
 

@@ -1,8 +1,9 @@
 """The errors that a user can correct; commands print them as one line, without a traceback."""
 
+import contextlib
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -18,6 +19,15 @@ class HelpRequested(UserError):
 
     A command prints it to standard output and ends with status 0.
     """
+
+
+@contextlib.contextmanager
+def collect(faults: list[str]) -> Iterator[None]:
+    """Add the message of a `UserError` to a list instead of raising it, to report several."""
+    try:
+        yield
+    except UserError as error:
+        faults.append(str(error))
 
 
 class DivergedError(UserError, FloatingPointError):

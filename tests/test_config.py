@@ -78,6 +78,16 @@ def test_settings_out_of_range_are_named(changes, message):
         resolve(config)
 
 
+def test_every_setting_out_of_range_is_named():
+    config = default_config()
+    config.model.dim, config.train.epochs = -1, 0
+    with pytest.raises(UserError, match=r"model\.dim is -1: .*; train\.epochs is 0: "):
+        resolve(config)
+    with pytest.raises(UserError, match=r"key modl\.dim .*; unknown config key data\.min_inter"):
+        change(config, {"modl.dim": 3, "train.epochs": 2, "data.min_interaction": 5})
+    assert config.train.epochs == 0
+
+
 def test_how_the_log_is_read():
     config = default_config()
     assert resolve(config).data.events == ()

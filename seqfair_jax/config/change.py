@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seqfair_jax.config.resume import flatten
-from seqfair_jax.errors import UserError, did_you_mean
+from seqfair_jax.errors import UserError, collect, did_you_mean
 
 
 def change(config: ConfigDict, values: Mapping[str, Any]) -> None:
@@ -20,6 +20,12 @@ def change(config: ConfigDict, values: Mapping[str, Any]) -> None:
     Raises:
         UserError: on an unknown key (the closest is named), or the key of a group of settings.
     """
+    faults: list[str] = []
+    for key in values:
+        with collect(faults):
+            locate(config, key)
+    if faults:
+        raise UserError("; ".join(faults))
     for key, value in values.items():
         place, name = locate(config, key)
         if isinstance(value, list | np.ndarray):

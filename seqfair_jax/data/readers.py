@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from seqfair_jax.data.ids import (
 from seqfair_jax.data.log import Log, group_rows, repeats, user_blocks
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import doubtful_units, join_times, parse_times, within
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, collect
 
 # What data sets call the columns. Where `data.columns` is silent, a column of the first name is
 # used, else the only one of the others.
@@ -303,13 +303,13 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
     keep = full.copy()
     if settings.min_rating is not None:
         column = columns["rating"].filter(pa.array(full))
-        with _collect(faults):
+        with collect(faults):
             values = finite_numbers(column, rows[full], where, names["rating"])
             keep[full] = values >= settings.min_rating
         counts["below_min_rating"] = int((full & ~keep).sum())
     column = columns["timestamp"]
     column = column if keep.all() else column.filter(pa.array(keep))
-    with _collect(faults):
+    with collect(faults):
         times = parse_times(
             column,
             rows[keep],
@@ -326,15 +326,6 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
     return _Part(
         (users[0][keep], users[1]), (items[0][keep], items[1]), times[inside], counts, others
     )
-
-
-@contextlib.contextmanager
-def _collect(faults: list[str]) -> Iterator[None]:
-    """Add the message of a `UserError` to the faults instead of raising it."""
-    try:
-        yield
-    except UserError as error:
-        faults.append(str(error))
 
 
 def _as_text(column: pa.ChunkedArray, where: str, name: str) -> pa.ChunkedArray:
