@@ -129,7 +129,7 @@ def print_parts(loop, states, repeats, step_ms):
         return losses.mean()
 
     def whole(params, drop):
-        losses = user_losses(task, params, data, user_ids, size, key if drop else None)
+        losses = user_losses(task, params, data, user_ids, size, key if drop else None)[0]
         return losses.mean()
 
     def update(params, opt_state):

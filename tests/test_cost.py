@@ -74,7 +74,9 @@ def xla_flop(model, lengths):
         return model.init(key, packed, train=False)
 
     def loss(params):
-        return user_losses(Task(model, None, None), params, data, user_ids, num_tokens, None).mean()
+        return user_losses(Task(model, None, None), params, data, user_ids, num_tokens, None)[
+            0
+        ].mean()
 
     params = jax.eval_shape(init, jax.random.key(0))
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()

@@ -142,7 +142,9 @@ def one_step(task):
 def losses_fn(task, num_tokens):
     """`user_losses` without dropout, compiled."""
     return jax.jit(
-        lambda params, data, user_ids: user_losses(task, params, data, user_ids, num_tokens, None)
+        lambda params, data, user_ids: user_losses(task, params, data, user_ids, num_tokens, None)[
+            0
+        ]
     )
 
 
@@ -202,7 +204,7 @@ def test_the_losses_of_random_windows_match_the_reference():
     log, users, key = np.concatenate(make_log()), jnp.arange(8), jax.random.key(3)
 
     def losses(data, key):
-        return jax.jit(lambda: user_losses(task, params, data, users, 2 * BLOCK, key))()
+        return jax.jit(lambda: user_losses(task, params, data, users, 2 * BLOCK, key)[0])()
 
     found = losses(data, key)
     drawn = random_windows(data.sequences, data.earlier, users, jax.random.fold_in(key, _WINDOWS))
@@ -388,7 +390,7 @@ def test_with_the_sum_a_step_is_on_the_mean_over_targets():
     batch = np.asarray(users[0, 0])
 
     def mean_over_targets(params):
-        means = user_losses(task, params, data, batch, LARGEST, None)
+        means = user_losses(task, params, data, batch, LARGEST, None)[0]
         return (means * lengths[batch]).sum() / (BATCH * lengths.mean())
 
     loss, grads = jax.jit(jax.value_and_grad(mean_over_targets))(state.params)

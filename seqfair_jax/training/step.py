@@ -298,8 +298,8 @@ def _extra(aux: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def user_losses(
     task: Task, params, data: TrainData, user_ids: jax.Array, num_tokens: int, key: jax.Array | None
-) -> jax.Array:
-    """Each user's mean loss over its real targets, f32[B], each target's loss times its weight.
+) -> tuple[jax.Array, jax.Array, Packed]:
+    """Each user's mean loss over its real targets, each target's loss times its weight.
 
     l_u = -1 / n_u sum_j weight(y_j) * log p(y_j)
 
@@ -314,14 +314,10 @@ def user_losses(
         num_tokens: T, at least the tokens of a device's users together.
         key: of dropout, of random windows and of the negatives of a sampled loss. None turns
             dropout off, and takes the newest windows and the softmax over the whole catalogue.
+
+    Returns:
+        l f32[B], the hidden states of the targets, f[T, D], and the tokens.
     """
-    return _user_losses(task, params, data, user_ids, num_tokens, key)[0]
-
-
-def _user_losses(
-    task: Task, params, data: TrainData, user_ids: jax.Array, num_tokens: int, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array, Packed]:
-    """`user_losses`, the hidden states of the targets, f[T, D], and the tokens."""
     model, sequences = task.model, data.sequences
     if data.earlier is not None and key is not None:
         of_windows = jax.random.fold_in(key, _WINDOWS)
@@ -416,7 +412,7 @@ def train_step(
         def losses_of(params):
             is_random = task.model.dropout or task.sampled or data.earlier is not None
             random = key if is_random else None
-            losses, hidden, packed = _user_losses(task, params, data, user_ids, num_tokens, random)
+            losses, hidden, packed = user_losses(task, params, data, user_ids, num_tokens, random)
             uses_vectors, dim = task.objective.method.uses_vectors, task.model.dim
             return losses, _user_vectors(hidden, packed, dim) if uses_vectors else None
 
