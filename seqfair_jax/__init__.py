@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 _HOME = {
     "Model": "seqfair_jax.api",
     "UserError": "seqfair_jax.errors",
+    "compare": "seqfair_jax.api",
     "evaluate_recommendations": "seqfair_jax.audit.evaluation",
     "fit": "seqfair_jax.api",
     "load": "seqfair_jax.api",
@@ -17,6 +18,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from seqfair_jax.api import Model as Model
+    from seqfair_jax.api import compare as compare
     from seqfair_jax.api import fit as fit
     from seqfair_jax.api import load as load
     from seqfair_jax.audit.evaluation import evaluate_recommendations as evaluate_recommendations
@@ -31,7 +33,9 @@ else:
         return value
 
 
-__all__ = ["Model", "UserError", "__version__", "evaluate_recommendations", "fit", "load"]
+__all__ = [
+    "Model", "UserError", "__version__", "compare", "evaluate_recommendations", "fit", "load",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ Shape letters: U users, V vocabulary, D width.
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 import shutil
@@ -33,7 +34,7 @@ from seqfair_jax.data.groups import read_group_table
 from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.evaluation import significance, slices
-from seqfair_jax.report import contents, runs
+from seqfair_jax.report import contents, rows, runs, text
 from seqfair_jax.run import run
 from seqfair_jax.serving import catalogue, output, tables
 from seqfair_jax.serving.recommender import encode_users, item_vectors, parse_seen, recommend
@@ -362,13 +363,7 @@ class Model:
         Raises:
             UserError: if the name does not end in .html, or the file cannot be written.
         """
-        from seqfair_jax.report import html  # matplotlib is slow to import
-
-        out = workdir.user_path(path)
-        if out.suffix.lower() not in (".html", ".htm"):
-            raise UserError(f"{out}: expected a name that ends in .html")
-        found = runs.read_runs([self.folder])
-        html.write(found, contents.build(found, self._trained.config.select.metric), out)
+        compare([self], metric=self._trained.config.select.metric).report(path)
 
     def save(self, folder: str | Path) -> None:
         """Copy the whole work directory to a new folder, whole or not at all.
@@ -469,6 +464,107 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
         assert frame is not None
         names = names or source.all_families(frame)
     change(config, found | ({"groups": names} if names else {}))
+
+
+# Several runs.
+
+
+def compare(
+    models: Sequence["Model | str | Path"],
+    *,
+    metric: str = "NDCG@20",
+    family: str | None = None,
+    baseline: "Model | str | Path | None" = None,
+) -> "Comparison":
+    """Compare finished runs on one log, as `seqfair report` does.
+
+    Args:
+        models: models, or the folders of runs or of grids, or of evaluated lists
+            (`Evaluation.write`). Runs that differ only in the seed are one row.
+        metric: to compare by.
+        family: the group family to show; None for all that the runs share.
+        baseline: what the others are tested against, of a single method; None for ERM, or else
+            the best baseline without training.
+
+    Raises:
+        UserError: if a run has not finished, or if the runs differ in their log, split or groups.
+    """
+    if isinstance(models, str | Path | Model):
+        raise UserError("models is a single one: give a list, such as [model, 'runs/erm']")
+    folders, of_baseline = [_folder(model) for model in models], None
+    if baseline is not None:
+        of_baseline = _folder(baseline)
+        folders.append(of_baseline)
+    if not folders:
+        raise UserError("models is empty: name at least one run")
+    found = runs.read_runs(folders)
+    made = contents.build(found, metric, family=family, baseline=of_baseline)
+    return Comparison(tuple(found), made)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Runs, lists and baselines beside each other. Printing it shows what `seqfair report` does."""
+
+    runs: tuple[runs.FinishedRun, ...]
+    contents: contents.Contents
+
+    def table(self) -> pd.DataFrame:
+        """A row for each row of the report and each slice.
+
+        The columns are name, kind, slice, users, seeds, mean and half: the mean over the seeds, and
+        half of its 95 % interval (t distribution), which is NaN for one seed.
+        """
+        records = []
+        for row in self.contents.rows:
+            for name, users in self.contents.sizes.items():
+                values = np.array([x for seed in row.means if (x := seed.get(name)) is not None])
+                if len(values):
+                    half = rows.half_width(values)
+                    records.append(
+                        (row.name, row.kind, name, users, len(values), values.mean(), half)
+                    )
+        columns = ["name", "kind", "slice", "users", "seeds", "mean", "half"]
+        return pd.DataFrame(records, columns=columns)
+
+    def tests(self) -> pd.DataFrame:
+        """The paired tests over users of the other rows against the baseline.
+
+        The columns are those of `significance.compare`, and `kind`.
+        """
+        return self.contents.tests
+
+    def over_seeds(self) -> pd.DataFrame:
+        """The differences to the baseline's run of the same seed.
+
+        The columns are name, slice, seeds, difference (the mean over the seeds that both have) and
+        half, half of its 95 % interval. Rows have at least two seeds.
+        """
+        return self.contents.over_seeds
+
+    def __str__(self) -> str:
+        parts = [text.verdict_text(self.contents)]
+        parts.append(text.contents_tables(self.contents, runs.notes(self.runs)))
+        if len(self.contents.tests):
+            parts.append(text.comparison(self.contents))
+        return "\n\n".join(parts)
+
+    def report(self, path: str | Path) -> None:
+        """Write the HTML report, as `seqfair report --out` does.
+
+        Raises:
+            UserError: if the name does not end in .html, or the file cannot be written.
+        """
+        from seqfair_jax.report import html  # matplotlib is slow to import
+
+        out = workdir.user_path(path)
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"{out}: expected a name that ends in .html")
+        html.write(self.runs, self.contents, out)
+
+
+def _folder(model: "Model | str | Path") -> Path:
+    return model.folder if isinstance(model, Model) else workdir.user_path(model)
 
 
 # Tables in the work directory.

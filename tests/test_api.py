@@ -16,6 +16,7 @@ import seqfair_jax
 from seqfair_jax import UserError, api, workdir
 from seqfair_jax.audit import source
 from seqfair_jax.commands import recommend as recommend_command
+from seqfair_jax.commands import report as report_command
 from seqfair_jax.config import default_config
 from seqfair_jax.errors import Interrupted
 from seqfair_jax.evaluation.metrics import KINDS
@@ -52,6 +53,42 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return seqfair_jax.load(folder)
+
+
+# Several runs.
+
+
+def test_models_and_folders_are_compared_as_the_report_does(model, folder, tmp_path, capsys):
+    other = fit(objective="cvar", groups=GROUPS, workdir=tmp_path / "cvar")
+    found = seqfair_jax.compare([folder, other])
+    report_command.main([str(folder), str(other.folder), f"--baseline={folder}"])
+    assert str(found) in capsys.readouterr().out
+    table = found.table().set_index(["name", "slice"])
+    for name, of in (("ERM", model), ("CVaR (alpha 0.5)", other)):
+        means = {k: v for k, v in of.summary["test"]["NDCG@20"].items() if v is not None}
+        for where in ("overall", "target=new", "country=FR", "pop33=niche"):
+            row = table.loc[(name, where)]
+            assert row["mean"] == pytest.approx(means[where])
+            assert (row["kind"], row["seeds"]) == ("run", 1)
+            assert np.isnan(row["half"])
+    assert ("[markov]", "overall") in table.index
+    assert table.loc[("ERM", "overall"), "users"] == len(model.per_user)
+    tests = found.tests()
+    assert set(tests["name"][tests["kind"] == "run"]) == {"CVaR (alpha 0.5)"}
+    assert set(tests["slice"]) >= {"overall", "country=FR"}
+    assert found.over_seeds().empty
+    with pytest.raises(UserError, match=r"expected a name that ends in \.html"):
+        found.report(tmp_path / "x.pdf")
+    found.report(tmp_path / "x.html")
+    assert "CVaR (alpha 0.5)" in (tmp_path / "x.html").read_text()
+
+
+def test_what_cannot_be_compared(model):
+    for single in (model, "runs/erm"):
+        with pytest.raises(UserError, match="give a list"):
+            seqfair_jax.compare(single)
+    with pytest.raises(UserError, match="models is empty"):
+        seqfair_jax.compare([])
 
 
 # The package.
