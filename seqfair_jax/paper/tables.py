@@ -22,6 +22,10 @@ from seqfair_jax.report import figures, names, text
 from seqfair_jax.training.selection import RULES
 
 _PANEL_WIDTH = 5.2  # inches
+_LEGEND = (  # of a LaTeX table, which may stand alone
+    "A star is p < 0.05 of the paired t-test against ERM over users, and ± the standard deviation "
+    "over seeds."
+)
 
 
 def long_table(entries: Sequence[Entry], metric: str, rule: str) -> pd.DataFrame:
@@ -161,7 +165,8 @@ def write(
             title = text.escape_markdown(layout.title[0].upper() + layout.title[1:])
             number = f" (paper, table {layout.number})" if layout.number else ""
             page += [f"## {title}{number}\n", render.markdown(table), ""]
-            tex.append(render.latex(table, f"{metric}, {layout.title}, {dataset}"))
+            caption = f"{metric}, {layout.title}, {dataset}. {_LEGEND}"
+            tex.append(render.latex(table, caption))
             paper = layouts.published(layout)
             if paper is not None and not paper.isna().all(axis=None):
                 kept = paper.dropna(how="all")
