@@ -79,6 +79,7 @@ def assert_equal(one, two):
 def test_the_cache_gives_the_same(config, tmp_path, monkeypatch, caplog):
     fresh = load_dataset(config)
     assert fresh.user_ids.tolist() == ["NA", "a", "a\0"]
+    caplog.clear()  # of what is said of the log
     monkeypatch.setattr(cache, "read_log", None)  # the cache alone is read
     assert_equal(load_dataset(config), fresh)
     assert not caplog.records
@@ -123,6 +124,7 @@ def test_times_of_all_kinds_are_kept(config, tmp_path):
 
 def test_numbers_are_read_from_the_disk_when_they_are_used(config, tmp_path, monkeypatch, caplog):
     fresh = load_dataset(config, mapped=True)  # nothing is in the cache yet
+    caplog.clear()  # of what is said of the log
     for _ in range(2):
         for numbers in (fresh.items, fresh.offsets, fresh.test.users, fresh.train_lengths):
             assert isinstance(numbers.base, np.memmap)
