@@ -21,7 +21,7 @@ from seqfair_jax.config import flatten, help
 from seqfair_jax.config.change import locate
 from seqfair_jax.config.files import description, load_config
 from seqfair_jax.config.keys import settings
-from seqfair_jax.errors import HelpRequested, Interrupted, UserError
+from seqfair_jax.errors import HelpRequested, Interrupted, UserError, raise_all
 from seqfair_jax.settings import Setting
 from seqfair_jax.training.environment import processor
 
@@ -316,8 +316,7 @@ def _check_overrides(config: ConfigDict, argv: list[str]) -> list[str]:
         is_text = isinstance(setting, tuple) and all(isinstance(part, str) for part in setting)
         if is_text and value and "=" in word and value[0] not in "([\"'":
             quoted[i] = f"--config.{key}={value!r}"
-    if faults:
-        raise UserError("; ".join(faults))
+    raise_all(faults)
     return quoted
 
 

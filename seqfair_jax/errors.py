@@ -30,6 +30,12 @@ def collect(faults: list[str]) -> Iterator[None]:
         faults.append(str(error))
 
 
+def raise_all(faults: list[str]) -> None:
+    """Raise one `UserError` with the messages that were collected; nothing if there are none."""
+    if faults:
+        raise UserError("; ".join(faults))
+
+
 class DivergedError(UserError, FloatingPointError):
     """Training produced a loss, a parameter or a score that is not finite."""
 

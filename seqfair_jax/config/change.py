@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seqfair_jax.config.resume import flatten
-from seqfair_jax.errors import UserError, collect, did_you_mean
+from seqfair_jax.errors import UserError, collect, did_you_mean, raise_all
 
 
 def change(config: ConfigDict, values: Mapping[str, Any]) -> None:
@@ -24,8 +24,7 @@ def change(config: ConfigDict, values: Mapping[str, Any]) -> None:
     for key in values:
         with collect(faults):
             locate(config, key)
-    if faults:
-        raise UserError("; ".join(faults))
+    raise_all(faults)
     for key, value in values.items():
         place, name = locate(config, key)
         if isinstance(value, list | np.ndarray):

@@ -12,7 +12,7 @@ from seqfair_jax.config.keys import default_config, settings
 from seqfair_jax.config.runs import plan_runs
 from seqfair_jax.data.files import MEMBERS
 from seqfair_jax.data.times import parse_bound
-from seqfair_jax.errors import UserError, collect, did_you_mean
+from seqfair_jax.errors import UserError, collect, did_you_mean, raise_all
 from seqfair_jax.evaluation.metrics import parse_metric
 
 _MAX_BATCHED_USERS = 2**26  # of an epoch: its user ids are drawn at once, 256 MiB a run
@@ -40,8 +40,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for setting in settings():
         with collect(faults):
             setting.require(_get(config, setting.key))
-    if faults:
-        raise UserError("; ".join(faults))
+    raise_all(faults)
     if not config.groups:
         raise UserError("groups is empty: name at least one family, such as pop33")
     if not config.objective.group_family:

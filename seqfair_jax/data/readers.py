@@ -26,7 +26,7 @@ from seqfair_jax.data.ids import (
 from seqfair_jax.data.log import Log, group_rows, repeats, user_blocks
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import doubtful_units, join_times, parse_times, within
-from seqfair_jax.errors import UserError, collect
+from seqfair_jax.errors import UserError, collect, raise_all
 
 # What data sets call the columns. Where `data.columns` is silent, a column of the first name is
 # used, else the only one of the others.
@@ -318,8 +318,7 @@ def _select(columns: pa.Table, names: Mapping[str, str], where: str, settings: R
             time_format=settings.time_format,
             advice="set data.time_format, such as '%d.%m.%Y %H:%M'",
         )
-    if faults:
-        raise UserError("; ".join([faults[0], *(f.removeprefix(f"{where}: ") for f in faults[1:])]))
+    raise_all([*faults[:1], *(fault.removeprefix(f"{where}: ") for fault in faults[1:])])
     inside = within(times, settings.since, settings.until, where)
     counts["outside_period"] = int((~inside).sum())
     keep[keep] = inside
