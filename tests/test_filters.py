@@ -159,7 +159,7 @@ def test_a_bound_of_numbers_may_be_a_date():
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (["a", r"\N", r"\N"], r"2 rows have the user_id '\\\\N', which often stands for a missing"),
+        (["a", r"\N", r"\N"], r"2 rows have the user_id '\\\\N', which often means a missing"),
         (["a", "b", "(not set)"], r"1 rows have the user_id '\(not set\)'"),
         (["a@x", "A@x", "b"], "2 values of user_id differ .* such as 'A@x' and 'a@x'; they are"),
         (["5", "5.0", "7 ", "7"], "4 values of user_id differ from another one only in case"),

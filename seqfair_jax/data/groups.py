@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from ml_collections import ConfigDict
 
 from seqfair_jax.data.files import USERS, is_recbole, locate_users, require_file
-from seqfair_jax.data.ids import DECIMAL_COMMA, encode_ids, first_of, missing, require_values
+from seqfair_jax.data.ids import comma_advice, encode_ids, first_of, missing, require_values
 from seqfair_jax.data.readers import find_column
 from seqfair_jax.data.split import Dataset, training_blocks
 from seqfair_jax.data.tables import Choose, fold, pick, read_table
@@ -523,11 +523,8 @@ def _quantiles(
         user, label = dataset.user_ids[users[bad.argmax()]], labels[bad.argmax()]
         raise UserError(
             f"group family '{encode_name(name)}:{number}': {name!r} of user {user} is {label!r}"
-            f"{first_of(bad)}; expected finite numbers"
-            + ", with a point in place of the comma"
-            * bool(DECIMAL_COMMA.fullmatch(label))
-            + f" (an empty field is an unknown one). Or write {encode_name(name)}, for a group of "
-            "each value"
+            f"{first_of(bad)}; expected finite numbers{comma_advice(label)} (an empty field "
+            f"is an unknown one). Or write {encode_name(name)}, for a group of each value"
         )
     pairs = pd.DataFrame({"user": users, "value": values}).drop_duplicates()
     several = pairs["user"][pairs["user"].duplicated()]

@@ -16,27 +16,11 @@ from seqfair_jax.errors import UserError
 
 _TEXT = pa.large_string()
 _EXACT_FLOATS = 2**53
-_PLACEHOLDERS = {
-    *[
-        r"\n",
-        r"null",
-        r"none",
-        r"nil",
-        r"nan",
-        r"na",
-        r"n/a",
-        r"#n/a",
-        r"<na>",
-        r"-",
-        r"?",
-        r"undefined",
-        r"unknown",
-        r"missing",
-        r"(none)",
-    ],
-    "(not set)",
-}  # what systems write for a missing value, in lower case
-DECIMAL_COMMA = re.compile(r"\s*-?\d+,\d+\s*")  # a number of a spreadsheet in many languages
+_PLACEHOLDERS = {  # what systems write for a missing value, in lower case
+    "\\n", "null", "none", "nil", "nan", "na", "n/a", "#n/a", "<na>", "-", "?", "undefined",
+    "unknown", "missing", "(none)", "(not set)",
+}  # fmt: skip
+_DECIMAL_COMMA = re.compile(r"\s*-?\d+,\d+\s*")  # a number of a spreadsheet in many languages
 
 
 def compact(places: np.ndarray, ids: np.ndarray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -136,8 +120,8 @@ def doubtful_ids(places: np.ndarray, ids: np.ndarray, what: str) -> Iterator[str
     folded = texts.str.strip().str.lower().str.replace(r"\.0+$", "", regex=True)
     for place in np.flatnonzero(folded.isin(_PLACEHOLDERS)):
         yield (
-            f"{(places == place).sum():,} rows have the {what} {ids[place]!r}, which often stands "
-            "for a missing value; if it does, remove these rows or leave the field empty"
+            f"{(places == place).sum():,} rows have the {what} {ids[place]!r}, which often means "
+            "a missing value; if it does, remove these rows or leave the field empty"
         )
     alike = folded.duplicated(keep=False).to_numpy()
     if alike.any():
@@ -153,6 +137,12 @@ def doubtful_ids(places: np.ndarray, ids: np.ndarray, what: str) -> Iterator[str
 def first_of(bad: np.ndarray) -> str:
     """What follows the first of the bad rows, bool[N], in a message: "" if there is one only."""
     return f", the first of {bad.sum():,} such rows" if bad.sum() > 1 else ""
+
+
+def comma_advice(value: object) -> str:
+    """What follows `expected a number` in a message; "" if the value has no decimal comma."""
+    is_decimal = _DECIMAL_COMMA.fullmatch(str(value)) is not None
+    return ", with a point in place of the comma" * is_decimal
 
 
 def encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

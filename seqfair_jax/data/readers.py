@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from seqfair_jax.data.files import MEMBERS, is_recbole, short
 from seqfair_jax.data.ids import (
-    DECIMAL_COMMA,
+    comma_advice,
     compact,
     doubtful_ids,
     encode,
@@ -359,8 +359,7 @@ def finite_numbers(column: pa.ChunkedArray, rows: np.ndarray, where: str, name: 
         raise UserError(
             f"{where}: the {name} of data row {rows[first] + 1} is {column[first].as_py()!r}"
             f"{first_of(bad)}; expected a finite number in every row"
-            + ", with a point in place of the comma"
-            * bool(DECIMAL_COMMA.fullmatch(str(column[first].as_py())))
+            + comma_advice(column[first].as_py())
         )
     return values
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from seqfair_jax.data.ids import DECIMAL_COMMA, first_of
+from seqfair_jax.data.ids import comma_advice, first_of
 from seqfair_jax.errors import UserError
 
 _DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[/.]\d{1,2}[/.]\d{2,4}\b.*")
@@ -132,8 +132,8 @@ def _expected(value: pa.Scalar, advice: str) -> str:
         return expected
     if _DAY_OR_MONTH_FIRST.fullmatch(value.as_py()):
         expected = "its day and month cannot be told apart; write dates as 2024-12-31"
-    if DECIMAL_COMMA.fullmatch(value.as_py()):
-        return "expected a number; write it with a point in place of the comma"
+    if comma := comma_advice(value.as_py()):
+        return f"expected a number{comma}"
     return f"{expected}{', or ' * bool(advice)}{advice}"
 
 

@@ -22,7 +22,7 @@ from seqfair_jax.report import figures, names, text
 from seqfair_jax.training.selection import RULES
 
 _PANEL_WIDTH = 5.2  # inches
-_LEGEND = (  # of a LaTeX table, which may stand alone
+_LEGEND = (  # in the caption of a LaTeX table: a paper has it without the page's explanation
     "A star is p < 0.05 of the paired t-test against ERM over users, and ± the standard deviation "
     "over seeds."
 )
