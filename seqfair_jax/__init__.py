@@ -1,4 +1,4 @@
-"""Train and judge sequential recommenders that serve every user group well."""
+"""Train sequential recommenders and measure how well they serve each group of users."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -63,10 +63,10 @@ def fit(
         log: a table of pandas, polars or pyarrow, or the path of a file, a folder or a pattern.
             Column names are found as in files (docs/log.md). None: the log of `config`.
         objective: such as "erm", "gdro" or "cvar"; None for that of `config`, by default "erm".
-        groups: who is judged, and who a group objective helps: family names such as "pop33" or
-            ["plan", "age:4"]; or a table of your own groups; or its path (a text with `/` or `.`);
-            or a list of a table or path and of the names to use. Of a table without names, all
-            families are used. The first family is the objective's. None: "pop33" and "seq33".
+        groups: the group families to evaluate: names such as "pop33" or ["plan", "age:4"]; or a
+            table of your own groups; or its path (a text with `/` or `.`); or a list of a table or
+            path and of the names to use. If a table is given without names, all its families are
+            used. A group objective uses the first family. None: "pop33" and "seq33".
         seeds: one run is trained for each.
         epochs: of training; `train.epochs`.
         settings: other settings by their names in docs/settings.md, such as {"model.dim": 128}.
@@ -239,8 +239,9 @@ class Model:
             Columns `user_id`, `item_id`, `score` and `rank`, a user's rows together from rank 1.
 
         Raises:
-            UserError: on unknown users, with some of them, or users beside `before_test`. Unknown
-                items of histories are left out with a warning.
+            UserError: if `users` names a user who is not in the log, or if `users` and
+                `before_test` are both given. Unknown items of histories are left out with a
+                warning.
         """
         trained = self._trained
         mask_seen = parse_seen(seen, f"seen is {seen!r}")
@@ -289,10 +290,10 @@ class Model:
             baselines: add the rows of the baselines that need no training.
 
         Returns:
-            A row for all users ("overall") and for each group with users; where each user has one
-            target, also for targets that are ("target=repeat") and are not ("target=new") in the
-            history. Columns: `model`, `slice`, `family`, `group`, `users`, then each metric. By
-            default they are the figures of `Model.summary`.
+            A row for all users ("overall"), and a row for each group with users. If each user has
+            one target, also a row for the targets that are in the history ("target=repeat") and a
+            row for those that are not ("target=new"). Columns: `model`, `slice`, `family`,
+            `group`, `users`, then each metric. By default they are the figures of `Model.summary`.
 
         Raises:
             UserError: on an unknown family or metric.
@@ -483,8 +484,8 @@ def compare(
             (`Evaluation.write`). Runs that differ only in the seed are one row.
         metric: to compare by.
         family: the group family to show; None for all that the runs share.
-        baseline: what the others are tested against, of a single method; None for ERM, or else
-            the best baseline without training.
+        baseline: the run that the others are tested against. Its folder must have one method.
+            None: ERM, or the best baseline without training if there is no ERM run.
 
     Raises:
         UserError: if a run has not finished, or if the runs differ in their log, split or groups.
@@ -513,7 +514,7 @@ class Comparison:
         """A row for each row of the report and each slice.
 
         The columns are name, kind, slice, users, seeds, mean and half: the mean over the seeds, and
-        half of its 95 % interval (t distribution), which is NaN for one seed.
+        the half-width of its 95 % interval (t distribution), which is NaN for one seed.
         """
         records = []
         for row in self.contents.rows:
@@ -538,7 +539,7 @@ class Comparison:
         """The differences to the baseline's run of the same seed.
 
         The columns are name, slice, seeds, difference (the mean over the seeds that both have) and
-        half, half of its 95 % interval. Rows have at least two seeds.
+        half, the half-width of its 95 % interval. Rows have at least two seeds.
         """
         return self.contents.over_seeds
 

@@ -282,8 +282,8 @@ def warn_of_masked_targets(dataset: Dataset, mask_seen: bool) -> None:
     if mask_seen and repeated:
         _log.warning(
             "%s of the %s test targets are items of the user's history. evaluate.mask_seen hides "
-            "the other items of the history, and not these, so their ranks are better than a "
-            "recommender's can be: set evaluate.mask_seen=False, or read those of new targets",
+            "the other items of the history, but not the targets, so their ranks are too good: set "
+            "evaluate.mask_seen=False, or read only the figures of new targets",
             f"{repeated:,}",
             f"{len(dataset.test.repeat):,}",
         )

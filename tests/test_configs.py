@@ -85,6 +85,7 @@ def test_every_sweep_is_valid_and_names_its_command(name):
 @pytest.mark.parametrize("name", ["field_ml1m", "field_rr"])
 def test_the_sweep_of_all_objectives_trains_each_with_its_values(name):
     base, sweep = grid.split_sweep(load(name, "scale=small,groups=seq33"))
+    assert base.objective.count_by == "users"  # by rows, IPW is ERM on seq33
     jobs = grid.plan(base, sweep, runs_per_job=50)
     assert {job.method for job in jobs} == set(objectives.METHODS)
     for method in objectives.METHODS.values():

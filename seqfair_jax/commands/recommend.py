@@ -89,8 +89,9 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
     seconds = time.perf_counter() - began
     if written.short_lists:
         _LOG.warning(
-            "%s users have fewer than %s items, and %s of them none, since no more are left to "
-            "recommend to them", f"{written.short_lists:,}", values.k, f"{written.empty_lists:,}",
+            "%s users have fewer than %s items, and %s of them have no item, since no more items "
+            "are left to recommend",
+            f"{written.short_lists:,}", values.k, f"{written.empty_lists:,}",
         )  # fmt: skip
     print(
         f"{out}: {written.rows:,} rows for {len(user_ids):,} users in {seconds:.1f} s "

@@ -14,9 +14,9 @@ def main(argv: Sequence[str]) -> None:
     """Print the tables of the named runs, and write the HTML report."""
     command = Command(
         "report",
-        "Print who is served worst, whether a method helps them and what it costs whom, and one\n"
-        "table for each group family with all the named runs. Folders without a finished run are\n"
-        "left out with a warning.",
+        "Print which group is served worst, whether a method helps this group, and for which\n"
+        "groups the method lowers the score. Then print one table for each group family with all\n"
+        "the named runs. Folders without a finished run are left out with a warning.",
         arguments="DIR [DIR ...]",
     )
     command.string("family", "the group family to show (default: all that the runs share)")

@@ -174,20 +174,22 @@ _DATA = (
     Setting(
         "data.missing",
         "error",
-        "What a row without user, item or time is: an error, or dropped and counted.",
+        "What to do with a row without user, item or time: `error` stops with an error, `drop` "
+        "leaves the row out and counts it.",
         choices=("error", "drop"),
     ),
     Setting(
         "data.repeats",
         "keep",
-        "What a row with the user, item and time of an earlier row is: kept, or dropped and "
-        "counted.",
+        "What to do with a row that has the user, item and time of an earlier row: `keep` keeps "
+        "it, `drop` leaves it out and counts it.",
         choices=("keep", "drop"),
     ),
     Setting(
         "data.min_interactions",
         5,
-        "Distinct partners that each user and each item needs (k-core). 1 turns the filter off.",
+        "The number of distinct items that each user needs, and of distinct users that each item "
+        "needs (k-core). 1 turns the filter off.",
         whole(0),
     ),
     Setting(
@@ -299,8 +301,8 @@ _MODEL = (
     Setting(
         "model.item_bias",
         False,
-        "Add a learned number to each item's score. It starts as the logarithm of how often the "
-        "item was used in training.",
+        "Add a learned number to each item's score. It starts as log(1 + n) less the mean of all "
+        "items, where n is the number of the item's training rows.",
     ),
     Setting(
         "model.init_scale", 0.1, "The standard deviation of the initial embeddings.", number(0)
@@ -339,9 +341,9 @@ def _objective() -> tuple[Setting, ...]:
         Setting(
             "objective.user_loss",
             "sum",
-            "What a user counts for: with `sum` every target alike, as in the paper's text; with "
-            "`mean` every user alike, so a target of a user with many counts less, as in the "
-            "paper's tables.",
+            "What has equal weight in the loss: with `sum` every target, as in the paper's text; "
+            "with `mean` every user, as in the paper's tables. With `mean`, a target of a user "
+            "with many targets counts less.",
             choices=objectives.USER_LOSSES,
         ),
         *(
@@ -450,7 +452,8 @@ _TRAIN = (
     Setting(
         "train.mesh.run",
         1,
-        "The number of parts of the runs of a grid, each on its own devices.",
+        "The number of parts into which the runs of a grid are divided. Each part has its own "
+        "devices.",
         whole(1),
         resumable=True,
     ),
@@ -490,7 +493,8 @@ _SELECT = (
     Setting(
         "select.min_users",
         20,
-        "Groups with fewer validation users are ignored when the worst group is chosen.",
+        "Groups with fewer validation users are ignored when the worst group is chosen. Reports "
+        "call groups with fewer test users too small to judge.",
         whole(1),
     ),
 )

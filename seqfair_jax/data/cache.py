@@ -81,8 +81,8 @@ def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
         if not len(filtered):
             raise UserError(
                 f"{where}: nothing is left of {len(read[0])} rows after the "
-                f"{config_data.min_interactions}-core filter (every user and item needs that many "
-                "distinct partners); lower data.min_interactions"
+                f"{config_data.min_interactions}-core filter (every user needs that many distinct "
+                "items, and every item that many distinct users); lower data.min_interactions"
             )
         return leave_one_out(filtered, **shared)
 

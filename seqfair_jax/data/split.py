@@ -166,10 +166,10 @@ def first_rows(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def k_core(log: Log, k: int) -> Log:
-    """Drop users, then items, with fewer than k partners, until nothing changes.
+    """Drop users with fewer than k distinct items, then items with fewer than k distinct users.
 
-    Partners are counted as *distinct* (user, item) pairs; of the users and items that stay, every
-    row stays, repeats too, in its order. The counts get `core_rows`, `core_users`, `core_items`.
+    This is repeated until nothing changes. Of the users and items that stay, every row stays in its
+    order, repeats too. The counts get `core_rows`, `core_users`, `core_items`.
 
     Args:
         log: see `Log`.
@@ -379,8 +379,8 @@ def by_part(
     if not len(core):
         raise UserError(
             f"{name}: nothing is left of {is_train.sum():,} training rows after the "
-            f"{min_interactions}-core filter (every user and item needs that many distinct "
-            "partners); lower data.min_interactions"
+            f"{min_interactions}-core filter (every user needs that many distinct items, and "
+            "every item that many distinct users); lower data.min_interactions"
         )
     good_user, good_item = np.zeros(len(log.user_ids), bool), np.zeros(len(log.item_ids), bool)
     good_user[core.users] = True

@@ -31,8 +31,8 @@ def baseline_ranks(
     - most_popular: items by number of training rows.
     - markov: what most often followed the last item of the history in training;
       ties go to the pair that came first, with users in id order (first-order Markov chain).
-    - last_viewed: the history's items, newest first, each once. Left out under `mask_seen`, which
-      leaves it nothing to show, and `interleaved` with it.
+    - last_viewed: the history's items, newest first, each once. With `mask_seen` no item of the
+      history may be shown, so `last_viewed` and `interleaved` are left out.
     - interleaved: markov, last_viewed, markov, ..., each item once, k in all.
 
     Args:

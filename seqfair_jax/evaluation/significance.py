@@ -42,8 +42,8 @@ def compare(
     `q` is p after Benjamini and Hochberg (1995) over all rows: the expected share of false
     discoveries among the rows with a q as small, if the tests are independent or positively
     dependent. With several seeds, a user's metric is its mean over them, so the test measures the
-    variation of the users, not of the seeds. Shared seeds are compared. If there are none, each
-    side's mean over its own seeds is.
+    variation of the users, not of the seeds. The mean is over the seeds that both methods have. If
+    they share no seed, each method's mean is over its own seeds.
 
     Args:
         tables: for each method, by seed, the per-user table (`per_user.parquet`).
@@ -200,8 +200,8 @@ def _aligned(
         label = column if column in KEYS else slices.family_label(column)
         if column not in table:
             raise UserError(
-                f"{name}: it was not evaluated by {label}, the baseline was; compare runs with the "
-                "same groups"
+                f"{name}: it was not evaluated by {label}, but the baseline was; compare runs with "
+                "the same groups"
             )
         differs = _differ(aligned[column].reset_index(drop=True), reference[column])
         if differs.any():

@@ -207,8 +207,8 @@ def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
         found = ", ".join(f"{family.groups[group]} {sizes[group]}" for group in largest)
         raise UserError(
             f"no group of {family_label(family.name)} has select.min_users={min_users} validation "
-            f"users, which the choice by the worst group needs of one at least (the largest: "
-            f"{found}); lower select.min_users, let more users validate, or name another family "
+            f"users, but the choice by the worst group needs one such group (the largest: "
+            f"{found}); lower select.min_users, validate on more users, or name another family "
             "first in groups"
         )
     return judged

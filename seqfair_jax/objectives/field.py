@@ -39,7 +39,7 @@ from seqfair_jax.objectives.method import (
 TILT = HParam(
     "tilt",
     1.0,
-    "How much more users or groups with a large loss count in `tilted` and `tilted_group` (t).",
+    "How strongly `tilted` and `tilted_group` favour users or groups with a large loss (t).",
     Range(above=0),
     search=(0.03, 0.1, 0.3, 1.0),
 )
@@ -201,11 +201,11 @@ def _cvar_smooth(batch: Batch, state: Threshold, hparams: HParams):
     max(x, 0). eta is a running mean of the quantiles Q of the batches, the first batch's own at
     first: eta <- (1 - beta) eta + beta Q. Q is the smallest loss of those with the share alpha of
     the batch's mass and the largest losses. The step moves eta first, and then holds it. So
-    q_u = m_u sigmoid((l_u - eta) / h) / (alpha B), which a user gets by the own loss alone, and not
-    by the rank in the batch.
+    q_u = m_u sigmoid((l_u - eta) / h) / (alpha B): a user's weight depends on the user's own loss
+    alone, and not on its rank in the batch.
 
-    With beta = 1 and as h falls to 0, the value is that of `cvar`. So are the weights, but for the
-    user at the threshold, who has half of the weight of a user of the tail.
+    With beta = 1 and as h falls to 0, the value becomes that of `cvar`. The weights become those of
+    `cvar` too, except that the user at the threshold has half of the weight of a user of the tail.
     """
     alpha, width, rate = (hparams[key] for key in ("alpha", "tail_width", "threshold_rate"))
     quantile = _quantile(batch, alpha)

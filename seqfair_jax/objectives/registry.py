@@ -316,9 +316,9 @@ def mean_objective(parts: Sequence[Objective], num_groups: Sequence[int]) -> Obj
 
     loss = 1/n sum_k loss_k(user_losses, the columns of family k)
 
-    Each loss weighs the users, so this one's weights are the mean of theirs. Each has its own
-    state. The logged figures are concatenated like the columns. This goes beyond the paper, whose
-    group methods use one family.
+    Each part weighs the users. The weights of the mean are the means of the parts' weights. Each
+    part has its own state. The logged figures are concatenated like the columns. This goes beyond
+    the paper, whose group methods use one family.
 
     Args:
         parts: n objectives; a single one is returned unchanged.

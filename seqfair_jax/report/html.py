@@ -481,10 +481,10 @@ def _over_seeds(contents: Contents) -> list[Section]:
         )
         notes = [
             f"{contents.metric} minus that of {contents.reference} with the same seed: the mean "
-            "over seeds, and half of its 95 % interval (t distribution).",
+            "over seeds, and the half-width of its 95 % interval (t distribution).",
             *text.SEEDS_AND_USERS,
         ]
-        header = ["", "seeds", "difference ± half of the interval"]
+        header = ["", "seeds", "difference ± half-width of the interval"]
         sections.append(Section(heading, notes, Table(heading, header, lines)))
     return sections
 

@@ -222,7 +222,7 @@ def seed_comparison(found: Contents, family: str) -> str:
     shown[""] = shown[""].str.ljust(shown[""].str.len().max())
     return (
         f"{found.metric} minus that of {found.reference} with the same seed, "
-        f"{slices.family_label(family)}: mean over seeds ± half of its 95 % interval (t)\n"
+        f"{slices.family_label(family)}: mean over seeds ± half-width of its 95 % interval (t)\n"
         f"{shown.to_string(index=False)}\n{' '.join(SEEDS_AND_USERS)}"
     )
 

@@ -324,7 +324,7 @@ def signed(value: float) -> str:
 
 
 def over_seeds(difference: float, half: float) -> str:
-    """A mean difference over seeds, and half of its 95 % interval: `+0.0449 ± 0.0060`."""
+    """A mean difference over seeds, and the half-width of its 95 % interval: `+0.0449 ± 0.0060`."""
     return f"{signed(difference)} ± {half:.4f}"
 
 
