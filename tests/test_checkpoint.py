@@ -97,6 +97,7 @@ def test_a_missing_or_added_file_is_found(tmp_path):
     [
         ({"state": State({"w": jnp.ones((3, 4), jnp.bfloat16)}, jnp.int32(0)), "empty": ()}, "w"),
         ({"state": State({"w": jnp.ones((3, 5))}, jnp.int32(0)), "empty": ()}, r"3, 5"),
+        ({"state": State({"w": jnp.ones((5, 4))}, jnp.int32(0)), "empty": ()}, r"5, 4"),
         ({"state": State({"v": jnp.ones((3, 4))}, jnp.int32(0)), "empty": ()}, "absent"),
     ],
 )
@@ -104,6 +105,21 @@ def test_another_dtype_shape_or_name_is_refused(tmp_path, template, message):
     checkpoint.save(tmp_path / "a", make_tree(), {})
     with pytest.raises(UserError, match=message):
         checkpoint.load(tmp_path / "a", template)
+
+
+def test_only_the_rows_of_what_may_be_resized_may_differ(tmp_path):
+    checkpoint.save(tmp_path / "a", {"table": jnp.ones((3, 4)), "other": jnp.ones((3, 4))}, {})
+
+    def load(table, other):
+        template = {"table": jnp.zeros(table), "other": jnp.zeros(other)}
+        resizes = lambda path: path[-1].key == "table"  # noqa: E731
+        return checkpoint.load(tmp_path / "a", template, resizes=resizes)[0]["table"]
+
+    np.testing.assert_array_equal(load((5, 4), (3, 4)), [[1] * 4] * 3 + [[0] * 4] * 2)
+    np.testing.assert_array_equal(load((2, 4), (3, 4)), [[1] * 4] * 2)
+    for table, other, name in (((3, 5), (3, 4), "table"), ((3, 4), (5, 4), "other")):
+        with pytest.raises(UserError, match=rf"\['{name}'\] is float32\[3, 4\] there"):
+            load(table, other)
 
 
 def test_no_checkpoint(tmp_path):

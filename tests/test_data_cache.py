@@ -104,12 +104,27 @@ def test_another_split_does_not_read_the_log_again(config, tmp_path, monkeypatch
     # How the log is read is part of its key.
     changes = [{"min_rating": 2.0}, {"since": "1"}, {"missing": "drop"}, {"repeats": "drop"}]
     changes += [{"columns": {"timestamp": "timestamp"}}, {"encoding": "cp1252"}]
+    changes += [{"until": "9"}, {"delimiter": ","}]
     for number, change in enumerate(changes):
         load_dataset(settings(**(base | change)))
         assert len(reads) == 2 + number
     (tmp_path / "log.csv").rename(tmp_path / "other.csv")  # the same bytes
     load_dataset(settings(**(base | {"path": str(tmp_path / "other.csv")})))
     assert len(reads) == 1 + len(changes)
+
+
+def test_one_file_as_two_logs_has_two_entries(config, tmp_path):
+    """The name of a log says how its files are read."""
+    events = pd.DataFrame(
+        {"timestamp": range(1, 10), "visitorid": [1, 2, 3] * 3, "event": "view",
+         "itemid": [4, 5, 6, 5, 6, 4, 4, 5, 6], "transactionid": ""}
+    )  # fmt: skip
+    (tmp_path / "log.csv").unlink()
+    events.to_csv(tmp_path / "events.csv", index=False)
+    shared = {"cache_dir": config.cache_dir, "path": str(tmp_path / "events.csv")}
+    load_dataset(settings(**shared, name="retailrocket"))
+    load_dataset(settings(**shared, name="csv"))
+    assert len(list((tmp_path / "cache").glob("log-*"))) == 2
 
 
 def test_times_of_all_kinds_are_kept(config, tmp_path):

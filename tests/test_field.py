@@ -365,6 +365,26 @@ def test_the_vectors_carry_no_gradient():
     assert_array_equal(grad(moving_vectors()[0]), np.zeros((USERS, DIM)))
 
 
+def test_the_vectors_are_constants_for_an_objective_of_ones_own():
+    """Whose loss is not a weighted sum of the users' losses, which holds all but these."""
+
+    def loss(batch, state, hparams):
+        return (batch.vectors.sum(axis=1) * batch.losses).mean(), state, {}
+
+    objectives.register(
+        objectives.Method(
+            "of_vectors", "Of vectors", lambda users: objectives.Formula(loss), uses_vectors=True
+        )
+    )
+    objective, losses = make("of_vectors"), jnp.arange(1.0, 6.0)
+    member, vectors = np.eye(3, dtype=bool)[[0, 1, 1, 2, 2]], moving_vectors()[0][:5]
+    by_losses, by_vectors = jax.grad(
+        lambda x, v: objective.apply(x, member, (), {}, None, v)[0], argnums=(0, 1)
+    )(losses, vectors)
+    assert_allclose(by_losses, vectors.sum(axis=1) / 5, rtol=1e-5)
+    assert_array_equal(by_vectors, np.zeros((5, DIM)))
+
+
 def test_missing_vectors_are_errors():
     with pytest.raises(UserError, match="'gdro_clusters' reads the users' vectors: pass dim"):
         make_objective("gdro_clusters", membership=MEMBERSHIP, train_lengths=np.ones(50))

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 from runs import small
 from sweeps import planned, tiny, write_results
@@ -146,6 +147,33 @@ def test_an_intersection_keeps_the_first_familys_values_by_each_rule(tmp_path):
         write(job)
     assert choose("overall", [*first, *more]) == {"pop33": 0.01, "pop33&seq33": 0.01}
     assert choose("worst_group", [*first, *more]) == {"pop33": 0.1, "pop33&seq33": 0.1}
+
+
+def test_only_the_first_seeds_choose_the_values(tmp_path):
+    """The other seeds are of the chosen values alone, so their means do not compare."""
+
+    def result(alpha, seed, overall):
+        best = {"epoch": 1, "overall": overall, "worst_group": overall}
+        own = {"hparams": {"alpha": alpha}, "seed": seed, "best": best}
+        return choice.Result("cvar", "", {"status": "finished", "test": {}, **own}, tmp_path)
+
+    results = [result(0.3, 0, 0.5), result(0.6, 0, 0.4), result(0.3, 1, 0.1), result(0.6, 1, 0.9)]
+    for seeds, alpha in (((0,), 0.3), ((1,), 0.6), ((0, 1), 0.6)):
+        chosen = choice.choose_values(results, "overall", seeds=seeds, families=())
+        assert chosen == {("cvar", ""): {"alpha": alpha}}
+
+
+def test_the_users_of_a_choice_are_those_of_its_rule(tmp_path):
+    best = {"epoch": 1, "overall": 0.5, "worst_group": 0.5}
+    summary = {"status": "finished", "hparams": {}, "seed": 3, "group_family": "pop33"}
+    for suffix in ("", "_worst_group"):
+        summary |= {f"best{suffix}": best, f"test{suffix}": {}}
+        table = pd.DataFrame({"user_id": [0], "rule": [suffix]})
+        workdir.write_parquet(workdir.per_user(tmp_path, suffix), table)
+    for rule, suffix in (("overall", ""), ("worst_group", "_worst_group")):
+        found = [choice.Result("erm", "", summary, tmp_path)]
+        [entry] = choice.choose(found, rule, seeds=(3,), families=())
+        assert entry.per_user[3]["rule"].tolist() == [suffix]
 
 
 def test_a_choice_has_the_family_by_its_name_in_the_results(tmp_path):

@@ -437,6 +437,14 @@ def test_many_numbers_that_are_not_cut_are_told(values, is_told, caplog):
     assert ("has 21 groups, one for each number; write age:4 in" in caplog.text) == is_told
 
 
+def test_many_numbers_of_users_with_several_are_not_to_be_cut(caplog):
+    """A cut would be refused, since it takes one number of each user."""
+    dataset, own = ages(*map(str, range(21)))
+    own = pd.concat([own, table(("0", "age", "20"))])
+    assert len(build_family(dataset, "age", group_table=own).groups) == 21
+    assert not caplog.records
+
+
 def test_only_the_log_s_users_say_where_to_cut():
     dataset, own = ages("1", "2", "3", "4")
     others = table(*((f"x{i}", "age", "100") for i in range(50)))

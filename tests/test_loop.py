@@ -50,6 +50,13 @@ def test_a_finished_run_is_validated_again_by_other_groups_and_cut_offs(tmp_path
         assert again["val" + suffix] == whole["val" + suffix]
 
 
+def test_scores_are_those_of_their_groups_and_of_their_cut_offs():
+    changes = ({}, {"evaluate.cutoffs": (5, 20)}, {"groups": ("pop33",)}, {})
+    found = [resume._scored_by(build_experiment(resolve(small(**change)))) for change in changes]
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
+
+
 @pytest.mark.parametrize("axis", ["vmap", "map"])
 def test_a_run_whose_scores_are_not_finite_fails_alone(axis, tmp_path, monkeypatch):
     """Finite parameters whose scores overflow, which only the validation sees."""
@@ -353,6 +360,18 @@ def clock(monkeypatch):
 
 
 FOUR_EPOCHS = {"train.epochs": 4, "train.steps_per_epoch": 100}
+
+
+def test_a_checkpoint_is_due_after_its_minutes(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(resume, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        resume.checkpoint, "save_step", lambda folder, step, *_: saved.append((now[0], step))
+    )
+    saver = resume.Saver(tmp_path, steps_done(0, seconds=0), minutes=5.0)
+    for step, now[0] in enumerate((299.0, 301.0, 600.0, 602.0, 902.5), start=1):
+        saver.save_if_due(steps_done(step, seconds=0))
+    assert saved == [(301.0, 2), (602.0, 4), (902.5, 5)]
 
 
 def test_the_bar_does_not_count_the_compilation(clock, monkeypatch, capsys):

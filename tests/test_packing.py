@@ -40,3 +40,13 @@ def test_means_by_user_ignore_padding():
     slots, zeros = jnp.array([0, 0, 0, 1, 2, 2]), jnp.zeros(6, jnp.int32)
     packed = Packed(zeros, zeros, slots, zeros, lengths=jnp.array([3, 1]))
     np.testing.assert_array_equal(user_means(values, packed), [3.0, 5.0])
+
+
+def test_an_empty_slot_has_no_token_and_the_mean_0():
+    """An id below 0 and one that is too large."""
+    sequences = Sequences(jnp.arange(9), jnp.array([4, 9]), jnp.array([3, 4]))
+    packed = pack(sequences, jnp.array([-1, 0, 2]), num_tokens=8, num_items=9)
+    np.testing.assert_array_equal(packed.lengths, [0, 3, 0])
+    np.testing.assert_array_equal(packed.slots, [1] * 3 + [3] * 5)
+    np.testing.assert_array_equal(packed.targets[:3], [1, 2, 3])
+    np.testing.assert_array_equal(user_means(jnp.arange(8.0), packed), [0, 1, 0])

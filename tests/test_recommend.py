@@ -132,6 +132,20 @@ def test_two_runs_of_the_command_give_the_same_bytes(out, call, tmp_path):
     assert (tmp_path / out).read_bytes() == first
 
 
+def test_the_blocks_of_a_file_are_of_their_own_users(tmp_path):
+    found = [
+        Lists(first, np.full((2, 1), item, np.int32), np.ones((2, 1), np.float32))
+        for first, item in ((0, 3), (2, 1))
+    ]
+    path = tmp_path / "recs.csv"
+    users, items = np.arange(10, 14), np.arange(100, 105)
+    written = write_lists(path, found, user_ids=users, item_ids=items, k=1)
+    table = pd.read_csv(path)
+    assert table["user_id"].tolist() == [10, 11, 12, 13]
+    assert table["item_id"].tolist() == [103, 103, 101, 101]
+    assert written == (4, 0, 0)
+
+
 def test_integer_ids_stay_integers():
     known = np.array([3, 7, 2**60])
     assert tables.find(pd.Series([7, 4, 2**60]), known).tolist() == [1, -1, 2]

@@ -117,6 +117,11 @@ def test_equal_differences_have_the_p_of_a_sign_test():
     ).set_index(["name", "slice"])
     assert table.loc[("up", "overall"), "p"] == 2 * 0.5**9  # all 9 up, or all down
     assert table.loc[("same", "overall"), "p"] == 1
+    # Differences that are equal but for rounding, which a t-test would divide by.
+    before = np.linspace(0, 1, 9)
+    assert 0 < np.ptp(before + 0.1 - before) < 1e-15
+    rounded = compare({"up": {0: per_user(before + 0.1)}}, {0: per_user(before)}, "NDCG@20")
+    assert rounded["p"][0] == 2 * 0.5**9
 
 
 def test_a_mean_of_few_hits_has_no_interval():

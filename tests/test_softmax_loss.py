@@ -44,6 +44,26 @@ def test_loss_and_gradient_match_the_reference(scale, max_logits):
     assert_allclose(d_table, expected_d_table, rtol=1e-5, atol=1e-5 * size)
 
 
+@pytest.mark.parametrize("max_logits", MAX_LOGITS)
+def test_rows_that_belong_to_no_item_do_not_count(max_logits):
+    """In chunks too. A mesh gives the tables such rows where its devices do not divide them."""
+    hidden, table, targets, cotangent = draw()
+    targets %= 8  # of 11 rows
+    losses, pullback = jax.vjp(
+        lambda h, w: softmax_loss(h, w, jnp.asarray(targets), None, max_logits, num_items=8),
+        jnp.float32(hidden),
+        jnp.float32(table),
+    )
+    d_hidden, d_table = pullback(jnp.float32(cotangent))
+    expected_table = np.zeros_like(table)
+    for t, (h, y) in enumerate(zip(hidden, targets, strict=True)):
+        assert_allclose(losses[t], reference.cross_entropy(h, table[:8], y), rtol=1e-5, atol=1e-5)
+        of_hidden, of_table = reference.cross_entropy_gradient(h, table[:8], y)
+        assert_allclose(d_hidden[t], cotangent[t] * of_hidden, rtol=1e-4, atol=1e-5)
+        expected_table[:8] += cotangent[t] * of_table
+    assert_allclose(d_table, expected_table, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("tokens", "items"), [(40, 50), (50, 40)])
 def test_parts_change_nothing(tokens, items, monkeypatch):
     hidden, table, targets, cotangent = draw(tokens, items)

@@ -11,11 +11,13 @@ from runs import slow_but
 
 from seqfair_jax import objectives
 from seqfair_jax.model.packing import BLOCK, Sequences, random_windows
+from seqfair_jax.model.sampled_loss import Sampled
 from seqfair_jax.model.sasrec import SASRec
 from seqfair_jax.objectives import make_objective, user_mass
 from seqfair_jax.training.batches import epoch_batches
 from seqfair_jax.training.step import (
     _WINDOWS,
+    KEY_IMPL,
     Task,
     TrainData,
     create_train_state,
@@ -225,6 +227,26 @@ def test_the_losses_of_random_windows_match_the_reference():
     assert (newest != found).any()
 
 
+@pytest.mark.parametrize("part", ["windows", "negatives"])
+def test_a_step_without_dropout_draws_what_else_is_random(part):
+    task, data = make_task(), make_data()
+    if part == "windows":
+        data = data._replace(earlier=make_earlier())
+    else:
+        task = task._replace(sampled=Sampled("softmax", 5, 0.0))
+    state = create_train_state(task, seed=0, num_groups=3)
+    users, size_index = make_batches([0], (LARGEST,), vmap=False)
+    step = jax.jit(functools.partial(train_step, task, (LARGEST,)))
+    _, metrics = step(state, (users[0, 0], size_index[0, 0]), data, make_hparams())
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=KEY_IMPL), 0)
+    drawn, fixed = (
+        user_losses(task, state.params, data, users[0, 0], LARGEST, given)[0].mean()
+        for given in (key, None)
+    )
+    assert_allclose(metrics["loss"], drawn, rtol=1e-5)
+    assert abs(drawn - fixed) > 1e-3
+
+
 def test_the_packed_size_changes_nothing():
     task = make_task()
     params = create_train_state(task, seed=0, num_groups=3).params
@@ -378,6 +400,20 @@ def test_a_stopped_run_is_frozen_and_does_not_change_the_others_bits(vmap):
     jax.tree.map(lambda x, y: assert_array_equal(x[0], y[0]), after, whole)
 
 
+def test_a_stopped_run_does_not_fail_later():
+    """Side by side with others it goes through the steps, and what it would do there is lost."""
+    task, settings = make_task("sdro", dropout=0.3), {"vmap": True, "sizes": SIZES}
+    hparams = [make_hparams()] * 2
+    states = run_segment(task, [0, 1], hparams, cuts=[(0, 2)], **settings)
+    stopped = states._replace(stopped=jnp.array([False, True]))
+    broken = make_data(np.full(NUM_ITEMS, np.inf))
+    after = run_segment(
+        task, [0, 1], hparams, cuts=[(2, STEPS)], states=stopped, data=broken, **settings
+    )
+    assert_array_equal(after.failed_step, [2, -1])
+    jax.tree.map(lambda x, y: assert_array_equal(x[1], y[1]), after, stopped)
+
+
 def test_with_the_sum_a_step_is_on_the_mean_over_targets():
     task, data = make_task(), make_data()
     lengths = np.asarray(data.sequences.lengths)
@@ -399,6 +435,11 @@ def test_with_the_sum_a_step_is_on_the_mean_over_targets():
         jax.tree.leaves(after.opt_state[0].mu), jax.tree.leaves(grads), strict=True
     ):
         assert_allclose(moment, 0.1 * grad, rtol=1e-4, atol=1e-8)
+    # The groups' losses of an epoch are means over targets too.
+    losses = np.asarray(losses_fn(task, LARGEST)(state.params, data, batch))
+    mass, member = np.asarray(data.user_mass)[batch], np.asarray(data.membership)[batch]
+    assert_allclose(after.totals.group_mass, mass @ member, rtol=1e-5)
+    assert_allclose(after.totals.group_loss, (mass * losses) @ member, rtol=1e-5)
 
 
 def test_train_step_returns_its_metrics():

@@ -22,7 +22,14 @@ from seqfair_jax.evaluation.baselines import (
     compute_baselines,
     tuned_baseline_ranks,
 )
-from seqfair_jax.evaluation.score_ranks import Rows, Users, histories, rank_scores, users_of
+from seqfair_jax.evaluation.score_ranks import (
+    Rows,
+    Users,
+    choose,
+    histories,
+    rank_scores,
+    users_of,
+)
 
 WEIGHTS = neighbours.Weights(3, 0.6, 0.4, 0.3, 0.2, 0.8, 1.1, 0.7)
 TUNING = Tuning("NDCG@20", 3, 100)
@@ -125,6 +132,9 @@ def test_a_constant_scorer_gains_nothing(leave_one):
     scores = np.array([[0.3, 0.3 * (1 + 1e-12), 0.3, 0.4, 0.2, 0.3]])
     # Item 3 is above all; items 0 and 1 are before the targets 5 and 2 of the same score.
     assert rank_scores(scores, users, nothing, mask_seen=False).tolist() == [4, 5, 0, 1]
+    # Targets that are equal but for rounding never share a rank.
+    scores[0, 2] *= 1 + 1e-12
+    assert sorted(rank_scores(scores, users, nothing, mask_seen=False)) == [0, 1, 4, 5]
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -164,6 +174,17 @@ def test_validation_chooses_and_test_targets_do_not(leave_one, split):
     if split == "valid":
         assert_array_equal(again["neighbours"], ranks["neighbours"])
         assert_array_equal(again["ease"], ranks["ease"])
+
+
+def test_each_user_counts_once_in_the_choice(by_time):
+    """Also one with many targets."""
+    users = users_of(by_time, "valid")
+    assert users.targets.sizes.max() > 1
+    ranks = np.arange(len(users.targets.items)) % 25 + 1
+    _, chosen = choose(by_time, [ease.Penalty(1.0)], lambda *_: ranks, "Recall@20", 10**6)
+    hits = np.split(ranks <= 20, users.targets.offsets[1:-1])
+    assert chosen.val == pytest.approx(np.mean([of_user.mean() for of_user in hits]))
+    assert chosen.val != pytest.approx((ranks <= 20).mean())
 
 
 def test_candidates_are_in_their_ranges_and_fewer_are_the_first_of_more():
