@@ -464,15 +464,6 @@ def _softmax(logits):
     return values / values.sum()
 
 
-def user_loss(parameters, items, *, max_len, num_blocks, num_heads):
-    """Mean cross-entropy of one user's real targets, one user at a time."""
-    inputs, targets = window(items, max_len)
-    hidden = sasrec(parameters, inputs, num_blocks=num_blocks, num_heads=num_heads)
-    table = parameters.get("output_embedding", parameters["item_embedding"])
-    losses = [cross_entropy(h, table, target) for h, target in zip(hidden, targets, strict=True)]
-    return sum(losses) / len(losses)
-
-
 # --- Data and metrics ---
 
 

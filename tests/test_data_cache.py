@@ -85,7 +85,7 @@ def test_the_cache_gives_the_same(config, tmp_path, monkeypatch, caplog):
     assert not caplog.records
     # Another log is another entry.
     (tmp_path / "log.csv").write_text((tmp_path / "log.csv").read_text() + "NA,b,9\n")
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="not callable"):
         load_dataset(config)
 
 

@@ -282,6 +282,12 @@ def test_clusters_agree_with_the_reference_and_split_where_one_has_died_out():
     assert (counts > 0.02 * counts.sum()).all()
 
 
+@pytest.mark.parametrize(("heavy", "expected"), [(1.0, [10, 0]), (100.0, [0, 10])])
+def test_the_first_centroid_is_far_from_the_mean_by_mass(heavy, expected):
+    vectors, mass = jnp.array([[0.0], [1.0], [10.0]]), jnp.array([1.0, 1.0, heavy])
+    assert_array_equal(clusters._far_apart(vectors, mass, 2)[:, 0], expected)
+
+
 def test_clusters_find_the_points_that_users_are_near():
     rng = np.random.default_rng(0)
     points = 5 * np.eye(3)

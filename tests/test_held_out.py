@@ -585,7 +585,7 @@ def test_a_resumed_run_of_a_split_by_time_gives_the_same_bits(tmp_path, monkeypa
 
     config = small("gdro", **EVERY)
     monkeypatch.setattr(resume.Saver, "save", save_and_stop)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="the state of step 7 is saved"):
         run(small("gdro", **EVERY, **{"train.checkpoint_minutes": 0.0}), tmp_path)
     monkeypatch.undo()
     assert run(config, tmp_path)["test"] == whole.summary["test"]

@@ -215,7 +215,7 @@ def test_out_of_memory_names_the_settings_and_other_device_errors_are_raised(tmp
 
 @pytest.mark.parametrize("axis", ["vmap", "map"])
 def test_a_run_that_stopped_early_keeps_its_result(axis, tmp_path, monkeypatch):
-    """Seed 1 stops after the second epoch; what would make it diverge later changes nothing."""
+    """Seed 1 stops after the second epoch, and the epochs of seed 0 behind it change nothing."""
     real = loop.close_epoch
     stops = iter([False, False, False, True] + [False] * 10)
 

@@ -32,12 +32,6 @@ VECTORS = np.array([[0.0, 1.0], [2.0, 0.0], [-3.0, -1.0]], np.float32)
 GROUP_STEP = ("gdro", "sdro", "gdro_adjusted", "gdro_clusters")  # normalised weights of groups
 
 
-@pytest.fixture(autouse=True)
-def _no_implicit_rank_promotion():
-    with jax.numpy_rank_promotion("raise"):
-        yield
-
-
 def make(name, *, membership=MEMBERSHIP, train_lengths=LENGTHS, **kwargs):
     objective = make_objective(
         name, membership=membership, train_lengths=train_lengths, dim=2, **kwargs
