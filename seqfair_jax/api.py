@@ -364,7 +364,7 @@ class Model:
         Raises:
             UserError: if the name does not end in .html, or the file cannot be written.
         """
-        compare([self], metric=self._trained.config.select.metric).report(path)
+        compare([self]).report(path)
 
     def save(self, folder: str | Path) -> None:
         """Copy the whole work directory to a new folder, whole or not at all.
@@ -457,6 +457,7 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
         found["data.path"] = os.fsdecode(log)
     elif log is not None:
         found["data.path"] = _store_log(folder, log, checked)
+        found["data.title"] = config.data.title or source.LOG_TITLE
     if table is not None:
         found["data.group_file"] = source.group_path(folder, table)
         frame = read_group_table(
@@ -473,7 +474,7 @@ def _set_inputs(config: ConfigDict, folder: Path, log: Any, groups: Any) -> None
 def compare(
     models: Sequence["Model | str | Path"],
     *,
-    metric: str = "NDCG@20",
+    metric: str | None = None,
     family: str | None = None,
     baseline: "Model | str | Path | None" = None,
 ) -> "Comparison":
@@ -482,7 +483,7 @@ def compare(
     Args:
         models: models, or the folders of runs or of grids, or of evaluated lists
             (`Evaluation.write`). Runs that differ only in the seed are one row.
-        metric: to compare by.
+        metric: to compare by; None for the one that chose in validation.
         family: the group family to show; None for all that the runs share.
         baseline: the run that the others are tested against. Its folder must have one method.
             None: ERM, or the best baseline without training if there is no ERM run.
@@ -499,6 +500,7 @@ def compare(
     if not folders:
         raise UserError("models is empty: name at least one run")
     found = runs.read_runs(folders)
+    metric = metric or runs.metric_of(found)
     made = contents.build(found, metric, family=family, baseline=of_baseline)
     return Comparison(tuple(found), made)
 

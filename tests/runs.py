@@ -63,11 +63,14 @@ def means_of(values, families, repeat):
 
 
 def slow_but(values, quick):
-    """Parameters of a test; `make test` runs those in `quick` alone."""
+    """Parameters of a test, a tuple for several; `make test` runs those in `quick` alone."""
     missing = [value for value in quick if value not in values]
     assert not missing, f"no such parameter: {missing}"  # else it would run nothing, silently
     return [
-        value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values
+        value
+        if value in quick
+        else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)
+        for value in values
     ]
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import reference
 from numpy.testing import assert_array_equal
+from runs import slow_but
 from test_serving import ODD_USERS, make_config, make_log, make_run
 
 from seqfair_jax import audit, serving, workdir
@@ -40,7 +41,9 @@ def spread(log):
     return log.assign(timestamp=log["timestamp"] * 7919 % 400)
 
 
-@pytest.fixture(scope="module", params=SPLITS, ids=str)
+@pytest.fixture(
+    scope="module", params=slow_but(SPLITS, ["leave_one_out", "every_later_event"]), ids=str
+)
 def any_run(request, tmp_path_factory):
     """A finished run of each split, whose log is gone, and the config."""
     folder = tmp_path_factory.mktemp("audit")

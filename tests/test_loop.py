@@ -57,7 +57,7 @@ def test_scores_are_those_of_their_groups_and_of_their_cut_offs():
     assert len(set(found)) == 3
 
 
-@pytest.mark.parametrize("axis", ["vmap", "map"])
+@pytest.mark.parametrize("axis", slow_but(["vmap", "map"], ["map"]))
 def test_a_run_whose_scores_are_not_finite_fails_alone(axis, tmp_path, monkeypatch):
     """Finite parameters whose scores overflow, which only the validation sees."""
     make_validation = loop.make_validation
@@ -213,7 +213,7 @@ def test_out_of_memory_names_the_settings_and_other_device_errors_are_raised(tmp
         run(small(), tmp_path)
 
 
-@pytest.mark.parametrize("axis", ["vmap", "map"])
+@pytest.mark.parametrize("axis", slow_but(["vmap", "map"], ["map"]))
 def test_a_run_that_stopped_early_keeps_its_result(axis, tmp_path, monkeypatch):
     """Seed 1 stops after the second epoch, and the epochs of seed 0 behind it change nothing."""
     real = loop.close_epoch

@@ -69,13 +69,16 @@ def test_dropout_and_negatives_have_the_bits_of_one_device_on_every_mesh(loss):
     assert_equal_steps(on_mesh(loss, *SHAPES))
 
 
+# The last shape splits all three axes.
+@pytest.mark.parametrize("shapes", slow_but([[*SHAPES], [SHAPES[-1]]], [[SHAPES[-1]]]), ids=len)
 @pytest.mark.parametrize("model", slow_but(["rankings", "rankings_of_a_mixture"], ["rankings"]))
-def test_a_mesh_ranks_as_one_device(model):
-    assert on_mesh(model, *SHAPES) == dict.fromkeys(SHAPES, True)
+def test_a_mesh_ranks_as_one_device(model, shapes):
+    assert on_mesh(model, *shapes) == dict.fromkeys(shapes, True)
 
 
-def test_a_mesh_fits_a_mixture_to_what_one_device_does():
-    assert all(value < 1e-5 for value in on_mesh("mixtures", *SHAPES).values())
+@pytest.mark.parametrize("shapes", slow_but([[*SHAPES], [SHAPES[-1]]], [[SHAPES[-1]]]), ids=len)
+def test_a_mesh_fits_a_mixture_to_what_one_device_does(shapes):
+    assert all(value < 1e-5 for value in on_mesh("mixtures", *shapes).values())
 
 
 def test_a_checkpoint_of_a_mesh_is_read_by_others_and_by_one_device(tmp_path):
@@ -94,6 +97,7 @@ def test_no_step_gathers_a_table_or_logits():
     assert found["largest"] < found["table"] / 50
 
 
+@pytest.mark.slow
 def test_a_sweep_is_planned_on_a_mesh():
     found = on_mesh("cost_of_a_sweep")
     assert set(found) == {"2,2", "1,1"}

@@ -12,7 +12,7 @@ import reference
 from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
-from runs import small
+from runs import slow_but, small
 
 from seqfair_jax import run
 from seqfair_jax.config import resolve
@@ -38,7 +38,7 @@ from seqfair_jax.training.experiment import build_experiment
 from seqfair_jax.training.step import KEY_IMPL, create_train_state, train_step, user_losses
 
 MAX_LEN, KEPT = 16, 4
-PARTS = [(True, 0), (False, KEPT), (True, KEPT)]
+PARTS = slow_but([(True, 0), (False, KEPT), (True, KEPT)], [(False, KEPT), (True, KEPT)])
 
 
 @functools.cache

@@ -193,6 +193,7 @@ def test_a_search_on_ray_finds_what_one_process_finds(tmp_path, started):
     assert "on the test targets" in printed
 
 
+@pytest.mark.slow
 def test_a_plan_for_jobs_of_two_gpus_is_printed_without_ray_or_gpu(tmp_path, started):
     (tmp_path / "mine.py").write_text(_CONFIG.format(tests=str(ROOT / "tests"), changes=_SWEEP))
     process = started(

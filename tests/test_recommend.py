@@ -242,6 +242,10 @@ def test_only_and_exclude(call, trained, tmp_path, capsys):
     found = items_of(call(only, exclude))
     assert {frozenset(items) for items in found.values()} == {frozenset(listed[2:-1])}
     assert "40 users have fewer than 5 items" in capsys.readouterr().err
+    path = write(tmp_path / "stock.csv", item_id=listed[:3], in_stock=[0, 1, 1])
+    call(f"--only={path}")
+    told = "stock.csv: only the items are read, and not the other columns (in_stock)"
+    assert told in capsys.readouterr().err
     found = items_of(call(exclude))
     assert all(
         items == [i for i in ranked[user] if i not in listed[:2]][:5]
@@ -281,6 +285,11 @@ def test_a_message_shows_an_integer_id_as_the_log_has_it():
         ("users", {"user_id": []}, "has no rows"),
         ("only", {"item_id": ["x"]}, "none of its 1 items is an item of the run"),
         ("exclude", {"item_id": ["i1", ""]}, "data row 2 has no item_id"),
+        (
+            "exclude",
+            {"customer_id": ["u1"], "item_id": ["i1"]},
+            "has a column 'customer_id', but its items would be excluded for all users",
+        ),
         ("histories", {"user_id": ["a"]}, "no column 'item_id', it has user_id; rename a column"),
         ("histories", {"user_id": [], "item_id": []}, "has no rows"),
         (

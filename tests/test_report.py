@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -946,3 +947,15 @@ def test_a_change_against_nothing_has_no_bar():
     assert first.get_height() == pytest.approx(20)
     assert np.isnan(second.get_height())
     figure.draw_without_rendering()
+
+
+def test_the_metric_to_show_is_the_one_that_chose():
+    def run(*settings):
+        return runs.FinishedRun(Path(), "erm", {}, settings=settings)
+
+    hits = run(("select.metric", "HitRate@5"))
+    assert runs.metric_of([hits, hits]) == "HitRate@5"
+    lists = runs.FinishedRun(Path(), "old", {"kind": "list"})
+    assert runs.metric_of([hits, lists]) == "HitRate@5"
+    assert runs.metric_of([hits, run(("select.metric", "MRR@5"))]) == "NDCG@20"
+    assert runs.metric_of([lists]) == "NDCG@20"

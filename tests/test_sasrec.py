@@ -7,6 +7,7 @@ import pytest
 import reference
 from jax.extend.random import threefry_2x32
 from numpy.testing import assert_allclose, assert_array_equal
+from runs import slow_but
 
 from seqfair_jax.model.packing import BLOCK, Sequences, pack
 from seqfair_jax.model.sasrec import (
@@ -66,13 +67,16 @@ def init(model, packed, seed=1):
 
 @pytest.mark.parametrize(
     ("num_heads", "max_len", "parts"),
-    [
-        (1, 100, {}),
-        (2, 100, {}),
-        (2, 100, {"gated": True}),
-        (1, 100, {"position_bias": True}),
-        (2, 200, {"position_bias": True, "gated": True}),
-    ],
+    slow_but(
+        [
+            (1, 100, {}),
+            (2, 100, {}),
+            (2, 100, {"gated": True}),
+            (1, 100, {"position_bias": True}),
+            (2, 200, {"position_bias": True, "gated": True}),
+        ],
+        [(2, 100, {}), (2, 200, {"position_bias": True, "gated": True})],
+    ),
 )
 def test_packed_users_equal_one_user_at_a_time(num_heads, max_len, parts):
     """Users that straddle blocks, fill more than one, and are cut to the window."""
@@ -114,7 +118,7 @@ def test_a_user_does_not_depend_on_the_rest_of_the_batch():
     assert_allclose(first, again, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("longest", [1, 2, 3, 4, 20, 60])
+@pytest.mark.parametrize("longest", slow_but([1, 2, 3, 4, 20, 60], [1, 4, 60]))
 def test_short_users_have_the_same_position_biases_in_small_blocks(longest):
     model = make_model(position_bias=True)
     packed = pack_users(draw_users([longest, 1, longest, 2][: 2 + 2 * (longest > 1)]), BLOCK)

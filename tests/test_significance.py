@@ -229,8 +229,25 @@ def test_the_gap_between_two_groups_is_welchs():
     found = gap(a, b, confidence=0.99)
     interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.99)
     assert_allclose(found, [a.mean() - b.mean(), *interval])
-    assert gap(np.ones(3), np.zeros(2)) == (1, 1, 1)
-    assert np.isnan(gap(np.ones(1), np.zeros(2))[1:]).all()
+    assert gap(np.full(10, 2.0), np.ones(10)) == (1, 1, 1)
+
+
+def test_a_gap_between_groups_of_few_hits_has_no_interval():
+    """Welch's interval of 20 users without a hit excludes 0, which is no evidence."""
+    others = np.repeat([0.0, 1.0], [450, 50])
+    for few in (np.zeros(20), np.repeat([0.0, 1.0], [31, 9]), np.ones(1)):
+        for sides in ((few, others), (others, few)):
+            found = gap(*sides)
+            assert found.difference == pytest.approx(sides[0].mean() - sides[1].mean())
+            assert np.isnan(found[1:]).all()
+    assert np.isfinite(gap(np.repeat([0.0, 1.0], [30, 10]), others)).all()
+
+
+def test_the_gap_of_equal_small_groups_seldom_excludes_zero():
+    rng = np.random.default_rng(0)
+    draws = (rng.random((2000, 540)) < 0.1).astype(float)
+    wrong = [gap(one[:40], one[40:], confidence=0.975).high < 0 for one in draws]
+    assert np.mean(wrong) <= 0.0125
 
 
 def test_the_interval_is_that_of_the_test():

@@ -23,6 +23,12 @@ def users(means, noise=0.0, *, sizes=SIZES):
     return pd.DataFrame(table | {METRIC: values, "tier": groups})
 
 
+ONE_SEED = (
+    "Trained with one seed: {}. The intervals and q are over users, and do not say what another "
+    "training would give. Train with --config.seeds=0,1,2."
+)
+
+
 def row(name, kind, means, noise=0.0, *, validation=None, sizes=SIZES):
     table = users(means, noise, sizes=sizes)
     values = table[METRIC].to_numpy()
@@ -165,7 +171,8 @@ def test_without_erm_the_reference_is_the_best_baseline():
     )
     assert verdict.notes(made) == [
         "There is no ERM run. The methods are compared with [markov], the best baseline without "
-        "training."
+        "training.",
+        ONE_SEED.format("Each method"),
     ]
 
 
@@ -178,12 +185,15 @@ def test_of_several_rows_of_erm_validation_chooses_the_reference():
     assert made.reference == "large"
     assert verdict.notes(made) == [
         "There are 2 rows of ERM. All other rows are compared with large, which has the highest "
-        "NDCG@20 over all users in validation. `seqfair report --baseline=DIR` names another."
+        "NDCG@20 over all users in validation. `seqfair report --baseline=DIR` names another.",
+        ONE_SEED.format("Each method"),
     ]
     second = row("small, best worst group", rows.RUN, low)._replace(run="small")
     assert "There are 3 rows of ERM." in verdict.notes(build([*found, second], erm=both))[0]
-    assert verdict.notes(build(found, erm=both, named="small")) == []
-    assert verdict.notes(build(found, erm={"large"})) == []
+    assert verdict.notes(build(found, erm=both, named="small")) == [ONE_SEED.format("Each method")]
+    twice = found[0]._replace(means=found[0].means * 2)
+    assert verdict.notes(build([twice, *found[1:]], erm={"large"})) == [ONE_SEED.format("large")]
+    assert verdict.notes(build([found[0], *baselines()], erm={"small"})) == []  # no other method
 
 
 def test_one_run_is_compared_with_the_baselines():
@@ -297,6 +307,10 @@ def test_q_is_over_the_methods_and_apart_over_the_baselines():
         tests = made.tests[made.tests["kind"] == kind]
         # Two rows, and overall and four groups: the only kind of targets is not another slice.
         assert len(tests) == 2 * 5
+        # The group of two users is too small to be judged, and is no test of those that q is over.
+        small = tests["slice"] == "tier=tiny"
+        assert tests.loc[small, "q"].isna().all()
+        tests = tests[~small]
         p = tests["p"].to_numpy()
         expected = [min(min(1, x * len(p) / (p <= x).sum()) for x in p[p >= own]) for own in p]
         assert tests["q"].to_numpy() == pytest.approx(expected)

@@ -427,6 +427,7 @@ def evaluate_recommendations(
             config.data.path = os.fsdecode(log)
         else:
             config.data.path = source.log_path(Path(temporary), log, config)
+            config.data.title = config.data.title or source.LOG_TITLE
             config.data.cache_dir = ""
         with stored_tables(inputs):
             judged = _unstored(source.from_config(config, choice), inputs)

@@ -45,6 +45,7 @@ from seqfair_jax.serving.trained import run_folder
 _TABLE_NAME = re.compile(
     r"\.(csv|tsv|txt|json|jsonl|ndjson|parquet|gz|zip|bz2|xz|zst|lz4)$", re.IGNORECASE
 )
+LOG_TITLE = "log"  # of a log in memory, whose stored file has a name by its content
 _LOG = logging.getLogger("seqfair_jax")
 
 

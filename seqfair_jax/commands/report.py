@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         arguments="DIR [DIR ...]",
     )
     command.string("family", "the group family to show (default: all that the runs share)")
-    command.string("metric", "the metric to show", "NDCG@20")
+    command.string("metric", "the metric to show (default: the one that chose in validation)")
     command.string("baseline", "the folder of a run to test the others against (default: ERM)")
     command.string("out", "an HTML file to write the whole report to")
     command.run(argv, _report)
@@ -38,7 +38,8 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     if baseline is not None:  # the table has its row too
         folders.append(baseline)
     found = runs.read_runs(folders)
-    content = contents.build(found, values.metric, family=values.family, baseline=baseline)
+    metric = values.metric or runs.metric_of(found)
+    content = contents.build(found, metric, family=values.family, baseline=baseline)
     print(text.verdict_text(content))
     print("\n" + text.contents_tables(content, runs.notes(found)))
     if baseline is not None:

@@ -130,11 +130,11 @@ def gap(members: np.ndarray, others: np.ndarray, *, confidence: float = 0.95) ->
         confidence: of the interval.
 
     Returns:
-        the mean of `members` minus that of `others`; the interval is NaN where a side has a
-        single user.
+        the mean of `members` minus that of `others`; the interval is NaN if fewer than
+        `FEWEST_VALUES` users of a side have a value other than 0.
     """
     difference = float(members.mean() - others.mean())
-    if min(len(members), len(others)) < 2:
+    if min(np.count_nonzero(members), np.count_nonzero(others)) < FEWEST_VALUES:
         return Gap(difference, np.nan, np.nan)
     a, b = (side.var(ddof=1) / len(side) for side in (members, others))
     if a + b == 0:  # the degrees of freedom are 0/0

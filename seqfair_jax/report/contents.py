@@ -180,9 +180,9 @@ def of_rows(
             "each user for the baselines"
         )
     try:
-        tests = _tests(found, reference, metric)
+        tests = _tests(found, reference, metric, min_users)
         against = {
-            name: _against_baselines(found, contents.row(name), metric)
+            name: _against_baselines(found, contents.row(name), metric, min_users)
             for name in dict.fromkeys(subjects.values())
         }
     except UserError as error:
@@ -237,7 +237,7 @@ def _chosen(found: Sequence[Row], judged: Sequence[str], reference: Row | None) 
     return None if best is None else best.name
 
 
-def _tests(found: Sequence[Row], reference: Row, metric: str) -> pd.DataFrame:
+def _tests(found: Sequence[Row], reference: Row, metric: str, min_users: int) -> pd.DataFrame:
     """The tests against the reference.
 
     q is over all methods and lists, and apart from these over the baselines: their differences are
@@ -252,26 +252,34 @@ def _tests(found: Sequence[Row], reference: Row, metric: str) -> pd.DataFrame:
     table = table.assign(kind=table["name"].map({row.name: row.kind for row in others}))
     is_baseline = table["kind"] == BASELINE
     parts = [table[~is_baseline], table[is_baseline]]
-    return pd.concat([_corrected(part, found) for part in parts if len(part)], ignore_index=True)
+    corrected = [_corrected(part, found, min_users) for part in parts if len(part)]
+    return pd.concat(corrected, ignore_index=True)
 
 
-def _against_baselines(found: Sequence[Row], subject: Row, metric: str) -> pd.DataFrame:
+def _against_baselines(
+    found: Sequence[Row], subject: Row, metric: str, min_users: int
+) -> pd.DataFrame:
     """The subject minus each baseline."""
     tables = {row.name: row.per_user() for row in found if row.kind == BASELINE and row.per_user}
     if not tables or subject.per_user is None:
         return _no_tests()
-    table = _corrected(significance.compare(tables, subject.per_user(), metric), found)
+    table = _corrected(significance.compare(tables, subject.per_user(), metric), found, min_users)
     return table.assign(
         kind=BASELINE, difference=-table["difference"], low=-table["high"], high=-table["low"]
     )
 
 
-def _corrected(table: pd.DataFrame, found: Sequence[Row]) -> pd.DataFrame:
-    """A table of tests without doubled ones, in the order of the other tables; the star is by q."""
+def _corrected(table: pd.DataFrame, found: Sequence[Row], min_users: int) -> pd.DataFrame:
+    """A table of tests without doubled ones, in the order of the other tables; the star is by q.
+
+    Groups that are too small to judge have no q. Otherwise many tiny groups would raise the q of
+    the groups that are judged.
+    """
     if not rows.has_both_kinds(found):  # the only kind of targets is all of them
         table = table[~table["slice"].isin([slices.REPEAT, slices.NEW])]
     place = {name: i for i, name in enumerate(rows.known_slices(found))}
     order = np.lexsort((table["slice"].map(place), pd.factorize(table["name"])[0]))
     table = table.iloc[order].reset_index(drop=True)
-    q = significance.false_discovery_rates(table["p"])
+    whole = table["slice"].isin([slices.OVERALL, slices.REPEAT, slices.NEW])
+    q = significance.false_discovery_rates(table["p"].where(whole | (table["users"] >= min_users)))
     return table.assign(q=q, star=q < LEVEL)

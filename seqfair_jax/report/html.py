@@ -442,8 +442,7 @@ def _tests(contents: Contents) -> list[Section]:
                     Cell(f"{row['users']:,}"),
                     Cell(verdict.signed(row["difference"]), star=row["star"]),
                     Cell(verdict.interval(row)),
-                    Cell(f"{row['p']:.2g}"),
-                    Cell(f"{row['q']:.2g}"),
+                    *(Cell("-" if np.isnan(row[key]) else f"{row[key]:.2g}") for key in ("p", "q")),
                 ]
             )
             for row in records(tests.head(_TESTS))

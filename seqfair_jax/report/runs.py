@@ -41,6 +41,13 @@ def is_list(summary: Mapping[str, Any]) -> bool:
     return summary.get("kind") == "list"
 
 
+def metric_of(runs: Sequence[FinishedRun]) -> str:
+    """The metric that chose in validation (`select.metric`), or NDCG@20 if runs differ in it."""
+    found = {dict(run.settings).get("select.metric") for run in runs if not run.is_list}
+    metric = found.pop() if len(found) == 1 else None
+    return metric or "NDCG@20"
+
+
 def row_name(summary: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
     """What the row of a run is called; `settings` tell it from others of its method and values."""
     rule = summary.get("evaluation", {}).get("rule", "overall")  # that it was tested again by

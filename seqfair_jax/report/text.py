@@ -193,6 +193,7 @@ def _tests(found: Contents, tests: pd.DataFrame) -> str:
     text = shown.to_string(
         index=False,
         float_format="{:.2g}".format,
+        na_rep="-",
         formatters=dict.fromkeys(("difference", "low", "high"), _signed),
     )
     return (

@@ -9,7 +9,7 @@ import pandas as pd
 
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report.contents import Contents, records
-from seqfair_jax.report.rows import BASELINE, LIST
+from seqfair_jax.report.rows import BASELINE, LIST, RUN
 
 _NAMED = 6  # groups that a sentence names
 _BETTER, _WORSE, _NONE = "It is better for", "It is worse for", "No difference was found for"
@@ -36,7 +36,7 @@ def verdicts(contents: Contents) -> list[Verdict]:
 
 
 def notes(contents: Contents) -> list[str]:
-    """What a reader must know of all tables: missing tests, the reference, joined rows."""
+    """What a reader must know of all tables: missing tests, the reference, seeds, joined rows."""
     found = []
     if contents.problem:
         found.append(f"No tests were made. {contents.problem}.")
@@ -51,6 +51,15 @@ def notes(contents: Contents) -> list[str]:
             f"{contents.reference}, which has the highest {contents.metric} over all users in "
             "validation. `seqfair report --baseline=DIR` names another."
         )
+    if (contents.tests["kind"] == RUN).any():
+        trained = [row for row in contents.rows if row.kind == RUN]
+        once = [row.name for row in trained if len(row.means) == 1]
+        if once:
+            of = "Each method" if len(once) == len(trained) else listed(once)
+            found.append(
+                f"Trained with one seed: {of}. The intervals and q are over users, and do not say "
+                "what another training would give. Train with --config.seeds=0,1,2."
+            )
     both = [row.name for row in contents.rows if row.is_both]
     if both:
         found.append(
@@ -299,7 +308,8 @@ def _effect(row: dict[str, Any]) -> str:
     """`difference +0.0123, 95 % interval +0.0010 to +0.0236, q 0.003`."""
     shown = f"difference {signed(row['difference'])}"
     if np.isnan(row["low"]):
-        return f"{shown}, too few users differ for an interval"
+        few = "differ" if "q" in row else "have a value above 0"
+        return f"{shown}, too few users {few} for an interval"
     shown += f", 95 % interval {interval(row)}"
     if "q" not in row:
         return shown

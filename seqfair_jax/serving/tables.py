@@ -91,11 +91,12 @@ def read_items(
         named: as for `read_users`.
 
     Raises:
-        UserError: if the file cannot be read, or has no known item.
+        UserError: if the file cannot be read, has no known item, or has users beside items to
+            exclude, which are excluded for all users.
     """
     _, places = _distinct(
         argument, flag, "item_id", named, known,
-        "items is an item of the run", "give items of the training log",
+        "items is an item of the run", "give items of the training log", for_all_users=True,
     )  # fmt: skip
     unknown = places < 0
     _count(unknown.sum(), flag, argument, "items are not items of the run; left out")
@@ -303,6 +304,28 @@ def read_given(
     return Given(table, names, where, [name for name in every if name not in names.values()])
 
 
+def _check_unused(
+    unused: Sequence[str], flag: str, given: str, named: Mapping[str, str] | None
+) -> None:
+    """Say which columns beside the items are not read, and refuse users beside items to exclude.
+
+    Raises:
+        UserError: if a column of `exclude` has a usual name of the users', or the log's name.
+    """
+    usual = {*ALIASES["user_id"].split(), fold((named or {}).get("user_id") or "user_id")}
+    users = [name for name in unused if fold(name) in usual]
+    if users and flag == "exclude":
+        raise UserError(
+            f"{given} has a column {users[0]!r}, but its items would be excluded for all users; "
+            "give a table of items alone. To recommend no item that a user has had, use "
+            "--seen=mask (in Python seen='mask'), with the user's newest items in --histories"
+        )
+    if unused:
+        _LOG.info(
+            "%s: only the items are read, and not the other columns (%s)", given, ", ".join(unused)
+        )
+
+
 def _read(
     argument: Any,
     flag: str,
@@ -312,10 +335,16 @@ def _read(
     times: bool = False,
     time_format: str = "",
     drops_missing: bool = False,
+    for_all_users: bool = False,
 ) -> pd.DataFrame:
-    """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none."""
+    """Columns of ids, and with `times` a column `timestamp`: 0 if the file has none.
+
+    With `for_all_users` the other columns are named (`_check_unused`).
+    """
     optional = ["timestamp"] if times else []
-    table, names, where, _ = read_given(argument, flag, columns, named, optional=optional)
+    table, names, where, unused = read_given(argument, flag, columns, named, optional=optional)
+    if for_all_users:
+        _check_unused(unused, flag, _given(argument, flag), named)
     rows = np.arange(len(table))
     if drops_missing:
         whole = ~np.logical_or.reduce([missing(table[column]) for column in names])
@@ -350,9 +379,12 @@ def _distinct(
     known: np.ndarray,
     what: str,
     advice: str,
+    *,
+    for_all_users: bool = False,
 ) -> tuple[pd.Series, np.ndarray]:
     """A file's distinct ids, and their places among the known; `what` it refuses if none is."""
-    ids = _read(argument, flag, [column], named)[column].drop_duplicates()
+    frame = _read(argument, flag, [column], named, for_all_users=for_all_users)
+    ids = frame[column].drop_duplicates()
     places = find(ids, known)
     if (places < 0).all():
         raise UserError(
