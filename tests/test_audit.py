@@ -600,6 +600,7 @@ def test_tables_in_memory_leave_no_path_behind(one_run, tmp_path):
         data = json.loads((tmp_path / name / "config.json").read_text())["data"]
         assert data["group_file"] is None
         assert (data["path"] is None) == (name == "log")
+    assert found.source.description["name"] == "log"
 
 
 @pytest.mark.slow
