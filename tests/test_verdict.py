@@ -172,7 +172,7 @@ def test_without_erm_the_reference_is_the_best_baseline():
     assert verdict.notes(made) == [
         "There is no ERM run. The methods are compared with [markov], the best baseline without "
         "training.",
-        ONE_SEED.format("Each method"),
+        ONE_SEED.format("each method"),
     ]
 
 
@@ -186,11 +186,11 @@ def test_of_several_rows_of_erm_validation_chooses_the_reference():
     assert verdict.notes(made) == [
         "There are 2 rows of ERM. All other rows are compared with large, which has the highest "
         "NDCG@20 over all users in validation. `seqfair report --baseline=DIR` names another.",
-        ONE_SEED.format("Each method"),
+        ONE_SEED.format("each method"),
     ]
     second = row("small, best worst group", rows.RUN, low)._replace(run="small")
     assert "There are 3 rows of ERM." in verdict.notes(build([*found, second], erm=both))[0]
-    assert verdict.notes(build(found, erm=both, named="small")) == [ONE_SEED.format("Each method")]
+    assert verdict.notes(build(found, erm=both, named="small")) == [ONE_SEED.format("each method")]
     twice = found[0]._replace(means=found[0].means * 2)
     assert verdict.notes(build([twice, *found[1:]], erm={"large"})) == [ONE_SEED.format("large")]
     assert verdict.notes(build([found[0], *baselines()], erm={"small"})) == []  # no other method

@@ -55,7 +55,7 @@ def notes(contents: Contents) -> list[str]:
         trained = [row for row in contents.rows if row.kind == RUN]
         once = [row.name for row in trained if len(row.means) == 1]
         if once:
-            of = "Each method" if len(once) == len(trained) else listed(once)
+            of = "each method" if len(once) == len(trained) else listed(once)
             found.append(
                 f"Trained with one seed: {of}. The intervals and q are over users, and do not say "
                 "what another training would give. Train with --config.seeds=0,1,2."
