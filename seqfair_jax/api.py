@@ -500,7 +500,6 @@ def compare(
     if not folders:
         raise UserError("models is empty: name at least one run")
     found = runs.read_runs(folders)
-    metric = metric or runs.metric_of(found)
     made = contents.build(found, metric, family=family, baseline=of_baseline)
     return Comparison(tuple(found), made)
 

@@ -70,13 +70,18 @@ def test_dropout_and_negatives_have_the_bits_of_one_device_on_every_mesh(loss):
 
 
 # The last shape splits all three axes.
-@pytest.mark.parametrize("shapes", slow_but([[*SHAPES], [SHAPES[-1]]], [[SHAPES[-1]]]), ids=len)
+each_shape = pytest.mark.parametrize(
+    "shapes", slow_but([[*SHAPES], [SHAPES[-1]]], [[SHAPES[-1]]]), ids=len
+)
+
+
+@each_shape
 @pytest.mark.parametrize("model", slow_but(["rankings", "rankings_of_a_mixture"], ["rankings"]))
 def test_a_mesh_ranks_as_one_device(model, shapes):
     assert on_mesh(model, *shapes) == dict.fromkeys(shapes, True)
 
 
-@pytest.mark.parametrize("shapes", slow_but([[*SHAPES], [SHAPES[-1]]], [[SHAPES[-1]]]), ids=len)
+@each_shape
 def test_a_mesh_fits_a_mixture_to_what_one_device_does(shapes):
     assert all(value < 1e-5 for value in on_mesh("mixtures", *shapes).values())
 

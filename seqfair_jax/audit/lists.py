@@ -15,12 +15,10 @@ from seqfair_jax.data.ids import encode_ids, require_values
 from seqfair_jax.data.readers import finite_numbers
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.errors import UserError
-from seqfair_jax.evaluation import slices
-from seqfair_jax.serving.tables import find, read_given
+from seqfair_jax.serving.tables import find, listed, read_given
 from seqfair_jax.workdir import user_path
 
 FLAG = "recommendations"
-_NAMED = 5  # unused columns that are named
 
 
 class Rows(NamedTuple):
@@ -179,9 +177,7 @@ def _order_of_rows(unused: Sequence[str]) -> str:
     """What is said without a rank and a score; one of the unused columns may have been meant."""
     if not unused:
         return "the order of the rows"
-    names = ", ".join(slices.printable(name) for name in unused[:_NAMED])
-    more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
-    return f"the order of the rows; columns not used: {names}{more}"
+    return f"the order of the rows; columns not used: {listed(unused)}"
 
 
 def rank_lists(

@@ -38,8 +38,7 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     if baseline is not None:  # the table has its row too
         folders.append(baseline)
     found = runs.read_runs(folders)
-    metric = values.metric or runs.metric_of(found)
-    content = contents.build(found, metric, family=values.family, baseline=baseline)
+    content = contents.build(found, values.metric, family=values.family, baseline=baseline)
     print(text.verdict_text(content))
     print("\n" + text.contents_tables(content, runs.notes(found)))
     if baseline is not None:

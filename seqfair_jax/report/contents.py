@@ -11,7 +11,13 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import rows
 from seqfair_jax.report.rows import BASELINE, LIST, RUN, Row
-from seqfair_jax.report.runs import FinishedRun, min_users, name_of_folder, shared_families
+from seqfair_jax.report.runs import (
+    FinishedRun,
+    metric_of,
+    min_users,
+    name_of_folder,
+    shared_families,
+)
 
 ERM = "erm"
 LEVEL = 0.05  # of q, for a star and for the sentences
@@ -69,7 +75,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def build(
     runs: Sequence[FinishedRun],
-    metric: str,
+    metric: str | None,
     *,
     family: str | None = None,
     baseline: Path | None = None,
@@ -79,7 +85,7 @@ def build(
 
     Args:
         runs: finished runs and lists on one log, from `runs.read_runs`.
-        metric: such as NDCG@20.
+        metric: such as NDCG@20; None for the one that chose in validation (`runs.metric_of`).
         family: the one to show, as its user wrote it; None shows all that the runs share.
         baseline: the work directory of the run that the others are tested against, of a single
             method; other seeds of its method count too. Without one it is ERM, or else the best
@@ -90,6 +96,7 @@ def build(
         UserError: as `runs.shared_families`; with `baseline`, if the rows differ in their users,
             targets or groups, or if there is nothing to compare.
     """
+    metric = metric or metric_of(runs)
     families = shared_families(runs, metric, family)
     named = None if baseline is None else name_of_folder(runs, baseline)
     # Two folders may be evaluated by more families than they share.

@@ -18,10 +18,12 @@ from seqfair_jax.data.split import csr_offsets
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
 from seqfair_jax.data.times import parse_times
 from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import slices
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.workdir import user_path
 
 _LOG = logging.getLogger(__name__)
+_NAMED = 5  # unused columns that are named
 
 
 def find(ids: pd.Series, known: np.ndarray) -> np.ndarray:
@@ -129,9 +131,12 @@ def read_candidates(
 def has_items(table: Any, named: Mapping[str, str]) -> bool:
     """Whether a table in memory has a column of items: one that the log has, or a usual name."""
     columns = table.column_names if hasattr(table, "column_names") else table.columns
-    names = {fold(str(name)) for name in columns}
-    own = fold(named["item_id"]) if named.get("item_id") else "item_id"
-    return bool(names & {own, *ALIASES["item_id"].split()})
+    return not _names_of("item_id", named).isdisjoint(fold(str(name)) for name in columns)
+
+
+def _names_of(column: str, named: Mapping[str, str] | None) -> set[str]:
+    """What a column may be called, folded: the log's name for it, and the usual names."""
+    return {fold((named or {}).get(column) or column), *ALIASES[column].split()}
 
 
 def read_histories(
@@ -312,7 +317,7 @@ def _check_unused(
     Raises:
         UserError: if a column of `exclude` has a usual name of the users', or the log's name.
     """
-    usual = {*ALIASES["user_id"].split(), fold((named or {}).get("user_id") or "user_id")}
+    usual = _names_of("user_id", named)
     users = [name for name in unused if fold(name) in usual]
     if users and flag == "exclude":
         raise UserError(
@@ -322,8 +327,14 @@ def _check_unused(
         )
     if unused:
         _LOG.info(
-            "%s: only the items are read, and not the other columns (%s)", given, ", ".join(unused)
+            "%s: only the items are read, and not the other columns (%s)", given, listed(unused)
         )
+
+
+def listed(columns: Sequence[str]) -> str:
+    """The first columns that are not read, and how many more there are."""
+    names = ", ".join(slices.printable(name) for name in columns[:_NAMED])
+    return f"{names} and {len(columns) - _NAMED} more" if len(columns) > _NAMED else names
 
 
 def _read(
