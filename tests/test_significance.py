@@ -54,6 +54,14 @@ def test_p_values_and_effects_are_scipys_in_every_slice():
         assert_allclose(row["high"] - row["low"], 2 * 1.96 * error, rtol=0.25)
 
 
+def test_targets_of_one_kind_are_not_tested_twice():
+    before, after = draw()
+    for repeat in (True, False):
+        tables = [per_user(values).assign(repeat=repeat) for values in (after, before)]
+        result = compare({"cvar": {0: tables[0]}}, {0: tables[1]}, "NDCG@20")
+        assert list(result["slice"]) == ["overall", "pop33=niche", "pop33=popular"]
+
+
 def test_benjamini_hochberg_by_hand():
     before, after = draw()
     result = compare(

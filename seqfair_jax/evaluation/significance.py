@@ -52,9 +52,9 @@ def compare(
 
     Returns:
         columns name, slice ("overall", "pop33=niche", ...), users, mean, baseline, difference,
-        low, high, p, q, star; a row for each method and each slice with at least one user.
-        The test of a single user is NaN. p is 1 if no user differs, and that of a
-        sign test, 2^(1 - n), if all n differ by the same.
+        low, high, p, q, star; a row for each method and each slice with at least one user. Repeat
+        and new targets have rows only if there are both kinds. The test of a single user is NaN. p
+        is 1 if no user differs, and that of a sign test, 2^(1 - n), if all n differ by the same.
 
     Raises:
         UserError: if the tables differ in their users, targets or groups, or lack the metric.
@@ -74,6 +74,8 @@ def compare(
     change = after - before
     parts = []
     for slice_name, members in slice_members(reference).items():
+        if slice_name in (slices.REPEAT, slices.NEW) and len(members) == len(reference):
+            continue  # all targets are of one kind, so this is "overall" again
         difference = change[members]
         low, high = _intervals(difference)
         parts.append(

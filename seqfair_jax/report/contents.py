@@ -277,13 +277,11 @@ def _against_baselines(
 
 
 def _corrected(table: pd.DataFrame, found: Sequence[Row], min_users: int) -> pd.DataFrame:
-    """A table of tests without doubled ones, in the order of the other tables; the star is by q.
+    """A table of tests in the order of the other tables; the star is by q.
 
     Groups that are too small to judge have no q. Otherwise many tiny groups would raise the q of
     the groups that are judged.
     """
-    if not rows.has_both_kinds(found):  # the only kind of targets is all of them
-        table = table[~table["slice"].isin([slices.REPEAT, slices.NEW])]
     place = {name: i for i, name in enumerate(rows.known_slices(found))}
     order = np.lexsort((table["slice"].map(place), pd.factorize(table["name"])[0]))
     table = table.iloc[order].reset_index(drop=True)
