@@ -91,8 +91,8 @@ class Command:
         """Define a flag with a whole number."""
         flags.DEFINE_integer(name, default, help_text, flag_values=self.flags)
 
-    def number(self, name: str, help_text: str, default: float) -> None:
-        """Define a flag with a number."""
+    def number(self, name: str, help_text: str, default: float | None = None) -> None:
+        """Define a flag with a number; without a default it is None where it is not given."""
         flags.DEFINE_float(name, default, help_text, flag_values=self.flags)
 
     def bool(self, name: str, help_text: str) -> None:

@@ -43,6 +43,7 @@ GROUPS, SPLIT = "groups.parquet", "split.parquet"
 ITEMS, HISTORIES = "items.parquet", "histories.parquet"
 NEIGHBOURS = "neighbours.npz"  # of a model with neighbours
 BASELINES = "baselines.parquet"
+GATE = "gate.json"  # of `seqfair evaluate`
 SEARCH, STUDY = "search.json", "study.db"  # of a search: its settings, its trials
 TRIALS, RANKING, BEST = "trials.csv", "search.md", "best.json"  # and its results
 INPUTS = "inputs"  # tables that were given from Python

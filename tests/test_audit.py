@@ -374,16 +374,16 @@ def test_bad_lists_are_refused(dataset, columns, message):
 def test_the_names_of_lists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b=c.csv").write_text("")
-    assert lists.name_lists(["x/old-1.5.csv.gz,new=y.parquet", ".csv"]) == {
+    assert lists.name_paths(["x/old-1.5.csv.gz,new=y.parquet", ".csv"]) == {
         "old-1.5": "x/old-1.5.csv.gz", "new": "y.parquet", ".csv": ".csv",
     }  # fmt: skip
-    assert lists.name_lists(["a,b=c.csv"]) == {"a,b=c": "a,b=c.csv"}
-    assert lists.name_lists(["new=a,b=c.csv"]) == {"new": "a,b=c.csv"}
+    assert lists.name_paths(["a,b=c.csv"]) == {"a,b=c": "a,b=c.csv"}
+    assert lists.name_paths(["new=a,b=c.csv"]) == {"new": "a,b=c.csv"}
     with pytest.raises(UserError, match=r"old.csv and new/old.csv are both called 'old'"):
-        lists.name_lists(["old.csv", "new/old.csv"])
+        lists.name_paths(["old.csv", "new/old.csv"])
     for bad in ("", "=a.csv", "a=", "a.csv,,b.csv"):
         with pytest.raises(UserError, match="expected FILE or NAME=FILE"):
-            lists.name_lists([bad])
+            lists.name_paths([bad])
 
 
 def test_a_cutoff_may_be_any_number(dataset):

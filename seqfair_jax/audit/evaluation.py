@@ -1,4 +1,4 @@
-"""Judge systems: a finished run again, any recommender's lists, and the baselines."""
+"""Judge systems: a finished run again, other runs, any recommender's lists, and the baselines."""
 
 import dataclasses
 import os
@@ -6,14 +6,16 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
 from jax.sharding import Mesh
 
 from seqfair_jax import devices, workdir
-from seqfair_jax.audit import source
-from seqfair_jax.audit.lists import FLAG, describe, read_lists
+from seqfair_jax.audit import gate, other_runs, source
+from seqfair_jax.audit.gate import Gate
+from seqfair_jax.audit.lists import FLAG, Ranked, describe, read_lists
 from seqfair_jax.audit.source import Choice, Source
 from seqfair_jax.config import default_config
 from seqfair_jax.config.change import change
@@ -22,7 +24,7 @@ from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation import significance
 from seqfair_jax.evaluation.metrics import metric_names, parse_metric
-from seqfair_jax.evaluation.ranking import make_ranker
+from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.evaluation.slices import target_means
 from seqfair_jax.report import contents, text
 from seqfair_jax.report.contents import Contents
@@ -35,10 +37,10 @@ from seqfair_jax.training.selection import FINISHED, RULES
 
 
 class System(NamedTuple):
-    """A run or a recommender's lists, and how they did."""
+    """A run, another run, or a recommender's lists, and how they did."""
 
     name: str  # of its row
-    kind: str  # RUN or LIST
+    kind: str  # RUN; LIST for all others, which are compared as systems and not as methods
     summary: dict[str, Any]  # its `summary.json`
     per_user: pd.DataFrame  # its `per_user.parquet`
     inputs: Mapping[str, str]
@@ -113,6 +115,26 @@ class Evaluation:
         """The paired tests of all other rows against one: see `contents`."""
         return self.contents(metric, baseline).tests
 
+    def gate(self, margin: float, reference: str | None = None, metric: str = "") -> Gate:
+        """Whether the first system is worse than another row, for all users or for a group.
+
+        The first system is the run or, without one, the first of the lists. See `gate.judge` for
+        the rule. Printing the result shows its table.
+
+        Args:
+            margin: the loss of the metric that is allowed, such as 0.01.
+            reference: the row to compare with, as `baseline` of `contents`; None for the only
+                other row that is no baseline.
+            metric: as for `contents`.
+
+        Raises:
+            UserError: if the margin is not from 0 to below 1, there is no such metric or row, no
+                reference is named and there are several, or it is the first system itself.
+        """
+        names = [system.name for system in self.systems]
+        reference = gate.only_reference(names[1:]) if reference is None else reference
+        return gate.judge(self.contents(metric, reference), names[0], margin)
+
     def recommended(self) -> pd.DataFrame:
         """What the lists show, by slice: name, figure (`coverage@20`, ...), slice and value."""
         records = [
@@ -124,19 +146,21 @@ class Evaluation:
         return pd.DataFrame(records, columns=["name", "figure", "slice", "value"])
 
     def text(self, metrics: Sequence[str] = (), baseline: str | None = None) -> str:
-        """What was found in the lists; for each metric the tables and the tests; the lists' width.
+        """What was found in the lists, and what other runs know; for each metric the tables and the
+        tests; the lists' width.
 
         Args:
             metrics: those to show; () for the first one.
             baseline: as for `contents`.
         """
         every = [self.contents(metric, baseline) for metric in metrics or [self.metric]]
-        parts = []
+        others = {s.name: s.summary["evaluation"].get("other_run") for s in self.systems}
+        parts = [other_runs.describe(name, record) for name, record in others.items() if record]
         if self.found:
             rule = (
                 "The figures of lists are right only if no row of the test was used to make them."
             )
-            parts = [describe(self.found), rule]
+            parts += [describe(self.found), rule]
         parts.append(text.verdict_text(every[0]))
         for shown in every:
             parts.append(text.contents_tables(shown))
@@ -147,13 +171,23 @@ class Evaluation:
     def __str__(self) -> str:
         return self.text()
 
-    def write(self, out: str | Path) -> None:
+    def write(self, out: str | Path, gate: Gate | None = None) -> None:
         """Write a folder that `seqfair report` reads as it does a run's: all of it or nothing.
+
+        Args:
+            out: the folder, new or empty.
+            gate: what `gate` returned, to write as `gate.json`; None for no such file.
 
         Raises:
             UserError: if the folder has files, or cannot be written.
         """
-        workdir.write_folder(workdir.user_path(out), self._write)
+
+        def write(folder: Path) -> None:
+            self._write(folder)
+            if gate is not None:
+                workdir.write_json(folder / workdir.GATE, gate.record())
+
+        workdir.write_folder(workdir.user_path(out), write)
 
     def _rows(self, metric: str) -> list[Row]:
         parse_metric(metric)
@@ -219,24 +253,34 @@ _SHARED = (
 def evaluate(
     judged: Source,
     lists: Mapping[str, Any],
+    runs: Mapping[str, str] = MappingProxyType({}),
     *,
     rule: str = "overall",
     metrics: Sequence[str] = (),
     mesh: Mesh | None = None,
 ) -> Evaluation:
-    """Judge a run's test again, and recommenders' lists.
+    """Judge a run's test again, recommenders' lists, and other runs on the same test.
 
     Args:
         judged: the log, from `source.from_run` or `source.from_config`; with a run, it is tested.
         lists: for each name a table or its path, see `lists.read_lists`.
-        rule: which epoch of the run: the one that was best "overall", or for the "worst_group".
+        runs: for each name the folder of another finished run, see `other_runs.rank_test`.
+        rule: which epoch of the runs: the one that was best "overall", or for the "worst_group".
         metrics: to show, as `parse_metrics` returns them.
-        mesh: the devices that share the run's users and its catalogue; one if None. They need not
-            be those of the training.
+        mesh: the devices that share the runs' users and their catalogues; one if None. They need
+            not be those of the training.
 
     Raises:
-        UserError: on bad lists, or if there is nothing to judge.
+        UserError: on bad lists or runs, if lists and a run have one name, or if there is nothing to
+            judge.
     """
+    for name in lists.keys() & runs.keys():
+        raise UserError(
+            f"lists and a run are both called {name!r}; give one another name, as in "
+            f"--{other_runs.FLAG}=NAME=DIR"
+        )
+    for folder in runs.values():
+        workdir.read_summary(workdir.user_path(folder))  # a wrong path fails before the test
     config = judged.config
     warn_of_masked_targets(judged.dataset, config.evaluate.mask_seen)
     judge = Judge(judged.dataset, judged.families, config.evaluate.cutoffs)
@@ -254,11 +298,14 @@ def evaluate(
         baseline_name(name) for name in baselines["baselines"]
     ]
     found: dict[str, Mapping[str, int | str]] = {}
-    for name, given in lists.items():
+    for name, given in [*lists.items(), *runs.items()]:
         row = unique_name(name, taken)
         taken.append(row)
-        systems.append(_judge_lists(judged, judge, given, name, row, shared))
-        found[row] = systems[-1].summary["evaluation"]["lists"]
+        if name in runs:
+            systems.append(_judge_other_run(judged, judge, given, name, row, rule, shared, mesh))
+        else:
+            systems.append(_judge_lists(judged, judge, given, name, row, shared))
+            found[row] = systems[-1].summary["evaluation"]["lists"]
     if not systems:
         raise UserError(f"nothing to judge: give --{FLAG}, or --workdir of a finished run")
     kind, k = parse_metric(config.select.metric)
@@ -275,7 +322,50 @@ def _judge_lists(
     read = read_lists(
         given, judged.dataset, top_k=max(settings.cutoffs), named=judged.config.data.columns
     )
-    per_user, means = judge.ranks(read.ranked.ranks)
+    of_file = {FLAG: hash_files([workdir.user_path(given)])} if isinstance(given, str) else {}
+    evaluation = {"lists": read.found}
+    return _system(judged, judge, name, row, shared, read.ranked, evaluation, of_file)
+
+
+def _judge_other_run(
+    judged: Source,
+    judge: Judge,
+    folder: str,
+    name: str,
+    row: str,
+    rule: str,
+    shared: dict[str, Any],
+    mesh: Mesh | None,
+) -> System:
+    """Judge another run on the same test."""
+    settings = judged.config.evaluate
+    tested = other_runs.rank_test(
+        folder,
+        judged.dataset,
+        rule=rule,
+        mask_seen=settings.mask_seen,
+        batch_size=settings.batch_size,
+        top_k=max(settings.cutoffs),
+        mesh=mesh,
+    )
+    other_runs.warn_of_trained_targets(tested.record)
+    evaluation = {"other_run": tested.record}
+    of_run = {other_runs.FLAG: tested.record["results"]}
+    return _system(judged, judge, name, row, shared, tested.ranking, evaluation, of_run)
+
+
+def _system(
+    judged: Source,
+    judge: Judge,
+    name: str,
+    row: str,
+    shared: dict[str, Any],
+    ranked: Ranked | Ranking,
+    evaluation: dict[str, Any],
+    inputs: Mapping[str, str],
+) -> System:
+    """A system that is not the run of the test, from its ranks and lists."""
+    per_user, means = judge.ranks(ranked.ranks)
     summary = shared | {
         "kind": LIST,
         "method": LIST,
@@ -288,13 +378,10 @@ def _judge_lists(
         "seed": 0,
         "status": FINISHED,
         "test": means,
-        "recommended": judge.lists(read.ranked.top_items),
-        "evaluation": {"lists": read.found},
+        "recommended": judge.lists(ranked.top_items),
+        "evaluation": evaluation,
     }
-    inputs = dict(judged.inputs)
-    if isinstance(given, str):
-        inputs[FLAG] = hash_files([workdir.user_path(given)])
-    return System(row, LIST, summary, per_user, inputs)
+    return System(row, LIST, summary, per_user, {**judged.inputs, **inputs})
 
 
 def _test_run(
@@ -373,13 +460,14 @@ def evaluate_recommendations(
     catalogue: int = 1,
     settings: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Judge any recommender's lists against the held-out targets of a log, by user group.
+    """Judge any recommender's lists, or other runs, on a log's held-out targets, by user group.
 
     A user without a list misses all targets. See `lists.read_lists` for the columns.
 
     Args:
-        recommendations: a table of pandas, polars or pyarrow, or the path of one; or several by
-            name, as in {"old": old, "new": "new.parquet"}.
+        recommendations: a table of pandas, polars or pyarrow, or the path of one; or the folder of
+            a finished run on another log or split, which ranks the same targets
+            (`other_runs.rank_test`); or several by name, as in {"old": "runs/old", "new": table}.
         log: the folder of a finished run, which is judged too; or a log, as a table or the path of
             one, of which no model is trained.
         groups: a family's name or several, such as ["pop33", "seq33"]; or a table of the users'
@@ -389,8 +477,8 @@ def evaluate_recommendations(
         mask_seen: never recommend items of the history, by the run and the baselines; None for
             what the run or the settings say.
         run: of a folder with a grid, the name of a run.
-        rule: which epoch of a run: the one that was best "overall", or for the "worst_group".
-        data, catalogue: devices that share the users and the items of a run, as for `load`.
+        rule: which epoch of the runs: the one that was best "overall", or for the "worst_group".
+        data, catalogue: devices that share the users and the items of the runs, as for `load`.
         settings: of a log, by key: {"data.split": "time", "data.min_interactions": 1}. See
             docs/settings.md.
 
@@ -402,6 +490,8 @@ def evaluate_recommendations(
     given = {
         str(name): os.fsdecode(of) if workdir.is_path(of) else of for name, of in given.items()
     }
+    runs = {name: of for name, of in given.items() if source.is_run(of)}
+    lists = {name: of for name, of in given.items() if name not in runs}
     mesh = devices.make_mesh(data=data, catalogue=catalogue)
     with tempfile.TemporaryDirectory() as temporary:
         choice = Choice(cutoffs=cutoffs, mask_seen=mask_seen)
@@ -410,13 +500,13 @@ def evaluate_recommendations(
         choice = choice._replace(groups=names or None)
         if table is not None:
             choice = choice._replace(group_file=source.group_path(Path(temporary), table))
-        if workdir.is_path(log) and (workdir.user_path(log) / workdir.CONFIG).exists():
+        if source.is_run(log):
             if settings:
                 raise UserError(f"settings are of a log, and {log} is the folder of a run")
             with stored_tables(inputs):
                 judged = _unstored(source.from_run(log, run, choice), inputs)
-            return evaluate(judged, given, rule=rule, mesh=mesh)
-        if run is not None or rule != "overall" or mesh.size > 1:
+            return evaluate(judged, lists, runs, rule=rule, mesh=mesh)
+        if run is not None or (not runs and (rule != "overall" or mesh.size > 1)):
             raise UserError(
                 "run, rule, data and catalogue are of a run, and log is no folder of a run"
             )
@@ -431,7 +521,7 @@ def evaluate_recommendations(
             config.data.cache_dir = ""
         with stored_tables(inputs):
             judged = _unstored(source.from_config(config, choice), inputs)
-        return evaluate(judged, given)
+        return evaluate(judged, lists, runs, rule=rule, mesh=mesh)
 
 
 def _unstored(judged: Source, inputs: Path) -> Source:

@@ -44,47 +44,53 @@ class Lists(NamedTuple):
     found: dict[str, int | str]  # what `describe` shows
 
 
-def split_argument(argument: str) -> dict[str, str]:
-    """The names and files of `NAME=FILE`, `FILE`, or several with commas between them.
+def split_argument(argument: str, flag: str = FLAG, kind: str = "FILE") -> dict[str, str]:
+    """The names and paths of `NAME=PATH`, `PATH`, or several with commas between them.
 
-    A file's name without its endings is the name of its lists. If the whole argument is a file, or
-    all that follows its first `=`, it is one, whatever signs it has.
+    A file's name without its endings is the name of its lists, and a folder's name is that of its
+    run. If the whole argument is there, or all that follows its first `=`, it is one path, whatever
+    signs it has.
+
+    Args:
+        argument: the value of the flag.
+        flag, kind: what messages call the flag, and what it takes.
 
     Raises:
         UserError: if a part is empty.
     """
     named = argument.partition("=")[2]
-    whole = any(path and user_path(path).is_file() for path in (argument, named))
+    whole = any(path and user_path(path).exists() for path in (argument, named))
     found: dict[str, str] = {}
     for part in [argument] if whole else argument.split(","):
         name, equals, path = part.partition("=")
-        if not equals or user_path(part).is_file():
+        if not equals or (part and user_path(part).exists()):
             path = part
-            name = title_of(part) or part
+            is_folder = part and user_path(part).is_dir()
+            name = (user_path(part).resolve().name if is_folder else title_of(part)) or part
         if not path or not name.strip():
-            raise UserError(f"--{FLAG}={argument}: expected FILE or NAME=FILE, found {part!r}")
-        _add(found, name, path)
+            raise UserError(f"--{flag}={argument}: expected {kind} or NAME={kind}, found {part!r}")
+        _add(found, name, path, flag, kind)
     return found
 
 
-def name_lists(arguments: Sequence[str]) -> dict[str, str]:
-    """The names and files of all `--recommendations`.
+def name_paths(arguments: Sequence[str], flag: str = FLAG, kind: str = "FILE") -> dict[str, str]:
+    """The names and paths of all values of a flag: see `split_argument`.
 
     Raises:
         UserError: if two have one name.
     """
     found: dict[str, str] = {}
     for argument in arguments:
-        for name, path in split_argument(argument).items():
-            _add(found, name, path)
+        for name, path in split_argument(argument, flag, kind).items():
+            _add(found, name, path, flag, kind)
     return found
 
 
-def _add(found: dict[str, str], name: str, path: str) -> None:
+def _add(found: dict[str, str], name: str, path: str, flag: str, kind: str) -> None:
     if name in found:
         raise UserError(
-            f"--{FLAG}: {found[name]} and {path} are both called {name!r}; give one another name, "
-            "as in NAME=FILE"
+            f"--{flag}: {found[name]} and {path} are both called {name!r}; give one another name, "
+            f"as in NAME={kind}"
         )
     found[name] = path
 

@@ -69,6 +69,11 @@ class Source(NamedTuple):
     folder: Path | None = None  # of the run
 
 
+def is_run(given: Any) -> bool:
+    """Whether what a Python function was given is the folder of a run, and not a table."""
+    return workdir.is_path(given) and (workdir.user_path(given) / workdir.CONFIG).exists()
+
+
 def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
     """The log of a finished run, from the run's folder alone.
 

@@ -1,13 +1,15 @@
-"""`seqfair evaluate`: test a finished run again, and judge any recommender's lists."""
+"""`seqfair evaluate`: test a run again, and judge other runs and any recommender's lists."""
 
 import logging
+import sys
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from seqfair_jax import devices, workdir
-from seqfair_jax.audit import evaluation, lists, source
+from seqfair_jax.audit import evaluation, lists, other_runs, source
+from seqfair_jax.audit.gate import check_margin, only_reference
 from seqfair_jax.cli import Command
 from seqfair_jax.data.split import describe_split
 from seqfair_jax.errors import Interrupted, UserError
@@ -22,8 +24,8 @@ def main(argv: Sequence[str]) -> None:
     command = Command(
         "evaluate",
         "Test a finished run again, without its log, by other groups, cut-offs or metrics; or\n"
-        "judge the lists of any recommender against the same targets. With --config instead of\n"
-        "--workdir, lists are judged on the split of a log, and no model is trained.",
+        "judge other runs and the lists of any recommender on the same targets. With --config\n"
+        "instead of --workdir, they are judged on the split of a log, and no model is trained.",
         config="optional",
     )
     command.string("workdir", "the folder of a finished run, or of a grid of runs")
@@ -32,6 +34,11 @@ def main(argv: Sequence[str]) -> None:
         "a table user_id, item_id and rank or score; NAME=FILE gives its row a name. Several with "
         "commas between them, or the flag again",
     )
+    command.strings(
+        other_runs.FLAG,
+        "the folder of another run, such as the one before, to rank the same targets by; "
+        "NAME=DIR gives its row a name. Several as for --recommendations",
+    )
     command.string("out", "a new folder for the results, which `seqfair report` reads")
     command.string("groups", "the group families, such as pop33,country (default: as evaluated)")
     command.string("group_file", "a table of the users' groups; without --groups, all of it")
@@ -39,6 +46,16 @@ def main(argv: Sequence[str]) -> None:
     command.string("metrics", "those to print, such as NDCG,MAP@10 (default: as in validation)")
     command.string("baseline", "the row to test the others against (default: the run)")
     command.string("seen", "keep, or mask: no item of the user's history (default: as evaluated)")
+    command.number(
+        "fail_if_worse",
+        "end with status 1 if the run is shown to be below a row, for all users or for a group, by "
+        "more than this number, such as 0.01. The row is that of --baseline, or the only one of "
+        "--with and --recommendations",
+    )
+    command.bool(
+        "fail_if_unknown",
+        "with --fail_if_worse: also if it is not shown that no group is so far below",
+    )
     command.string("run", "the name of a run of a grid (default: the one that was selected)")
     command.string("rule", "the epoch that was best overall, or for the worst_group", "overall")
     command.mesh()
@@ -53,14 +70,16 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
     mask_seen = parse_seen(values.seen, f"--seen={values.seen}")
     if values.rule not in RULES:
         raise UserError(f"--rule={values.rule}: expected {' or '.join(RULES)}")
-    given = lists.name_lists(values.recommendations)
-    if config is not None and not given:
+    given = lists.name_paths(values.recommendations)
+    runs = lists.name_paths(getattr(values, other_runs.FLAG), other_runs.FLAG, "DIR")
+    if config is not None and not given and not runs:
         raise UserError("--recommendations is missing: there is no run and no list to judge")
-    of_run = values.run or values.rule != "overall" or values.data > 1 or values.catalogue > 1
-    if config is not None and of_run:
+    of_run = values.rule != "overall" or values.data > 1 or values.catalogue > 1
+    if config is not None and (values.run or (of_run and not runs)):
         raise UserError(
             "--run, --rule, --data and --catalogue are of a run; give --workdir, or leave them out"
         )
+    _check_gate(values, [*given, *runs])
     mesh = devices.make_mesh(data=values.data, catalogue=values.catalogue)
     out = None if values.out is None else workdir.user_path(values.out)
     if out is not None:
@@ -82,14 +101,40 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
         if judged.folder is not None:
             _LOG.info("%s, best epoch by %s", judged.folder, values.rule)
         print("\n".join(describe_split(judged.description["split"])))
-        found = evaluation.evaluate(judged, given, rule=values.rule, metrics=metrics, mesh=mesh)
+        found = evaluation.evaluate(
+            judged, given, runs, rule=values.rule, metrics=metrics, mesh=mesh
+        )
         print("\n" + found.text(metrics, values.baseline))
+        gate = None
+        if values.fail_if_worse is not None:
+            gate = found.gate(values.fail_if_worse, values.baseline)
+            print(f"\n{gate}")
         if out is not None:
-            found.write(out)
+            found.write(out, gate)
             print(f"\nfiles: {out.resolve()}")
     except KeyboardInterrupt as error:
         where = "" if out is None else f": nothing was written to {out}"
         raise Interrupted(f"stopped{where}", error) from None
+    failure = "" if gate is None else gate.failure(fail_if_unknown=values.fail_if_unknown)
+    if failure:
+        sys.stdout.flush()
+        raise SystemExit(f"gate: {failure}")
+
+
+def _check_gate(values: flags.FlagValues, others: Sequence[str]) -> None:
+    """Refuse flags of the gate that cannot be used, before anything is computed.
+
+    Args:
+        values: all flags.
+        others: the names of the lists and of the other runs.
+    """
+    if values.fail_if_worse is None:
+        if values.fail_if_unknown:
+            raise UserError("--fail_if_unknown needs --fail_if_worse, the loss that is allowed")
+        return
+    check_margin(values.fail_if_worse, "--fail_if_worse")
+    if values.baseline is None:
+        only_reference(others if values.workdir is not None else others[1:])
 
 
 def _listed(name: str, value: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import betaincinv, stdtrit
 
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
@@ -144,6 +144,39 @@ def gap(members: np.ndarray, others: np.ndarray, *, confidence: float = 0.95) ->
     freedom = (a + b) ** 2 / (a**2 / (len(members) - 1) + b**2 / (len(others) - 1))
     half = float(stdtrit(freedom, (1 + confidence) / 2) * (a + b) ** 0.5)
     return Gap(difference, difference - half, difference + half)
+
+
+def bounds(differences: np.ndarray, *, lower: float, upper: float) -> Gap:
+    """The mean of paired differences, with a bound on each side.
+
+    The true mean is below `low` in a share 1 - `lower` of samples, and above `high` in a share
+    1 - `upper`. With d and s, the mean and the standard deviation of the n users' differences:
+
+        low = d - t(lower, n - 1) s / sqrt(n),   high = d + t(upper, n - 1) s / sqrt(n)
+
+    If fewer than `FEWEST_VALUES` users differ, these bounds do not hold. A user's difference is
+    from -1 to 1, so the mean is at least minus the share of users with a loss. Then `low` is minus
+    the exact upper bound of this share (Clopper and Pearson 1934): with k losses, the p for which
+    so few have a probability of 1 - `lower`. `high` is that of the gains.
+
+    Args:
+        differences: f[n] of a metric from 0 to 1; n is at least 1.
+        lower, upper: the confidence of each bound.
+    """
+    n = len(differences)
+    mean = float(differences.mean())
+    if np.count_nonzero(differences) < FEWEST_VALUES:
+        shares = [
+            float(betaincinv(count + 1, n - count, confidence)) if count < n else 1.0
+            for count, confidence in (
+                (np.count_nonzero(differences < 0), lower),
+                (np.count_nonzero(differences > 0), upper),
+            )
+        ]
+        return Gap(mean, -shares[0], shares[1])
+    error = float(differences.std(ddof=1)) / n**0.5
+    low, high = (float(stdtrit(n - 1, confidence)) * error for confidence in (lower, upper))
+    return Gap(mean, mean - low, mean + high)
 
 
 def seed_mean(tables: Mapping[int, pd.DataFrame], metric: str) -> np.ndarray:

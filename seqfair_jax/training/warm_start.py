@@ -108,10 +108,14 @@ def warm_start(
             f"train.init_from is {source.folder}, which knows none of the {len(items):,} items of "
             "this log; name a run on an earlier state of the same log"
         )
-    trained_targets = {
-        part: int(_trained_on(old, dataset, targets, items, users).sum())
-        for part, targets in (("validation", dataset.valid), ("test", dataset.test))
-    }
+    trained_targets = {}
+    for part, targets in (("validation", dataset.valid), ("test", dataset.test)):
+        # A target outside the vocabulary is missed, whatever the source knows.
+        places = np.where(targets.items >= 0, items[targets.items], -1)
+        is_trained = trained_on(
+            old, dataset, targets, items=items, users=users, target_items=places
+        )
+        trained_targets[part] = int(is_trained.sum())
 
     mesh = mesh or devices.make_mesh()
 
@@ -254,8 +258,14 @@ def _places(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     return pd.Index(old).get_indexer(pd.Index(new))
 
 
-def _trained_on(
-    old: Dataset, new: Dataset, targets: Targets, items: np.ndarray, users: np.ndarray
+def trained_on(
+    old: Dataset,
+    new: Dataset,
+    targets: Targets,
+    *,
+    items: np.ndarray,
+    users: np.ndarray,
+    target_items: np.ndarray,
 ) -> np.ndarray:
     """Which targets are rows that the old run was trained on: bool[m].
 
@@ -265,21 +275,19 @@ def _trained_on(
     Args:
         old, new: the split logs.
         targets: of the new one.
-        items, users: the places of the new ids among the old ones.
+        items, users: i64[V], i64[U] the places of the new ids among the old ones, -1 for none.
+        target_items: i64[m] the places of the targets' items there; -1 for one that is not counted.
     """
-    num_items = len(new.item_ids)
-    now = np.full(len(old.item_ids), -1)
-    now[items[items >= 0]] = np.flatnonzero(items >= 0)
-    users_now = np.full(len(old.user_ids), -1)
-    users_now[users[users >= 0]] = np.flatnonzero(users >= 0)
+    num_items = len(old.item_ids)
     old_users, old_items = training_rows(old)
-    before = users_now[old_users] * num_items + now[old_items]
-    before = before[(users_now[old_users] >= 0) & (now[old_items] >= 0)]
-    new_users, new_items = training_rows(new)
-    after = new_users.astype(np.int64) * num_items + new_items
-    rows = np.concatenate([before, after])
-    pairs, inverse = np.unique(rows, return_inverse=True)
+    before = old_users.astype(np.int64) * num_items + old_items
+    new_users, new_items = (
+        places[row] for places, row in zip((users, items), training_rows(new), strict=True)
+    )
+    after = (new_users * num_items + new_items)[(new_users >= 0) & (new_items >= 0)]
+    pairs, inverse = np.unique(np.concatenate([before, after]), return_inverse=True)
     excess = np.bincount(inverse[: len(before)], minlength=len(pairs))
     excess = excess - np.bincount(inverse[len(before) :], minlength=len(pairs))
-    owners = targets.users[targets.owners].astype(np.int64)
-    return (targets.items >= 0) & np.isin(owners * num_items + targets.items, pairs[excess > 0])
+    owners = users[targets.users[targets.owners]]
+    is_known = (owners >= 0) & (target_items >= 0)
+    return is_known & np.isin(owners * num_items + target_items, pairs[excess > 0])
