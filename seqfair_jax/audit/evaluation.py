@@ -33,6 +33,7 @@ from seqfair_jax.report.rows import BASELINE, LIST, RUN, PerUser, Row
 from seqfair_jax.report.runs import row_name, unique_name
 from seqfair_jax.results import Judge, warn_of_masked_targets
 from seqfair_jax.serving import load
+from seqfair_jax.serving.trained import run_folder
 from seqfair_jax.training.selection import FINISHED, RULES
 
 
@@ -280,7 +281,7 @@ def evaluate(
             f"--{other_runs.FLAG}=NAME=DIR"
         )
     for folder in runs.values():
-        workdir.read_summary(workdir.user_path(folder))  # a wrong path fails before the test
+        run_folder(workdir.user_path(folder), None)  # a wrong path fails before the test
     config = judged.config
     warn_of_masked_targets(judged.dataset, config.evaluate.mask_seen)
     judge = Judge(judged.dataset, judged.families, config.evaluate.cutoffs)

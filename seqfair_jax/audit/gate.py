@@ -34,7 +34,7 @@ class Gate:
 
     @property
     def outcome(self) -> str:
-        """ "worse" if a group is worse; else "unknown" if one is unknown; else "not worse"."""
+        """The first of "worse", "unknown" and "not worse" that is the outcome of some slice."""
         found = set(self.groups["outcome"])
         return next(outcome for outcome in (WORSE, UNKNOWN, NOT_WORSE) if outcome in found)
 
@@ -74,15 +74,14 @@ class Gate:
         numbers = dict.fromkeys(("difference", "low", "high"), signed)
         means = dict.fromkeys(("mean", "reference"), "{:.4f}".format)
         table = shown.to_string(index=False, formatters=numbers | means)
-        upper = _confidences(len(shown))["high"]
+        low, high = (f"{100 * part:.4g} %" for part in _confidences(len(shown)).values())
         lines = [
             f"{self.metric} of {self.subject} minus that of {self.reference}; a loss of at most "
             f"{self.margin:g} is allowed",
             table,
-            f"low and high: one-sided bounds of the difference over users, 95 % and "
-            f"{100 * upper:.4g} %",
-            f"worse: high is below -{self.margin:g}. not worse: low is at least -{self.margin:g}. "
-            "unknown: neither.",
+            f"low and high: one-sided bounds of the difference over users, {low} and {high}",
+            f"worse: high is below {0 - self.margin:g}. not worse: low is at least "
+            f"{0 - self.margin:g}. unknown: neither.",
         ]
         if self.not_judged:
             small = [f"{slices.full_label(name)} ({users:,})"

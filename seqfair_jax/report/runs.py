@@ -219,7 +219,8 @@ def _check_dataset(run: FinishedRun, first: FinishedRun) -> None:
         raise UserError(
             f"{run.folder} and {first.folder} are of different logs or splits "
             f"({_first(list(differing.values()))}): they cannot be compared in one table; report "
-            "them one by one"
+            "them one by one, or rank the targets of one run by the other too (seqfair evaluate "
+            "--workdir=DIR --with=DIR)"
         )
 
 
