@@ -485,17 +485,22 @@ def compare(
             (`Evaluation.write`). Runs that differ only in the seed are one row.
         metric: to compare by; None for the one that chose in validation.
         family: the group family to show; None for all that the runs share.
-        baseline: the run that the others are tested against. Its folder must have one method.
-            None: ERM, or the best baseline without training if there is no ERM run.
+        baseline: what the others are tested against: a model, the folder of a run of one method, or
+            the name of a row, such as "old" or "markov". None: that of the evaluated lists, or else
+            ERM, or else the best baseline without training.
 
     Raises:
         UserError: if a run has not finished, or if the runs differ in their log, split or groups.
     """
     if isinstance(models, str | Path | Model):
         raise UserError("models is a single one: give a list, such as [model, 'runs/erm']")
-    folders, of_baseline = [_folder(model) for model in models], None
-    if baseline is not None:
+    folders = [_folder(model) for model in models]
+    of_baseline: Path | str | None = None
+    if isinstance(baseline, str):
+        of_baseline = runs.take_baseline(baseline)
+    elif baseline is not None:
         of_baseline = _folder(baseline)
+    if isinstance(of_baseline, Path):
         folders.append(of_baseline)
     if not folders:
         raise UserError("models is empty: name at least one run")

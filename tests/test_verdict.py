@@ -131,7 +131,7 @@ def test_a_method_that_helps_the_worst_and_costs_others():
         "-0.1500 to -0.1500). No difference was found for middle ([markov], 0.0000).",
     ]
     assert made.reference == "erm"
-    assert made.subjects == {"tier": "gdro"}
+    assert made.subjects == {"tier": ["gdro"]}
 
 
 def overall(made):
@@ -273,6 +273,35 @@ def test_a_list_has_no_effect_on_a_method():
         "erm is below old system for popular (-0.1000, 95 % interval -0.1000 to -0.1000)." in told
     )
     assert not [sentence for sentence in told if "raises" in sentence or "lowers" in sentence]
+
+
+def test_the_verdict_of_an_audit_is_about_each_list_that_is_not_the_baseline():
+    flat = dict.fromkeys(SIZES, 0.4)
+    lists = {"old": ERM, "new": flat | {"popular": 0.3}, "b": flat, "c": flat, "d": flat, "e": flat}
+    found = [row(name, rows.LIST, means, 0.01) for name, means in lists.items()]
+    two = [*found[:2], *baselines()]
+    told, made = sentences(two, erm=set(), named="old")
+    assert made.subjects == {"tier": ["new"]}
+    assert told[0].startswith("With new, group popular is served worst: NDCG@20 is 0.3000 for its")
+    assert told[1].startswith("Not judged, because")
+    assert told[2].startswith("new is below old for all users: NDCG@20 is 0.3667 against 0.4467, ")
+    assert told[3].startswith("new is below old for popular: NDCG@20 is 0.3000 against 0.6000, ")
+    assert told[-1].startswith("new is compared with the baseline without training that is best")
+    assert not any(sentence.startswith("With old") for sentence in told)
+    # Without a named row all lists are audited.
+    told, made = sentences(two, erm=set())
+    assert made.subjects == {"tier": ["old", "new"]}
+    starts = [" ".join(one.split()[:5]) for one in told if one.startswith("With")]
+    assert starts == ["With old, group niche is", "With new, group popular is"]
+    assert sum(sentence.startswith("Not judged") for sentence in told) == 1
+    told, made = sentences(found, erm=set(), named="old")
+    assert made.subjects == {"tier": ["new", "b", "c", "d", "e"]}
+    assert sum(sentence.startswith("With ") for sentence in told) == 4
+    assert told[-1] == "The figures and tests of e are only in the tables."
+    # Beside an audited list, a run is audited too.
+    told, made = sentences([*runs(erm=ERM), *found[:2]], named="old")
+    assert made.subjects == {"tier": ["erm", "new"]}
+    assert told[0].startswith("With erm, group niche is served worst")
 
 
 def test_of_a_baseline_that_is_the_reference_there_is_one_conclusion():

@@ -19,7 +19,7 @@ from seqfair_jax.config import default_config
 from seqfair_jax.config.change import change
 from seqfair_jax.data.files import hash_files
 from seqfair_jax.data.tables import stored_tables
-from seqfair_jax.errors import UserError, did_you_mean
+from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import significance
 from seqfair_jax.evaluation.metrics import metric_names, parse_metric
 from seqfair_jax.evaluation.ranking import make_ranker
@@ -72,21 +72,11 @@ class Evaluation:
             UserError: if there is no such metric or row.
         """
         metric = metric or self.metric
-        rows = self._rows(metric)
         named = next((system.name for system in self.systems if system.kind == RUN), None)
         if baseline is not None:
-            names = [row.name for row in rows]
-            methods = {s.summary["method"]: s.name for s in self.systems if s.kind == RUN}
-            wanted = (baseline, baseline_name(baseline), methods.get(baseline))
-            known = [name for name in wanted if name in names]
-            if not known:
-                raise UserError(
-                    f"baseline is {baseline!r}{did_you_mean(baseline, names)}; there are "
-                    f"{', '.join(names)}"
-                )
-            named = known[0]
+            named = self._row_named(baseline)
         return contents.of_rows(
-            rows,
+            self._rows(metric),
             metric,
             [family.name for family in self.source.families],
             dataset=self.source.description,
@@ -147,13 +137,27 @@ class Evaluation:
     def __str__(self) -> str:
         return self.text()
 
-    def write(self, out: str | Path) -> None:
+    def write(self, out: str | Path, *, baseline: str | None = None) -> None:
         """Write a folder that `seqfair report` reads as it does a run's: all of it or nothing.
 
+        Args:
+            out: the folder.
+            baseline: the row that a report of the folder tests the others against, as for
+                `contents`. Without one the report chooses it by the same rule as `contents`.
+
         Raises:
-            UserError: if the folder has files, or cannot be written.
+            UserError: if the folder has files, or cannot be written, or if there is no such row.
         """
-        workdir.write_folder(workdir.user_path(out), self._write)
+        named = None if baseline is None else self._row_named(baseline)
+        workdir.write_folder(workdir.user_path(out), lambda folder: self._write(folder, named))
+
+    def _row_named(self, baseline: str) -> str:
+        """The name of the row that a user calls `baseline`."""
+        runs = [system for system in self.systems if system.kind == RUN]
+        also = {run.summary["method"]: [run.name] for run in runs}
+        untrained = map(baseline_name, self.systems[0].summary["baselines"])
+        names = [*(system.name for system in self.systems), *untrained]
+        return contents.row_named(baseline, names, also)
 
     def _rows(self, metric: str) -> list[Row]:
         parse_metric(metric)
@@ -182,7 +186,7 @@ class Evaluation:
             found.append(row)
         return found
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, baseline: str | None) -> None:
         names = [system.summary["run"] for system in self.systems]
         config = workdir.jsonable(self.source.config.to_dict())
         groups = {family.name: family.labels() for family in self.source.families}
@@ -190,7 +194,8 @@ class Evaluation:
         parts = workdir.run_folders(folder, names)
         for part, system in zip(parts, self.systems, strict=True):
             workdir.write_json(part / workdir.CONFIG, config)
-            workdir.write_json(part / workdir.SUMMARY, system.summary)
+            evaluation = {**system.summary["evaluation"], "baseline": baseline}
+            workdir.write_json(part / workdir.SUMMARY, system.summary | {"evaluation": evaluation})
             workdir.write_parquet(workdir.per_user(part, ""), system.per_user)
             workdir.write_parquet(part / workdir.BASELINES, self.baselines)
             workdir.write_parquet(part / workdir.GROUPS, users)

@@ -85,7 +85,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
         found = evaluation.evaluate(judged, given, rule=values.rule, metrics=metrics, mesh=mesh)
         print("\n" + found.text(metrics, values.baseline))
         if out is not None:
-            found.write(out)
+            found.write(out, baseline=values.baseline)
             print(f"\nfiles: {out.resolve()}")
     except KeyboardInterrupt as error:
         where = "" if out is None else f": nothing was written to {out}"

@@ -1,6 +1,7 @@
 """`seqfair report DIR [DIR ...]`: the verdict, tables, tests, and the HTML report."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -21,7 +22,11 @@ def main(argv: Sequence[str]) -> None:
     )
     command.string("family", "the group family to show (default: all that the runs share)")
     command.string("metric", "the metric to show (default: the one that chose in validation)")
-    command.string("baseline", "the folder of a run to test the others against (default: ERM)")
+    command.string(
+        "baseline",
+        "the row to test the others against: the folder of a run, or a row's name, such as old or "
+        "markov (default: that of `seqfair evaluate`, or else ERM)",
+    )
     command.string("out", "an HTML file to write the whole report to")
     command.run(argv, _report)
 
@@ -30,18 +35,18 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     if not names:
         raise UserError("name the folders of finished runs: seqfair report DIR [DIR ...]")
     folders = [workdir.user_path(name) for name in names]
-    baseline = None if values.baseline is None else workdir.user_path(values.baseline)
+    baseline = None if values.baseline is None else runs.take_baseline(values.baseline)
     out = None if values.out is None else workdir.user_path(values.out)
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out={out}: expected a name that ends in .html")
     folders = runs.finished_only(folders)
-    if baseline is not None:  # the table has its row too
+    if isinstance(baseline, Path):  # the table has its row too
         folders.append(baseline)
     found = runs.read_runs(folders)
     content = contents.build(found, values.metric, family=values.family, baseline=baseline)
     print(text.verdict_text(content))
     print("\n" + text.contents_tables(content, runs.notes(found)))
-    if baseline is not None:
+    if content.named_by and len(content.tests):
         print("\n" + text.comparison(content))
     if out is not None:
         from seqfair_jax.report import html  # matplotlib is slow to import

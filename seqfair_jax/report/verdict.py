@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from seqfair_jax.evaluation import significance, slices
-from seqfair_jax.report.contents import Contents, records
+from seqfair_jax.report.contents import EVALUATE, Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST, RUN
 
 _NAMED = 6  # groups that a sentence names
+_JUDGED = 4  # rows that have sentences of their own; the others are in the tables
 _BETTER, _WORSE, _NONE = "It is better for", "It is worse for", "No difference was found for"
 
 
@@ -40,6 +41,11 @@ def notes(contents: Contents) -> list[str]:
     found = []
     if contents.problem:
         found.append(f"No tests were made. {contents.problem}.")
+    elif contents.named_by == EVALUATE:
+        found.append(
+            f"The other rows are compared with {contents.reference}, as in `seqfair evaluate`. "
+            "`seqfair report --baseline=NAME` names another row."
+        )
     elif contents.reference and contents.row(contents.reference).kind == BASELINE:
         found.append(
             f"There is no ERM run. The methods are compared with {contents.reference}, the best "
@@ -81,45 +87,59 @@ class _Family:
         self._label = dict(zip(self._groups, labels, strict=True))
         self._label[slices.OVERALL] = "all users"
         self._family = slices.family_label(family)
-        self._subject = contents.subjects.get(family)
+        self._subjects = contents.subjects.get(family, [])
         self._chosen = contents.chosen.get(family)
 
     def sentences(self) -> list[str]:
         """All of them, in order."""
-        contents = self._contents
-        if not contents.sizes:
+        if not self._contents.sizes:
             return ["No run succeeded, so there is no verdict."]
-        reference = contents.row(contents.reference) if contents.reference else None
-        # The first sentence is about ERM or the named run, never about a baseline.
-        is_method = reference is not None and reference.kind != BASELINE
-        of = contents.reference if is_method else self._subject
-        found = []
-        worst = None
-        if of is not None and len(self._judged) > 1:
-            worst, sentence = self._worst(of)
-            found.append(sentence)
-        elif self._judged:
-            found.append(
-                f"Only group {self._label[self._judged[0]]} has at least {contents.min_users} test "
-                "users, so no group can be called worst."
-            )
-        elif self._groups:
-            found.append(
-                f"No group has at least {contents.min_users} test users, so none is judged."
-            )
-        found += self._too_small()
-        if self._chosen is None:
-            if is_method and all(row.kind != LIST for row in contents.rows):
-                found.append(f"There is no other run to compare {contents.reference} with.")
-        elif not contents.problem and contents.reference:
-            found += self._choice()
-            found += self._change(self._chosen, worst)
-        for row in contents.rows:
-            if row.kind == LIST and not contents.problem and contents.reference:
-                found += self._change(row.name, worst)
-        if self._subject is not None:
-            found += self._baselines(self._subject)
+        found = self._none_is_worst()
+        for name in self._subjects[:_JUDGED]:
+            worst = None
+            if len(self._judged) > 1:
+                worst, sentence = self._worst(self._served_by(name))
+                found.append(sentence)
+            if name == self._subjects[0]:
+                found += self._too_small()
+            found += [*self._comparison(name, worst), *self._baselines(name)]
+        if not self._subjects:
+            found += self._too_small()
+        if more := self._subjects[_JUDGED:]:
+            found.append(f"The figures and tests of {listed(more)} are only in the tables.")
         return found
+
+    def _none_is_worst(self) -> list[str]:
+        """A sentence if fewer than two groups are large enough."""
+        least = self._contents.min_users
+        if len(self._judged) == 1:
+            return [
+                f"Only group {self._label[self._judged[0]]} has at least {least} test users, so no "
+                "group can be called worst."
+            ]
+        if self._groups and not self._judged:
+            return [f"No group has at least {least} test users, so none is judged."]
+        return []
+
+    def _served_by(self, name: str) -> str:
+        """The row whose worst group the sentences on a subject are about.
+
+        Of a method it is that of the run that it is compared with: does the method help this group?
+        Of another system's lists it is their own.
+        """
+        reference = self._contents.reference
+        is_compared = name == self._chosen and bool(reference)
+        return reference if is_compared and self._contents.row(reference).kind == RUN else name
+
+    def _comparison(self, name: str, worst: str | None) -> list[str]:
+        """A subject against the reference."""
+        contents = self._contents
+        if name == contents.reference:
+            is_run = contents.row(name).kind == RUN
+            return [f"There is no other run to compare {name} with."] if is_run else []
+        if contents.problem or not contents.reference:
+            return []
+        return [*(self._choice() if name == self._chosen else []), *self._change(name, worst)]
 
     def _worst(self, of: str) -> tuple[str, str]:
         """The group with the lowest mean, and the sentence about it."""
