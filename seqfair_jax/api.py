@@ -519,8 +519,10 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """A row for each row of the report and each slice.
 
-        The columns are name, kind, slice, users, seeds, mean and half: the mean over the seeds, and
-        the half-width of its 95 % interval (t distribution), which is NaN for one seed.
+        The columns are name, kind, slice, users, seeds, mean, half, low and high. `mean` is over
+        the seeds, and `half` is the half-width of its 95 % interval over seeds (t distribution),
+        which is NaN for one seed. `low` and `high` are the ends of the 95 % interval of the mean
+        over users, where a user's value is the mean over the seeds (`rows.intervals`).
         """
         records = []
         for row in self.contents.rows:
@@ -532,7 +534,8 @@ class Comparison:
                         (row.name, row.kind, name, users, len(values), values.mean(), half)
                     )
         columns = ["name", "kind", "slice", "users", "seeds", "mean", "half"]
-        return pd.DataFrame(records, columns=columns)
+        table = pd.DataFrame(records, columns=columns)
+        return table.merge(self.contents.intervals, "left", on=["name", "slice"])
 
     def tests(self) -> pd.DataFrame:
         """The paired tests over users of the other rows against the baseline.

@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from runs import means_of, small
+from scipy import stats
 
 from seqfair_jax import workdir
+from seqfair_jax.api import compare
 from seqfair_jax.commands import report as command
 from seqfair_jax.config import default_config
 from seqfair_jax.data.groups import GroupFamily, encode_name
@@ -132,24 +134,32 @@ class Page(HTMLParser):
         super().__init__()
         self.tags, self.tables, self.images, self.settings = [], [], {}, {}
         self.legend, self.items, self.summaries = [], [], []
-        self._path, self._text = [], ""
+        self.intervals = []  # the tables again: of each cell the interval over users, or ""
+        self._text, self._interval, self._in_interval = "", "", False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         if tag == "table":
             self.tables.append([])
+            self.intervals.append([])
         elif tag == "tr":
             self.tables[-1].append([])
+            self.intervals[-1].append([])
+        elif tag == "span" and ("class", "interval") in attributes:
+            self._in_interval = True
         elif tag == "img":
             found = dict(attributes)
             self.images[found["alt"]] = base64.b64decode(found["src"].partition("base64,")[2])
         if tag in ("td", "th", "summary", "pre", "li"):
-            self._text = ""
+            self._text = self._interval = ""
 
     def handle_endtag(self, tag):
         if tag in ("td", "th"):
-            self.tables[-1][-1].append(self._text)
+            self.tables[-1][-1].append(self._text.rstrip())
+            self.intervals[-1][-1].append(self._interval)
+        elif tag == "span":
+            self._in_interval = False
         elif tag == "summary":
             self._folder = self._text
             self.summaries.append(self._text)
@@ -162,12 +172,21 @@ class Page(HTMLParser):
             self.settings[self._folder] = json.loads(self._text)
 
     def handle_data(self, data):
-        self._text += data
+        if self._in_interval:
+            self._interval += data
+        else:
+            self._text += data
 
     def cell(self, table, row, column):
+        return self._at(self.tables, table, row, column)
+
+    def interval(self, table, row, column):
+        return self._at(self.intervals, table, row, column)
+
+    def _at(self, found, table, row, column):
         header, *rows = self.tables[table]
-        [found] = [cells for cells in rows if cells[0] == row]
-        return found[header.index(column)]
+        [place] = [i for i, cells in enumerate(rows, start=1) if cells[0] == row]
+        return found[table][place][header.index(column)]
 
     def svg_texts(self, alt):
         svg = self.images[alt].decode()
@@ -214,7 +233,8 @@ def test_the_report_of_real_runs(folders, tmp_path):
     headings = list(map(html.unescape, re.findall(r"<h2>(.*)</h2>", source)))
     logs = [log.title for name in ("cvar", "gdro") for log in METHODS[name].logs]
     assert headings == [
-        "Verdict", f"{NDCG} by pop33", f"{NDCG} by seq33", "Difference from ERM by group",
+        "Verdict", f"{NDCG} by pop33", f"{NDCG} by seq33", f"{NDCG} with its interval over users",
+        "Difference from ERM by group",
         "Training", *logs, "Hyperparameters", "Details",
     ]  # fmt: skip
     assert list(page.settings) == list(map(str, folders))
@@ -280,8 +300,8 @@ def test_stars_are_by_q_and_baselines_may_be_best(tmp_path):
     erm = write_run(tmp_path / "erm", shift=-0.45)  # mean 0, below the baseline's 0.125
     cvar = write_run(tmp_path / "cvar", "cvar", shift=-0.35)
     page = write_page([erm, cvar], tmp_path / "report.html")
-    marks = re.findall(r'<span class="(\w+)">(-?0\.\d{4})</span>(\*?)', tmp_path.joinpath(
-        "report.html").read_text().partition("</table>")[0])  # fmt: skip
+    table = (tmp_path / "report.html").read_text().partition("</table>")[0]
+    marks = re.findall(r'<span class="(\w+)">(-?0\.\d{4})</span>(\*?)', table)
     assert ("best", "0.1250", "") in marks  # markov's, whose difference from ERM may be by chance
     assert ("second", "0.1000", "*") in marks
     assert page.cell(0, "CVaR (alpha 0.5)", "overall") == "0.1000*"
@@ -346,6 +366,43 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     values = np.linspace(0, 0.9, USERS)
     means = [values[i::5].mean() for i in range(5)]
     assert page.cell(0, "ERM", "worst") == f"{min(means[:4]):.4f}"
+
+
+def test_a_mean_has_its_interval_over_users(tmp_path):
+    def few(folder, users):  # as many users of each group have a hit
+        made = write_run(folder, families={"tier": ("a", "b")}, shift=0.1)
+        path = workdir.per_user(made, "")
+        table = pd.read_parquet(path)
+        table.loc[table.index >= 2 * users, NDCG] = 0.0
+        table.to_parquet(path)
+        workdir.finish(made, {})
+        return made, table
+
+    one, table = few(tmp_path / "erm", 10)
+    page = write_page([one], tmp_path / "report.html")
+    for group in ("a", "b"):
+        values = table[NDCG][table["tier"] == group].to_numpy()
+        half = stats.t.ppf(0.975, 11) * values.std(ddof=1) / 12**0.5
+        expected = f"{values.mean() - half:.4f} to {values.mean() + half:.4f}"
+        assert page.interval(0, "ERM", group) == expected
+    assert page.interval(0, "[most_popular]", "a") == "0.1250 to 0.1250"
+    assert page.interval(0, "ERM", "worst") == ""  # the lowest of several is no mean of users
+    page = write_page([few(tmp_path / "few", 9)[0]], tmp_path / "report.html")
+    assert page.interval(0, "ERM", "a") == "too few hits"
+    assert page.interval(0, "ERM", "overall") != "too few hits"
+    # A mean over seeds has ± instead, and Python has both intervals.
+    seeds = [write_run(tmp_path / f"seed{i}", seed=i, shift=i / 10) for i in (0, 1)]
+    page = write_page(seeds, tmp_path / "report.html")
+    assert page.interval(0, "ERM, 2 seeds", "niche") == ""
+    assert "±" in page.cell(0, "ERM, 2 seeds", "niche")
+    frame = compare(seeds).table().set_index(["name", "slice"])
+    row = frame.loc[("ERM", "pop33=niche")]
+    values = np.linspace(0, 0.9, USERS)[::2] + 0.05
+    half = stats.t.ppf(0.975, 11) * values.std(ddof=1) / 12**0.5
+    assert row[["mean", "low", "high"]].tolist() == pytest.approx(
+        [values.mean(), values.mean() - half, values.mean() + half]
+    )
+    assert row["half"] == pytest.approx(stats.t.ppf(0.975, 1) * 0.05)
 
 
 def test_the_tests_have_the_order_of_the_tables(tmp_path):
@@ -418,16 +475,25 @@ def test_the_forest_plot_has_the_figures_of_the_tests(tmp_path):
     assert [row.name for row in methods] == ["ERM", "CVaR (alpha 0.5)", "chi2 (radius 0.5)"]
     drawn = []
 
-    def forest(groups, intervals):
-        drawn.append((groups, intervals, real(groups, intervals)))
+    def forest(groups, intervals, *, zero):
+        drawn.append((groups, zero, real(groups, intervals, zero=zero)))
         return drawn[-1][-1]
 
     real = figures.forest
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "forest", forest)
         html_report.write(found, made, tmp_path / "report.html")
-    [(groups, _, figure)] = drawn
-    assert groups == ["overall (24)", "$a_b$ (12)", "b (12)"]
+    [(groups, _, of_means), (same, _, figure)] = drawn
+    assert [zero for _, zero, _ in drawn] == [False, True]
+    assert groups == same == ["overall (24)", "$a_b$ (12)", "b (12)"]
+    [axes] = of_means.axes
+    points = [line.get_xdata()[0] for line in axes.lines]  # there is no line at 0
+    segments = [lines.get_segments()[0][:, 0].tolist() for lines in axes.collections]
+    known = made.intervals.set_index(["slice", "name"])
+    wanted = [(where, row.name) for where in ("overall", "tier=$a_b$", "tier=b") for row in methods]
+    means = {row.name: row.means[0] for row in methods}
+    assert points == [means[name][where] for where, name in wanted]
+    assert segments == [known.loc[key, ["low", "high"]].tolist() for key in wanted]
     [axes] = figure.axes
     points = [line for line in axes.lines if line.get_marker() not in ("", "None", None)]
     segments = [lines.get_segments()[0] for lines in axes.collections]
@@ -709,6 +775,7 @@ def test_failed_runs_are_listed_and_count_nowhere(tmp_path):
     assert page.cell(-1, "CVaR (alpha 0.6), seed=0", "best epoch") == "-"
     assert not any("alpha 0.6" in alt for alt in page.images)
     assert [label for label in page.legend if "alpha" in label] == [
+        "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the plot of the means
         "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the forest plot
         "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the curves
     ]  # fmt: skip

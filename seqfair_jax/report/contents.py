@@ -51,6 +51,7 @@ class Contents(NamedTuple):
     subjects: dict[str, list[str]]  # by family the names of rows
     baseline_tests: dict[str, pd.DataFrame]  # by subject: it minus each baseline
     over_seeds: pd.DataFrame  # `rows.over_seeds` against the reference
+    intervals: pd.DataFrame  # `rows.intervals`
     erm_rows: int = 0  # how many rows ERM has, if the reference is the best of several; else 0
     named_by: str = ""  # who named the reference: FLAG or EVALUATE; "" if nobody did
 
@@ -65,6 +66,13 @@ class Contents(NamedTuple):
     def table(self, family: str) -> pd.DataFrame:
         """`rows.numbers` of a family."""
         return rows.numbers(self.rows, family, self.sizes, min_users=self.min_users)
+
+    def ends(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """The ends of `intervals` by row and slice."""
+        return {
+            (name, where): (low, high)
+            for name, where, low, high in self.intervals.itertuples(index=False, name=None)
+        }
 
     def seed_table(self, family: str) -> pd.DataFrame:
         """`over_seeds` of a family's groups and of all users; the slices in the tables' order."""
@@ -225,7 +233,7 @@ def of_rows(
     sizes = rows.slice_sizes(found)
     contents = Contents(
         metric, dataset, list(families), list(found), sizes, min_users, "", _no_tests(), "", {},
-        {}, {}, rows.over_seeds([], Row("", BASELINE, ())),
+        {}, {}, rows.over_seeds([], Row("", BASELINE, ())), rows.intervals([], metric),
     )  # fmt: skip
     reference = _reference(found, named, erm)
     if named is None and sum(row.name in erm for row in found) > 1:
@@ -252,6 +260,7 @@ def of_rows(
     )
     if not tested:
         return contents
+    contents = contents._replace(intervals=rows.intervals(found, metric))
     if reference is None:
         return contents._replace(
             problem="There is no ERM run, and the runs are of a version that stored no metrics of "

@@ -36,7 +36,8 @@ class Cell(NamedTuple):
     text: str
     mark: str = ""  # "best" or "second" of its column
     star: bool = False
-    half: str = ""  # the half-width of an interval
+    half: str = ""  # the half-width of an interval over seeds
+    interval: str = ""  # over users
     small: bool = False  # of a group that is too small
 
 
@@ -118,6 +119,7 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
         more_verdicts=told[text.SHOWN_FAMILIES :],
         more_tables=[_results(contents, family) for family in more],
         sections=[
+            *_means(shown, methods, styles),
             *_forest(shown, methods, styles),
             *_curves(results, shown, styles),
             *_grids(results, shown),
@@ -189,6 +191,7 @@ def _result_table(contents: Contents, family: str) -> Table:
     stars = set(zip(starred["name"], starred["slice"], strict=True))
     everyone = [True] * len(numbers)
     places = {column: text.best_places(numbers[column], everyone) for column in columns}
+    ends = contents.ends()
     kinds = {row.name: row.kind for row in contents.rows}
     lines = []
     for place, record in enumerate(numbers.to_dict("records")):
@@ -205,6 +208,7 @@ def _result_table(contents: Contents, family: str) -> Table:
                     "" if column in small else ("", "best", "second")[places[column][place]],
                     (name, column) in stars,
                     "" if np.isnan(half) else f"±{half:.4f}",
+                    _over_users(ends.get((name, column))) if record["seeds"] == 1 else "",
                     column in small,
                 )
             )
@@ -218,51 +222,106 @@ def _result_table(contents: Contents, family: str) -> Table:
     return Table(caption, header, lines, [Cell(text.USERS), *sizes])
 
 
+def _over_users(ends: tuple[float, float] | None) -> str:
+    """The interval of a mean over users; "" if it is not known."""
+    if ends is None:
+        return ""
+    low, high = ends
+    return "too few hits" if np.isnan(low) else f"{low:.4f} to {high:.4f}"
+
+
+def _means(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int]) -> list[Section]:
+    """One plot of the means with their intervals over users, by group and method."""
+    ends = contents.ends()
+    drawn = [row for row in methods if any(row.name == name for name, _ in ends)]
+    if not drawn:
+        return []
+    groups, left_out = _forest_groups(contents, len(drawn))
+    lines: list[dict[int, figures.Interval]] = []
+    for group in groups:
+        of_group = {}
+        for row in drawn:
+            means = [x for seed in row.means if (x := seed.get(group)) is not None]
+            if means and (row.name, group) in ends:
+                of_group[styles[row.name]] = figures.Interval(
+                    float(np.mean(means)), *ends[row.name, group], filled=True
+                )
+        lines.append(of_group)
+    notes = [
+        f"Each point is a method's mean {contents.metric} for the users of a group, with its 95 % "
+        "interval over users. A point without a line has too few hits for an interval. The number "
+        "after a group's name says how many test users it has. Intervals of two methods may "
+        "overlap although the methods differ: their difference is tested for the same users.",
+        *left_out,
+        *_hidden_methods(contents, methods),
+    ]
+    title = f"{contents.metric} with its interval over users"
+    return [_forest_section(title, notes, contents, groups, lines, _legend(drawn, styles), False)]
+
+
 def _forest(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int]) -> list[Section]:
     """One plot of the differences from the reference, by group and method."""
     tests = contents.tests
     drawn = [row for row in methods if row.name in set(tests["name"])]
     if not drawn:
         return []
+    groups, left_out = _forest_groups(contents, len(drawn))
+    at = tests.set_index(["name", "slice"])
+    lines: list[dict[int, figures.Interval]] = []
+    for group in groups:
+        found = {row.name: (row.name, group) for row in drawn if (row.name, group) in at.index}
+        lines.append(
+            {
+                styles[name]: figures.Interval(*at.loc[key, ["difference", "low", "high", "star"]])
+                for name, key in found.items()
+            }
+        )
+    notes = [
+        f"Each point is a method's mean {contents.metric} minus that of {contents.reference}, for "
+        "the users of a group, with its 95 % interval. The number after a group's name says how "
+        f"many test users it has. A filled point has q < {LEVEL:g}.",
+        *left_out,
+        *_hidden_methods(contents, methods),
+    ]
+    title = f"Difference from {contents.reference} by group"
+    return [_forest_section(title, notes, contents, groups, lines, _legend(drawn, styles), True)]
+
+
+def _forest_groups(contents: Contents, methods: int) -> tuple[list[str], list[str]]:
+    """All users and the groups of a plot with so many methods, and a note on the others."""
     groups = [slices.OVERALL]
-    most = max(4, _FOREST_LINES // len(drawn))
+    most = max(4, _FOREST_LINES // methods)
     each = max(2, (most - 1) // len(contents.families))
     left_out = 0
     for family in contents.families:
         worst_first = _worst_first(contents, family)
         groups += [name for name in contents.judged(family) if name in worst_first[:each]]
         left_out += len(worst_first[each:])
-    at = tests.set_index(["name", "slice"])
-    intervals: list[dict[int, figures.Interval]] = []
-    for group in groups:
-        found = {row.name: (row.name, group) for row in drawn if (row.name, group) in at.index}
-        intervals.append(
-            {
-                styles[name]: figures.Interval(*at.loc[key, list(figures.Interval._fields)])
-                for name, key in found.items()
-            }
-        )
+    if not left_out:
+        return groups, []
+    return groups, [
+        f"The figure shows the {each} groups of each family that are served worst. The other "
+        f"{left_out} are only in the tables."
+    ]
+
+
+def _forest_section(
+    title: str,
+    notes: Sequence[str],
+    contents: Contents,
+    groups: Sequence[str],
+    lines: Sequence[Mapping[int, figures.Interval]],
+    legend: Sequence[tuple[str, figures.Style]],
+    zero: bool,
+) -> Section:
     labels = [
         f"{label} ({contents.sizes[name]:,})"
         for name, label in zip(groups, _labels(contents, groups), strict=True)
     ]
-    notes = [
-        f"Each point is a method's mean {contents.metric} minus that of {contents.reference}, for "
-        "the users of a group, with its 95 % interval. The number after a group's name says how "
-        f"many test users it has. A filled point has q < {LEVEL:g}."
-    ]
-    if left_out:
-        notes.append(
-            f"The figure shows the {each} groups of each family that are served worst. The other "
-            f"{left_out} are only in the tables."
-        )
-    notes += _hidden_methods(contents, methods)
-    title = f"Difference from {contents.reference} by group"
-    image = Image(
-        "", f"{title}: the numbers are in the table of every test",
-        figures.svg_uri(figures.forest(labels, intervals), title),
-    )  # fmt: skip
-    return [Section(title, notes, legend=_legend(drawn, styles), images=[image], is_forest=True)]
+    drawing = figures.forest(labels, lines, zero=zero)
+    where = "the table of every test" if zero else "the tables"
+    image = Image("", f"{title}: the numbers are in {where}", figures.svg_uri(drawing, title))
+    return Section(title, notes, legend=legend, images=[image], is_forest=True)
 
 
 def _labels(contents: Contents, groups: Sequence[str]) -> list[str]:
@@ -551,6 +610,13 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
             "±",
             "Half of the 95 % interval of a mean over seeds (t distribution). It covers other "
             "seeds, not other users. Of a difference it is over the seeds that both sides have.",
+        ),
+        (
+            "range below a figure",
+            "The 95 % interval of a row's mean over users (t distribution), for rows of one seed, "
+            "lists and baselines. It says what to expect of the same model or lists for other "
+            f"users. There is none (too few hits) if fewer than {FEWEST_VALUES} users of the group "
+            "have a value above 0.",
         ),
         (
             "95 % interval",

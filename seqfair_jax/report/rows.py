@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from scipy.special import stdtrit
 
 from seqfair_jax import workdir
-from seqfair_jax.evaluation import slices
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.evaluation.metrics import LIST_FIGURES
 from seqfair_jax.evaluation.significance import KEYS, families_of, slice_members
 from seqfair_jax.report.names import baseline_name
@@ -216,6 +217,30 @@ def over_seeds(found: Sequence[Row], reference: Row) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(records, columns=["name", "slice", "seeds", "difference", "half"])
+
+
+def intervals(found: Sequence[Row], metric: str) -> pd.DataFrame:
+    """The 95 % intervals over users of each row's means (`significance.describe`).
+
+    With several seeds, a user's value is the mean over them. A row whose seeds have unequal users
+    is left out.
+
+    Returns:
+        columns name, slice, low, high; NaN where too few users have a value other than 0.
+    """
+    parts = [pd.DataFrame(columns=["name", "slice", "low", "high"], dtype=float)]
+    for row in found:
+        if row.per_user is None:
+            continue
+        tables = row.per_user()
+        try:
+            values = significance.seed_mean(tables, metric)
+        except UserError:
+            continue
+        table = next(iter(tables.values())).assign(**{metric: values})
+        means = significance.describe(table, metric).rename_axis("slice").reset_index()
+        parts.append(means.assign(name=row.name)[["name", "slice", "low", "high"]])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def known_slices(rows: Sequence[Row]) -> list[str]:
