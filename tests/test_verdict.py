@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from seqfair_jax.evaluation.significance import gap, slice_members
 from seqfair_jax.report import contents, rows, verdict
@@ -81,12 +82,13 @@ def effect(made, name, where):
 def worst(means, group, name):
     """The sentence on the group that is served worst."""
     table = users(means)
-    inside = (table["tier"] == group).to_numpy()
-    values = table[METRIC].to_numpy()
-    found = gap(values[inside], values[~inside], confidence=1 - 0.05 / 3)
+    values, tiers = table[METRIC].to_numpy(), table["tier"].to_numpy()
+    others = values[(tiers != group) & (tiers != "tiny")]  # tiny is not judged
+    found = gap(values[tiers == group], others, confidence=1 - 0.05 / 3)
     return (
         f"With {name}, group {group} is served worst: NDCG@20 is {means[group]:.4f} for its "
-        f"{SIZES[group]} test users and {values[~inside].mean():.4f} for the other users, "
+        f"{SIZES[group]} test users and {others.mean():.4f} for the users of the other judged "
+        f"groups, "
         f"difference {found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}."
     )
 
@@ -112,6 +114,44 @@ def test_one_group_far_above_does_not_make_the_lowest_the_worst():
     apart = close | {"middle": 0.4}
     told, _ = sentences([row("erm", rows.RUN, apart, noise=0.05)])
     assert told[0].startswith("With erm, group niche is served worst: ")
+
+
+def test_the_worst_group_is_compared_with_the_users_of_judged_groups():
+    """Groups that are too small would put the rest below the group with the lowest mean."""
+    sizes = {"a": 24, "b": 30, "unknown": 22, "x": 9, "y": 9}
+    means = {"a": 0.3, "b": 0.35, "unknown": 0.4, "x": 0.01, "y": 0.01}
+    told, _ = sentences([row("erm", rows.RUN, means, 0.01, sizes=sizes)])
+    table = users(means, 0.01, sizes=sizes)
+    sides = [table[METRIC][table["tier"].isin(of)] for of in (["a"], ["b", "unknown"])]
+    # Welch's interval. The lowest is the lowest of three: a confidence of 1 - 0.05 / 3.
+    ends = stats.ttest_ind(*sides, equal_var=False).confidence_interval(1 - 0.05 / 3)
+    assert told[0] == (
+        "With erm, group a is served worst: NDCG@20 is 0.3000 for its 24 test users and "
+        f"{sides[1].mean():.4f} for the users of the other judged groups, difference "
+        f"{sides[0].mean() - sides[1].mean():+.4f}, 95 % interval {ends.low:+.4f} to "
+        f"{ends.high:+.4f}."
+    )
+    # All users are in judged groups.
+    known = {name: sizes[name] for name in ("a", "b", "unknown")}
+    told, _ = sentences([row("erm", rows.RUN, means, 0.01, sizes=known)])
+    assert f"test users and {sides[1].mean():.4f} for the other users, difference -0.0" in told[0]
+    # Users who are in no group are no other users either.
+    loose = row("erm", rows.RUN, means, 0.01, sizes=known)
+    table = users(means, 0.01, sizes=known).replace({"tier": {"unknown": None}})
+    found = {k: v for k, v in loose.means[0].items() if k != "tier=unknown"}
+    told, _ = sentences([loose._replace(means=(found,), per_user=lambda: {0: table})])
+    assert "0.3500 for the users of the other judged groups, difference -0.0500" in told[0]
+    # A user may be in several groups: whoever is in the worst one is not among the others.
+    both = users(means, 0.01, sizes=known)
+    both["tier"] = [["a", "b"] if tier == "b" and i % 3 == 0 else [tier]
+                    for i, tier in enumerate(both["tier"])]  # fmt: skip
+    values = {
+        tier: both[METRIC][[tier in groups for groups in both["tier"]]].mean() for tier in known
+    }
+    found = {"overall": 0.35} | {f"tier={tier}": mean for tier, mean in values.items()}
+    told, _ = sentences([loose._replace(means=(found,), per_user=lambda: {0: both})])
+    rest = both[METRIC][["a" not in groups for groups in both["tier"]]].mean()
+    assert f"for its 34 test users and {rest:.4f} for the other users, difference " in told[0]
 
 
 def test_a_method_that_helps_the_worst_and_costs_others():
@@ -147,8 +187,9 @@ def test_no_difference_is_said_with_its_figures():
     ]
     told, made = sentences(found)
     assert told[0].startswith(
-        "With erm, group middle has the lowest NDCG@20, but no difference from the other users was "
-        "found: NDCG@20 is 0.4000 for its 18 test users and 0.4000 for the other users, difference "
+        "With erm, group middle has the lowest NDCG@20, but no difference from the users of the "
+        "other judged groups was found: NDCG@20 is 0.4000 for its 18 test users and 0.4000 for the "
+        "users of the other judged groups, difference "
     )
     assert told[2:] == [
         f"For all users, no difference between cvar and erm was found: "

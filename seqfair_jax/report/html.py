@@ -623,8 +623,8 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
             "Of a difference: that of the paired t-test over users. There is none if fewer than "
             f"{FEWEST_VALUES} users differ. It covers other users, not other seeds: with several "
             "seeds, a user's value is its mean over the seeds that both sides have. Of the worst "
-            "group against the other users: Welch's t, widened for the choice among the groups "
-            "(Bonferroni).",
+            "group against the other judged groups: Welch's t, widened for the choice among the "
+            "groups (Bonferroni).",
         ),
         (
             "p, q",

@@ -142,7 +142,12 @@ class _Family:
         return [*(self._choice() if name == self._chosen else []), *self._change(name, worst)]
 
     def _worst(self, of: str) -> tuple[str, str]:
-        """The group with the lowest mean, and the sentence about it."""
+        """The group with the lowest mean, and the sentence about it.
+
+        It is compared with the users of the other groups that are judged. Users who are only in
+        groups that are too small, or in none, are in neither side: such a group may have the lowest
+        mean of all.
+        """
         row = self._contents.row(of)
         means = {
             name: np.mean([x for seed in row.means if (x := seed.get(name)) is not None] or np.nan)
@@ -158,18 +163,24 @@ class _Family:
         values = significance.seed_mean(tables, self._metric)
         groups = significance.slice_members(next(iter(tables.values())))
         members = groups.get(worst)
-        if members is None or len(members) == len(values):
+        rivals = {name: groups[name] for name in self._judged if name in groups and name != worst}
+        if members is None or not rivals:
             return worst, plain
-        others = np.delete(values, members)
+        rest = np.setdiff1d(np.concatenate(list(rivals.values())), members)
+        if not len(rest):
+            return worst, plain
+        others = values[rest]
+        is_everyone = len(rest) + len(members) == len(values)
+        rest_of = "the other users" if is_everyone else "the users of the other judged groups"
         # The worst of several groups is chosen by the same users: Bonferroni.
         confidence = 1 - 0.05 / len(self._judged)
         gap = significance.gap(values[members], others, confidence=confidence)
-        end = f"{start} and {others.mean():.4f} for the other users, {_effect(gap._asdict())}."
+        end = f"{start} and {others.mean():.4f} for {rest_of}, {_effect(gap._asdict())}."
         if gap.high < 0:
             # One group far above is enough for this. Is the worst below each of the others?
             near = []
-            for name in sorted(set(self._judged) - {worst}, key=means.__getitem__):
-                rival = groups.get(name, np.array([], int))
+            for name in sorted(rivals, key=means.__getitem__):
+                rival = rivals[name]
                 own, other = np.setdiff1d(members, rival), np.setdiff1d(rival, members)
                 if len(own) and len(other):
                     between = significance.gap(values[own], values[other], confidence=confidence)
@@ -181,8 +192,8 @@ class _Family:
                 f"{listed(near)} was found: {end}"
             )
         return worst, (
-            f"With {of}, group {label} has the lowest {self._metric}, but no difference from the "
-            f"other users was found: {end}"
+            f"With {of}, group {label} has the lowest {self._metric}, but no difference from "
+            f"{rest_of} was found: {end}"
         )
 
     def _too_small(self) -> list[str]:
