@@ -634,6 +634,27 @@ def test_the_result_as_tables(one_run):
         found.table("NDCG@7")
 
 
+def test_the_lowest_mean_in_the_summary_is_that_of_the_table(one_run):
+    log = make_log()
+    users = log["user_id"].drop_duplicates()
+    tiers = ["alone", *np.resize(["a", "b", "b"], len(users) - 1)]
+    groups = pd.DataFrame({"user_id": users, "tier": tiers})
+    lists = {"own": own_lists(one_run)}
+    settings = {"data.min_interactions": 1, "select.min_users": 2}
+    found = audit.evaluate_recommendations(lists, log, groups=groups, settings=settings)
+    table = found.contents().table("tier").set_index("name")
+    [system] = found.systems
+    means = {"own": system.summary["test"]}
+    means |= {f"[{name}]": of for name, of in system.summary["baselines"].items()}
+    assert table.index.tolist() == list(means)
+    for name, of in means.items():
+        own = of[found.metric]
+        judged = [own["tier=a"], own["tier=b"]]
+        assert own["tier=alone"] is not None
+        assert own["tier/min"] == table.loc[name, "tier/min"] == min(judged)
+        assert (own["tier/max"], own["tier/gap"]) == (max(judged), max(judged) - min(judged))
+
+
 @pytest.mark.parametrize("cutoffs", [5, np.array([5]), iter([5])], ids=["int", "array", "iterator"])
 def test_cutoffs_of_any_kind(cutoffs, tmp_path):
     log, settings = make_log(), {"data.min_interactions": 1}

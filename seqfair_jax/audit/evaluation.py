@@ -244,7 +244,7 @@ def evaluate(
     """
     config = judged.config
     warn_of_masked_targets(judged.dataset, config.evaluate.mask_seen)
-    judge = Judge(judged.dataset, judged.families, config.evaluate.cutoffs)
+    judge = Judge(judged.dataset, judged.families, config)
     table, baselines = judge.baselines(config)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
@@ -329,7 +329,13 @@ def _test_run(
     per_user, means = judge.ranks(tested.ranks)
     valid = [family.select(dataset.valid.users) for family in judged.families]
     ranks = ranking("valid", 0).ranks
-    val = target_means(ranks, dataset.valid, valid, settings.cutoffs)[1]
+    val = target_means(
+        ranks,
+        dataset.valid,
+        valid,
+        settings.cutoffs,
+        min_users=judged.config.select.min_users,
+    )[1]
     of_run = workdir.read_summary(folder)
     kept = {
         key: value
