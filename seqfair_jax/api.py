@@ -358,13 +358,9 @@ class Model:
             _vectors(np.concatenate(parts), trained.user_ids, "user_id"),
         )
 
-    def report(self, path: str | Path) -> None:
-        """Write the HTML report of the run, or of its grid, as `seqfair report --out` does.
-
-        Raises:
-            UserError: if the name does not end in .html, or the file cannot be written.
-        """
-        compare([self]).report(path)
+    def report(self, path: str | Path, *, show_small_groups: bool = False) -> None:
+        """Write the HTML report of the run, or of its grid: see `Comparison.report`."""
+        compare([self]).report(path, show_small_groups=show_small_groups)
 
     def save(self, folder: str | Path) -> None:
         """Copy the whole work directory to a new folder, whole or not at all.
@@ -559,8 +555,12 @@ class Comparison:
             parts.append(text.comparison(self.contents))
         return "\n\n".join(parts)
 
-    def report(self, path: str | Path) -> None:
+    def report(self, path: str | Path, *, show_small_groups: bool = False) -> None:
         """Write the HTML report, as `seqfair report --out` does.
+
+        Args:
+            path: the file.
+            show_small_groups: do not hide the figures of groups of fewer than 5 users.
 
         Raises:
             UserError: if the name does not end in .html, or the file cannot be written.
@@ -570,7 +570,8 @@ class Comparison:
         out = workdir.user_path(path)
         if out.suffix.lower() not in (".html", ".htm"):
             raise UserError(f"{out}: expected a name that ends in .html")
-        html.write(self.runs, self.contents, out)
+        shown = self.contents if show_small_groups else self.contents.published()
+        html.write(self.runs, shown, out)
 
 
 def _folder(model: "Model | str | Path") -> Path:

@@ -368,6 +368,76 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     assert page.cell(0, "ERM", "worst") == f"{min(means[:4]):.4f}"
 
 
+def test_figures_of_groups_of_few_users_are_hidden(tmp_path, capsys):
+    given = {"tier": tuple("abcde")}  # e has four users
+    rng = np.random.default_rng(0)
+    folders = []
+    for name in ("erm", "gdro"):
+        folder = write_run(tmp_path / name, name, families=given, loss_family="tier", min_users=1)
+        path = workdir.per_user(folder, "")
+        table = pd.read_parquet(path)
+        table[NDCG] += rng.normal(0, 0.2, USERS)
+        table.to_parquet(path)
+        summary = workdir.read_summary(folder)
+        summary["test"][NDCG]["tier=e"] = summary["val"][NDCG]["tier=e"] = rng.uniform(0, 0.1)
+        summary["validation_sizes"] = dict.fromkeys(["tier=a", "tier=b", "tier=c"], 5)
+        summary["validation_sizes"] |= {"tier=d": 4, "tier=e": 9}
+        summary["recommended"] = {
+            f"{figure}@20": {f"tier={tier}": rng.random() for tier in "abcde"}
+            for figure in rows.LIST_FIGURES
+        }
+        for of in summary["recommended"].values():
+            of["overall"] = 0.5
+        workdir.write_json(folder / workdir.SUMMARY, summary)
+        workdir.finish(folder, {})
+        folders.append(folder)
+
+    def figures_of(made, names):
+        """The figures of slices, as the page would show them."""
+        found = []
+        for row in made.rows:
+            found += [seed.get(name) for seed in row.means for name in names]
+            found += [of.get(name) for seed in row.recommended for of in seed.values()
+                      for name in names]  # fmt: skip
+        for table in (made.tests, *made.baseline_tests.values(), made.intervals):
+            columns = [c for c in ("mean", "difference", "low", "high") if c in table]
+            found += abs(table.loc[table["slice"].isin(names), columns]).to_numpy().ravel().tolist()
+        return {f"{x:.4f}" for x in found if x is not None and x == x}
+
+    made = contents.build(runs.read_runs(folders), NDCG)
+    others = figures_of(made, [name for name in made.sizes if name != "tier=e"])
+    secret = figures_of(made, ["tier=e"]) - others
+    assert len(secret) > 12
+    out = tmp_path / "report.html"
+    command.main([*map(str, folders), f"--out={out}"])
+    printed = capsys.readouterr().out
+    page = Page(out)
+    seen = re.sub('base64,[^"]*', "", out.read_text())
+    assert not [figure for figure in secret if figure in seen]
+    assert page.cell(0, "ERM", "e") == "hidden"
+    assert page.tables[0][1][5] == "4 hidden: fewer than 5 users"
+    worst = min(made.rows[0].means[0][f"tier={tier}"] for tier in "abcd")
+    assert page.cell(0, "ERM", "worst") == f"{worst:.4f}"
+    assert "worst ignores groups with fewer than 5 test users: e (4)" in seen.lower()
+    drawn = {alt.rpartition(", ")[2] for alt in page.images if alt.startswith("validation")}
+    assert drawn == {"overall", "a", "b", "c"}  # d has four validation users
+    assert "e" not in page.legend  # of the groups' weights
+    assert not [name for alt in page.images for name in page.svg_texts(alt) if name == "e (4)"]
+    # The terminal and the flag show them.
+    assert f"{made.rows[0].means[0]['tier=e']:.4f}" in printed
+    command.main([*map(str, folders), f"--out={out}", "--show_small_groups"])
+    page = Page(out)
+    assert "e" in page.legend
+    assert page.cell(0, "ERM", "e") == f"{made.rows[0].means[0]['tier=e']:.4f}"
+    shown = out.read_text()
+    assert "hidden: fewer" not in shown
+    assert sum(figure in shown for figure in secret) > len(secret) / 2
+    compare(folders).report(out)
+    assert Page(out).cell(0, "ERM", "e") == "hidden"
+    compare(folders).report(out, show_small_groups=True)
+    assert Page(out).cell(0, "ERM", "e") != "hidden"
+
+
 def test_a_mean_has_its_interval_over_users(tmp_path):
     def few(folder, users):  # as many users of each group have a hit
         made = write_run(folder, families={"tier": ("a", "b")}, shift=0.1)

@@ -8,7 +8,7 @@ from absl import flags
 from seqfair_jax import workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.errors import UserError
-from seqfair_jax.report import contents, runs, text
+from seqfair_jax.report import contents, rows, runs, text
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
         "markov (default: that of `seqfair evaluate`, or else ERM)",
     )
     command.string("out", "an HTML file to write the whole report to")
+    command.bool("show_small_groups", f"do not hide figures in --out ({rows.HIDDEN})")
     command.run(argv, _report)
 
 
@@ -51,5 +52,5 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     if out is not None:
         from seqfair_jax.report import html  # matplotlib is slow to import
 
-        html.write(found, content, out)
+        html.write(found, content if values.show_small_groups else content.published(), out)
         print(f"\nreport: {out.resolve()}")

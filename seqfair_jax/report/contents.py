@@ -52,8 +52,10 @@ class Contents(NamedTuple):
     baseline_tests: dict[str, pd.DataFrame]  # by subject: it minus each baseline
     over_seeds: pd.DataFrame  # `rows.over_seeds` against the reference
     intervals: pd.DataFrame  # `rows.intervals`
+    validation_sizes: Mapping[str, int]  # validation users of each group, as far as they are known
     erm_rows: int = 0  # how many rows ERM has, if the reference is the best of several; else 0
     named_by: str = ""  # who named the reference: FLAG or EVALUATE; "" if nobody did
+    fewest: int = 0  # the figures of groups of fewer users are hidden
 
     def row(self, name: str) -> Row:
         """The row of a name."""
@@ -66,6 +68,37 @@ class Contents(NamedTuple):
     def table(self, family: str) -> pd.DataFrame:
         """`rows.numbers` of a family."""
         return rows.numbers(self.rows, family, self.sizes, min_users=self.min_users)
+
+    def published(self) -> "Contents":
+        """What may be published: without the figures of groups of fewer than `FEWEST_SHOWN` users.
+
+        Such a figure may tell what a single user did. The sizes of the groups stay. These groups
+        are not judged either, however low `min_users` is.
+        """
+        found = self._replace(
+            fewest=rows.FEWEST_SHOWN, min_users=max(self.min_users, rows.FEWEST_SHOWN)
+        )
+        kept = {name for name in self.sizes if not found.is_hidden(name)}
+
+        def without(table: pd.DataFrame) -> pd.DataFrame:
+            return table[table["slice"].isin(kept)]
+
+        return found._replace(
+            rows=[row.without(set(self.sizes) - kept) for row in self.rows],
+            tests=without(self.tests),
+            baseline_tests={name: without(table) for name, table in self.baseline_tests.items()},
+            over_seeds=without(self.over_seeds),
+            intervals=without(self.intervals),
+        )
+
+    def is_hidden(self, name: str) -> bool:
+        """Whether the figures of a slice are hidden, since it has too few users."""
+        return name != slices.OVERALL and 0 < self.sizes.get(name, 0) < self.fewest
+
+    def validated(self, names: Sequence[str]) -> list[str]:
+        """The slices without those whose validation figures are hidden."""
+        sizes = self.validation_sizes
+        return [name for name in names if sizes.get(name, self.fewest) >= self.fewest]
 
     def ends(self) -> dict[tuple[str, str], tuple[float, float]]:
         """The ends of `intervals` by row and slice."""
@@ -234,6 +267,7 @@ def of_rows(
     contents = Contents(
         metric, dataset, list(families), list(found), sizes, min_users, "", _no_tests(), "", {},
         {}, {}, rows.over_seeds([], Row("", BASELINE, ())), rows.intervals([], metric),
+        validation_sizes or {},
     )  # fmt: skip
     reference = _reference(found, named, erm)
     if named is None and sum(row.name in erm for row in found) > 1:

@@ -4,7 +4,7 @@ The functions here prepare plain rows and figures; `report.html.j2` is all of th
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +88,8 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
 
     Args:
         runs: finished runs on one log, from `runs.read_runs`.
-        contents: from `contents.build` of these runs.
+        contents: from `contents.build` of these runs; `published`, to hide the figures of groups
+            of few users.
         path: the file to write; replaced if it exists.
     """
     trained = [run for run in runs if not run.is_list]
@@ -199,6 +200,9 @@ def _result_table(contents: Contents, family: str) -> Table:
         cells = [Cell(rows.row_label(name, record["seeds"]))]
         for column in columns:
             value, half = record[column], record[f"{column} ±"]
+            if contents.is_hidden(column):
+                cells.append(Cell("hidden", small=True))
+                continue
             if np.isnan(value):
                 cells.append(Cell("-", small=column in small))
                 continue
@@ -214,12 +218,18 @@ def _result_table(contents: Contents, family: str) -> Table:
             )
         lines.append(Line(cells, kinds[name] == BASELINE))
     sizes = [
-        Cell(text.users_cell(contents, column), half="too few" if column in small else "")
+        Cell(text.users_cell(contents, column), half=_size_note(contents, column, small))
         for column in columns
     ]
     caption = f"{contents.metric} by {slices.family_label(family)}"
     header = ["", *text.column_labels(columns)]
     return Table(caption, header, lines, [Cell(text.USERS), *sizes])
+
+
+def _size_note(contents: Contents, name: str, small: Collection[str]) -> str:
+    if contents.is_hidden(name):
+        return rows.HIDDEN
+    return "too few" if name in small else ""
 
 
 def _over_users(ends: tuple[float, float] | None) -> str:
@@ -400,7 +410,7 @@ def _curves(
         worst_first = _worst_first(contents, family)
         wanted += [name for name in contents.judged(family) if name in worst_first[:each]]
         left_out += len(worst_first[each:])
-    wanted = [name for name in wanted if name in found]
+    wanted = [name for name in contents.validated(wanted) if name in found]
     images = [
         _line_image(
             label,
@@ -420,10 +430,15 @@ def _curves(
             f"{left_out} have no figure."
         )
     sections = [Section("Training", notes, legend=legend, images=images)] if images else []
+    families = {run.name: run.summary["group_family"] for run in shown}
     for log in dict.fromkeys(log for run in shown for log in names.logs(run.summary)):
         images = []
         for name, part in by_name.items():
-            columns = _columns(part, f"train/{log.key}/")
+            columns = {
+                group: column
+                for group, column in _columns(part, f"train/{log.key}/").items()
+                if not contents.is_hidden(slices.group_slice(families[name], group))
+            }
             if columns:
                 lines = [(i, part[["epoch", c]]) for i, c in enumerate(columns.values())]
                 image = _line_image(name, f"{log.title} by epoch, {name}", lines)
@@ -458,7 +473,9 @@ def _grids(runs: Sequence[FinishedRun], contents: Contents) -> list[Section]:
             for part in ("val", "test"):
                 means = run.summary[part][metric]
                 for name in shown:
-                    mean = rows.worst_mean(means, worst[name]) if name in worst else means[name]
+                    judged = worst.get(name, [])
+                    judged = contents.validated(judged) if part == "val" else judged
+                    mean = rows.worst_mean(means, judged) if name in worst else means[name]
                     found.append((method, key, value, part, name, mean))
     columns = ["method", "key", "value", "part", "slice", "figure"]
     table = pd.DataFrame(found, columns=columns)
@@ -561,6 +578,7 @@ def _recommended(contents: Contents) -> list[Section]:
             ]
         )
         for record in records(table)
+        if not contents.is_hidden(record["slice"])
     ]
     heading = f"What the first {k} items show"
     notes = [f"{name}: {meaning}." for name, meaning in LIST_FIGURES.items()]
@@ -594,8 +612,14 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
     """The words of the page and what they mean."""
     k = parse_metric(contents.metric)[1]
     reference = contents.reference or "the reference"
+    hidden = (
+        "hidden",
+        f"The figures of groups with fewer than {contents.fewest} users are left out of this page, "
+        "since they may tell what a single user did. --show_small_groups shows them.",
+    )
     return [
         *((f"{kind}@{k}", describe_metric(f"{kind}@{k}")) for kind in KINDS),
+        *([hidden] if contents.fewest else []),
         (
             "repeat, new",
             "Targets that are in the user's history, and those that are not.",

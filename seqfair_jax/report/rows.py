@@ -1,7 +1,7 @@
 """The rows of a report: trained runs, baselines, and the lists of other systems."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from seqfair_jax.report.runs import FinishedRun
 from seqfair_jax.training.selection import RULES, is_result
 
 RUN, BASELINE, LIST = "run", "baseline", "list"
+FEWEST_SHOWN = 5  # users; what is published hides the figures of smaller groups
+HIDDEN = f"hidden: fewer than {FEWEST_SHOWN} users"
 VALIDATION = "validation"  # the column of the validation score; no slice has this name
 # The seed of what no seed trained. No run has it, so the mean of a run's seeds is compared with it.
 _NO_SEED = -1
@@ -41,6 +43,19 @@ class Row(NamedTuple):
     is_both: bool = False  # both rules of selection chose the same epoch
     recommended: tuple[Mapping[str, slices.Slices], ...] = ()  # what is shown, for each seed
     seeds: tuple[int, ...] = ()  # of `means`; () for what no seed trained
+
+    def without(self, names: Collection[str]) -> "Row":
+        """The row without the figures of some slices, which have none as if they had no user."""
+
+        def kept(of: slices.Slices) -> slices.Slices:
+            return {name: None if name in names else value for name, value in of.items()}
+
+        return self._replace(
+            means=tuple(map(kept, self.means)),
+            recommended=tuple(
+                {figure: kept(of) for figure, of in seed.items()} for seed in self.recommended
+            ),
+        )
 
 
 def of_runs(
