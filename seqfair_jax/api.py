@@ -34,7 +34,7 @@ from seqfair_jax.data.groups import read_group_table
 from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.evaluation import significance, slices
-from seqfair_jax.report import contents, rows, runs, text
+from seqfair_jax.report import contents, files, rows, runs, text
 from seqfair_jax.run import run
 from seqfair_jax.serving import catalogue, output, tables
 from seqfair_jax.serving.recommender import encode_users, item_vectors, parse_seen, recommend
@@ -359,7 +359,7 @@ class Model:
         )
 
     def report(self, path: str | Path, *, show_small_groups: bool = False) -> None:
-        """Write the HTML report of the run, or of its grid: see `Comparison.report`."""
+        """Write the report of the run, or of its grid, to a file: see `Comparison.report`."""
         compare([self]).report(path, show_small_groups=show_small_groups)
 
     def save(self, folder: str | Path) -> None:
@@ -556,22 +556,18 @@ class Comparison:
         return "\n\n".join(parts)
 
     def report(self, path: str | Path, *, show_small_groups: bool = False) -> None:
-        """Write the HTML report, as `seqfair report --out` does.
+        """Write the report to a file, as `seqfair report --out` does.
 
         Args:
-            path: the file.
+            path: the file. It ends in .html for the whole report, or in .csv, .md or .tex for its
+                tables.
             show_small_groups: do not hide the figures of groups of fewer than 5 users.
 
         Raises:
-            UserError: if the name does not end in .html, or the file cannot be written.
+            UserError: if the name ends in something else, or the file cannot be written.
         """
-        from seqfair_jax.report import html  # matplotlib is slow to import
-
         out = workdir.user_path(path)
-        if out.suffix.lower() not in (".html", ".htm"):
-            raise UserError(f"{out}: expected a name that ends in .html")
-        shown = self.contents if show_small_groups else self.contents.published()
-        html.write(self.runs, shown, out)
+        files.write(self.runs, self.contents, out, show_small_groups=show_small_groups)
 
 
 def _folder(model: "Model | str | Path") -> Path:

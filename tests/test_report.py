@@ -914,6 +914,104 @@ def test_results_of_another_version_are_refused(tmp_path):
         text.tables([folder], NDCG)
 
 
+def cells_of(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_the_tables_as_csv_markdown_and_latex(tmp_path, capsys):
+    given = {"tier": tuple("abcde"), "pop33": ("niche", "popular")}  # e has four users
+    options = {"families": given, "loss_family": "tier"}
+    folders = [write_run(tmp_path / f"erm{i}", seed=i, shift=i / 10, **options) for i in (0, 1)]
+    folders.append(write_run(tmp_path / "cvar", "cvar", shift=0.2, **options))
+    outs = [tmp_path / f"r.{ending}" for ending in ("csv", "md", "tex", "html")]
+    command.main([*map(str, folders), *(f"--out={out}" for out in outs)])
+    printed = capsys.readouterr().out
+    assert all(f"report: {out}\n" in printed for out in outs)
+    made = contents.build(runs.read_runs(folders), NDCG)
+
+    table = pd.read_csv(outs[0], keep_default_na=False, na_values=[""])
+    assert list(table) == [
+        "row", "kind", "family", "group", "metric", "users", "seeds", "mean", "half", "low", "high",
+        "reference", "difference", "difference_low", "difference_high", "p", "q",
+    ]  # fmt: skip
+    at = table.fillna({"family": ""}).set_index(["row", "family", "group"])
+    assert at.index.is_unique
+    assert len(at) == len(made.rows) * (1 + 5 + 2 + 2)
+    first = at.loc[("ERM", "tier", "a")]
+    values = np.linspace(0, 0.9, USERS)[::5] + 0.05
+    assert first["mean"] == pytest.approx(values.mean())
+    assert first["half"] == pytest.approx(stats.t.ppf(0.975, 1) * 0.05)
+    assert first[["kind", "metric", "users", "seeds"]].tolist() == ["run", NDCG, 5, 2]
+    assert pd.isna(first["difference"])  # of the reference itself
+    test = at.loc[("CVaR (alpha 0.5)", "", "overall")]
+    [expected] = made.tests[(made.tests["name"] == "CVaR (alpha 0.5)")
+                            & (made.tests["slice"] == "overall")].to_dict("records")  # fmt: skip
+    known = made.ends()["CVaR (alpha 0.5)", "overall"]
+    assert test["reference"] == "ERM"
+    assert test[["low", "high"]].tolist() == pytest.approx(known)
+    assert test[["difference", "difference_low", "difference_high", "p", "q"]].tolist() == (
+        pytest.approx([expected[key] for key in ("difference", "low", "high", "p", "q")])
+    )
+    hidden = at.loc[("ERM", "tier", "e")]
+    assert hidden["users"] == 4
+    assert hidden[["mean", "half", "low", "high"]].isna().all()
+    assert at.loc[("ERM", "target", "repeat"), "users"] == 8
+
+    page = outs[1].read_text()
+    assert page.startswith(
+        "# by hand: NDCG@20 on the test targets\n\n## tier\n\n| Method | tier a |"
+    )
+    lines = [line for line in page.split("\n## pop33\n")[1].splitlines() if line.startswith("|")]
+    header, _, sizes, erm, cvar, popular = map(cells_of, lines)
+    assert header == ["Method", "pop33 niche", "pop33 popular", "overall", "worst", "repeat", "new",
+                      "validation"]  # fmt: skip
+    assert sizes == ["test users", "12", "12", "24", "", "8", "16", ""]
+    tests = made.tests.set_index(["name", "slice"])
+    numbers = made.table("pop33").set_index("name")
+    for place, where in enumerate(("pop33=niche", "pop33=popular", "overall"), start=1):
+        mean, half = numbers.loc["ERM", [where, f"{where} ±"]]
+        assert erm[place] == f"<u>{mean:.4f}</u> ± {half:.4f}"
+        star = "*" if tests.loc[("CVaR (alpha 0.5)", where), "star"] else ""
+        assert cvar[place] == f"**{numbers.loc['CVaR (alpha 0.5)', where]:.4f}{star}**"
+    assert (erm[0], popular[0]) == ("ERM, 2 seeds", "[most_popular]")
+    tier = [line for line in page.split("\n## pop33\n")[0].splitlines() if line.startswith("|")]
+    assert [cells_of(line)[5] for line in tier] == ["tier e", "---", "4", *["hidden"] * 3]
+    assert "- Cells without figures are hidden: fewer than 5 users." in page
+    assert "± is half of the 95 % interval of a mean over seeds." in page
+
+    tex = outs[2].read_text()
+    assert tex.count(r"\begin{table}") == tex.count(r"\end{table}") == 2
+    assert r" & \multicolumn{2}{c}{pop33} & \multicolumn{5}{c}{} \\" in tex
+    assert "\n\\cmidrule(lr){2-3}\n" in tex
+    assert r"\caption{NDCG@20 by pop33, by hand. Bold: the best row" in tex
+    mean = numbers.loc["CVaR (alpha 0.5)", "pop33=niche"]
+    assert rf"CVaR (alpha 0.5) & \textbf{{{mean:.4f}" in tex
+    assert "hidden & " in tex
+    compare(folders).report(outs[1], show_small_groups=True)
+    assert "hidden" not in outs[1].read_text()
+
+
+def test_names_in_the_files_are_no_markup(tmp_path):
+    given = {encode_name("a|b,*"): tuple(AWKWARD)}
+    erm = write_run(tmp_path / "erm", families=given, loss_family=next(iter(given)))
+    outs = [tmp_path / f"r.{ending}" for ending in ("csv", "md", "tex")]
+    for out in outs:
+        compare([erm]).report(out, show_small_groups=True)
+    table = pd.read_csv(outs[0], keep_default_na=False)
+    shown = [slices.printable(name) for name in AWKWARD]
+    assert table["group"][table["family"] == "a|b,*"].tolist() == shown * 2  # ERM and a baseline
+    assert set(table["family"]) == {"", "a|b,*", "target"}
+    lines = [line for line in outs[1].read_text().splitlines() if line.startswith("|")]
+    assert len({len(cells_of(line)) for line in lines}) == 1
+    assert "<script>" not in outs[1].read_text().replace(r"\<script>", "")
+    tex = outs[2].read_text()
+    [header] = [line for line in tex.splitlines() if line.startswith("Method")]
+    columns = len(re.findall(r"(?<!\\)&", header))
+    rows_of_table = [line for line in tex.splitlines() if line.startswith(("ERM", "{[}"))]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in rows_of_table} == {columns}
+    assert r"\$5" in header
+
+
 def test_names_from_data_are_shown_as_they_are_and_never_are_markup(tmp_path):
     family = encode_name("R&D <i>*")
     given = {family: AWKWARD, encode_name("target"): ("new", "old")}

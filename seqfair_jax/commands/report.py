@@ -8,7 +8,7 @@ from absl import flags
 from seqfair_jax import workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.errors import UserError
-from seqfair_jax.report import contents, rows, runs, text
+from seqfair_jax.report import contents, files, rows, runs, text
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,7 +27,11 @@ def main(argv: Sequence[str]) -> None:
         "the row to test the others against: the folder of a run, or a row's name, such as old or "
         "markov (default: that of `seqfair evaluate`, or else ERM)",
     )
-    command.string("out", "an HTML file to write the whole report to")
+    command.strings(
+        "out",
+        f"a file to write, whose name ends in {files.ENDINGS}; HTML has the whole report, and the "
+        "others have its tables. Give the flag again for several files",
+    )
     command.bool("show_small_groups", f"do not hide figures in --out ({rows.HIDDEN})")
     command.run(argv, _report)
 
@@ -37,9 +41,11 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
         raise UserError("name the folders of finished runs: seqfair report DIR [DIR ...]")
     folders = [workdir.user_path(name) for name in names]
     baseline = None if values.baseline is None else runs.take_baseline(values.baseline)
-    out = None if values.out is None else workdir.user_path(values.out)
-    if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out={out}: expected a name that ends in .html")
+    outs = list(map(workdir.user_path, values.out))
+    for out in outs:
+        files.check_name(out)
+        if outs.count(out) > 1:
+            raise UserError(f"--out={out} is given {outs.count(out)} times, expected once")
     folders = runs.finished_only(folders)
     if isinstance(baseline, Path):  # the table has its row too
         folders.append(baseline)
@@ -49,8 +55,6 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
     print("\n" + text.contents_tables(content, runs.notes(found)))
     if content.named_by and len(content.tests):
         print("\n" + text.comparison(content))
-    if out is not None:
-        from seqfair_jax.report import html  # matplotlib is slow to import
-
-        html.write(found, content if values.show_small_groups else content.published(), out)
+    for out in outs:
+        files.write(found, content, out, show_small_groups=values.show_small_groups)
         print(f"\nreport: {out.resolve()}")

@@ -117,6 +117,7 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
         notes=[*verdict.notes(contents), *map(_sentence, differences(runs))],
         verdicts=told[: text.SHOWN_FAMILIES],
         tables=[_results(contents, family) for family in shown.families],
+        legend=text.legend(contents),
         more_verdicts=told[text.SHOWN_FAMILIES :],
         more_tables=[_results(contents, family) for family in more],
         sections=[
