@@ -187,9 +187,9 @@ def test_no_difference_is_said_with_its_figures():
     ]
     told, made = sentences(found)
     assert told[0].startswith(
-        "With erm, group middle has the lowest NDCG@20, but no difference from the users of the "
-        "other judged groups was found: NDCG@20 is 0.4000 for its 18 test users and 0.4000 for the "
-        "users of the other judged groups, difference "
+        "With erm, group middle has the lowest NDCG@20, but no difference from the other judged "
+        "groups was found: NDCG@20 is 0.4000 for its 18 test users and 0.4000 for the users of the "
+        "other judged groups, difference "
     )
     assert told[2:] == [
         f"For all users, no difference between cvar and erm was found: "

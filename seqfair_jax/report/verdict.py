@@ -156,7 +156,7 @@ class _Family:
         worst = min(means, key=lambda name: (np.isnan(means[name]), means[name]))
         label, users = self._label[worst], self._contents.sizes[worst]
         start = f"{self._metric} is {means[worst]:.4f} for its {users:,} test users"
-        plain = f"With {of}, group {label} is served worst: {start}."
+        plain = f"With {of}, group {label} has the lowest {self._metric}: {start}."
         if row.per_user is None:
             return worst, plain
         tables = row.per_user()
@@ -170,12 +170,15 @@ class _Family:
         if not len(rest):
             return worst, plain
         others = values[rest]
-        is_everyone = len(rest) + len(members) == len(values)
-        rest_of = "the other users" if is_everyone else "the users of the other judged groups"
+        if len(rest) + len(members) == len(values):
+            other_side = users_of_it = "the other users"
+        else:
+            other_side = "the other judged groups"
+            users_of_it = f"the users of {other_side}"
         # The worst of several groups is chosen by the same users: Bonferroni.
         confidence = 1 - 0.05 / len(self._judged)
         gap = significance.gap(values[members], others, confidence=confidence)
-        end = f"{start} and {others.mean():.4f} for {rest_of}, {_effect(gap._asdict())}."
+        end = f"{start} and {others.mean():.4f} for {users_of_it}, {_effect(gap._asdict())}."
         if gap.high < 0:
             # One group far above is enough for this. Is the worst below each of the others?
             near = []
@@ -193,7 +196,7 @@ class _Family:
             )
         return worst, (
             f"With {of}, group {label} has the lowest {self._metric}, but no difference from "
-            f"{rest_of} was found: {end}"
+            f"{other_side} was found: {end}"
         )
 
     def _too_small(self) -> list[str]:
