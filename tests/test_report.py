@@ -23,7 +23,7 @@ from seqfair_jax.data.groups import GroupFamily, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.report import contents, figures, names, rows, runs, text
+from seqfair_jax.report import contents, figures, files, names, rows, runs, text
 from seqfair_jax.report import html as html_report
 from seqfair_jax.run import run
 
@@ -924,7 +924,8 @@ def test_the_tables_as_csv_markdown_and_latex(tmp_path, capsys):
     folders = [write_run(tmp_path / f"erm{i}", seed=i, shift=i / 10, **options) for i in (0, 1)]
     folders.append(write_run(tmp_path / "cvar", "cvar", shift=0.2, **options))
     outs = [tmp_path / f"r.{ending}" for ending in ("csv", "md", "tex", "html")]
-    command.main([*map(str, folders), *(f"--out={out}" for out in outs)])
+    several = ",".join(map(str, outs[1:]))
+    command.main([*map(str, folders), f"--out={outs[0]}", f"--out={several}"])
     printed = capsys.readouterr().out
     assert all(f"report: {out}\n" in printed for out in outs)
     made = contents.build(runs.read_runs(folders), NDCG)
@@ -989,6 +990,12 @@ def test_the_tables_as_csv_markdown_and_latex(tmp_path, capsys):
     assert "hidden & " in tex
     compare(folders).report(outs[1], show_small_groups=True)
     assert "hidden" not in outs[1].read_text()
+
+
+def test_commas_in_the_names_of_files():
+    assert files.split_names("a.csv,b/c.MD,d.tex") == ["a.csv", "b/c.MD", "d.tex"]
+    assert files.split_names("my,folder/a.csv") == ["my,folder/a.csv"]
+    assert files.split_names("a.csv,b.pdf") == ["a.csv,b.pdf"]  # which is refused by its name
 
 
 def test_names_in_the_files_are_no_markup(tmp_path):

@@ -232,6 +232,8 @@ def test_of_several_rows_of_erm_validation_chooses_the_reference():
     second = row("small, best worst group", rows.RUN, low)._replace(run="small")
     assert "There are 3 rows of ERM." in verdict.notes(build([*found, second], erm=both))[0]
     assert verdict.notes(build(found, erm=both, named="small")) == [ONE_SEED.format("each method")]
+    by_name = build(found, erm=both, named="[most_popular]")  # which is not the best baseline
+    assert verdict.notes(by_name) == [ONE_SEED.format("each method")]
     twice = found[0]._replace(means=found[0].means * 2)
     assert verdict.notes(build([twice, *found[1:]], erm={"large"})) == [ONE_SEED.format("large")]
     assert verdict.notes(build([found[0], *baselines()], erm={"small"})) == []  # no other method

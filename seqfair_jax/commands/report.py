@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     command.strings(
         "out",
         f"a file to write, whose name ends in {files.ENDINGS}; HTML has the whole report, and the "
-        "others have its tables. Give the flag again for several files",
+        "others have its tables. Several with commas between them, or the flag again",
     )
     command.bool("show_small_groups", f"do not hide figures in --out ({rows.HIDDEN})")
     command.run(argv, _report)
@@ -41,7 +41,7 @@ def _report(values: flags.FlagValues, names: Sequence[str]) -> None:
         raise UserError("name the folders of finished runs: seqfair report DIR [DIR ...]")
     folders = [workdir.user_path(name) for name in names]
     baseline = None if values.baseline is None else runs.take_baseline(values.baseline)
-    outs = list(map(workdir.user_path, values.out))
+    outs = [workdir.user_path(name) for given in values.out for name in files.split_names(given)]
     for out in outs:
         files.check_name(out)
         if outs.count(out) > 1:

@@ -15,6 +15,13 @@ from seqfair_jax.report.contents import Contents
 from seqfair_jax.report.runs import FinishedRun
 
 ENDINGS = ".html, .csv, .md or .tex"
+_SUFFIXES = (".html", ".htm", ".csv", ".md", ".tex")
+
+
+def split_names(given: str) -> list[str]:
+    """The files of an `--out`: several with commas, or one whose path has commas."""
+    parts = given.split(",")
+    return parts if all(Path(part).suffix.lower() in _SUFFIXES for part in parts) else [given]
 
 
 def check_name(path: Path) -> None:
@@ -23,7 +30,7 @@ def check_name(path: Path) -> None:
     Raises:
         UserError: if the name does not end in one of `ENDINGS`.
     """
-    if path.suffix.lower() not in (".html", ".htm", ".csv", ".md", ".tex"):
+    if path.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{path}: expected a name that ends in {ENDINGS}")
 
 

@@ -46,7 +46,7 @@ def notes(contents: Contents) -> list[str]:
             f"The other rows are compared with {contents.reference}, as in `seqfair evaluate`. "
             "`seqfair report --baseline=NAME` names another row."
         )
-    elif contents.reference and contents.row(contents.reference).kind == BASELINE:
+    elif _is_best_baseline(contents):
         found.append(
             f"There is no ERM run. The methods are compared with {contents.reference}, the best "
             "baseline without training."
@@ -73,6 +73,12 @@ def notes(contents: Contents) -> list[str]:
             "for the worst group. So there is one row for both."
         )
     return found
+
+
+def _is_best_baseline(contents: Contents) -> bool:
+    """Whether nobody named the reference, and it is a baseline."""
+    name = contents.reference
+    return bool(name) and not contents.named_by and contents.row(name).kind == BASELINE
 
 
 class _Family:
