@@ -144,12 +144,13 @@ def of_figures(
     """
     none = pd.DataFrame(False, figures.index, figures.columns)
     unknown = pd.DataFrame(np.nan, figures.index, figures.columns)
-    is_method = [not names.is_baseline(label) for label in figures.index]
+    is_baseline = [names.is_baseline(label) for label in figures.index]
     return Cells(
         figures,
         none if stars is None else stars,
         unknown if spreads is None else spreads,
-        render.places(figures, is_method),
+        render.places(figures, [not found for found in is_baseline]),
+        is_baseline,
     )
 
 

@@ -12,6 +12,7 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.report import render, rows, runs, text, verdict
 from seqfair_jax.report.contents import Contents
+from seqfair_jax.report.rows import BASELINE
 from seqfair_jax.report.runs import FinishedRun
 
 ENDINGS = ".html, .csv, .md or .tex"
@@ -150,6 +151,7 @@ def _cells(contents: Contents, family: str) -> render.Cells:
         frame(np.array([[(name, column) in stars for column in columns] for name, _ in named])),
         frame(numbers[[f"{name} ±" for name in columns]].to_numpy(float)),
         places,
+        [row.kind == BASELINE for row in contents.rows],
         [text.users_cell(contents, name) for name in columns],
         [contents.is_hidden(name) for name in columns],
     )

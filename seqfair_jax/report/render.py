@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from seqfair_jax.evaluation import slices
-from seqfair_jax.report import names, text
+from seqfair_jax.report import text
 
 # What LaTeX reads as a command. A bracket or star could be an option of the row before.
 _LATEX = {
@@ -29,6 +29,7 @@ class Cells(NamedTuple):
     stars: pd.DataFrame  # bool
     spreads: pd.DataFrame  # what follows ±; NaN where there is none
     places: pd.DataFrame  # 1 for the best of a column, 2 for the second best, else 0
+    is_baseline: Sequence[bool]  # of the rows
     users: Sequence[str] = ()  # a first row with the number of users of each column
     hidden: Sequence[bool] = ()  # the columns whose figures are hidden; () for none
 
@@ -119,12 +120,11 @@ def latex(table: Cells, caption: str) -> str:
         *([" & ".join([text.USERS, *table.users]) + r" \\"] if table.users else []),
         r"\midrule",
     ]
-    previous_is_method = True
-    for label, row in zip(values.index, body, strict=True):
-        is_method = not names.is_baseline(label)
-        if previous_is_method and not is_method:
+    previous = False
+    for label, row, is_baseline in zip(values.index, body, table.is_baseline, strict=True):
+        if is_baseline and not previous:
             lines.append(r"\midrule")
-        previous_is_method = is_method
+        previous = is_baseline
         lines.append(" & ".join([escape_latex(label), *row]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
     return "\n".join(lines)
