@@ -992,6 +992,17 @@ def test_the_tables_as_csv_markdown_and_latex(tmp_path, capsys):
     assert "hidden" not in outs[1].read_text()
 
 
+def test_files_of_runs_that_all_failed(tmp_path):
+    bad = write_run(tmp_path / "bad", status="failed at step 7")
+    found = compare([bad])
+    assert list(found.table())[-2:] == ["low", "high"]
+    for ending in ("csv", "md", "tex", "html"):
+        found.report(tmp_path / f"r.{ending}")
+    table = pd.read_csv(tmp_path / "r.csv")
+    assert (len(table), table.shape[1]) == (0, 17)
+    assert "failed at step 7, not in the table" in (tmp_path / "r.md").read_text()
+
+
 def test_commas_in_the_names_of_files():
     assert files.split_names("a.csv,b/c.MD,d.tex") == ["a.csv", "b/c.MD", "d.tex"]
     assert files.split_names("my,folder/a.csv") == ["my,folder/a.csv"]

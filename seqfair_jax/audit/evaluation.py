@@ -153,8 +153,10 @@ class Evaluation:
 
     def _row_named(self, baseline: str) -> str:
         """The name of the row that a user calls `baseline`."""
-        runs = [system for system in self.systems if system.kind == RUN]
-        also = {run.summary["method"]: [run.name] for run in runs}
+        also: dict[str, list[str]] = {}
+        for system in self.systems:
+            if system.kind == RUN:
+                also.setdefault(system.summary["method"], []).append(system.name)
         untrained = map(baseline_name, self.systems[0].summary["baselines"])
         names = [*(system.name for system in self.systems), *untrained]
         return contents.row_named(baseline, names, also)

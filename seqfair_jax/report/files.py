@@ -102,20 +102,21 @@ def long_table(contents: Contents) -> pd.DataFrame:
             values = np.array([x for seed in row.means if (x := seed.get(name)) is not None])
             family = slices.parse(name).family
             records.append(
-                {
-                    "row": row.name,
-                    "kind": row.kind,
-                    "slice": name,
-                    "family": slices.family_label(family) if family else "",
-                    "group": slices.label(name),
-                    "metric": contents.metric,
-                    "users": contents.sizes[name],
-                    "seeds": len(row.means),
-                    "mean": values.mean() if len(values) else np.nan,
-                    "half": rows.half_width(values),
-                }
+                (
+                    row.name,
+                    row.kind,
+                    name,
+                    slices.family_label(family) if family else "",
+                    slices.label(name),
+                    contents.metric,
+                    contents.sizes[name],
+                    len(row.means),
+                    values.mean() if len(values) else np.nan,
+                    rows.half_width(values),
+                )
             )
-    table = pd.DataFrame(records)
+    own = ["row", "kind", "slice", "family", "group", "metric", "users", "seeds", "mean", "half"]
+    table = pd.DataFrame(records, columns=own)
     ends = contents.intervals.rename(columns={"name": "row"})
     tests = contents.tests.rename(
         columns={"name": "row", "low": "difference_low", "high": "difference_high"}

@@ -243,7 +243,8 @@ def intervals(found: Sequence[Row], metric: str) -> pd.DataFrame:
     Returns:
         columns name, slice, low, high; NaN where too few users have a value other than 0.
     """
-    parts = [pd.DataFrame(columns=["name", "slice", "low", "high"], dtype=float)]
+    columns = ["name", "slice", "low", "high"]
+    parts = [pd.DataFrame(columns=columns).astype({"low": float, "high": float})]
     for row in found:
         if row.per_user is None:
             continue
@@ -254,7 +255,7 @@ def intervals(found: Sequence[Row], metric: str) -> pd.DataFrame:
             continue
         table = next(iter(tables.values())).assign(**{metric: values})
         means = significance.describe(table, metric).rename_axis("slice").reset_index()
-        parts.append(means.assign(name=row.name)[["name", "slice", "low", "high"]])
+        parts.append(means.assign(name=row.name)[columns])
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
