@@ -15,7 +15,7 @@ def benchmark(config, *, repeats):
     loop = Steps(config, 1)
     params = jax.tree.map(lambda leaf: leaf[0], loop.states().params)
     experiment = loop.experiment
-    judge = Judge(experiment.dataset, experiment.families, config.evaluate.cutoffs)
+    judge = Judge(experiment.dataset, experiment.families, config)
     rank = experiment.make_ranker("test", top_k=judge.top_k)
     times = []
     for _ in range(repeats + 1):  # the first compiles

@@ -39,7 +39,7 @@ def write_run(folder: Path, number: int, users: int) -> None:
 
     def draw(mean: float):
         ranks = rng.geometric(1 / mean, users)
-        return ranks, *target_means(ranks, targets, families, (20,))
+        return ranks, *target_means(ranks, targets, families, (20,), min_users=1)
 
     ranks, values, means = draw(40 + number)
     baselines = {name: draw(60) for name in _BASELINES}

@@ -160,7 +160,7 @@ def score_lists(dataset: Dataset, lists: np.ndarray, metric: str) -> float:
         num_items=len(dataset.item_ids),
         top_k=1,
     )
-    means = target_means(ranked.ranks, valid, [], [parse_metric(metric)[1]])[1]
+    means = target_means(ranked.ranks, valid, [], [parse_metric(metric)[1]], min_users=1)[1]
     return float(means[metric]["overall"] or 0)
 
 

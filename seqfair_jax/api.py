@@ -34,7 +34,7 @@ from seqfair_jax.data.groups import read_group_table
 from seqfair_jax.data.tables import stored_tables
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.evaluation import significance, slices
-from seqfair_jax.report import contents, rows, runs, text
+from seqfair_jax.report import contents, files, rows, runs, text
 from seqfair_jax.run import run
 from seqfair_jax.serving import catalogue, output, tables
 from seqfair_jax.serving.recommender import encode_users, item_vectors, parse_seen, recommend
@@ -358,13 +358,9 @@ class Model:
             _vectors(np.concatenate(parts), trained.user_ids, "user_id"),
         )
 
-    def report(self, path: str | Path) -> None:
-        """Write the HTML report of the run, or of its grid, as `seqfair report --out` does.
-
-        Raises:
-            UserError: if the name does not end in .html, or the file cannot be written.
-        """
-        compare([self]).report(path)
+    def report(self, path: str | Path, *, show_small_groups: bool = False) -> None:
+        """Write the report of the run, or of its grid, to a file: see `Comparison.report`."""
+        compare([self]).report(path, show_small_groups=show_small_groups)
 
     def save(self, folder: str | Path) -> None:
         """Copy the whole work directory to a new folder, whole or not at all.
@@ -485,17 +481,22 @@ def compare(
             (`Evaluation.write`). Runs that differ only in the seed are one row.
         metric: to compare by; None for the one that chose in validation.
         family: the group family to show; None for all that the runs share.
-        baseline: the run that the others are tested against. Its folder must have one method.
-            None: ERM, or the best baseline without training if there is no ERM run.
+        baseline: what the others are tested against: a model, the folder of a run of one method, or
+            the name of a row, such as "old" or "markov". None: that of the evaluated lists, or else
+            ERM, or else the best baseline without training.
 
     Raises:
         UserError: if a run has not finished, or if the runs differ in their log, split or groups.
     """
     if isinstance(models, str | Path | Model):
         raise UserError("models is a single one: give a list, such as [model, 'runs/erm']")
-    folders, of_baseline = [_folder(model) for model in models], None
-    if baseline is not None:
+    folders = [_folder(model) for model in models]
+    of_baseline: Path | str | None = None
+    if isinstance(baseline, str):
+        of_baseline = runs.take_baseline(baseline)
+    elif baseline is not None:
         of_baseline = _folder(baseline)
+    if isinstance(of_baseline, Path):
         folders.append(of_baseline)
     if not folders:
         raise UserError("models is empty: name at least one run")
@@ -514,8 +515,10 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """A row for each row of the report and each slice.
 
-        The columns are name, kind, slice, users, seeds, mean and half: the mean over the seeds, and
-        the half-width of its 95 % interval (t distribution), which is NaN for one seed.
+        The columns are name, kind, slice, users, seeds, mean, half, low and high. `mean` is over
+        the seeds, and `half` is the half-width of its 95 % interval over seeds (t distribution),
+        which is NaN for one seed. `low` and `high` are the ends of the 95 % interval of the mean
+        over users, where a user's value is the mean over the seeds (`rows.intervals`).
         """
         records = []
         for row in self.contents.rows:
@@ -527,7 +530,8 @@ class Comparison:
                         (row.name, row.kind, name, users, len(values), values.mean(), half)
                     )
         columns = ["name", "kind", "slice", "users", "seeds", "mean", "half"]
-        return pd.DataFrame(records, columns=columns)
+        table = pd.DataFrame(records, columns=columns)
+        return table.merge(self.contents.intervals, "left", on=["name", "slice"])
 
     def tests(self) -> pd.DataFrame:
         """The paired tests over users of the other rows against the baseline.
@@ -551,18 +555,19 @@ class Comparison:
             parts.append(text.comparison(self.contents))
         return "\n\n".join(parts)
 
-    def report(self, path: str | Path) -> None:
-        """Write the HTML report, as `seqfair report --out` does.
+    def report(self, path: str | Path, *, show_small_groups: bool = False) -> None:
+        """Write the report to a file, as `seqfair report --out` does.
+
+        Args:
+            path: the file. It ends in .html for the whole report, or in .csv, .md or .tex for its
+                tables.
+            show_small_groups: do not hide the figures of groups of fewer than 5 users.
 
         Raises:
-            UserError: if the name does not end in .html, or the file cannot be written.
+            UserError: if the name ends in something else, or the file cannot be written.
         """
-        from seqfair_jax.report import html  # matplotlib is slow to import
-
         out = workdir.user_path(path)
-        if out.suffix.lower() not in (".html", ".htm"):
-            raise UserError(f"{out}: expected a name that ends in .html")
-        html.write(self.runs, self.contents, out)
+        files.write(self.runs, self.contents, out, show_small_groups=show_small_groups)
 
 
 def _folder(model: "Model | str | Path") -> Path:

@@ -52,7 +52,7 @@ def test(
     """
     config = experiment.config
     method = experiment.task.objective.method
-    judge = Judge(experiment.dataset, experiment.families, config.evaluate.cutoffs)
+    judge = Judge(experiment.dataset, experiment.families, config)
     tester = _Tester(experiment, judge)
     folders = workdir.run_folders(folder, experiment.names)
     tested: list[dict[str, Any]] = []  # of each run; empty where a score is not finite
@@ -174,20 +174,21 @@ class Judge:
     Shape letters: n users who are tested, m targets of all of them, K length of a list.
     """
 
-    def __init__(self, dataset: Dataset, families: Sequence[GroupFamily], cutoffs: Sequence[int]):
+    def __init__(self, dataset: Dataset, families: Sequence[GroupFamily], config: ConfigDict):
         """Choose what is measured.
 
         Args:
             dataset: the split log.
             families: the groups, of all users.
-            cutoffs: of the metrics.
+            config: its `evaluate.cutoffs` and `select.min_users`.
         """
-        self._dataset, self._cutoffs = dataset, tuple(cutoffs)
+        self._dataset, self._cutoffs = dataset, tuple(config.evaluate.cutoffs)
+        self._min_users = config.select.min_users
         self._families = [family.select(dataset.test.users) for family in families]
         self._popularity = item_popularity(
             dataset.item_counts, dataset.audience, len(dataset.user_ids)
         )
-        self.top_k = min(max(cutoffs), len(dataset.item_ids))  # how long the lists must be
+        self.top_k = min(max(self._cutoffs), len(dataset.item_ids))  # how long the lists must be
         # The validation users of each group, in which it is judged when validation chooses.
         self.validation_sizes = {
             group_slice(family.name, group): int(size)
@@ -204,7 +205,9 @@ class Judge:
             ranks: i32[m] of the test targets, 1-based; 0 for a miss.
         """
         targets = self._dataset.test
-        values, means = target_means(ranks, targets, self._families, self._cutoffs)
+        values, means = target_means(
+            ranks, targets, self._families, self._cutoffs, min_users=self._min_users
+        )
         # The model cannot rank a target outside the vocabulary. It counts as a miss.
         rank = pd.array(ranks, dtype="Int32")
         rank[(targets.items < 0) & (ranks == 0)] = pd.NA

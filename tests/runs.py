@@ -55,7 +55,7 @@ def small(method="erm", **changes):
 
 def means_of(values, families, repeat):
     """The means of users with one target each, with those of repeated and of new targets."""
-    found = slices.slice_means(values, families)
+    found = slices.slice_means(values, families, min_users=1)
     for metric, value in values.items():
         for name, users in ((slices.REPEAT, repeat), (slices.NEW, ~repeat)):
             found[metric][name] = float(value[users].mean())

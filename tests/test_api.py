@@ -77,7 +77,7 @@ def test_models_and_folders_are_compared_as_the_report_does(model, folder, tmp_p
     assert set(tests["name"][tests["kind"] == "run"]) == {"CVaR (alpha 0.5)"}
     assert set(tests["slice"]) >= {"overall", "country=FR"}
     assert found.over_seeds().empty
-    with pytest.raises(UserError, match=r"expected a name that ends in \.html"):
+    with pytest.raises(UserError, match=r"expected a name that ends in \.html, \.csv"):
         found.report(tmp_path / "x.pdf")
     found.report(tmp_path / "x.html")
     assert "CVaR (alpha 0.5)" in (tmp_path / "x.html").read_text()
@@ -469,8 +469,12 @@ def test_what_a_model_has(model, folder):
 def test_the_report(model, tmp_path):
     model.report(tmp_path / "report.html")
     assert "country" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match="ends in .html"):
+    with pytest.raises(UserError, match=r"ends in \.html, \.csv, \.md or \.tex"):
         model.report(tmp_path / "report.pdf")
+    model.report(tmp_path / "report.csv", show_small_groups=True)
+    table = pd.read_csv(tmp_path / "report.csv", keep_default_na=False)
+    france = table[(table["family"] == "country") & (table["group"] == "FR")].iloc[0]
+    assert float(france["mean"]) == model.summary["test"]["NDCG@20"]["country=FR"]
 
 
 def test_a_model_without_a_workdir_lives_in_a_temporary_folder(tmp_path):

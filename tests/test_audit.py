@@ -12,6 +12,7 @@ from runs import slow_but
 from test_serving import ODD_USERS, make_config, make_log, make_run
 
 from seqfair_jax import audit, serving, workdir
+from seqfair_jax.api import compare
 from seqfair_jax.audit import lists, source
 from seqfair_jax.audit.evaluation import evaluate, parse_metrics
 from seqfair_jax.commands import evaluate as command
@@ -19,6 +20,7 @@ from seqfair_jax.commands import report as report_command
 from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.metrics import rank_metrics
+from seqfair_jax.report.contents import build
 from seqfair_jax.report.runs import read_runs
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.recommender import recommend
@@ -540,15 +542,69 @@ def test_lists_of_a_log_without_any_run(tmp_path, capsys):
     old_row, new_row = read_runs([out])
     assert (old_row.name, new_row.name) == ("old", "new")
     report_command.main([str(out), f"--out={tmp_path / 'r.html'}"])
-    printed = capsys.readouterr().out
-    assert "old is compared with the baseline without training that is best for each" in printed
-    assert "- With old, group " in printed
+    # The report has the verdict of the command: about what is audited, which is not the baseline.
+    again = capsys.readouterr().out
+    assert "new is compared with the baseline without training that is best for each" in again
+    assert "- With new, group " in again
+    assert "With old, group " not in again + printed
+    told = [line for line in again.splitlines() if line.startswith("- ")]
+    assert told[0] == (
+        "- The other rows are compared with old, as in `seqfair evaluate`. "
+        "`seqfair report --baseline=NAME` names another row."
+    )
+    assert set(told[1:]) <= set(printed.splitlines())
+    assert again[again.index("NDCG@20 against old") :].partition("\n\n")[0] in printed
     frame = audit.evaluate_recommendations(
         {"old": old, "new": new}, log, settings={"data.min_interactions": 1, "select.min_users": 1}
     )
     assert [s.summary["test"] for s in frame.systems] == [
         r.summary["test"] for r in (old_row, new_row)
     ]
+
+
+def test_a_report_takes_the_baseline_of_the_evaluation_or_a_row_by_its_name(
+    judged, one_run, tmp_path, caplog, capsys
+):
+    made = audit.evaluate_recommendations({"old": own_lists(one_run), "e=x": own_lists(one_run)},
+                                          one_run)  # fmt: skip
+    made.write(tmp_path / "named", baseline="old")
+    made.write(tmp_path / "markov", baseline="markov")
+    made.write(tmp_path / "plain")
+
+    def reference(*folders, baseline=None):
+        found = build(read_runs(folders), "NDCG@20", baseline=baseline)
+        return found.reference, found.named_by, found.subjects["pop33"]
+
+    stored = workdir.read_summary(tmp_path / "named" / "runs" / "list=old")["evaluation"]
+    assert stored["baseline"] == "old"
+    assert reference(tmp_path / "named") == ("old", "seqfair evaluate", ["ERM", "e=x"])
+    assert reference(tmp_path / "markov")[0] == "[markov]"
+    assert reference(tmp_path / "plain") == ("ERM", "seqfair evaluate", ["old", "e=x"])
+    # Beside a run the flag's row stays, and the default does not.
+    assert reference(tmp_path / "named", one_run)[:2] == ("old", "seqfair evaluate")
+    assert reference(tmp_path / "plain", one_run)[:2] == ("ERM", "")
+    # One of the two lists is no longer there.
+    part = tmp_path / "named" / "runs" / "list=e=x"
+    assert reference(part)[1] == ""
+    assert "the baseline of seqfair evaluate is not used: baseline is 'old'" in caplog.text
+    for name, row in (("erm", "ERM"), ("ERM", "ERM"), ("e=x", "e=x"), ("ease", "[ease]"),
+                      ("[markov]", "[markov]")):  # fmt: skip
+        assert reference(tmp_path / "named", baseline=name)[:2] == (row, "--baseline")
+        assert made.contents(baseline=name).reference == row
+    for name in ("odl", str(tmp_path / "missing")):
+        with pytest.raises(
+            UserError, match=r"baseline is .*there are ERM.*no folder of a finished"
+        ):
+            reference(tmp_path / "named", baseline=name)
+    with pytest.raises(UserError, match=r"did you mean 'old'.*there are ERM, old, e=x, \[most_po"):
+        made.write(tmp_path / "refused", baseline="odl")
+    assert not (tmp_path / "refused").exists()
+    with pytest.raises(UserError, match="no other method that succeeded"):
+        reference(part, baseline="e=x")
+    compared = compare([tmp_path / "named"], baseline="e=x")
+    assert compared.contents.reference == "e=x"
+    report_command.main([str(tmp_path / "named"), "--baseline=e=x"])
+    assert "NDCG@20 against e=x: paired t-test" in capsys.readouterr().out
 
 
 def test_the_result_as_tables(one_run):
@@ -576,6 +632,27 @@ def test_the_result_as_tables(one_run):
         found.tests(baseline="markof")
     with pytest.raises(UserError, match=r"NDCG@7 was not evaluated"):
         found.table("NDCG@7")
+
+
+def test_the_lowest_mean_in_the_summary_is_that_of_the_table(one_run):
+    log = make_log()
+    users = log["user_id"].drop_duplicates()
+    tiers = ["alone", *np.resize(["a", "b", "b"], len(users) - 1)]
+    groups = pd.DataFrame({"user_id": users, "tier": tiers})
+    lists = {"own": own_lists(one_run)}
+    settings = {"data.min_interactions": 1, "select.min_users": 2}
+    found = audit.evaluate_recommendations(lists, log, groups=groups, settings=settings)
+    table = found.contents().table("tier").set_index("name")
+    [system] = found.systems
+    means = {"own": system.summary["test"]}
+    means |= {f"[{name}]": of for name, of in system.summary["baselines"].items()}
+    assert table.index.tolist() == list(means)
+    for name, of in means.items():
+        own = of[found.metric]
+        judged = [own["tier=a"], own["tier=b"]]
+        assert own["tier=alone"] is not None
+        assert own["tier/min"] == table.loc[name, "tier/min"] == min(judged)
+        assert (own["tier/max"], own["tier/gap"]) == (max(judged), max(judged) - min(judged))
 
 
 @pytest.mark.parametrize("cutoffs", [5, np.array([5]), iter([5])], ids=["int", "array", "iterator"])

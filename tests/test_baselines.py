@@ -71,9 +71,9 @@ def test_real_baselines(real_data):
         return {
             name: {
                 part: value and round(value, 3)
-                for part, value in slices.slice_means(metrics.rank_metrics(ranks, [20]), groups)[
-                    "NDCG@20"
-                ].items()
+                for part, value in slices.slice_means(
+                    metrics.rank_metrics(ranks, [20]), groups, min_users=1
+                )["NDCG@20"].items()
             }
             for name, ranks in baseline_ranks(dataset, split, mask_seen=mask_seen).items()
         }

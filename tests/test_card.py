@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -148,6 +149,37 @@ def test_small_groups_do_not_compete_for_the_worst(copied):
         "be called worst."
     )
     assert line(10_000).startswith("seq33: no group has at least 10,000 tested users, so none")
+
+
+def test_figures_of_groups_of_few_users_are_hidden(copied):
+    config = workdir.read_json(copied / "config.json")
+    config["select"]["min_users"] = 1
+    workdir.write_json(copied / "config.json", config)
+    users = pd.read_parquet(copied / "per_user.parquet")
+    users[METRIC] = 0.5
+    users["seq33"] = "long"
+    for group, size, value in (("short", 4, 0.1234), ("medium", 5, 0.2345)):
+        users.loc[users.index[-size:], ["seq33", METRIC]] = group, value
+        users = users.iloc[np.roll(np.arange(len(users)), size)].reset_index(drop=True)
+    users.to_parquet(copied / "per_user.parquet")
+    summary = workdir.read_summary(copied)
+    for means in summary["baselines"].values():
+        means[METRIC] |= {"seq33=short": 0.9876}
+    workdir.write_json(copied / "summary.json", summary)
+    card = model_card(copied, "overall", EXPORTED)
+    header, *rows = rows_of(card, "Groups of seq33:")
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["short"] == ["4", "hidden: fewer than 5 users", *["-"] * (len(header) - 3)]
+    assert cells["medium"][:2] == ["5", "0.2345"]
+    assert "0.1234" not in card
+    assert "0.9876" not in card
+    assert "- seq33=medium: NDCG@20 is 0.2345 " in card
+    assert "The figures of groups with fewer than 5 users are left out" in card
+    card = model_card(copied, "overall", EXPORTED, show_small_groups=True)
+    assert "hidden" not in card
+    assert "are left out" not in card.partition("## Limits")[2]
+    assert "- seq33=short: NDCG@20 is 0.1234 " in card
+    assert "- seq33=short ([most_popular] 0.9876, model 0.1234)" in card
 
 
 def test_it_says_where_a_baseline_is_better(copied):

@@ -297,7 +297,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(home, monkeypatch, capsys):
     assert f"report: {home / 'report.html'}" in capsys.readouterr().out
     assert (home / "report.html").stat().st_size > 1000
     line = refused(capsys, report.main, ["~/run", "--baseline=~/none"])
-    assert line.startswith(f"error: {home / 'none'} does not exist")
+    assert line.startswith("error: baseline is '~/none'; there are ERM, [most_popular]")
     assert list((home / "work").iterdir()) == []  # no folder called ~
 
 
@@ -311,8 +311,14 @@ def test_paths_that_cannot_be_used_are_one_line(home, capsys, tmp_path, config_f
     folder.mkdir()
     line = refused(capsys, report.main, [run, f"--out={folder}"])
     assert line.startswith(f"error: cannot write {folder}: ")
+    line = refused(capsys, report.main, [run, f"--out={log}.gz"])
+    assert line == f"error: {log}.gz: expected a name that ends in .html, .csv, .md or .tex"
+    before = log.read_bytes()
     line = refused(capsys, report.main, [run, f"--out={log}"])
-    assert line == f"error: --out={log}: expected a name that ends in .html"
+    assert line == f"error: {log} is the log of {run}; name another file"
+    assert log.read_bytes() == before
+    line = refused(capsys, report.main, [run, *["--out=r.md"] * 2])
+    assert line == "error: --out=r.md is given 2 times, expected once"
     line = refused(capsys, train.main, [f"--config={config_file}", f"--workdir={log}/run"])
     assert line.startswith(f"error: {log}/run: {log} is a file; name a folder")
 

@@ -509,13 +509,13 @@ def test_repeat_and_new_targets_are_judged_alone():
         item_ids=np.array([5, 6, 9, 5, 2]),
         repeat=np.array([True, False, False, False, True]),
     )
-    values, means = target_means(ranks, targets, [], [3])
+    values, means = target_means(ranks, targets, [], [3], min_users=1)
     assert_allclose(values["Recall@3"], [2 / 3, 1, 1])
     assert means["Recall@3"]["target=repeat"] == 1  # users 0 and 7
     assert means["Recall@3"]["target=new"] == pytest.approx((1 / 2 + 1) / 2)  # users 0 and 4
     assert means["MRR@3"]["target=new"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     none = targets.take(np.zeros(5, bool))
-    assert target_means(ranks[:0], none, [], [3])[1]["NDCG@3"]["overall"] is None
+    assert target_means(ranks[:0], none, [], [3], min_users=1)[1]["NDCG@3"]["overall"] is None
 
 
 # --- Runs ---

@@ -12,10 +12,11 @@ from seqfair_jax.data.cache import load_dataset
 from seqfair_jax.data.groups import GroupFamily, build_family, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.slices import printable
-from seqfair_jax.paper import layouts, render, tables
+from seqfair_jax.paper import layouts, tables
 from seqfair_jax.paper.choice import Entry
 from seqfair_jax.paper.layouts import Column, Layout
 from seqfair_jax.paper.table1 import table_1a, table_1b
+from seqfair_jax.report import render
 from seqfair_jax.training.selection import RULES
 
 NDCG = "NDCG@20"

@@ -13,15 +13,17 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from runs import means_of, small
+from scipy import stats
 
 from seqfair_jax import workdir
+from seqfair_jax.api import compare
 from seqfair_jax.commands import report as command
 from seqfair_jax.config import default_config
 from seqfair_jax.data.groups import GroupFamily, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.report import contents, figures, names, rows, runs, text
+from seqfair_jax.report import contents, figures, files, names, rows, runs, text
 from seqfair_jax.report import html as html_report
 from seqfair_jax.run import run
 
@@ -132,24 +134,32 @@ class Page(HTMLParser):
         super().__init__()
         self.tags, self.tables, self.images, self.settings = [], [], {}, {}
         self.legend, self.items, self.summaries = [], [], []
-        self._path, self._text = [], ""
+        self.intervals = []  # the tables again: of each cell the interval over users, or ""
+        self._text, self._interval, self._in_interval = "", "", False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         if tag == "table":
             self.tables.append([])
+            self.intervals.append([])
         elif tag == "tr":
             self.tables[-1].append([])
+            self.intervals[-1].append([])
+        elif tag == "span" and ("class", "interval") in attributes:
+            self._in_interval = True
         elif tag == "img":
             found = dict(attributes)
             self.images[found["alt"]] = base64.b64decode(found["src"].partition("base64,")[2])
         if tag in ("td", "th", "summary", "pre", "li"):
-            self._text = ""
+            self._text = self._interval = ""
 
     def handle_endtag(self, tag):
         if tag in ("td", "th"):
-            self.tables[-1][-1].append(self._text)
+            self.tables[-1][-1].append(self._text.rstrip())
+            self.intervals[-1][-1].append(self._interval)
+        elif tag == "span":
+            self._in_interval = False
         elif tag == "summary":
             self._folder = self._text
             self.summaries.append(self._text)
@@ -162,12 +172,21 @@ class Page(HTMLParser):
             self.settings[self._folder] = json.loads(self._text)
 
     def handle_data(self, data):
-        self._text += data
+        if self._in_interval:
+            self._interval += data
+        else:
+            self._text += data
 
     def cell(self, table, row, column):
+        return self._at(self.tables, table, row, column)
+
+    def interval(self, table, row, column):
+        return self._at(self.intervals, table, row, column)
+
+    def _at(self, found, table, row, column):
         header, *rows = self.tables[table]
-        [found] = [cells for cells in rows if cells[0] == row]
-        return found[header.index(column)]
+        [place] = [i for i, cells in enumerate(rows, start=1) if cells[0] == row]
+        return found[table][place][header.index(column)]
 
     def svg_texts(self, alt):
         svg = self.images[alt].decode()
@@ -214,7 +233,8 @@ def test_the_report_of_real_runs(folders, tmp_path):
     headings = list(map(html.unescape, re.findall(r"<h2>(.*)</h2>", source)))
     logs = [log.title for name in ("cvar", "gdro") for log in METHODS[name].logs]
     assert headings == [
-        "Verdict", f"{NDCG} by pop33", f"{NDCG} by seq33", "Difference from ERM by group",
+        "Verdict", f"{NDCG} by pop33", f"{NDCG} by seq33", f"{NDCG} with its interval over users",
+        "Difference from ERM by group",
         "Training", *logs, "Hyperparameters", "Details",
     ]  # fmt: skip
     assert list(page.settings) == list(map(str, folders))
@@ -280,8 +300,8 @@ def test_stars_are_by_q_and_baselines_may_be_best(tmp_path):
     erm = write_run(tmp_path / "erm", shift=-0.45)  # mean 0, below the baseline's 0.125
     cvar = write_run(tmp_path / "cvar", "cvar", shift=-0.35)
     page = write_page([erm, cvar], tmp_path / "report.html")
-    marks = re.findall(r'<span class="(\w+)">(-?0\.\d{4})</span>(\*?)', tmp_path.joinpath(
-        "report.html").read_text().partition("</table>")[0])  # fmt: skip
+    table = (tmp_path / "report.html").read_text().partition("</table>")[0]
+    marks = re.findall(r'<span class="(\w+)">(-?0\.\d{4})</span>(\*?)', table)
     assert ("best", "0.1250", "") in marks  # markov's, whose difference from ERM may be by chance
     assert ("second", "0.1000", "*") in marks
     assert page.cell(0, "CVaR (alpha 0.5)", "overall") == "0.1000*"
@@ -346,6 +366,113 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     values = np.linspace(0, 0.9, USERS)
     means = [values[i::5].mean() for i in range(5)]
     assert page.cell(0, "ERM", "worst") == f"{min(means[:4]):.4f}"
+
+
+def test_figures_of_groups_of_few_users_are_hidden(tmp_path, capsys):
+    given = {"tier": tuple("abcde")}  # e has four users
+    rng = np.random.default_rng(0)
+    folders = []
+    for name in ("erm", "gdro"):
+        folder = write_run(tmp_path / name, name, families=given, loss_family="tier", min_users=1)
+        path = workdir.per_user(folder, "")
+        table = pd.read_parquet(path)
+        table[NDCG] += rng.normal(0, 0.2, USERS)
+        table.to_parquet(path)
+        summary = workdir.read_summary(folder)
+        summary["test"][NDCG]["tier=e"] = summary["val"][NDCG]["tier=e"] = rng.uniform(0, 0.1)
+        summary["validation_sizes"] = dict.fromkeys(["tier=a", "tier=b", "tier=c"], 5)
+        summary["validation_sizes"] |= {"tier=d": 4, "tier=e": 9}
+        summary["recommended"] = {
+            f"{figure}@20": {f"tier={tier}": rng.random() for tier in "abcde"}
+            for figure in rows.LIST_FIGURES
+        }
+        for of in summary["recommended"].values():
+            of["overall"] = 0.5
+        workdir.write_json(folder / workdir.SUMMARY, summary)
+        workdir.finish(folder, {})
+        folders.append(folder)
+
+    def figures_of(made, names):
+        """The figures of slices, as the page would show them."""
+        found = []
+        for row in made.rows:
+            found += [seed.get(name) for seed in row.means for name in names]
+            found += [of.get(name) for seed in row.recommended for of in seed.values()
+                      for name in names]  # fmt: skip
+        for table in (made.tests, *made.baseline_tests.values(), made.intervals):
+            columns = [c for c in ("mean", "difference", "low", "high") if c in table]
+            found += abs(table.loc[table["slice"].isin(names), columns]).to_numpy().ravel().tolist()
+        return {f"{x:.4f}" for x in found if x is not None and x == x}
+
+    made = contents.build(runs.read_runs(folders), NDCG)
+    others = figures_of(made, [name for name in made.sizes if name != "tier=e"])
+    secret = figures_of(made, ["tier=e"]) - others
+    assert len(secret) > 12
+    out = tmp_path / "report.html"
+    command.main([*map(str, folders), f"--out={out}"])
+    printed = capsys.readouterr().out
+    page = Page(out)
+    seen = re.sub('base64,[^"]*', "", out.read_text())
+    assert not [figure for figure in secret if figure in seen]
+    assert page.cell(0, "ERM", "e") == "hidden"
+    assert page.tables[0][1][5] == "4 hidden: fewer than 5 users"
+    worst = min(made.rows[0].means[0][f"tier={tier}"] for tier in "abcd")
+    assert page.cell(0, "ERM", "worst") == f"{worst:.4f}"
+    assert "worst ignores groups with fewer than 5 test users: e (4)" in seen.lower()
+    drawn = {alt.rpartition(", ")[2] for alt in page.images if alt.startswith("validation")}
+    assert drawn == {"overall", "a", "b", "c"}  # d has four validation users
+    assert "e" not in page.legend  # of the groups' weights
+    assert not [name for alt in page.images for name in page.svg_texts(alt) if name == "e (4)"]
+    # The terminal and the flag show them.
+    assert f"{made.rows[0].means[0]['tier=e']:.4f}" in printed
+    command.main([*map(str, folders), f"--out={out}", "--show_small_groups"])
+    page = Page(out)
+    assert "e" in page.legend
+    assert page.cell(0, "ERM", "e") == f"{made.rows[0].means[0]['tier=e']:.4f}"
+    shown = out.read_text()
+    assert "hidden: fewer" not in shown
+    assert sum(figure in shown for figure in secret) > len(secret) / 2
+    compare(folders).report(out)
+    assert Page(out).cell(0, "ERM", "e") == "hidden"
+    compare(folders).report(out, show_small_groups=True)
+    assert Page(out).cell(0, "ERM", "e") != "hidden"
+
+
+def test_a_mean_has_its_interval_over_users(tmp_path):
+    def few(folder, users):  # as many users of each group have a hit
+        made = write_run(folder, families={"tier": ("a", "b")}, shift=0.1)
+        path = workdir.per_user(made, "")
+        table = pd.read_parquet(path)
+        table.loc[table.index >= 2 * users, NDCG] = 0.0
+        table.to_parquet(path)
+        workdir.finish(made, {})
+        return made, table
+
+    one, table = few(tmp_path / "erm", 10)
+    page = write_page([one], tmp_path / "report.html")
+    for group in ("a", "b"):
+        values = table[NDCG][table["tier"] == group].to_numpy()
+        half = stats.t.ppf(0.975, 11) * values.std(ddof=1) / 12**0.5
+        expected = f"{values.mean() - half:.4f} to {values.mean() + half:.4f}"
+        assert page.interval(0, "ERM", group) == expected
+    assert page.interval(0, "[most_popular]", "a") == "0.1250 to 0.1250"
+    assert page.interval(0, "ERM", "worst") == ""  # the lowest of several is no mean of users
+    page = write_page([few(tmp_path / "few", 9)[0]], tmp_path / "report.html")
+    assert page.interval(0, "ERM", "a") == "too few hits"
+    assert page.interval(0, "ERM", "overall") != "too few hits"
+    # A mean over seeds has ± instead, and Python has both intervals.
+    seeds = [write_run(tmp_path / f"seed{i}", seed=i, shift=i / 10) for i in (0, 1)]
+    page = write_page(seeds, tmp_path / "report.html")
+    assert page.interval(0, "ERM, 2 seeds", "niche") == ""
+    assert "±" in page.cell(0, "ERM, 2 seeds", "niche")
+    frame = compare(seeds).table().set_index(["name", "slice"])
+    row = frame.loc[("ERM", "pop33=niche")]
+    values = np.linspace(0, 0.9, USERS)[::2] + 0.05
+    half = stats.t.ppf(0.975, 11) * values.std(ddof=1) / 12**0.5
+    assert row[["mean", "low", "high"]].tolist() == pytest.approx(
+        [values.mean(), values.mean() - half, values.mean() + half]
+    )
+    assert row["half"] == pytest.approx(stats.t.ppf(0.975, 1) * 0.05)
 
 
 def test_the_tests_have_the_order_of_the_tables(tmp_path):
@@ -418,16 +545,25 @@ def test_the_forest_plot_has_the_figures_of_the_tests(tmp_path):
     assert [row.name for row in methods] == ["ERM", "CVaR (alpha 0.5)", "chi2 (radius 0.5)"]
     drawn = []
 
-    def forest(groups, intervals):
-        drawn.append((groups, intervals, real(groups, intervals)))
+    def forest(groups, intervals, *, zero):
+        drawn.append((groups, zero, real(groups, intervals, zero=zero)))
         return drawn[-1][-1]
 
     real = figures.forest
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "forest", forest)
         html_report.write(found, made, tmp_path / "report.html")
-    [(groups, _, figure)] = drawn
-    assert groups == ["overall (24)", "$a_b$ (12)", "b (12)"]
+    [(groups, _, of_means), (same, _, figure)] = drawn
+    assert [zero for _, zero, _ in drawn] == [False, True]
+    assert groups == same == ["overall (24)", "$a_b$ (12)", "b (12)"]
+    [axes] = of_means.axes
+    points = [line.get_xdata()[0] for line in axes.lines]  # there is no line at 0
+    segments = [lines.get_segments()[0][:, 0].tolist() for lines in axes.collections]
+    known = made.intervals.set_index(["slice", "name"])
+    wanted = [(where, row.name) for where in ("overall", "tier=$a_b$", "tier=b") for row in methods]
+    means = {row.name: row.means[0] for row in methods}
+    assert points == [means[name][where] for where, name in wanted]
+    assert segments == [known.loc[key, ["low", "high"]].tolist() for key in wanted]
     [axes] = figure.axes
     points = [line for line in axes.lines if line.get_marker() not in ("", "None", None)]
     segments = [lines.get_segments()[0] for lines in axes.collections]
@@ -709,6 +845,7 @@ def test_failed_runs_are_listed_and_count_nowhere(tmp_path):
     assert page.cell(-1, "CVaR (alpha 0.6), seed=0", "best epoch") == "-"
     assert not any("alpha 0.6" in alt for alt in page.images)
     assert [label for label in page.legend if "alpha" in label] == [
+        "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the plot of the means
         "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the forest plot
         "CVaR (alpha 0.2)", "CVaR (alpha 0.4)",  # of the curves
     ]  # fmt: skip
@@ -775,6 +912,122 @@ def test_results_of_another_version_are_refused(tmp_path):
     workdir.write_json(folder / workdir.SUMMARY, summary | {"schema_version": 1})
     with pytest.raises(UserError, match="schema_version 1, but this version reads 3"):
         text.tables([folder], NDCG)
+
+
+def cells_of(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_the_tables_as_csv_markdown_and_latex(tmp_path, capsys):
+    given = {"tier": tuple("abcde"), "pop33": ("niche", "popular")}  # e has four users
+    options = {"families": given, "loss_family": "tier"}
+    folders = [write_run(tmp_path / f"erm{i}", seed=i, shift=i / 10, **options) for i in (0, 1)]
+    folders.append(write_run(tmp_path / "cvar", "cvar", shift=0.2, **options))
+    outs = [tmp_path / f"r.{ending}" for ending in ("csv", "md", "tex", "html")]
+    several = ",".join(map(str, outs[1:]))
+    command.main([*map(str, folders), f"--out={outs[0]}", f"--out={several}"])
+    printed = capsys.readouterr().out
+    assert all(f"report: {out}\n" in printed for out in outs)
+    made = contents.build(runs.read_runs(folders), NDCG)
+
+    table = pd.read_csv(outs[0], keep_default_na=False, na_values=[""])
+    assert list(table) == [
+        "row", "kind", "family", "group", "metric", "users", "seeds", "mean", "half", "low", "high",
+        "reference", "difference", "difference_low", "difference_high", "p", "q",
+    ]  # fmt: skip
+    at = table.fillna({"family": ""}).set_index(["row", "family", "group"])
+    assert at.index.is_unique
+    assert len(at) == len(made.rows) * (1 + 5 + 2 + 2)
+    first = at.loc[("ERM", "tier", "a")]
+    values = np.linspace(0, 0.9, USERS)[::5] + 0.05
+    assert first["mean"] == pytest.approx(values.mean())
+    assert first["half"] == pytest.approx(stats.t.ppf(0.975, 1) * 0.05)
+    assert first[["kind", "metric", "users", "seeds"]].tolist() == ["run", NDCG, 5, 2]
+    assert pd.isna(first["difference"])  # of the reference itself
+    test = at.loc[("CVaR (alpha 0.5)", "", "overall")]
+    [expected] = made.tests[(made.tests["name"] == "CVaR (alpha 0.5)")
+                            & (made.tests["slice"] == "overall")].to_dict("records")  # fmt: skip
+    known = made.ends()["CVaR (alpha 0.5)", "overall"]
+    assert test["reference"] == "ERM"
+    assert test[["low", "high"]].tolist() == pytest.approx(known)
+    assert test[["difference", "difference_low", "difference_high", "p", "q"]].tolist() == (
+        pytest.approx([expected[key] for key in ("difference", "low", "high", "p", "q")])
+    )
+    hidden = at.loc[("ERM", "tier", "e")]
+    assert hidden["users"] == 4
+    assert hidden[["mean", "half", "low", "high"]].isna().all()
+    assert at.loc[("ERM", "target", "repeat"), "users"] == 8
+
+    page = outs[1].read_text()
+    assert page.startswith(
+        "# by hand: NDCG@20 on the test targets\n\n## tier\n\n| Method | tier a |"
+    )
+    lines = [line for line in page.split("\n## pop33\n")[1].splitlines() if line.startswith("|")]
+    header, _, sizes, erm, cvar, popular = map(cells_of, lines)
+    assert header == ["Method", "pop33 niche", "pop33 popular", "overall", "worst", "repeat", "new",
+                      "validation"]  # fmt: skip
+    assert sizes == ["test users", "12", "12", "24", "", "8", "16", ""]
+    tests = made.tests.set_index(["name", "slice"])
+    numbers = made.table("pop33").set_index("name")
+    for place, where in enumerate(("pop33=niche", "pop33=popular", "overall"), start=1):
+        mean, half = numbers.loc["ERM", [where, f"{where} ±"]]
+        assert erm[place] == f"<u>{mean:.4f}</u> ± {half:.4f}"
+        star = "*" if tests.loc[("CVaR (alpha 0.5)", where), "star"] else ""
+        assert cvar[place] == f"**{numbers.loc['CVaR (alpha 0.5)', where]:.4f}{star}**"
+    assert (erm[0], popular[0]) == ("ERM, 2 seeds", "[most_popular]")
+    tier = [line for line in page.split("\n## pop33\n")[0].splitlines() if line.startswith("|")]
+    assert [cells_of(line)[5] for line in tier] == ["tier e", "---", "4", *["hidden"] * 3]
+    assert "- Cells without figures are hidden: fewer than 5 users." in page
+    assert "± is half of the 95 % interval of a mean over seeds." in page
+
+    tex = outs[2].read_text()
+    assert tex.count(r"\begin{table}") == tex.count(r"\end{table}") == 2
+    assert r" & \multicolumn{2}{c}{pop33} & \multicolumn{5}{c}{} \\" in tex
+    assert "\n\\cmidrule(lr){2-3}\n" in tex
+    assert r"\caption{NDCG@20 by pop33, by hand. Bold: the best row" in tex
+    mean = numbers.loc["CVaR (alpha 0.5)", "pop33=niche"]
+    assert rf"CVaR (alpha 0.5) & \textbf{{{mean:.4f}" in tex
+    assert "hidden & " in tex
+    compare(folders).report(outs[1], show_small_groups=True)
+    assert "hidden" not in outs[1].read_text()
+
+
+def test_files_of_runs_that_all_failed(tmp_path):
+    bad = write_run(tmp_path / "bad", status="failed at step 7")
+    found = compare([bad])
+    assert list(found.table())[-2:] == ["low", "high"]
+    for ending in ("csv", "md", "tex", "html"):
+        found.report(tmp_path / f"r.{ending}")
+    table = pd.read_csv(tmp_path / "r.csv")
+    assert (len(table), table.shape[1]) == (0, 17)
+    assert "failed at step 7, not in the table" in (tmp_path / "r.md").read_text()
+
+
+def test_commas_in_the_names_of_files():
+    assert files.split_names("a.csv,b/c.MD,d.tex") == ["a.csv", "b/c.MD", "d.tex"]
+    assert files.split_names("my,folder/a.csv") == ["my,folder/a.csv"]
+    assert files.split_names("a.csv,b.pdf") == ["a.csv,b.pdf"]  # which is refused by its name
+
+
+def test_names_in_the_files_are_no_markup(tmp_path):
+    given = {encode_name("a|b,*"): tuple(AWKWARD)}
+    erm = write_run(tmp_path / "erm", families=given, loss_family=next(iter(given)))
+    outs = [tmp_path / f"r.{ending}" for ending in ("csv", "md", "tex")]
+    for out in outs:
+        compare([erm]).report(out, show_small_groups=True)
+    table = pd.read_csv(outs[0], keep_default_na=False)
+    shown = [slices.printable(name) for name in AWKWARD]
+    assert table["group"][table["family"] == "a|b,*"].tolist() == shown * 2  # ERM and a baseline
+    assert set(table["family"]) == {"", "a|b,*", "target"}
+    lines = [line for line in outs[1].read_text().splitlines() if line.startswith("|")]
+    assert len({len(cells_of(line)) for line in lines}) == 1
+    assert "<script>" not in outs[1].read_text().replace(r"\<script>", "")
+    tex = outs[2].read_text()
+    [header] = [line for line in tex.splitlines() if line.startswith("Method")]
+    columns = len(re.findall(r"(?<!\\)&", header))
+    rows_of_table = [line for line in tex.splitlines() if line.startswith(("ERM", "{[}"))]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in rows_of_table} == {columns}
+    assert r"\$5" in header
 
 
 def test_names_from_data_are_shown_as_they_are_and_never_are_markup(tmp_path):

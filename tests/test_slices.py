@@ -56,7 +56,7 @@ def test_labels_are_as_the_user_wrote_them():
 def test_means_by_hand():
     value = np.array([1.0, 0.5, 0.0, 0.25])
     groups = family("f", ("a", "b", "none"), [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
-    means = slices.slice_means({"NDCG@20": value}, [groups])["NDCG@20"]
+    means = slices.slice_means({"NDCG@20": value}, [groups], min_users=1)["NDCG@20"]
     assert means == {
         "overall": 0.4375, "f=a": 0.75, "f=b": 0.25, "f=none": None,
         "f/min": 0.25, "f/max": 0.75, "f/gap": 0.5,
@@ -65,3 +65,30 @@ def test_means_by_hand():
     assert slices.judged_groups(groups, min_users=2) == ["a", "b"]
     with pytest.raises(UserError, match="no group of f has select.min_users=3 .*: a 2, b 2, n"):
         slices.judged_groups(groups, min_users=3)
+
+
+def test_the_extremes_are_over_groups_that_are_large_enough():
+    rng = np.random.default_rng(4)
+    sizes = {"a": 9, "b": 5, "c": 4, "one": 1, "none": 0}
+    member = np.repeat(np.arange(5), list(sizes.values()))
+    groups = family("f", tuple(sizes), member[:, None] == np.arange(5))
+    value = rng.random(len(member))
+    value[member == 3] = 1.0  # the group of one user
+    for min_users, judged in ((1, "a b c one"), (4, "a b c"), (5, "a b"), (6, "a"), (10, "")):
+        means = slices.slice_means({"m": value}, [groups], min_users=min_users)["m"]
+        known = []
+        for group in judged.split():  # loops, as a reader would compute them
+            own = [x for x, at in zip(value, member, strict=True) if list(sizes)[at] == group]
+            assert means[f"f={group}"] == pytest.approx(sum(own) / len(own))
+            known.append(sum(own) / len(own))
+        assert means["f=one"] == 1.0  # a group's own mean is kept
+        extremes = [means[f"f/{name}"] for name in ("min", "max", "gap")]
+        if not known:
+            assert extremes == [None, None, None]
+        elif len(known) == 1:
+            assert extremes == [pytest.approx(known[0])] * 2 + [None]  # there is no other group
+        else:
+            low, high = min(known), max(known)
+            assert extremes == pytest.approx([low, high, high - low])
+        if known:
+            assert means["f/min"] == slices.worst_group(means, groups, min_users=min_users)

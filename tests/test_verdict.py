@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from seqfair_jax.evaluation.significance import gap, slice_members
 from seqfair_jax.report import contents, rows, verdict
@@ -81,12 +82,13 @@ def effect(made, name, where):
 def worst(means, group, name):
     """The sentence on the group that is served worst."""
     table = users(means)
-    inside = (table["tier"] == group).to_numpy()
-    values = table[METRIC].to_numpy()
-    found = gap(values[inside], values[~inside], confidence=1 - 0.05 / 3)
+    values, tiers = table[METRIC].to_numpy(), table["tier"].to_numpy()
+    others = values[(tiers != group) & (tiers != "tiny")]  # tiny is not judged
+    found = gap(values[tiers == group], others, confidence=1 - 0.05 / 3)
     return (
         f"With {name}, group {group} is served worst: NDCG@20 is {means[group]:.4f} for its "
-        f"{SIZES[group]} test users and {values[~inside].mean():.4f} for the other users, "
+        f"{SIZES[group]} test users and {others.mean():.4f} for the users of the other judged "
+        f"groups, "
         f"difference {found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}."
     )
 
@@ -114,6 +116,44 @@ def test_one_group_far_above_does_not_make_the_lowest_the_worst():
     assert told[0].startswith("With erm, group niche is served worst: ")
 
 
+def test_the_worst_group_is_compared_with_the_users_of_judged_groups():
+    """Groups that are too small would put the rest below the group with the lowest mean."""
+    sizes = {"a": 24, "b": 30, "unknown": 22, "x": 9, "y": 9}
+    means = {"a": 0.3, "b": 0.35, "unknown": 0.4, "x": 0.01, "y": 0.01}
+    told, _ = sentences([row("erm", rows.RUN, means, 0.01, sizes=sizes)])
+    table = users(means, 0.01, sizes=sizes)
+    sides = [table[METRIC][table["tier"].isin(of)] for of in (["a"], ["b", "unknown"])]
+    # Welch's interval. The lowest is the lowest of three: a confidence of 1 - 0.05 / 3.
+    ends = stats.ttest_ind(*sides, equal_var=False).confidence_interval(1 - 0.05 / 3)
+    assert told[0] == (
+        "With erm, group a is served worst: NDCG@20 is 0.3000 for its 24 test users and "
+        f"{sides[1].mean():.4f} for the users of the other judged groups, difference "
+        f"{sides[0].mean() - sides[1].mean():+.4f}, 95 % interval {ends.low:+.4f} to "
+        f"{ends.high:+.4f}."
+    )
+    # All users are in judged groups.
+    known = {name: sizes[name] for name in ("a", "b", "unknown")}
+    told, _ = sentences([row("erm", rows.RUN, means, 0.01, sizes=known)])
+    assert f"test users and {sides[1].mean():.4f} for the other users, difference -0.0" in told[0]
+    # Users who are in no group are no other users either.
+    loose = row("erm", rows.RUN, means, 0.01, sizes=known)
+    table = users(means, 0.01, sizes=known).replace({"tier": {"unknown": None}})
+    found = {k: v for k, v in loose.means[0].items() if k != "tier=unknown"}
+    told, _ = sentences([loose._replace(means=(found,), per_user=lambda: {0: table})])
+    assert "0.3500 for the users of the other judged groups, difference -0.0500" in told[0]
+    # A user may be in several groups: whoever is in the worst one is not among the others.
+    both = users(means, 0.01, sizes=known)
+    both["tier"] = [["a", "b"] if tier == "b" and i % 3 == 0 else [tier]
+                    for i, tier in enumerate(both["tier"])]  # fmt: skip
+    values = {
+        tier: both[METRIC][[tier in groups for groups in both["tier"]]].mean() for tier in known
+    }
+    found = {"overall": 0.35} | {f"tier={tier}": mean for tier, mean in values.items()}
+    told, _ = sentences([loose._replace(means=(found,), per_user=lambda: {0: both})])
+    rest = both[METRIC][["a" not in groups for groups in both["tier"]]].mean()
+    assert f"for its 34 test users and {rest:.4f} for the other users, difference " in told[0]
+
+
 def test_a_method_that_helps_the_worst_and_costs_others():
     gdro = {"niche": 0.36, "middle": 0.6, "popular": 0.55, "tiny": 0.9}
     told, made = sentences([*runs(erm=ERM, gdro=gdro), *baselines()])
@@ -131,7 +171,7 @@ def test_a_method_that_helps_the_worst_and_costs_others():
         "-0.1500 to -0.1500). No difference was found for middle ([markov], 0.0000).",
     ]
     assert made.reference == "erm"
-    assert made.subjects == {"tier": "gdro"}
+    assert made.subjects == {"tier": ["gdro"]}
 
 
 def overall(made):
@@ -147,8 +187,9 @@ def test_no_difference_is_said_with_its_figures():
     ]
     told, made = sentences(found)
     assert told[0].startswith(
-        "With erm, group middle has the lowest NDCG@20, but no difference from the other users was "
-        "found: NDCG@20 is 0.4000 for its 18 test users and 0.4000 for the other users, difference "
+        "With erm, group middle has the lowest NDCG@20, but no difference from the other judged "
+        "groups was found: NDCG@20 is 0.4000 for its 18 test users and 0.4000 for the users of the "
+        "other judged groups, difference "
     )
     assert told[2:] == [
         f"For all users, no difference between cvar and erm was found: "
@@ -191,6 +232,8 @@ def test_of_several_rows_of_erm_validation_chooses_the_reference():
     second = row("small, best worst group", rows.RUN, low)._replace(run="small")
     assert "There are 3 rows of ERM." in verdict.notes(build([*found, second], erm=both))[0]
     assert verdict.notes(build(found, erm=both, named="small")) == [ONE_SEED.format("each method")]
+    by_name = build(found, erm=both, named="[most_popular]")  # which is not the best baseline
+    assert verdict.notes(by_name) == [ONE_SEED.format("each method")]
     twice = found[0]._replace(means=found[0].means * 2)
     assert verdict.notes(build([twice, *found[1:]], erm={"large"})) == [ONE_SEED.format("large")]
     assert verdict.notes(build([found[0], *baselines()], erm={"small"})) == []  # no other method
@@ -273,6 +316,35 @@ def test_a_list_has_no_effect_on_a_method():
         "erm is below old system for popular (-0.1000, 95 % interval -0.1000 to -0.1000)." in told
     )
     assert not [sentence for sentence in told if "raises" in sentence or "lowers" in sentence]
+
+
+def test_the_verdict_of_an_audit_is_about_each_list_that_is_not_the_baseline():
+    flat = dict.fromkeys(SIZES, 0.4)
+    lists = {"old": ERM, "new": flat | {"popular": 0.3}, "b": flat, "c": flat, "d": flat, "e": flat}
+    found = [row(name, rows.LIST, means, 0.01) for name, means in lists.items()]
+    two = [*found[:2], *baselines()]
+    told, made = sentences(two, erm=set(), named="old")
+    assert made.subjects == {"tier": ["new"]}
+    assert told[0].startswith("With new, group popular is served worst: NDCG@20 is 0.3000 for its")
+    assert told[1].startswith("Not judged, because")
+    assert told[2].startswith("new is below old for all users: NDCG@20 is 0.3667 against 0.4467, ")
+    assert told[3].startswith("new is below old for popular: NDCG@20 is 0.3000 against 0.6000, ")
+    assert told[-1].startswith("new is compared with the baseline without training that is best")
+    assert not any(sentence.startswith("With old") for sentence in told)
+    # Without a named row all lists are audited.
+    told, made = sentences(two, erm=set())
+    assert made.subjects == {"tier": ["old", "new"]}
+    starts = [" ".join(one.split()[:5]) for one in told if one.startswith("With")]
+    assert starts == ["With old, group niche is", "With new, group popular is"]
+    assert sum(sentence.startswith("Not judged") for sentence in told) == 1
+    told, made = sentences(found, erm=set(), named="old")
+    assert made.subjects == {"tier": ["new", "b", "c", "d", "e"]}
+    assert sum(sentence.startswith("With ") for sentence in told) == 4
+    assert told[-1] == "The figures and tests of e are only in the tables."
+    # Beside an audited list, a run is audited too.
+    told, made = sentences([*runs(erm=ERM), *found[:2]], named="old")
+    assert made.subjects == {"tier": ["erm", "new"]}
+    assert told[0].startswith("With erm, group niche is served worst")
 
 
 def test_of_a_baseline_that_is_the_reference_there_is_one_conclusion():

@@ -21,7 +21,7 @@ from seqfair_jax.config import default_config
 from seqfair_jax.config.change import change
 from seqfair_jax.data.files import hash_files
 from seqfair_jax.data.tables import stored_tables
-from seqfair_jax.errors import UserError, did_you_mean
+from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import significance
 from seqfair_jax.evaluation.metrics import metric_names, parse_metric
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
@@ -75,21 +75,11 @@ class Evaluation:
             UserError: if there is no such metric or row.
         """
         metric = metric or self.metric
-        rows = self._rows(metric)
         named = next((system.name for system in self.systems if system.kind == RUN), None)
         if baseline is not None:
-            names = [row.name for row in rows]
-            methods = {s.summary["method"]: s.name for s in self.systems if s.kind == RUN}
-            wanted = (baseline, baseline_name(baseline), methods.get(baseline))
-            known = [name for name in wanted if name in names]
-            if not known:
-                raise UserError(
-                    f"baseline is {baseline!r}{did_you_mean(baseline, names)}; there are "
-                    f"{', '.join(names)}"
-                )
-            named = known[0]
+            named = self._row_named(baseline)
         return contents.of_rows(
-            rows,
+            self._rows(metric),
             metric,
             [family.name for family in self.source.families],
             dataset=self.source.description,
@@ -172,23 +162,38 @@ class Evaluation:
     def __str__(self) -> str:
         return self.text()
 
-    def write(self, out: str | Path, gate: Gate | None = None) -> None:
+    def write(
+        self, out: str | Path, gate: Gate | None = None, *, baseline: str | None = None
+    ) -> None:
         """Write a folder that `seqfair report` reads as it does a run's: all of it or nothing.
 
         Args:
             out: the folder, new or empty.
             gate: what `gate` returned, to write as `gate.json`; None for no such file.
+            baseline: the row that a report of the folder tests the others against, as for
+                `contents`. Without one the report chooses it by the same rule as `contents`.
 
         Raises:
-            UserError: if the folder has files, or cannot be written.
+            UserError: if the folder has files, or cannot be written, or if there is no such row.
         """
+        named = None if baseline is None else self._row_named(baseline)
 
         def write(folder: Path) -> None:
-            self._write(folder)
+            self._write(folder, named)
             if gate is not None:
                 workdir.write_json(folder / workdir.GATE, gate.record())
 
         workdir.write_folder(workdir.user_path(out), write)
+
+    def _row_named(self, baseline: str) -> str:
+        """The name of the row that a user calls `baseline`."""
+        also: dict[str, list[str]] = {}
+        for system in self.systems:
+            if system.kind == RUN:
+                also.setdefault(system.summary["method"], []).append(system.name)
+        untrained = map(baseline_name, self.systems[0].summary["baselines"])
+        names = [*(system.name for system in self.systems), *untrained]
+        return contents.row_named(baseline, names, also)
 
     def _rows(self, metric: str) -> list[Row]:
         parse_metric(metric)
@@ -217,7 +222,7 @@ class Evaluation:
             found.append(row)
         return found
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, baseline: str | None) -> None:
         names = [system.summary["run"] for system in self.systems]
         config = workdir.jsonable(self.source.config.to_dict())
         groups = {family.name: family.labels() for family in self.source.families}
@@ -225,7 +230,8 @@ class Evaluation:
         parts = workdir.run_folders(folder, names)
         for part, system in zip(parts, self.systems, strict=True):
             workdir.write_json(part / workdir.CONFIG, config)
-            workdir.write_json(part / workdir.SUMMARY, system.summary)
+            evaluation = {**system.summary["evaluation"], "baseline": baseline}
+            workdir.write_json(part / workdir.SUMMARY, system.summary | {"evaluation": evaluation})
             workdir.write_parquet(workdir.per_user(part, ""), system.per_user)
             workdir.write_parquet(part / workdir.BASELINES, self.baselines)
             workdir.write_parquet(part / workdir.GROUPS, users)
@@ -284,7 +290,7 @@ def evaluate(
         run_folder(workdir.user_path(folder), None)  # a wrong path fails before the test
     config = judged.config
     warn_of_masked_targets(judged.dataset, config.evaluate.mask_seen)
-    judge = Judge(judged.dataset, judged.families, config.evaluate.cutoffs)
+    judge = Judge(judged.dataset, judged.families, config)
     table, baselines = judge.baselines(config)
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
@@ -412,7 +418,13 @@ def _test_run(
     per_user, means = judge.ranks(tested.ranks)
     valid = [family.select(dataset.valid.users) for family in judged.families]
     ranks = ranking("valid", 0).ranks
-    val = target_means(ranks, dataset.valid, valid, settings.cutoffs)[1]
+    val = target_means(
+        ranks,
+        dataset.valid,
+        valid,
+        settings.cutoffs,
+        min_users=judged.config.select.min_users,
+    )[1]
     of_run = workdir.read_summary(folder)
     kept = {
         key: value

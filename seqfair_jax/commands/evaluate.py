@@ -110,7 +110,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
             gate = found.gate(values.fail_if_worse, values.baseline)
             print(f"\n{gate}")
         if out is not None:
-            found.write(out, gate)
+            found.write(out, gate, baseline=values.baseline)
             print(f"\nfiles: {out.resolve()}")
     except KeyboardInterrupt as error:
         where = "" if out is None else f": nothing was written to {out}"

@@ -10,6 +10,7 @@ from seqfair_jax import workdir
 from seqfair_jax.cli import Command
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report.card import model_card
+from seqfair_jax.report.rows import HIDDEN
 from seqfair_jax.serving import export, load
 
 _LOG = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     command.integer("batch_size", "histories that an onnx program scores at once", 1)
     command.string("run", "the name of a run of a grid (default: the one that was selected)")
     command.string("rule", "the epoch that was best overall, or for the worst_group", "overall")
+    command.bool("show_small_groups", f"do not hide figures in the model card ({HIDDEN})")
     command.run(argv, lambda values, _: _export(command, values))
 
 
@@ -66,7 +68,9 @@ def _export(command: Command, values: flags.FlagValues) -> None:
         else:
             names = ", ".join(platforms)
             _LOG.warning("the program was not checked, since this machine is none of %s", names)
-        card = model_card(trained.folder, values.rule, settings)
+        card = model_card(
+            trained.folder, values.rule, settings, show_small_groups=values.show_small_groups
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     try:

@@ -494,7 +494,8 @@ _SELECT = (
         "select.min_users",
         20,
         "Groups with fewer validation users are ignored when the worst group is chosen. Reports "
-        "call groups with fewer test users too small to judge.",
+        "call groups with fewer test users too small to judge, and the lowest mean and the gap in "
+        "`summary.json` ignore them.",
         whole(1),
     ),
 )

@@ -2,7 +2,7 @@
 
     overall                       all users
     FAMILY=GROUP                  the users of a group, such as pop33=niche
-    FAMILY/min, /max, /gap        over the means of a family's groups
+    FAMILY/min, /max, /gap        over the means of a family's groups that have enough users
     target=repeat, target=new     over the targets alone that are, or are not, in the history, and
                                   the users who have such targets
 
@@ -110,7 +110,12 @@ def printable(text: str) -> str:
 
 
 def target_means(
-    ranks: np.ndarray, targets: Targets, families: Sequence[GroupFamily], cutoffs: Sequence[int]
+    ranks: np.ndarray,
+    targets: Targets,
+    families: Sequence[GroupFamily],
+    cutoffs: Sequence[int],
+    *,
+    min_users: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, Slices]]:
     """The metrics of ranked targets: of each user, and their means by slice.
 
@@ -122,13 +127,14 @@ def target_means(
         targets: of the n users.
         families: memberships bool[n, G] of the same users.
         cutoffs: of the metrics.
+        min_users: as for `slice_means`.
 
     Returns:
         `metrics.rank_metrics`, f64[n] each; and `slice_means` with 'target=repeat' and
         'target=new'.
     """
     values = rank_metrics(ranks, cutoffs, targets.offsets)
-    means = slice_means(values, families)
+    means = slice_means(values, families, min_users=min_users)
     for name, keep in ((REPEAT, targets.repeat), (NEW, ~targets.repeat)):
         some = rank_metrics(ranks[keep], cutoffs, targets.take(keep).offsets)
         for metric, value in some.items():
@@ -137,19 +143,22 @@ def target_means(
 
 
 def slice_means(
-    values: dict[str, np.ndarray], families: Sequence[GroupFamily]
+    values: dict[str, np.ndarray], families: Sequence[GroupFamily], *, min_users: int
 ) -> dict[str, Slices]:
     """Means of per-user metrics over all users and each group.
 
     Args:
         values: f[U] a metric.
         families: memberships bool[U, G] of the same users.
+        min_users: groups with fewer of these users are ignored in '/min', '/max' and '/gap'.
 
     Returns:
-        For each metric the means by slice: 'overall', 'pop33=niche', ..., 'pop33/min', '/max' and
-        '/gap' (their difference) over the family's groups. The mean over no user is None.
+        For each metric the means by slice: 'overall', 'pop33=niche', ..., and of each family
+        'pop33/min', '/max' and '/gap' (their difference) over the groups that are large enough.
+        None is the mean over no user, the extreme of no group, and the gap of fewer than two.
     """
-    return {metric: _slices(value, families) for metric, value in values.items()}
+    judged = [set(large_groups(family, min_users=min_users)) for family in families]
+    return {metric: _slices(value, families, judged) for metric, value in values.items()}
 
 
 def list_means(
@@ -177,16 +186,23 @@ def list_means(
     return {figure: {name: of[figure] for name, of in stats.items()} for figure in stats[OVERALL]}
 
 
-def _slices(value: np.ndarray, families: Sequence[GroupFamily]) -> Slices:
+def _slices(
+    value: np.ndarray, families: Sequence[GroupFamily], judged: Sequence[set[str]]
+) -> Slices:
     slices: Slices = {OVERALL: _mean(value)}
-    for family in families:
+    for family, large in zip(families, judged, strict=True):
         means = [_mean(value[members]) for members in family.membership.T]
         for group, mean in zip(family.groups, means, strict=True):
             slices[group_slice(family.name, group)] = mean
-        real = [mean for mean in means if mean is not None]
-        slices[statistic_slice(family.name, "min")] = min(real, default=None)
-        slices[statistic_slice(family.name, "max")] = max(real, default=None)
-        slices[statistic_slice(family.name, "gap")] = max(real) - min(real) if real else None
+        compared = [
+            mean
+            for group, mean in zip(family.groups, means, strict=True)
+            if group in large and mean is not None
+        ]
+        low, high = min(compared, default=None), max(compared, default=None)
+        gap = max(compared) - min(compared) if len(compared) > 1 else None
+        for statistic, found in (("min", low), ("max", high), ("gap", gap)):
+            slices[statistic_slice(family.name, statistic)] = found
     return slices
 
 
@@ -194,15 +210,21 @@ def _mean(value: np.ndarray) -> float | None:
     return float(value.mean()) if len(value) else None
 
 
+def large_groups(family: GroupFamily, *, min_users: int) -> list[str]:
+    """The groups with at least `min_users` users."""
+    sizes = family.membership.sum(axis=0)
+    return [group for group, size in zip(family.groups, sizes, strict=True) if size >= min_users]
+
+
 def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
-    """The groups with at least `min_users` users, which compete for the worst.
+    """The `large_groups`, which compete for the worst in validation.
 
     Raises:
         UserError: if there is none.
     """
-    sizes = family.membership.sum(axis=0)
-    judged = [group for group, size in zip(family.groups, sizes, strict=True) if size >= min_users]
+    judged = large_groups(family, min_users=min_users)
     if not judged:
+        sizes = family.membership.sum(axis=0)
         largest = np.argsort(-sizes, kind="stable")[:3]
         found = ", ".join(f"{family.groups[group]} {sizes[group]}" for group in largest)
         raise UserError(

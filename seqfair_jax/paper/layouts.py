@@ -10,7 +10,8 @@ import pandas as pd
 
 from seqfair_jax.data.groups import FAMILIES, family_kind, family_parts, is_product, is_union
 from seqfair_jax.evaluation import slices
-from seqfair_jax.report import names
+from seqfair_jax.report import names, render
+from seqfair_jax.report.render import Cells
 
 _TABLES = {  # dataset: (popularity groups, sequence-length groups, intersecting groups)
     "retailrocket": (2, 3, 4),
@@ -111,14 +112,6 @@ def side_by_side(long: pd.DataFrame, dataset: str) -> Layout:
     return Layout(_INTERSECTING, rows, columns, number, _INTERSECTING)
 
 
-class Cells(NamedTuple):
-    """A printed table: frames of one shape; rows by label, columns by heading and label."""
-
-    figures: pd.DataFrame
-    stars: pd.DataFrame  # bool
-    deviations: pd.DataFrame  # over seeds; NaN where there is a single one
-
-
 def cells(long: pd.DataFrame, layout: Layout) -> Cells:
     """What a table shows of the long table."""
     at = long.set_index(["method", "group_family", "slice"])
@@ -131,7 +124,34 @@ def cells(long: pd.DataFrame, layout: Layout) -> Cells:
     def frame(name: str, missing: Any) -> pd.DataFrame:
         return _frame([[at[name].get(key, missing) for key in row] for row in keys], layout)
 
-    return Cells(frame("value", np.nan), frame("star", False).eq(True), frame("sd", np.nan))
+    return of_figures(
+        frame("value", np.nan), stars=frame("star", False).eq(True), spreads=frame("sd", np.nan)
+    )
+
+
+def of_figures(
+    figures: pd.DataFrame,
+    *,
+    stars: pd.DataFrame | None = None,
+    spreads: pd.DataFrame | None = None,
+) -> Cells:
+    """Cells of which the best method of a column is marked; baselines have no place.
+
+    Args:
+        figures: rows by label, columns by heading and label.
+        stars: bool; None for no star.
+        spreads: standard deviations over seeds; None for none.
+    """
+    none = pd.DataFrame(False, figures.index, figures.columns)
+    unknown = pd.DataFrame(np.nan, figures.index, figures.columns)
+    is_baseline = [names.is_baseline(label) for label in figures.index]
+    return Cells(
+        figures,
+        none if stars is None else stars,
+        unknown if spreads is None else spreads,
+        render.places(figures, [not found for found in is_baseline]),
+        is_baseline,
+    )
 
 
 def _frame(values: Sequence[Sequence[Any]], layout: Layout) -> pd.DataFrame:

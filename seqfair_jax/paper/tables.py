@@ -16,9 +16,9 @@ from seqfair_jax import workdir
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.objectives import METHODS
-from seqfair_jax.paper import layouts, render
+from seqfair_jax.paper import layouts
 from seqfair_jax.paper.choice import Entry
-from seqfair_jax.report import figures, names, text
+from seqfair_jax.report import figures, names, render, text
 from seqfair_jax.training.selection import RULES
 
 _PANEL_WIDTH = 5.2  # inches
@@ -170,9 +170,7 @@ def write(
             paper = layouts.published(layout)
             if paper is not None and not paper.isna().all(axis=None):
                 kept = paper.dropna(how="all")
-                none = pd.DataFrame(False, kept.index, kept.columns)
-                unknown = pd.DataFrame(np.nan, kept.index, kept.columns)
-                page += ["Published:\n", render.markdown(layouts.Cells(kept, none, unknown)), ""]
+                page += ["Published:\n", render.markdown(layouts.of_figures(kept)), ""]
                 change = table.figures.loc[kept.index] - kept
                 page += ["Ours minus published:\n", render.signed_markdown(change), ""]
             slug = workdir.path_name(layout.slug.replace(" ", "_"))

@@ -3,7 +3,7 @@
 The functions here prepare sentences and tables; `card.md.j2` is the text of the card.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from seqfair_jax.data.split import describe_split
 from seqfair_jax.data.times import with_date
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import names, text
-from seqfair_jax.report.rows import judged_groups
+from seqfair_jax.report.rows import FEWEST_SHOWN, HIDDEN, judged_groups
 from seqfair_jax.training.selection import RULES
 
 SMALL_GROUP = 100  # users; the figures of smaller groups are marked
@@ -32,13 +32,16 @@ class Mean(NamedTuple):
     high: float
 
 
-def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
+def model_card(
+    folder: Path, rule: str, exported: Mapping[str, Any], *, show_small_groups: bool = False
+) -> str:
     """The card of a run, as Markdown. Names from the data are escaped.
 
     Args:
         folder: of the finished run.
         rule: the epoch that was exported, of `selection.RULES`.
         exported: what `serving.export.write` returned.
+        show_small_groups: do not hide the figures of groups of fewer than `FEWEST_SHOWN` users.
 
     Raises:
         UserError: naming a file of the run that cannot be read.
@@ -50,6 +53,11 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
     table = pd.read_parquet(workdir.per_user(folder, suffix))
     rows = significance.describe(table, metric)
     found = {str(name): Mean(*row) for name, *row in rows.itertuples()}
+    fewest = 0 if show_small_groups else FEWEST_SHOWN
+    min_users = max(config["select"]["min_users"], fewest)
+    shown = {
+        name: row for name, row in found.items() if name == slices.OVERALL or row.users >= fewest
+    }
     baselines = {name: means[metric] for name, means in summary["baselines"].items()}
     split = summary["dataset"]["split"]
     order = list(summary["test" + suffix][metric])
@@ -74,19 +82,20 @@ def model_card(folder: Path, rule: str, exported: Mapping[str, Any]) -> str:
         model=config["model"],
         mixture=text.Markdown(_mixture(config["model"])),
         exported=exported,
-        overall=_group_table(found, [slices.OVERALL, slices.REPEAT, slices.NEW], baselines, metric),
+        overall=_group_table(
+            found, shown, [slices.OVERALL, slices.REPEAT, slices.NEW], baselines, metric
+        ),
         groups={
             slices.family_label(family): _group_table(
-                found, slices.groups_in(order, family), baselines, metric
+                found, shown, slices.groups_in(order, family), baselines, metric
             )
             for family in families
         },
         metrics=_metrics_table(summary, suffix),
-        worst=[
-            _worst_group(found, family, baselines, metric, config["select"]["min_users"])
-            for family in families
-        ],
-        beaten=_beaten(found, baselines),
+        worst=[_worst_group(shown, family, baselines, metric, min_users) for family in families],
+        beaten=_beaten(shown, baselines),
+        is_hidden=len(shown) < len(found),
+        fewest_shown=FEWEST_SHOWN,
         small=[
             f"{slices.full_label(name)} ({found[name].users:,.0f} users)"
             for family in families
@@ -131,15 +140,22 @@ def _settings_table(config: Mapping[str, Any]) -> text.Markdown:
 
 def _group_table(
     found: Mapping[str, Mean],
-    shown: Sequence[str],
+    shown: Collection[str],
+    wanted: Sequence[str],
     baselines: Mapping[str, slices.Slices],
     metric: str,
 ) -> text.Markdown:
-    """A row for each slice: its users, the mean with its interval, and the baselines' means."""
-    shown = [name for name in shown if name in found]
+    """A row for each slice: its users, the mean with its interval, and the baselines' means.
+
+    The figures of slices that are not in `shown` are hidden.
+    """
+    wanted = [name for name in wanted if name in found]
     rows = []
-    for name, label in zip(shown, slices.labels(shown), strict=True):
+    for name, label in zip(wanted, slices.labels(wanted), strict=True):
         row = found[name]
+        if name not in shown:
+            rows.append([label, f"{row.users:,.0f}", HIDDEN, *["-"] * (1 + len(baselines))])
+            continue
         own = [label, f"{row.users:,.0f}", f"{row.mean:.4f}", _interval(row)]
         rows.append(own + [_figure(means.get(name)) for means in baselines.values()])
     header = ["group", "users", metric, "95 % interval", *map(names.baseline_name, baselines)]
@@ -165,7 +181,13 @@ def _worst_group(
     metric: str,
     min_users: int,
 ) -> str:
-    """A sentence about the group with the lowest mean, of a family's groups of `min_users`."""
+    """A sentence about the group with the lowest mean, of a family's groups of `min_users`.
+
+    Args:
+        found: the slices whose figures are shown.
+        family, baselines, metric: of the sentence.
+        min_users: smaller groups are ignored.
+    """
     sizes = {name: int(row.users) for name, row in found.items()}
     judged = judged_groups(sizes, family, min_users=min_users)
     if len(judged) < 2:

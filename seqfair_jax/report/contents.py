@@ -1,5 +1,6 @@
 """What a report says, as numbers: its rows, sizes, tests, and which methods it compares."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from seqfair_jax.errors import UserError
+from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.report import rows
+from seqfair_jax.report.names import baseline_name
 from seqfair_jax.report.rows import BASELINE, LIST, RUN, Row
 from seqfair_jax.report.runs import (
     FinishedRun,
@@ -17,18 +19,23 @@ from seqfair_jax.report.runs import (
     min_users,
     name_of_folder,
     shared_families,
+    short_names,
+    stored_baseline,
 )
 
 ERM = "erm"
+FLAG, EVALUATE = "--baseline", "seqfair evaluate"
 LEVEL = 0.05  # of q, for a star and for the sentences
+_log = logging.getLogger(__name__)
 
 
 class Contents(NamedTuple):
     """The numbers of a report. `tests` and the others have the columns of `significance.compare`.
 
     The reference is the row that the others are tested against. The chosen method of a family is
-    the row of other runs whose worst group is best in validation. The subject is the chosen method,
-    or the reference if there is no other; without any run it is the first of the lists.
+    the row of other runs whose worst group is best in validation. The subjects are the rows that
+    the verdict judges: the chosen method and all lists, without the reference; or the reference
+    alone, if there is no other method or list.
     """
 
     metric: str
@@ -41,10 +48,14 @@ class Contents(NamedTuple):
     tests: pd.DataFrame  # of the other rows against the reference, and `kind`
     problem: str  # why there are no tests, or ""
     chosen: dict[str, str]  # by family the name of a row; none if there is no other method
-    subjects: dict[str, str]  # by family the name of a row
+    subjects: dict[str, list[str]]  # by family the names of rows
     baseline_tests: dict[str, pd.DataFrame]  # by subject: it minus each baseline
     over_seeds: pd.DataFrame  # `rows.over_seeds` against the reference
+    intervals: pd.DataFrame  # `rows.intervals`
+    validation_sizes: Mapping[str, int]  # validation users of each group, as far as they are known
     erm_rows: int = 0  # how many rows ERM has, if the reference is the best of several; else 0
+    named_by: str = ""  # who named the reference: FLAG or EVALUATE; "" if nobody did
+    fewest: int = 0  # the figures of groups of fewer users are hidden
 
     def row(self, name: str) -> Row:
         """The row of a name."""
@@ -57,6 +68,44 @@ class Contents(NamedTuple):
     def table(self, family: str) -> pd.DataFrame:
         """`rows.numbers` of a family."""
         return rows.numbers(self.rows, family, self.sizes, min_users=self.min_users)
+
+    def published(self) -> "Contents":
+        """What may be published: without the figures of groups of fewer than `FEWEST_SHOWN` users.
+
+        Such a figure may tell what a single user did. The sizes of the groups stay. These groups
+        are not judged either, however low `min_users` is.
+        """
+        found = self._replace(
+            fewest=rows.FEWEST_SHOWN, min_users=max(self.min_users, rows.FEWEST_SHOWN)
+        )
+        kept = {name for name in self.sizes if not found.is_hidden(name)}
+
+        def without(table: pd.DataFrame) -> pd.DataFrame:
+            return table[table["slice"].isin(kept)]
+
+        return found._replace(
+            rows=[row.without(set(self.sizes) - kept) for row in self.rows],
+            tests=without(self.tests),
+            baseline_tests={name: without(table) for name, table in self.baseline_tests.items()},
+            over_seeds=without(self.over_seeds),
+            intervals=without(self.intervals),
+        )
+
+    def is_hidden(self, name: str) -> bool:
+        """Whether the figures of a slice are hidden, since it has too few users."""
+        return name != slices.OVERALL and 0 < self.sizes.get(name, 0) < self.fewest
+
+    def validated(self, names: Sequence[str]) -> list[str]:
+        """The slices without those whose validation figures are hidden."""
+        sizes = self.validation_sizes
+        return [name for name in names if sizes.get(name, self.fewest) >= self.fewest]
+
+    def ends(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """The ends of `intervals` by row and slice."""
+        return {
+            (name, where): (low, high)
+            for name, where, low, high in self.intervals.itertuples(index=False, name=None)
+        }
 
     def seed_table(self, family: str) -> pd.DataFrame:
         """`over_seeds` of a family's groups and of all users; the slices in the tables' order."""
@@ -73,12 +122,36 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
+def row_named(wanted: str, names: Sequence[str], also: Mapping[str, Sequence[str]]) -> str:
+    """The row that a user calls `wanted`.
+
+    Args:
+        wanted: the name of a row, the name of a baseline without its brackets, or a key of `also`.
+        names: of all rows.
+        also: rows by other names, such as a run by its method.
+
+    Raises:
+        UserError: if there is no such row, or if several have this other name.
+    """
+    for name in (wanted, baseline_name(wanted)):
+        if name in names:
+            return name
+    found = [name for name in dict.fromkeys(also.get(wanted, ())) if name in names]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"baseline is {wanted!r}: this may be {' or '.join(found)}; name one row")
+    raise UserError(
+        f"baseline is {wanted!r}{did_you_mean(wanted, names)}; there are {', '.join(names)}"
+    )
+
+
 def build(
     runs: Sequence[FinishedRun],
     metric: str | None,
     *,
     family: str | None = None,
-    baseline: Path | None = None,
+    baseline: Path | str | None = None,
     tested: bool = True,
 ) -> Contents:
     """The contents of the report of finished runs and of other systems' lists.
@@ -87,8 +160,9 @@ def build(
         runs: finished runs and lists on one log, from `runs.read_runs`.
         metric: such as NDCG@20; None for the one that chose in validation (`runs.metric_of`).
         family: the one to show, as its user wrote it; None shows all that the runs share.
-        baseline: the work directory of the run that the others are tested against, of a single
-            method; other seeds of its method count too. Without one it is ERM, or else the best
+        baseline: what the others are tested against. A path is the work directory of a run, of a
+            single method; other seeds of its method count too. Text is a row's name, as `row_named`
+            takes it. Without one it is that of `seqfair evaluate`, or else ERM, or else the best
             baseline without training.
         tested: whether to make the tests, which read the per-user tables.
 
@@ -98,19 +172,16 @@ def build(
     """
     metric = metric or metric_of(runs)
     families = shared_families(runs, metric, family)
-    named = None if baseline is None else name_of_folder(runs, baseline)
     # Two folders may be evaluated by more families than they share.
     found = rows.of_runs(runs, metric, shared_families(runs, metric, None))
-    if named is not None:
-        if all(row.name != named for row in found):
-            raise UserError(
-                f"--baseline={baseline} has no run that succeeded; name the folder of another run"
-            )
-        if all(run.name == named for run in runs if _succeeded(found, run)):
-            raise UserError(
-                f"--baseline={baseline}: there is no other method that succeeded; name the folder "
-                "of at least one"
-            )
+    named, named_by = None, ""
+    if baseline is not None:
+        named, named_by = _named(found, runs, baseline), FLAG
+    elif (stored := stored_baseline(runs)) is not None:
+        try:
+            named, named_by = row_named(stored, _names(found), short_names(runs)), EVALUATE
+        except UserError as error:
+            _log.warning("the baseline of seqfair evaluate is not used: %s", error)
     return of_rows(
         found,
         metric,
@@ -118,6 +189,7 @@ def build(
         dataset=runs[0].summary["dataset"],
         min_users=min_users(runs),
         named=named,
+        named_by=named_by,
         erm={run.name for run in runs if run.summary["method"] == ERM},
         validation_sizes={
             name: size
@@ -128,6 +200,41 @@ def build(
     )
 
 
+def _names(found: Sequence[Row]) -> list[str]:
+    return [row.name for row in found]
+
+
+def _named(found: Sequence[Row], runs: Sequence[FinishedRun], baseline: Path | str) -> str:
+    """The name of the row that a user named by its folder or by its name.
+
+    Raises:
+        UserError: as `build`.
+    """
+    if isinstance(baseline, str):
+        try:
+            named = row_named(baseline, _names(found), short_names(runs))
+        except UserError as error:
+            raise UserError(f"{error}; it is no folder of a finished run either") from None
+        if all(row.per_user is None for row in found if row.name == named):
+            raise UserError(
+                f"baseline is {baseline!r}: the runs are of a version that stored no metrics of "
+                "each user for the baselines; name a run or a list"
+            )
+    else:
+        named = name_of_folder(runs, baseline)
+        if named not in _names(found):
+            raise UserError(
+                f"--baseline={baseline} has no run that succeeded; name the folder of another run"
+            )
+    methods = [row for row in found if row.kind != BASELINE]
+    if methods and all(named in (row.name, row.run) for row in methods):
+        raise UserError(
+            f"--baseline={baseline}: there is no other method that succeeded; name the folder "
+            "of at least one"
+        )
+    return named
+
+
 def of_rows(
     found: Sequence[Row],
     metric: str,
@@ -136,6 +243,7 @@ def of_rows(
     dataset: Mapping[str, Any],
     min_users: int,
     named: str | None = None,
+    named_by: str = FLAG,
     erm: set[str] | frozenset[str] = frozenset(),
     validation_sizes: Mapping[str, int] | None = None,
     tested: bool = True,
@@ -149,6 +257,7 @@ def of_rows(
         dataset: what `summary.json` says of the log.
         min_users: smaller groups are not judged.
         named: the reference; None for ERM, or the best baseline.
+        named_by: FLAG or EVALUATE. With FLAG, rows that cannot be compared are an error.
         erm: the names of ERM's rows.
         validation_sizes: the validation users of each group; those of runs of earlier versions are
             not known, and the sizes in the test are used.
@@ -157,7 +266,8 @@ def of_rows(
     sizes = rows.slice_sizes(found)
     contents = Contents(
         metric, dataset, list(families), list(found), sizes, min_users, "", _no_tests(), "", {},
-        {}, {}, rows.over_seeds([], Row("", BASELINE, ())),
+        {}, {}, rows.over_seeds([], Row("", BASELINE, ())), rows.intervals([], metric),
+        validation_sizes or {},
     )  # fmt: skip
     reference = _reference(found, named, erm)
     if named is None and sum(row.name in erm for row in found) > 1:
@@ -170,17 +280,21 @@ def of_rows(
         judged = rows.judged_groups(known, family, min_users=min_users)
         name = _chosen(found, judged, reference)
         chosen |= {} if name is None else {family: name}
-    subjects = chosen
-    first = next((row.name for row in found if row.kind == LIST), None)
-    if first is not None and all(row.kind != RUN for row in found):
-        subjects = dict.fromkeys(families, first)
-    if reference is not None and reference.kind != BASELINE:
-        subjects = dict.fromkeys(families, reference.name) | chosen
+    lists = [row.name for row in found if row.kind == LIST and row is not reference]
+    alone = [] if reference is None or reference.kind == BASELINE else [reference.name]
+    subjects = {
+        family: [*([chosen[family]] if family in chosen else []), *lists] or alone
+        for family in families
+    }
     contents = contents._replace(
-        chosen=chosen, subjects=subjects, reference="" if reference is None else reference.name
+        chosen=chosen,
+        subjects=subjects,
+        reference="" if reference is None else reference.name,
+        named_by="" if named is None else named_by,
     )
     if not tested:
         return contents
+    contents = contents._replace(intervals=rows.intervals(found, metric))
     if reference is None:
         return contents._replace(
             problem="There is no ERM run, and the runs are of a version that stored no metrics of "
@@ -190,18 +304,14 @@ def of_rows(
         tests = _tests(found, reference, metric, min_users)
         against = {
             name: _against_baselines(found, contents.row(name), metric, min_users)
-            for name in dict.fromkeys(subjects.values())
+            for name in dict.fromkeys(name for of in subjects.values() for name in of)
         }
     except UserError as error:
-        if named is not None:
+        if contents.named_by == FLAG:
             raise
         return contents._replace(problem=str(error))
     over_seeds = rows.over_seeds(found, reference)
     return contents._replace(tests=tests, baseline_tests=against, over_seeds=over_seeds)
-
-
-def _succeeded(found: Sequence[Row], run: FinishedRun) -> bool:
-    return any(row.name == run.name for row in found)
 
 
 def _no_tests() -> pd.DataFrame:

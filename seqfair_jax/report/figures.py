@@ -40,10 +40,10 @@ class Style(NamedTuple):
 class Interval(NamedTuple):
     """A line of a forest plot."""
 
-    difference: float
+    value: float
     low: float
     high: float
-    star: bool  # filled
+    filled: bool
 
 
 def style(number: int) -> Style:
@@ -111,12 +111,15 @@ def curves(
     return figure
 
 
-def forest(groups: Sequence[str], intervals: Sequence[Mapping[int, Interval]]) -> Figure:
-    """Differences with their intervals: a block for each group, a line for each method.
+def forest(
+    groups: Sequence[str], intervals: Sequence[Mapping[int, Interval]], *, zero: bool = True
+) -> Figure:
+    """Figures with their intervals: a block for each group, a line for each method.
 
     Args:
         groups: the names, from the top.
         intervals: for each group, by the number of a method's style. An interval may be NaN.
+        zero: whether to draw a line at 0, as for differences.
     """
     heights = [_BLOCK + _LINE * len(block) for block in intervals]
     figure = Figure(figsize=(_FOREST_WIDTH, sum(heights) + 0.5))
@@ -131,12 +134,13 @@ def forest(groups: Sequence[str], intervals: Sequence[Mapping[int, Interval]]) -
             look = style(method)
             axes.hlines(y, line.low, line.high, color=look.colour, lw=1.4)
             axes.plot(
-                [line.difference], [y], look.marker, ms=4.5, color=look.colour,
-                mfc=look.colour if line.star else "white",
+                [line.value], [y], look.marker, ms=4.5, color=look.colour,
+                mfc=look.colour if line.filled else "white",
             )  # fmt: skip
         centres.append(-top - height / 2)
         top += height
-    axes.axvline(0, color="black", lw=0.8)
+    if zero:
+        axes.axvline(0, color="black", lw=0.8)
     axes.set_ylim(-top, 0)
     axes.set_yticks(centres, [fold(name, 17, 3) for name in groups], parse_math=False)
     axes.tick_params(labelsize=8)

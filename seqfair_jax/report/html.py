@@ -4,7 +4,7 @@ The functions here prepare plain rows and figures; `report.html.j2` is all of th
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ class Cell(NamedTuple):
     text: str
     mark: str = ""  # "best" or "second" of its column
     star: bool = False
-    half: str = ""  # the half-width of an interval
+    half: str = ""  # the half-width of an interval over seeds
+    interval: str = ""  # over users
     small: bool = False  # of a group that is too small
 
 
@@ -87,7 +88,8 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
 
     Args:
         runs: finished runs on one log, from `runs.read_runs`.
-        contents: from `contents.build` of these runs.
+        contents: from `contents.build` of these runs; `published`, to hide the figures of groups
+            of few users.
         path: the file to write; replaced if it exists.
     """
     trained = [run for run in runs if not run.is_list]
@@ -115,9 +117,11 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
         notes=[*verdict.notes(contents), *map(_sentence, differences(runs))],
         verdicts=told[: text.SHOWN_FAMILIES],
         tables=[_results(contents, family) for family in shown.families],
+        legend=text.legend(contents),
         more_verdicts=told[text.SHOWN_FAMILIES :],
         more_tables=[_results(contents, family) for family in more],
         sections=[
+            *_means(shown, methods, styles),
             *_forest(shown, methods, styles),
             *_curves(results, shown, styles),
             *_grids(results, shown),
@@ -189,6 +193,7 @@ def _result_table(contents: Contents, family: str) -> Table:
     stars = set(zip(starred["name"], starred["slice"], strict=True))
     everyone = [True] * len(numbers)
     places = {column: text.best_places(numbers[column], everyone) for column in columns}
+    ends = contents.ends()
     kinds = {row.name: row.kind for row in contents.rows}
     lines = []
     for place, record in enumerate(numbers.to_dict("records")):
@@ -196,6 +201,9 @@ def _result_table(contents: Contents, family: str) -> Table:
         cells = [Cell(rows.row_label(name, record["seeds"]))]
         for column in columns:
             value, half = record[column], record[f"{column} ±"]
+            if contents.is_hidden(column):
+                cells.append(Cell("hidden", small=True))
+                continue
             if np.isnan(value):
                 cells.append(Cell("-", small=column in small))
                 continue
@@ -205,17 +213,61 @@ def _result_table(contents: Contents, family: str) -> Table:
                     "" if column in small else ("", "best", "second")[places[column][place]],
                     (name, column) in stars,
                     "" if np.isnan(half) else f"±{half:.4f}",
+                    _over_users(ends.get((name, column))) if record["seeds"] == 1 else "",
                     column in small,
                 )
             )
         lines.append(Line(cells, kinds[name] == BASELINE))
     sizes = [
-        Cell(text.users_cell(contents, column), half="too few" if column in small else "")
+        Cell(text.users_cell(contents, column), half=_size_note(contents, column, small))
         for column in columns
     ]
     caption = f"{contents.metric} by {slices.family_label(family)}"
     header = ["", *text.column_labels(columns)]
     return Table(caption, header, lines, [Cell(text.USERS), *sizes])
+
+
+def _size_note(contents: Contents, name: str, small: Collection[str]) -> str:
+    if contents.is_hidden(name):
+        return rows.HIDDEN
+    return "too few" if name in small else ""
+
+
+def _over_users(ends: tuple[float, float] | None) -> str:
+    """The interval of a mean over users; "" if it is not known."""
+    if ends is None:
+        return ""
+    low, high = ends
+    return "too few hits" if np.isnan(low) else f"{low:.4f} to {high:.4f}"
+
+
+def _means(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int]) -> list[Section]:
+    """One plot of the means with their intervals over users, by group and method."""
+    ends = contents.ends()
+    drawn = [row for row in methods if any(row.name == name for name, _ in ends)]
+    if not drawn:
+        return []
+    groups, left_out = _forest_groups(contents, len(drawn))
+    lines: list[dict[int, figures.Interval]] = []
+    for group in groups:
+        of_group = {}
+        for row in drawn:
+            means = [x for seed in row.means if (x := seed.get(group)) is not None]
+            if means and (row.name, group) in ends:
+                of_group[styles[row.name]] = figures.Interval(
+                    float(np.mean(means)), *ends[row.name, group], filled=True
+                )
+        lines.append(of_group)
+    notes = [
+        f"Each point is a method's mean {contents.metric} for the users of a group, with its 95 % "
+        "interval over users. A point without a line has too few hits for an interval. The number "
+        "after a group's name says how many test users it has. Intervals of two methods may "
+        "overlap although the methods differ: their difference is tested for the same users.",
+        *left_out,
+        *_hidden_methods(contents, methods),
+    ]
+    title = f"{contents.metric} with its interval over users"
+    return [_forest_section(title, notes, contents, groups, lines, _legend(drawn, styles), False)]
 
 
 def _forest(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int]) -> list[Section]:
@@ -224,45 +276,63 @@ def _forest(contents: Contents, methods: Sequence[Row], styles: Mapping[str, int
     drawn = [row for row in methods if row.name in set(tests["name"])]
     if not drawn:
         return []
+    groups, left_out = _forest_groups(contents, len(drawn))
+    at = tests.set_index(["name", "slice"])
+    lines: list[dict[int, figures.Interval]] = []
+    for group in groups:
+        found = {row.name: (row.name, group) for row in drawn if (row.name, group) in at.index}
+        lines.append(
+            {
+                styles[name]: figures.Interval(*at.loc[key, ["difference", "low", "high", "star"]])
+                for name, key in found.items()
+            }
+        )
+    notes = [
+        f"Each point is a method's mean {contents.metric} minus that of {contents.reference}, for "
+        "the users of a group, with its 95 % interval. The number after a group's name says how "
+        f"many test users it has. A filled point has q < {LEVEL:g}.",
+        *left_out,
+        *_hidden_methods(contents, methods),
+    ]
+    title = f"Difference from {contents.reference} by group"
+    return [_forest_section(title, notes, contents, groups, lines, _legend(drawn, styles), True)]
+
+
+def _forest_groups(contents: Contents, methods: int) -> tuple[list[str], list[str]]:
+    """All users and the groups of a plot with so many methods, and a note on the others."""
     groups = [slices.OVERALL]
-    most = max(4, _FOREST_LINES // len(drawn))
+    most = max(4, _FOREST_LINES // methods)
     each = max(2, (most - 1) // len(contents.families))
     left_out = 0
     for family in contents.families:
         worst_first = _worst_first(contents, family)
         groups += [name for name in contents.judged(family) if name in worst_first[:each]]
         left_out += len(worst_first[each:])
-    at = tests.set_index(["name", "slice"])
-    intervals: list[dict[int, figures.Interval]] = []
-    for group in groups:
-        found = {row.name: (row.name, group) for row in drawn if (row.name, group) in at.index}
-        intervals.append(
-            {
-                styles[name]: figures.Interval(*at.loc[key, list(figures.Interval._fields)])
-                for name, key in found.items()
-            }
-        )
+    if not left_out:
+        return groups, []
+    return groups, [
+        f"The figure shows the {each} groups of each family that are served worst. The other "
+        f"{left_out} are only in the tables."
+    ]
+
+
+def _forest_section(
+    title: str,
+    notes: Sequence[str],
+    contents: Contents,
+    groups: Sequence[str],
+    lines: Sequence[Mapping[int, figures.Interval]],
+    legend: Sequence[tuple[str, figures.Style]],
+    zero: bool,
+) -> Section:
     labels = [
         f"{label} ({contents.sizes[name]:,})"
         for name, label in zip(groups, _labels(contents, groups), strict=True)
     ]
-    notes = [
-        f"Each point is a method's mean {contents.metric} minus that of {contents.reference}, for "
-        "the users of a group, with its 95 % interval. The number after a group's name says how "
-        f"many test users it has. A filled point has q < {LEVEL:g}."
-    ]
-    if left_out:
-        notes.append(
-            f"The figure shows the {each} groups of each family that are served worst. The other "
-            f"{left_out} are only in the tables."
-        )
-    notes += _hidden_methods(contents, methods)
-    title = f"Difference from {contents.reference} by group"
-    image = Image(
-        "", f"{title}: the numbers are in the table of every test",
-        figures.svg_uri(figures.forest(labels, intervals), title),
-    )  # fmt: skip
-    return [Section(title, notes, legend=_legend(drawn, styles), images=[image], is_forest=True)]
+    drawing = figures.forest(labels, lines, zero=zero)
+    where = "the table of every test" if zero else "the tables"
+    image = Image("", f"{title}: the numbers are in {where}", figures.svg_uri(drawing, title))
+    return Section(title, notes, legend=legend, images=[image], is_forest=True)
 
 
 def _labels(contents: Contents, groups: Sequence[str]) -> list[str]:
@@ -341,7 +411,7 @@ def _curves(
         worst_first = _worst_first(contents, family)
         wanted += [name for name in contents.judged(family) if name in worst_first[:each]]
         left_out += len(worst_first[each:])
-    wanted = [name for name in wanted if name in found]
+    wanted = [name for name in contents.validated(wanted) if name in found]
     images = [
         _line_image(
             label,
@@ -361,10 +431,15 @@ def _curves(
             f"{left_out} have no figure."
         )
     sections = [Section("Training", notes, legend=legend, images=images)] if images else []
+    families = {run.name: run.summary["group_family"] for run in shown}
     for log in dict.fromkeys(log for run in shown for log in names.logs(run.summary)):
         images = []
         for name, part in by_name.items():
-            columns = _columns(part, f"train/{log.key}/")
+            columns = {
+                group: column
+                for group, column in _columns(part, f"train/{log.key}/").items()
+                if not contents.is_hidden(slices.group_slice(families[name], group))
+            }
             if columns:
                 lines = [(i, part[["epoch", c]]) for i, c in enumerate(columns.values())]
                 image = _line_image(name, f"{log.title} by epoch, {name}", lines)
@@ -399,7 +474,9 @@ def _grids(runs: Sequence[FinishedRun], contents: Contents) -> list[Section]:
             for part in ("val", "test"):
                 means = run.summary[part][metric]
                 for name in shown:
-                    mean = rows.worst_mean(means, worst[name]) if name in worst else means[name]
+                    judged = worst.get(name, [])
+                    judged = contents.validated(judged) if part == "val" else judged
+                    mean = rows.worst_mean(means, judged) if name in worst else means[name]
                     found.append((method, key, value, part, name, mean))
     columns = ["method", "key", "value", "part", "slice", "figure"]
     table = pd.DataFrame(found, columns=columns)
@@ -502,6 +579,7 @@ def _recommended(contents: Contents) -> list[Section]:
             ]
         )
         for record in records(table)
+        if not contents.is_hidden(record["slice"])
     ]
     heading = f"What the first {k} items show"
     notes = [f"{name}: {meaning}." for name, meaning in LIST_FIGURES.items()]
@@ -535,8 +613,14 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
     """The words of the page and what they mean."""
     k = parse_metric(contents.metric)[1]
     reference = contents.reference or "the reference"
+    hidden = (
+        "hidden",
+        f"The figures of groups with fewer than {contents.fewest} users are left out of this page, "
+        "since they may tell what a single user did. --show_small_groups shows them.",
+    )
     return [
         *((f"{kind}@{k}", describe_metric(f"{kind}@{k}")) for kind in KINDS),
+        *([hidden] if contents.fewest else []),
         (
             "repeat, new",
             "Targets that are in the user's history, and those that are not.",
@@ -553,12 +637,19 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
             "seeds, not other users. Of a difference it is over the seeds that both sides have.",
         ),
         (
+            "range below a figure",
+            "The 95 % interval of a row's mean over users (t distribution), for rows of one seed, "
+            "lists and baselines. It says what to expect of the same model or lists for other "
+            f"users. There is none (too few hits) if fewer than {FEWEST_VALUES} users of the group "
+            "have a value above 0.",
+        ),
+        (
             "95 % interval",
             "Of a difference: that of the paired t-test over users. There is none if fewer than "
             f"{FEWEST_VALUES} users differ. It covers other users, not other seeds: with several "
             "seeds, a user's value is its mean over the seeds that both sides have. Of the worst "
-            "group against the other users: Welch's t, widened for the choice among the groups "
-            "(Bonferroni).",
+            "group against the other judged groups: Welch's t, widened for the choice among the "
+            "groups (Bonferroni).",
         ),
         (
             "p, q",

@@ -1,7 +1,7 @@
 """The rows of a report: trained runs, baselines, and the lists of other systems."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from scipy.special import stdtrit
 
 from seqfair_jax import workdir
-from seqfair_jax.evaluation import slices
+from seqfair_jax.errors import UserError
+from seqfair_jax.evaluation import significance, slices
 from seqfair_jax.evaluation.metrics import LIST_FIGURES
 from seqfair_jax.evaluation.significance import KEYS, families_of, slice_members
 from seqfair_jax.report.names import baseline_name
@@ -18,6 +19,8 @@ from seqfair_jax.report.runs import FinishedRun
 from seqfair_jax.training.selection import RULES, is_result
 
 RUN, BASELINE, LIST = "run", "baseline", "list"
+FEWEST_SHOWN = 5  # users; what is published hides the figures of smaller groups
+HIDDEN = f"hidden: fewer than {FEWEST_SHOWN} users"
 VALIDATION = "validation"  # the column of the validation score; no slice has this name
 # The seed of what no seed trained. No run has it, so the mean of a run's seeds is compared with it.
 _NO_SEED = -1
@@ -40,6 +43,19 @@ class Row(NamedTuple):
     is_both: bool = False  # both rules of selection chose the same epoch
     recommended: tuple[Mapping[str, slices.Slices], ...] = ()  # what is shown, for each seed
     seeds: tuple[int, ...] = ()  # of `means`; () for what no seed trained
+
+    def without(self, names: Collection[str]) -> "Row":
+        """The row without the figures of some slices, which have none as if they had no user."""
+
+        def kept(of: slices.Slices) -> slices.Slices:
+            return {name: None if name in names else value for name, value in of.items()}
+
+        return self._replace(
+            means=tuple(map(kept, self.means)),
+            recommended=tuple(
+                {figure: kept(of) for figure, of in seed.items()} for seed in self.recommended
+            ),
+        )
 
 
 def of_runs(
@@ -216,6 +232,31 @@ def over_seeds(found: Sequence[Row], reference: Row) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(records, columns=["name", "slice", "seeds", "difference", "half"])
+
+
+def intervals(found: Sequence[Row], metric: str) -> pd.DataFrame:
+    """The 95 % intervals over users of each row's means (`significance.describe`).
+
+    With several seeds, a user's value is the mean over them. A row whose seeds have unequal users
+    is left out.
+
+    Returns:
+        columns name, slice, low, high; NaN where too few users have a value other than 0.
+    """
+    columns = ["name", "slice", "low", "high"]
+    parts = [pd.DataFrame(columns=columns).astype({"low": float, "high": float})]
+    for row in found:
+        if row.per_user is None:
+            continue
+        tables = row.per_user()
+        try:
+            values = significance.seed_mean(tables, metric)
+        except UserError:
+            continue
+        table = next(iter(tables.values())).assign(**{metric: values})
+        means = significance.describe(table, metric).rename_axis("slice").reset_index()
+        parts.append(means.assign(name=row.name)[columns])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def known_slices(rows: Sequence[Row]) -> list[str]:

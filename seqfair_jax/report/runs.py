@@ -54,6 +54,29 @@ def row_name(summary: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
     return of_summary(summary, settings) + RULES[rule].label
 
 
+def short_names(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
+    """The rows by their other names: of runs the method, and the row's name without settings."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if not run.is_list:
+            for name in (run.summary["method"], slices.printable(row_name(run.summary))):
+                found.setdefault(name, []).append(run.name)
+    return found
+
+
+def stored_baseline(runs: Sequence[FinishedRun]) -> str | None:
+    """The row that `seqfair evaluate` tested the others against (`evaluation.baseline`).
+
+    It is the row of its `--baseline`. Without that flag it is the run, but only if all rows are of
+    `seqfair evaluate`: beside other runs, the usual rule chooses. None if folders name several.
+    """
+    judged = [run.summary.get("evaluation", {}) for run in runs]
+    named = {of["baseline"] for of in judged if of.get("baseline") is not None}
+    if not named and all(judged):
+        named = {run.name for run in runs if not run.is_list}
+    return named.pop() if len(named) == 1 else None
+
+
 def unique_name(label: str, taken: Collection[str]) -> str:
     """The name of the row of a system's lists."""
     name = slices.printable(label)
@@ -320,6 +343,16 @@ def min_users(runs: Sequence[FinishedRun]) -> int:
     """
     configs = [workdir.read_json(run.folder / workdir.CONFIG) or {} for run in runs]
     return max(int(config.get("select", {}).get("min_users", 1)) for config in configs)
+
+
+def take_baseline(given: str) -> Path | str:
+    """What `--baseline` names: the folder of a finished run, or else a row by its name.
+
+    Raises:
+        UserError: if the text is empty or cannot be read as a path.
+    """
+    folder = workdir.user_path(given)
+    return folder if workdir.is_finished(folder) else given
 
 
 def name_of_folder(runs: Sequence[FinishedRun], folder: Path) -> str:

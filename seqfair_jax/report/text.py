@@ -10,7 +10,7 @@ import pandas as pd
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import LIST_FIGURES, define_metric, parse_metric
 from seqfair_jax.report import contents, rows, verdict
-from seqfair_jax.report.contents import Contents, records
+from seqfair_jax.report.contents import LEVEL, Contents, records
 from seqfair_jax.report.rows import BASELINE, RUN, VALIDATION, row_label
 from seqfair_jax.report.runs import notes, read_runs
 
@@ -105,6 +105,21 @@ def left_out(found: Contents, family: str) -> list[str]:
     return [
         f"worst ignores groups with fewer than {found.min_users} test users: {', '.join(small)}"
     ]
+
+
+def legend(found: Contents) -> str:
+    """What the marks of a table mean."""
+    sentences = [
+        "Bold: the best row of a column; underlined: the second best; baselines included.",
+        f"* The difference from {found.reference} has q < {LEVEL:g}."
+        if found.reference and not found.problem
+        else "",
+        "± is half of the 95 % interval of a mean over seeds."
+        if any(len(row.means) > 1 for row in found.rows)
+        else "",
+        "Rows in brackets are baselines without training.",
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def better_baseline(found: Contents) -> list[str]:

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 
 from seqfair_jax.evaluation import significance, slices
-from seqfair_jax.report.contents import Contents, records
+from seqfair_jax.report.contents import EVALUATE, Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST, RUN
 
 _NAMED = 6  # groups that a sentence names
+_JUDGED = 4  # rows that have sentences of their own; the others are in the tables
 _BETTER, _WORSE, _NONE = "It is better for", "It is worse for", "No difference was found for"
 
 
@@ -40,7 +41,12 @@ def notes(contents: Contents) -> list[str]:
     found = []
     if contents.problem:
         found.append(f"No tests were made. {contents.problem}.")
-    elif contents.reference and contents.row(contents.reference).kind == BASELINE:
+    elif contents.named_by == EVALUATE:
+        found.append(
+            f"The other rows are compared with {contents.reference}, as in `seqfair evaluate`. "
+            "`seqfair report --baseline=NAME` names another row."
+        )
+    elif _is_best_baseline(contents):
         found.append(
             f"There is no ERM run. The methods are compared with {contents.reference}, the best "
             "baseline without training."
@@ -69,6 +75,12 @@ def notes(contents: Contents) -> list[str]:
     return found
 
 
+def _is_best_baseline(contents: Contents) -> bool:
+    """Whether nobody named the reference, and it is a baseline."""
+    name = contents.reference
+    return bool(name) and not contents.named_by and contents.row(name).kind == BASELINE
+
+
 class _Family:
     """The sentences of one family."""
 
@@ -81,48 +93,67 @@ class _Family:
         self._label = dict(zip(self._groups, labels, strict=True))
         self._label[slices.OVERALL] = "all users"
         self._family = slices.family_label(family)
-        self._subject = contents.subjects.get(family)
+        self._subjects = contents.subjects.get(family, [])
         self._chosen = contents.chosen.get(family)
 
     def sentences(self) -> list[str]:
         """All of them, in order."""
-        contents = self._contents
-        if not contents.sizes:
+        if not self._contents.sizes:
             return ["No run succeeded, so there is no verdict."]
-        reference = contents.row(contents.reference) if contents.reference else None
-        # The first sentence is about ERM or the named run, never about a baseline.
-        is_method = reference is not None and reference.kind != BASELINE
-        of = contents.reference if is_method else self._subject
-        found = []
-        worst = None
-        if of is not None and len(self._judged) > 1:
-            worst, sentence = self._worst(of)
-            found.append(sentence)
-        elif self._judged:
-            found.append(
-                f"Only group {self._label[self._judged[0]]} has at least {contents.min_users} test "
-                "users, so no group can be called worst."
-            )
-        elif self._groups:
-            found.append(
-                f"No group has at least {contents.min_users} test users, so none is judged."
-            )
-        found += self._too_small()
-        if self._chosen is None:
-            if is_method and all(row.kind != LIST for row in contents.rows):
-                found.append(f"There is no other run to compare {contents.reference} with.")
-        elif not contents.problem and contents.reference:
-            found += self._choice()
-            found += self._change(self._chosen, worst)
-        for row in contents.rows:
-            if row.kind == LIST and not contents.problem and contents.reference:
-                found += self._change(row.name, worst)
-        if self._subject is not None:
-            found += self._baselines(self._subject)
+        found = self._none_is_worst()
+        for name in self._subjects[:_JUDGED]:
+            worst = None
+            if len(self._judged) > 1:
+                worst, sentence = self._worst(self._served_by(name))
+                found.append(sentence)
+            if name == self._subjects[0]:
+                found += self._too_small()
+            found += [*self._comparison(name, worst), *self._baselines(name)]
+        if not self._subjects:
+            found += self._too_small()
+        if more := self._subjects[_JUDGED:]:
+            found.append(f"The figures and tests of {listed(more)} are only in the tables.")
         return found
 
+    def _none_is_worst(self) -> list[str]:
+        """A sentence if fewer than two groups are large enough."""
+        least = self._contents.min_users
+        if len(self._judged) == 1:
+            return [
+                f"Only group {self._label[self._judged[0]]} has at least {least} test users, so no "
+                "group can be called worst."
+            ]
+        if self._groups and not self._judged:
+            return [f"No group has at least {least} test users, so none is judged."]
+        return []
+
+    def _served_by(self, name: str) -> str:
+        """The row whose worst group the sentences on a subject are about.
+
+        Of a method it is that of the run that it is compared with: does the method help this group?
+        Of another system's lists it is their own.
+        """
+        reference = self._contents.reference
+        is_compared = name == self._chosen and bool(reference)
+        return reference if is_compared and self._contents.row(reference).kind == RUN else name
+
+    def _comparison(self, name: str, worst: str | None) -> list[str]:
+        """A subject against the reference."""
+        contents = self._contents
+        if name == contents.reference:
+            is_run = contents.row(name).kind == RUN
+            return [f"There is no other run to compare {name} with."] if is_run else []
+        if contents.problem or not contents.reference:
+            return []
+        return [*(self._choice() if name == self._chosen else []), *self._change(name, worst)]
+
     def _worst(self, of: str) -> tuple[str, str]:
-        """The group with the lowest mean, and the sentence about it."""
+        """The group with the lowest mean, and the sentence about it.
+
+        It is compared with the users of the other groups that are judged. Users who are only in
+        groups that are too small, or in none, are in neither side: such a group may have the lowest
+        mean of all.
+        """
         row = self._contents.row(of)
         means = {
             name: np.mean([x for seed in row.means if (x := seed.get(name)) is not None] or np.nan)
@@ -131,25 +162,34 @@ class _Family:
         worst = min(means, key=lambda name: (np.isnan(means[name]), means[name]))
         label, users = self._label[worst], self._contents.sizes[worst]
         start = f"{self._metric} is {means[worst]:.4f} for its {users:,} test users"
-        plain = f"With {of}, group {label} is served worst: {start}."
+        plain = f"With {of}, group {label} has the lowest {self._metric}: {start}."
         if row.per_user is None:
             return worst, plain
         tables = row.per_user()
         values = significance.seed_mean(tables, self._metric)
         groups = significance.slice_members(next(iter(tables.values())))
         members = groups.get(worst)
-        if members is None or len(members) == len(values):
+        rivals = {name: groups[name] for name in self._judged if name in groups and name != worst}
+        if members is None or not rivals:
             return worst, plain
-        others = np.delete(values, members)
+        rest = np.setdiff1d(np.concatenate(list(rivals.values())), members)
+        if not len(rest):
+            return worst, plain
+        others = values[rest]
+        if len(rest) + len(members) == len(values):
+            other_side = users_of_it = "the other users"
+        else:
+            other_side = "the other judged groups"
+            users_of_it = f"the users of {other_side}"
         # The worst of several groups is chosen by the same users: Bonferroni.
         confidence = 1 - 0.05 / len(self._judged)
         gap = significance.gap(values[members], others, confidence=confidence)
-        end = f"{start} and {others.mean():.4f} for the other users, {_effect(gap._asdict())}."
+        end = f"{start} and {others.mean():.4f} for {users_of_it}, {_effect(gap._asdict())}."
         if gap.high < 0:
             # One group far above is enough for this. Is the worst below each of the others?
             near = []
-            for name in sorted(set(self._judged) - {worst}, key=means.__getitem__):
-                rival = groups.get(name, np.array([], int))
+            for name in sorted(rivals, key=means.__getitem__):
+                rival = rivals[name]
                 own, other = np.setdiff1d(members, rival), np.setdiff1d(rival, members)
                 if len(own) and len(other):
                     between = significance.gap(values[own], values[other], confidence=confidence)
@@ -161,8 +201,8 @@ class _Family:
                 f"{listed(near)} was found: {end}"
             )
         return worst, (
-            f"With {of}, group {label} has the lowest {self._metric}, but no difference from the "
-            f"other users was found: {end}"
+            f"With {of}, group {label} has the lowest {self._metric}, but no difference from "
+            f"{other_side} was found: {end}"
         )
 
     def _too_small(self) -> list[str]:

@@ -128,10 +128,11 @@ def make_validation(experiment: Experiment) -> Callable[[Any, str], Scores]:
     if all(family.name != loss_family.name for family in families):
         families.append(loss_family)
     rank = experiment.make_ranker("valid", top_k=0)
+    min_users = experiment.config.select.min_users
 
     def validate(params: Any, name: str) -> Scores:
         ranks = rank(params, f"validation of {name}").ranks
-        return target_means(ranks, dataset.valid, families, cutoffs)[1]
+        return target_means(ranks, dataset.valid, families, cutoffs, min_users=min_users)[1]
 
     return validate
 
