@@ -259,9 +259,10 @@ class Model:
         given = [name for name, is_given in who.items() if is_given]
         if len(given) > 1:
             raise UserError(f"{given[0]} and {given[1]} are both given; give one of them")
-        if log is not None and not (all_users and workdir.is_path(log)):
-            kind = type(log).__name__
-            raise UserError(f"log is a {kind}: it is the path of the log for all_users=True")
+        if log is not None and not all_users:
+            raise UserError("log is given, but only all_users=True reads it; give both")
+        if log is not None and not workdir.is_path(log):
+            raise UserError(f"log is a {type(log).__name__}: expected the path of the run's log")
         if before_test:
             dataset = catalogue.read_dataset(trained.folder)
             user_ids, histories = catalogue.histories_before_test(dataset)

@@ -338,6 +338,53 @@ def test_families_that_nothing_uses_are_found(tmp_path):
     assert groups.unused_families(own, used) == ["country"]
 
 
+@pytest.mark.parametrize(
+    ("users", "of_file", "level", "message"),
+    [
+        (
+            ["a", "b"],
+            ["b", "a", "a"],
+            "INFO",
+            "the group file has a row for 2 of the 2 users",
+        ),
+        (
+            ["a", "b", "c"],
+            ["b", "ghost"],
+            "INFO",
+            "the group file has a row for 1 of the 3 users; 2 users have none, such as 'a'; it has "
+            "1 other user, such as 'ghost' (not in the log, or left out by the filter)",
+        ),
+        (
+            ["00084", "00085", "007", "x"],
+            ["84", "85", "007", "y", "0"],
+            "WARNING",
+            "the group file has a row for 1 of the 4 users; 3 users have none, such as '00084'; it "
+            "has 4 other users, such as '84' (not in the log, or left out by the filter). Without "
+            "leading zeros 2 of these would match, such as '84' and '00084' of the log: write the "
+            "ids as the log does",
+        ),
+        (
+            [84, 85],
+            ["y", "0085", "085"],
+            "WARNING",
+            "the group file has a row for 0 of the 2 users; 2 users have none, such as '84'; it "
+            "has 3 other users, such as 'y' (not in the log, or left out by the filter). Without "
+            "leading zeros 2 of these would match, such as '0085' and '85' of the log: write the "
+            "ids as the log does",
+        ),
+    ],
+    ids=["all", "some", "text", "integers"],
+)
+def test_how_many_users_of_a_group_file_match(users, of_file, level, message, caplog):
+    dataset = split(log(*[[1, 2, 3]] * len(users), users=users))
+    own = table(*((user, "plan", None) for user in of_file))
+    with caplog.at_level(logging.INFO, "seqfair_jax"):
+        groups.say_matches(dataset, own)
+    [record] = caplog.records
+    assert record.levelname == level
+    assert record.getMessage() == message
+
+
 # --- Users without a value ---
 
 

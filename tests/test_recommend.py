@@ -412,9 +412,9 @@ def test_all_users_are_not_some(refused, run_and_log):
     model = api.load(run_and_log[0])
     with pytest.raises(UserError, match="before_test and all_users are both given"):
         model.recommend(before_test=True, all_users=True)
-    with pytest.raises(UserError, match="log is a str: it is the path of the log for all_users=T"):
+    with pytest.raises(UserError, match="log is given, but only all_users=True reads it; give"):
         model.recommend(log="x.csv")
-    with pytest.raises(UserError, match="log is a DataFrame: it is the path of the log"):
+    with pytest.raises(UserError, match="log is a DataFrame: expected the path of the run's log"):
         model.recommend(log=run_and_log[1], all_users=True)
 
 

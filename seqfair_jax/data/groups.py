@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from seqfair_jax.data.files import USERS, is_recbole, locate_users, require_file
 from seqfair_jax.data.ids import comma_advice, encode_ids, first_of, missing, require_values
 from seqfair_jax.data.readers import find_column
-from seqfair_jax.data.split import Dataset, training_blocks
+from seqfair_jax.data.split import Dataset, counted, training_blocks
 from seqfair_jax.data.tables import Choose, fold, pick, read_table
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.workdir import user_path
@@ -271,6 +271,44 @@ def unused_families(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
     atoms = {atom.partition(":")[0] for name in given for atom in family_parts(name)}
     used = given | set(map(decode_name, atoms))
     return sorted(map(encode_name, set(table["family"]) - used))
+
+
+def say_matches(dataset: Dataset, table: pd.DataFrame) -> None:
+    """Log how many users of a split log have a row in a group file, and how many others it has.
+
+    It is a warning if ids would match without leading zeros, which spreadsheets remove.
+
+    Args:
+        dataset: the split log.
+        table: see `read_group_table`.
+    """
+    ours, theirs = _texts(dataset.user_ids), table["user_id"].unique()
+    without = ours[_places(ours, theirs) < 0]
+    others = theirs[_places(theirs, ours) < 0]
+    total = counted(len(ours), "user", "users")
+    said = f"the group file has a row for {len(ours) - len(without):,} of the {total}"
+    if len(without):
+        said += f"; {counted(len(without), 'user has', 'users have')} none, such as {without[0]!r}"
+    if len(others):
+        said += (
+            f"; it has {counted(len(others), 'other user', 'other users')}, such as {others[0]!r} "
+            "(not in the log, or left out by the filter)"
+        )
+    bare = pd.Series(without, dtype=object).str.lstrip("0")
+    place = _places(pd.Series(others, dtype=object).str.lstrip("0"), bare)
+    alike = place >= 0
+    if alike.any():
+        first = alike.argmax()
+        _LOG.warning(
+            "%s. Without leading zeros %s of these would match, such as %r and %r of the log: "
+            "write the ids as the log does",
+            said,
+            f"{alike.sum():,}",
+            others[first],
+            without[place[first]],
+        )
+    else:
+        _LOG.info("%s", said)
 
 
 def _choose(names: Sequence[str], where: str, *, user_column: str) -> dict[str, str]:
