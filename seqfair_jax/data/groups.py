@@ -604,7 +604,7 @@ def _borders(text: str, how: str) -> dict[str, float]:
             raise UserError(
                 f"group family {text!r}: the border {part!r} is no number; expected numbers such "
                 f"as -5, 0 or 18.5 with {_BORDERS} between them, as in 18..25..65; a single border "
-                f"is written 18.."
+                "is written 18.."
             )
     numbers = list(map(float, written))
     for place in range(1, len(numbers)):
