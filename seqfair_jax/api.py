@@ -252,7 +252,7 @@ class Model:
         if before_test and users is not None:
             raise UserError("users and before_test are both given; give one of them")
         user_ids, histories = (
-            catalogue.histories_before_test(catalogue.read_dataset(trained.folder))
+            catalogue.histories_before_test(trained.folder)
             if before_test
             else self._histories(users)
         )
