@@ -227,7 +227,7 @@ class Command:
                     "your own file, such as mine.py; its arguments follow a colon, as in "
                     "own_log:method=cvar, and own_log:help lists them"
                     + " (required)"
-                    * (self._takes_config is True)
+                    * (self._takes_config is True and self._config_of is None)
                 ),
                 *_wrapped(
                     "--config.KEY: the value of one setting, such as --config.seeds=0,1,2; "

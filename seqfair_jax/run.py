@@ -134,13 +134,14 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     unchanged = saved is not None and not changed_settings(saved, settings)
     # The first process decides: a shared file system may show others another state for a moment.
     if devices.of_first(int(unchanged and workdir.is_finished(folder))):
-        _log.info("%s has finished; this is its table", folder)
+        its_table = "" if config.train.refit else "; this is its table"
+        _log.info("%s has finished%s", folder, its_table)
         _warn_of_changed_inputs(config, workdir.finished_inputs(folder))
         _print_result(folder, config)
         return workdir.read_summary(folder)
+    source, judged = _load_source(config, folder), _load_judged(config, folder)
     with devices.first_process_first("read the log"):
         inputs = source_hashes(config.data) if workdir.is_writer() else {}
-    source, judged = _load_source(config, folder), _load_judged(config, folder)
     experiment = build_experiment(config)
     describe(experiment)
     snapshot = _train(experiment, folder, settings, source, judged)

@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
     command.string("init_from", "the same as --config.train.init_from")
     command.string(
         "refit",
-        "the folder of a finished run, or of a grid of runs: train it again on all rows, with its "
-        "settings",
+        "in place of --config, the folder of a finished run, or of a grid of runs: train it again "
+        "on all rows, with its settings",
     )
     command.string("run", "of --refit: the run of a grid (default: the one that was selected)")
     command.string("rule", "of --refit: the epoch that was best overall, or for the worst_group")
