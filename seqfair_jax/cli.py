@@ -166,10 +166,9 @@ class Command:
                 )
             rest = self.flags([self._program, *argv])[1:]
         except (flags.Error, ValueError) as error:
-            hint = f" (see: {self._program} --help)"
             known = (*settings(), *self._own_settings())
-            message = _expected_type(error, config, known) or " ".join(str(error).split()) + hint
-            raise UserError(message) from None
+            message = _expected_type(error, config, known)
+            raise (UserError(message) if message else self._bad_flag(error)) from None
         self._check_repeated(argv)
         for name in self.flags:
             is_setting = name.startswith("config.")  # of which some may be empty
@@ -187,9 +186,12 @@ class Command:
             return None
         try:
             self.flags([self._program, *argv], known_only=True)
-        except (flags.Error, ValueError):
-            return None  # the parsing of all flags reports it
+        except (flags.Error, ValueError) as error:
+            raise self._bad_flag(error) from None
         return self._config_of(self.flags, take_config(argv)[0] if _names_file(argv) else None)
+
+    def _bad_flag(self, error: Exception) -> UserError:
+        return UserError(" ".join(str(error).split()) + f" (see: {self._program} --help)")
 
     def _load(self, path: str) -> ConfigDict:
         try:
