@@ -380,7 +380,8 @@ def test_a_newer_log_and_other_seeds(folder, call, tmp_path):
     newer.to_csv(tmp_path / "newer.csv", index=False)
     words = [f"--refit={folder / 'judged'}", f"--workdir={tmp_path / 'run'}"]
     words += [f"--config.data.path={tmp_path / 'newer.csv'}", "--config.seeds=3,4"]
-    call(train, *words)
+    call(train, *words, "--config.data.since=0.1")
+    newer = newer[newer["timestamp"] >= 0.1]
     summary = workdir.read_summary(tmp_path / "run")
     assert [part["seed"] for part in summary["runs"]] == [3, 4]
     assert summary["dataset"]["interactions"] == len(kept_by_core(newer, 3))
@@ -553,6 +554,11 @@ def test_the_card_has_the_figures_of_the_rule_that_chose(grid, call, tmp_path):
     judged = pd.read_parquet(grid / "runs" / name / "per_user_worst_group.parquet")
     assert f"| overall | {len(judged)} | {judged['NDCG@20'].mean():.4f} |" in card
     assert "validated best for the worst group" in card
+    summary = workdir.read_summary(out)
+    summary["refit"]["folder"] = "runs/*odd|name*"
+    workdir.write_json(out / "summary.json", summary)
+    card = model_card(out, "overall", exported)
+    assert r"in the folder \*odd\|name\* (" in card
 
 
 def test_commands_that_need_a_test_name_the_judged_run(folder, shipped, capsys, tmp_path, caplog):

@@ -10,9 +10,15 @@ from seqfair_jax.config.keys import default_config
 from seqfair_jax.config.resume import RESUMABLE, changed_settings, flatten
 from seqfair_jax.errors import UserError
 
-# What a refit may change: where its log is, its seeds, and what has no effect on the parameters.
+# What a refit may change: where its log is, its seeds, its devices, and how often it is saved.
 _FREE = {"seeds", "data.since", "data.until", "train.refit", *RESUMABLE}
-_FIXED = {"groups", "train.epochs"}  # of `RESUMABLE`
+_FIXED = {  # of `RESUMABLE`
+    "groups",
+    "train.epochs",
+    "evaluate.cutoffs",
+    "evaluate.neighbour_draws",
+    "evaluate.ease_items",
+}
 _OF_SPLIT = ("valid_path", "test_path")  # of `data`: the other logs of a split by files
 
 
@@ -32,14 +38,14 @@ def refit_settings(saved: Mapping, *, folder: str, rule: str, epoch: int) -> Con
         UserError: if the run's objective is not registered.
     """
     objectives.find(saved["objective"]["name"])
-    config = default_config().copy_and_resolve_references()
+    config = default_config()  # its fields without a value have types, which a command's flags need
     known = dict(flatten(config.to_dict()))
     # Those of an objective that is not registered now are not read. A run of an earlier version
     # lacks settings; it trained as their defaults say.
     kept = {
         key: value
         for key, value in flatten(saved)
-        if key in known or not key.startswith("objective.")
+        if value is not None and (key in known or not key.startswith("objective."))
     }
     change(
         config,

@@ -109,7 +109,7 @@ def describe_judgement(found: Mapping[str, Any]) -> str:
     """
     return (
         "The refit itself is not judged, since no row is left to judge it by. The figures of "
-        f"{found['folder']} are of the same settings, trained on fewer rows."
+        f"{found['folder']} are of the same settings, trained without the rows that judged it."
     )
 
 
