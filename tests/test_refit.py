@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -336,6 +337,29 @@ def test_an_interrupted_refit_resumes_bit_for_bit_without_the_judged_run(
     tables = [params["params"]["item_embedding"] for params in seeds]
     assert not np.array_equal(*tables)
     assert_trees_equal(*(params["params"]["mixture"] for params in seeds))
+
+
+@pytest.mark.slow
+def test_a_seed_that_diverged_is_not_kept(folder, tmp_path, monkeypatch):
+    module = sys.modules["seqfair_jax.run"]
+    fit = module.fit
+
+    def diverging(*arguments):
+        snapshot = fit(*arguments)
+        failed = jax.numpy.array([3, -1], jax.numpy.int32)
+        return snapshot._replace(states=snapshot.states._replace(failed_step=failed))
+
+    monkeypatch.setattr(module, "fit", diverging)
+    config = serving.judged_settings(folder / "judged", rule="overall")
+    config.seeds = (0, 1)
+    summary = run(config, tmp_path / "run")
+    assert [part["status"] for part in summary["runs"]] == ["failed at step 3", "finished"]
+    assert [part["best"] is None for part in summary["runs"]] == [True, False]
+    assert summary["selected"] == {"hparams": {}, "seeds": 1}
+    assert serving.load(tmp_path / "run").run == "seed=1"
+    with pytest.raises(UserError, match="failed at step 3, so it has no parameters"):
+        serving.load(tmp_path / "run", run="seed=0")
+    assert not (tmp_path / "run" / "runs" / "seed=0" / "checkpoints").exists()
 
 
 # The command.

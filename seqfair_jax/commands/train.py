@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> None:
 
     def work(flags: flags.FlagValues, config: ConfigDict) -> None:
         folder = command.required("workdir")
-        if flags.refit:
-            use_whole_log(judged_settings(config.train.refit, rule=config.train.refit_rule), config)
-        elif flags.run or flags.rule:
+        if not flags.refit and (flags.run or flags.rule):
             raise UserError("--run and --rule are of --refit: name the run, or leave them out")
+        if flags.refit and config.data.split == "files":
+            use_whole_log(judged_settings(config.train.refit, rule=config.train.refit_rule), config)
         if flags.init_from:
             if config.train.init_from not in ("", flags.init_from):
                 raise UserError(

@@ -76,7 +76,7 @@ def check_refit(judged: ConfigDict, config: ConfigDict) -> None:
 
 
 def use_whole_log(judged: ConfigDict, config: ConfigDict) -> None:
-    """Read a newer log alone, where the judged run was split by files and only its path changed.
+    """Of a split by files: read a newer log alone, if only the path of the training rows changed.
 
     Args:
         judged: from `refit_settings`.
@@ -84,5 +84,5 @@ def use_whole_log(judged: ConfigDict, config: ConfigDict) -> None:
     """
     ours, theirs = config.data, judged.data
     others = [ours[key] == theirs[key] for key in _OF_SPLIT]
-    if ours.split == "files" and ours.path != theirs.path and all(others):
+    if ours.path != theirs.path and all(others):
         change(config, dict.fromkeys((f"data.{key}" for key in _OF_SPLIT), None))
