@@ -609,6 +609,17 @@ def test_commands_that_need_a_test_name_the_judged_run(folder, shipped, capsys, 
     assert "ERM" in printed.out
 
 
+def test_a_refit_ranks_the_test_of_another_run(folder, shipped, call, tmp_path):
+    """Here it was trained on all targets of this test, which the warning says."""
+    words = [f"--workdir={folder / 'judged'}", f"--with=live={shipped.folder}"]
+    printed = call(evaluate, *words, f"--out={tmp_path / 'out'}")
+    targets = workdir.read_summary(folder / "judged")["dataset"]["split"]["test_targets"]
+    assert f"was trained on {targets:,} of the {targets:,} test targets" in printed.err
+    assert f"live is {shipped.folder} (seed=0, epoch {shipped.summary['best']['epoch']})" in (
+        printed.out
+    )
+
+
 @pytest.mark.slow
 def test_a_refit_starts_a_new_run_on_a_newer_log(folder, shipped, tmp_path, caplog):
     """The targets that the refit was trained on are counted."""
