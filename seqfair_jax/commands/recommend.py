@@ -69,7 +69,7 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
             values.only, values.exclude, trained.item_ids, data.columns
         )
         _LOG.info(
-            "run %s, best epoch by %s: %s users, %s items", trained.run, values.rule,
+            "%s: %s users, %s items", trained.described(values.rule),
             f"{len(user_ids):,}", f"{len(candidates):,}",
         )  # fmt: skip
         began = time.perf_counter()
@@ -102,7 +102,7 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
 def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray, Histories]:
     """Who gets a list: the ids and the histories."""
     if values.before_test:
-        return catalogue.histories_before_test(catalogue.read_dataset(trained.folder))
+        return catalogue.histories_before_test(trained.folder)
     if values.histories:
         return tables.read_histories(
             values.histories,
