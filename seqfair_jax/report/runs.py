@@ -68,8 +68,9 @@ def short_names(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
 def stored_baseline(runs: Sequence[FinishedRun]) -> str | None:
     """The row that `seqfair evaluate` tested the others against (`evaluation.baseline`).
 
-    It is the row of its `--baseline`, or the only one of `--with`. Without these it is the run, but only if all rows are of
-    `seqfair evaluate`: beside other runs, the usual rule chooses. None if folders name several.
+    It is the row of its `--baseline`, or the only one of `--with`. Without these it is the run, but
+    only if all rows are of `seqfair evaluate`: beside other runs, the usual rule chooses. None if
+    folders name several.
     """
     judged = [run.summary.get("evaluation", {}) for run in runs]
     named = {of["baseline"] for of in judged if of.get("baseline") is not None}
