@@ -39,6 +39,7 @@ from seqfair_jax.run import run
 from seqfair_jax.serving import catalogue, output, tables
 from seqfair_jax.serving.recommender import encode_users, item_vectors, parse_seen, recommend
 from seqfair_jax.training import selection
+from seqfair_jax.training.refit import require_test
 
 _INPUTS = workdir.INPUTS  # `workdir` is an argument of `fit`
 _BLOCK = 2**14  # users encoded at once
@@ -86,6 +87,13 @@ def fit(
         KeyboardInterrupt: after an interrupt, with the state saved in `workdir`.
     """
     chosen = _settings(config, settings or {}, log, objective, groups, seeds, epochs)
+    return _train(chosen, log, groups, workdir, verbose)
+
+
+def _train(
+    chosen: ConfigDict, log: Any, groups: Any, workdir: str | Path | None, verbose: bool
+) -> "Model":
+    """Train with settings that lack only the log and the groups; arguments as for `fit`."""
     folder = Path(tempfile.mkdtemp(prefix="seqfair_")) if workdir is None else workdir
     model = None
     try:
@@ -157,10 +165,15 @@ class Model:
     def __repr__(self) -> str:
         summary, trained = self._summary, self._trained
         metric = trained.config.select.metric
+        is_refit = "refit" in summary
+        judged = (
+            "trained on all rows"
+            if is_refit
+            else f"test {metric} {self._test_figures()[metric]['overall']:.4f}"
+        )
         return (
             f"<seqfair_jax.Model {summary['method']}, {trained.run}: {len(trained.user_ids):,} "
-            f"users, {len(trained.item_ids):,} items, test {metric} "
-            f"{self._test_figures()[metric]['overall']:.4f}>"
+            f"users, {len(trained.item_ids):,} items, {judged}>"
         )
 
     @staticmethod
@@ -194,10 +207,9 @@ class Model:
                 "seed": part["seed"],
                 **part["hparams"],
                 "status": part["status"],
-                # A grid's summary has the epochs of its runs, but not their tests.
-                f"validation {metric}": selection.score(part, "overall")
-                if part.get("best")
-                else None,
+                # A grid's summary has the epochs of its runs, but not their tests. A refit has
+                # no score.
+                f"validation {metric}": (part.get("best") or {}).get("overall"),
                 "selected": part["run"] == self._trained.run,
             }
             for part in found.get("runs", [found])
@@ -205,9 +217,55 @@ class Model:
 
     @property
     def per_user(self) -> pd.DataFrame:
-        """The test of each user: the target, its rank, the metrics and the user's groups."""
+        """The test of each user: the target, its rank, the metrics and the user's groups.
+
+        Raises:
+            UserError: if the model is a refit, which has no test.
+        """
+        require_test(self.folder, self._summary)
         suffix = selection.RULES[self._rule].suffix
         return pd.read_parquet(workdir.per_user(self._trained.folder, suffix))
+
+    def refit(
+        self,
+        log: Any = None,
+        *,
+        groups: Any = None,
+        seeds: int | Sequence[int] | None = None,
+        workdir: str | Path | None = None,
+        verbose: bool = True,
+    ) -> "Model":
+        """Train again on all rows, with the settings of this model: the model to recommend with.
+
+        No row is held out, so the new model is not judged; this one is. It trains to the epoch
+        that this model has, as `seqfair train --refit` does.
+
+        Args:
+            log: a newer log, as for `fit`; None: the log of this model.
+            groups: a newer table of the users' own groups, or its path; None: that of this model.
+            seeds: one run is trained for each; None: the seed of this model.
+            workdir, verbose: as for `fit`.
+
+        Raises:
+            UserError: on bad input; if this model is a refit itself; as `run.run`.
+            KeyboardInterrupt: as for `fit`.
+        """
+        folder = self._trained.folder
+        chosen = serving.judged_settings(folder, rule=self._rule)
+        change(chosen, {} if seeds is None else {"seeds": seeds})
+        if log is None:
+            log = _input_table(self.folder, "path")
+        else:  # it has all rows, also if this model had a split by files
+            change(chosen, {"data.valid_path": None, "data.test_path": None})
+        if groups is None:
+            groups = _input_table(self.folder, "group_file")
+        elif source.split_groups(groups)[1]:
+            raise UserError(
+                f"groups is {groups!r}: expected a table of the users' groups, or its path; a "
+                f"refit has the families of the model, {', '.join(chosen.groups)}"
+            )
+        families = None if groups is None else [groups, *chosen.groups]
+        return _train(chosen, log, families, workdir, verbose)
 
     def recommend(
         self,
@@ -246,7 +304,8 @@ class Model:
 
         Raises:
             UserError: if `users` names a user who is not in the run; if two of `users`,
-                `before_test` and `all_users` are given; if the log is not the one of the training.
+                `before_test` and `all_users` are given; on `before_test` of a refit, which has no
+                test; if the log is not the one of the training.
                 Unknown items of histories are left out with a warning.
         """
         trained = self._trained
@@ -264,8 +323,7 @@ class Model:
         if log is not None and not workdir.is_path(log):
             raise UserError(f"log is a {type(log).__name__}: expected the path of the run's log")
         if before_test:
-            dataset = catalogue.read_dataset(trained.folder)
-            user_ids, histories = catalogue.histories_before_test(dataset)
+            user_ids, histories = catalogue.histories_before_test(trained.folder)
         elif all_users:
             data, path = trained.config.data, None if log is None else os.fsdecode(log)
             user_ids, histories = tables.histories_of_log(
@@ -313,7 +371,8 @@ class Model:
             `group`, `users`, then each metric. By default they are the figures of `Model.summary`.
 
         Raises:
-            UserError: on an unknown family or metric.
+            UserError: on an unknown family or metric, or if the model is a refit, which has no
+                test.
         """
         table, names = source.split_groups(groups)
         with tempfile.TemporaryDirectory(prefix="seqfair_") as temporary:
@@ -376,7 +435,11 @@ class Model:
         )
 
     def report(self, path: str | Path, *, show_small_groups: bool = False) -> None:
-        """Write the report of the run, or of its grid, to a file: see `Comparison.report`."""
+        """Write the report of the run, or of its grid, to a file: see `Comparison.report`.
+
+        Raises:
+            UserError: also if the model is a refit, which has no test.
+        """
         compare([self]).report(path, show_small_groups=show_small_groups)
 
     def save(self, folder: str | Path) -> None:
@@ -646,6 +709,12 @@ def _input(folder: Path, key: str) -> Path | None:
     if not path or not workdir.is_input(folder, path):
         return None
     return folder / workdir.INPUTS / Path(path).name
+
+
+def _input_table(folder: Path, key: str) -> pa.Table | None:
+    """The table of `_input`."""
+    path = _input(folder, key)
+    return None if path is None else pq.read_table(path)
 
 
 # Arguments of `Model`.

@@ -25,6 +25,7 @@ from seqfair_jax.errors import HelpRequested, Interrupted, UserError, raise_all
 from seqfair_jax.settings import Setting
 from seqfair_jax.training.environment import processor
 
+_CONFIG = ("--config", "-config")
 _HELP = ("--help", "-h", "-help", "--helpfull")
 _LISTS = "lists have no spaces, as in --config.seeds=0,1,2"
 _TYPES = {
@@ -52,6 +53,7 @@ class Command:
         lists_settings: bool = False,
         program: str | None = None,
         own_settings: Callable[[], Sequence[Setting]] = tuple,
+        config_of: Callable[[flags.FlagValues, str | None], ConfigDict | None] | None = None,
         extend: Callable[[ConfigDict], None] | None = None,
     ):
         """Define the flags that every command has.
@@ -66,12 +68,15 @@ class Command:
             program: how the command is started, if not by `seqfair NAME` (of benchmarks).
             own_settings: that a config may have for this command, beside those of a run. Its
                 `--help` lists them.
+            config_of: makes the config from the values of the other flags and of `--config`, None
+                without it; returns None if the config is that of `--config`.
             extend: adds to a loaded config what it lacks of them.
         """
         self._name, self._description, self._arguments = name, description, arguments
         self._program = program or f"seqfair {name}"
         self._takes_config, self._lists_settings = config, lists_settings
         self._own_settings, self._extend = own_settings, extend
+        self._config_of = config_of
         self.config_name: str | None = None  # what `--config` named
         self._repeatable: set[str] = set()
         self.flags = flags.FlagValues()
@@ -148,9 +153,11 @@ class Command:
         config = None
         optional = self._takes_config == "optional"
         if self._takes_config and not (optional and not _names_config(argv)):
-            path, argv = take_config(argv)
-            config = self._load(path)
-            self.config_name = path
+            config = self._made_config(argv)
+            if config is None or _names_file(argv):
+                path, argv = take_config(argv)
+                config = config or self._load(path)
+                self.config_name = path
             argv = _check_overrides(config, argv)
         try:
             if config is not None:
@@ -159,10 +166,9 @@ class Command:
                 )
             rest = self.flags([self._program, *argv])[1:]
         except (flags.Error, ValueError) as error:
-            hint = f" (see: {self._program} --help)"
             known = (*settings(), *self._own_settings())
-            message = _expected_type(error, config, known) or " ".join(str(error).split()) + hint
-            raise UserError(message) from None
+            message = _expected_type(error, config, known)
+            raise (UserError(message) if message else self._bad_flag(error)) from None
         self._check_repeated(argv)
         for name in self.flags:
             is_setting = name.startswith("config.")  # of which some may be empty
@@ -173,6 +179,19 @@ class Command:
                 f"unexpected argument {rest[0]!r}: flags are --NAME=VALUE, and {_LISTS}"
             )
         return self.flags, (config if self._takes_config else rest)
+
+    def _made_config(self, argv: list[str]) -> ConfigDict | None:
+        """The config of `config_of`; None if there is none."""
+        if self._config_of is None:
+            return None
+        try:
+            self.flags([self._program, *argv], known_only=True)
+        except (flags.Error, ValueError) as error:
+            raise self._bad_flag(error) from None
+        return self._config_of(self.flags, take_config(argv)[0] if _names_file(argv) else None)
+
+    def _bad_flag(self, error: Exception) -> UserError:
+        return UserError(" ".join(str(error).split()) + f" (see: {self._program} --help)")
 
     def _load(self, path: str) -> ConfigDict:
         try:
@@ -210,7 +229,7 @@ class Command:
                     "your own file, such as mine.py; its arguments follow a colon, as in "
                     "own_log:method=cvar, and own_log:help lists them"
                     + " (required)"
-                    * (self._takes_config is True)
+                    * (self._takes_config is True and self._config_of is None)
                 ),
                 *_wrapped(
                     "--config.KEY: the value of one setting, such as --config.seeds=0,1,2; "
@@ -231,7 +250,7 @@ class Command:
         return "\n".join(lines)
 
     def _settings_help(self, listed: Sequence[Setting], argv: list[str]) -> Iterator[str]:
-        if any(word.partition("=")[0] in ("--config", "-config") for word in argv):
+        if _names_file(argv):
             name, _ = take_config(argv)
             values = dict(flatten(self._load(name).to_dict()))
             if about := description(name):
@@ -263,6 +282,10 @@ def _names_config(argv: Sequence[str]) -> bool:
     return any(re.match(r"--?config(?:[.=]|$)", word) for word in argv)
 
 
+def _names_file(argv: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] in _CONFIG for word in argv)
+
+
 def take_config(argv: list[str]) -> tuple[str, list[str]]:
     """The value of `--config`, and the other arguments.
 
@@ -273,7 +296,7 @@ def take_config(argv: list[str]) -> tuple[str, list[str]]:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name not in ("--config", "-config"):
+        if name not in _CONFIG:
             rest.append(word)
         elif equals:
             found.append(value)

@@ -1,4 +1,4 @@
-"""The test of trained runs, and what `summary.json` says of them.
+"""The test of trained runs, or what is kept of a refit, and what `summary.json` says of them.
 
 Shape letters: U users.
 """
@@ -51,7 +51,6 @@ def test(
         DivergedError: if no run can be tested.
     """
     config = experiment.config
-    method = experiment.task.objective.method
     judge = Judge(experiment.dataset, experiment.families, config)
     tester = _Tester(experiment, judge)
     folders = workdir.run_folders(folder, experiment.names)
@@ -66,6 +65,42 @@ def test(
                 tested.append({})
         baseline_table, found = baselines.get() if baselines else (pd.DataFrame(), {})
     wait_for_all("the baselines")
+    shared = _shared(experiment, snapshot)
+    shared |= {"validation_sizes": judge.validation_sizes, **found}
+    summaries = _of_runs(experiment, snapshot, shared)
+    for part, summary, of_test in zip(folders, summaries, tested, strict=True):
+        summary |= of_test
+        if not of_test and summary["status"] == selection.FINISHED:
+            summary["status"] = "failed in the test"
+        workdir.write_parquet(part / workdir.BASELINES, baseline_table)
+    selected = _select_hparams(config, summaries)
+    return _finish(folder, folders, shared, summaries, selected, inputs)
+
+
+def keep_refit(
+    experiment: Experiment, folder: Path, snapshot: Snapshot, inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """Keep the last epoch of every run of a refit, which has no test, and write `summary.json`.
+
+    Args, Returns, Raises: as for `test`.
+    """
+    shared = _shared(experiment, snapshot) | {"refit": snapshot.progress.refit}
+    summaries = _of_runs(experiment, snapshot, shared)
+    folders = workdir.run_folders(folder, experiment.names)
+    epoch = {"epoch": snapshot.progress.epoch}
+    for r, (part, summary) in enumerate(zip(folders, summaries, strict=True)):
+        if summary["status"] == selection.FINISHED:
+            summary["best"] = best = _with_step(epoch, experiment)
+            params = run_params(experiment.mesh, snapshot.best["overall"], r)
+            checkpoint.save(workdir.best_checkpoint(part, "overall"), params, best)
+    finished = [summary for summary in summaries if selection.has_parameters(summary)]
+    selected = {"hparams": summaries[0]["hparams"], "seeds": len(finished)} if finished else None
+    return _finish(folder, folders, shared, summaries, selected, inputs)
+
+
+def _shared(experiment: Experiment, snapshot: Snapshot) -> dict[str, Any]:
+    """What the summaries of all runs say."""
+    config, method = experiment.config, experiment.task.objective.method
     shared = {
         "schema_version": workdir.SCHEMA_VERSION,
         "dataset": dataset_summary(experiment.dataset, config),
@@ -74,22 +109,26 @@ def test(
         "needs_groups": method.needs_groups,
         "label": method.label,
         "logs": [log._asdict() for log in method.logs],
-        "validation_sizes": judge.validation_sizes,
-        **found,
     }
     if snapshot.progress.init_from:
         shared["init_from"] = snapshot.progress.init_from
+    return shared
+
+
+def _of_runs(
+    experiment: Experiment, snapshot: Snapshot, shared: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The summary of each run, without what its parameters give."""
     states, progress = snapshot.states, snapshot.progress
     failed_steps, steps = to_host((states.failed_step, states.step))
-    summaries = []
-    for r, part in enumerate(folders):
-        spec, failed_step = experiment.runs[r], int(failed_steps[r])
-        seconds = progress.seconds
-        summary = shared | {
+    seconds = progress.seconds
+    return [
+        {
+            **shared,
             "run": spec.name,
             "hparams": spec.hparams,
             "seed": spec.seed,
-            "status": selection.status(failed_step),
+            "status": selection.status(int(failed_steps[r])),
             "train": {  # the time is that of all runs together, without compilation
                 "steps": int(steps[r]),
                 "targets": progress.targets[r],
@@ -98,30 +137,54 @@ def test(
                 "stopped_epoch": progress.stopped[r],
             },
         }
-        summary |= tested[r]
-        if not tested[r] and failed_step < 0:
-            summary["status"] = "failed in the test"
-        workdir.write_parquet(part / workdir.BASELINES, baseline_table)
+        for r, spec in enumerate(experiment.runs)
+    ]
+
+
+def _finish(
+    folder: Path,
+    folders: Sequence[Path],
+    shared: Mapping[str, Any],
+    summaries: Sequence[dict[str, Any]],
+    selected: dict[str, Any] | None,
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write the summaries of the runs, and of a grid, and mark all as finished.
+
+    Args:
+        folder: the work directory.
+        folders: of the runs.
+        shared: what their summaries have in common.
+        summaries: of the runs.
+        selected: the values that validation selected; None if every run failed.
+        inputs: as for `test`.
+
+    Returns:
+        The content of `folder/summary.json`.
+
+    Raises:
+        DivergedError: if every run failed.
+    """
+    for part, summary in zip(folders, summaries, strict=True):
         workdir.write_json(part / workdir.SUMMARY, summary)
-        summaries.append(summary)
-    if not any("test" in summary for summary in summaries):
+    if not any("best" in summary for summary in summaries):
         raise DivergedError("every run diverged; try a smaller train.learning_rate")
     for part in folders:
         workdir.finish(part, inputs)
-    if len(summaries) == 1:
-        wait_for_all("the results")
-        return summaries[0]
-    whole = shared | {
-        "runs": [
-            {key: summary.get(key) for key in ("run", "hparams", "seed", "status", "best", "val")}
-            for summary in summaries
-        ],
-        "selected": _select_hparams(config, summaries),
-    }
-    workdir.write_json(folder / workdir.SUMMARY, whole)
-    workdir.finish(folder, inputs)
+    whole = summaries[0]
+    if len(summaries) > 1:
+        kept = ("run", "hparams", "seed", "status", "best", "val")
+        runs = [{key: summary.get(key) for key in kept} for summary in summaries]
+        whole = {**shared, "runs": runs, "selected": selected}
+        workdir.write_json(folder / workdir.SUMMARY, whole)
+        workdir.finish(folder, inputs)
     wait_for_all("the results")
     return whole
+
+
+def _with_step(chosen: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """An epoch that is kept, with the step after which it was."""
+    return {"step": chosen["epoch"] * experiment.config.train.steps_per_epoch, **chosen}
 
 
 class _Tester:
@@ -156,10 +219,8 @@ class _Tester:
         for rule, chosen in best.items():
             scores, table, means, recommended = tested[chosen["epoch"]]
             suffix = selection.RULES[rule].suffix
-            found["best" + suffix] = {
-                "step": chosen["epoch"] * experiment.config.train.steps_per_epoch,
-                **chosen,  # epoch, and the validation scores that epochs are chosen by
-            }
+            # The epoch, and the validation scores that epochs are chosen by.
+            found["best" + suffix] = _with_step(chosen, experiment)
             found["val" + suffix] = scores
             found["test" + suffix] = means
             found["recommended" + suffix] = recommended

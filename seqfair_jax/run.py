@@ -20,13 +20,14 @@ from seqfair_jax.data.split import counted, describe_counts, describe_split
 from seqfair_jax.data.times import with_date
 from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
-from seqfair_jax.results import dataset_summary, test, warn_of_masked_targets
+from seqfair_jax.results import dataset_summary, keep_refit, test, warn_of_masked_targets
 from seqfair_jax.serving import catalogue
-from seqfair_jax.serving.trained import load_source
-from seqfair_jax.training import checkpoint, warm_start
+from seqfair_jax.serving.trained import load_judged, load_source, run_folder
+from seqfair_jax.training import checkpoint, refit, warm_start
 from seqfair_jax.training.experiment import Experiment, build_experiment
 from seqfair_jax.training.loop import fit
 from seqfair_jax.training.progress import Snapshot
+from seqfair_jax.training.refit import Judged
 from seqfair_jax.training.resume import restore
 from seqfair_jax.training.warm_start import Source
 
@@ -35,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 def run(config: ConfigDict, directory: str | Path) -> dict[str, Any]:
     """Train, select, test and report; the same call resumes an interrupted run.
+
+    With `train.refit` the run trains on all rows, and there is no test (`training.refit`).
 
     Args:
         config: see `config.default_config`.
@@ -68,16 +71,22 @@ def train(
         after_epoch: as for `loop.fit`.
 
     Raises:
-        UserError, SystemExit: as for `run`.
+        UserError, SystemExit: as for `run`; and if the config has `train.refit`, which has no
+            validation.
     """
     config = resolve(config)
+    if config.train.refit:
+        raise UserError(
+            f"train.refit is {config.train.refit}, but a refit has no validation to choose by: "
+            "leave it out, and train the chosen run again by seqfair train --refit"
+        )
     folder = workdir.create(directory)
     with _exclusive(folder):
         checkpoint.recover(folder / workdir.LATEST_CHECKPOINT)
         settings = _check_folder(config, folder)
         source = _load_source(config, folder)
         experiment = build_experiment(config)
-        return experiment, _train(experiment, folder, settings, source, after_epoch)
+        return experiment, _train(experiment, folder, settings, source, after_epoch=after_epoch)
 
 
 def _check_processes(config: ConfigDict, folder: Path) -> None:
@@ -125,21 +134,31 @@ def _run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     unchanged = saved is not None and not changed_settings(saved, settings)
     # The first process decides: a shared file system may show others another state for a moment.
     if devices.of_first(int(unchanged and workdir.is_finished(folder))):
-        _log.info("%s has finished; this is its table", folder)
+        its_table = "" if config.train.refit else "; this is its table"
+        _log.info("%s has finished%s", folder, its_table)
         _warn_of_changed_inputs(config, workdir.finished_inputs(folder))
-        print(text.tables([folder], config.select.metric))
+        _print_result(folder, config)
         return workdir.read_summary(folder)
+    source, judged = _load_source(config, folder), _load_judged(config, folder)
     with devices.first_process_first("read the log"):
         inputs = source_hashes(config.data) if workdir.is_writer() else {}
-    source = _load_source(config, folder)
     experiment = build_experiment(config)
     describe(experiment)
-    snapshot = _train(experiment, folder, settings, source)
-    summary = test(experiment, folder, snapshot, inputs)
+    snapshot = _train(experiment, folder, settings, source, judged)
+    finish = test if experiment.holds_out else keep_refit
+    summary = finish(experiment, folder, snapshot, inputs)
     if workdir.is_writer():
-        print(text.tables([folder], config.select.metric))
+        _print_result(folder, config)
         print(f"\nfiles: {folder.resolve()}")
     return summary
+
+
+def _print_result(folder: Path, config: ConfigDict) -> None:
+    """Print the tables of a finished run; of a refit, which has none, what was judged."""
+    if config.train.refit:
+        print(refit.describe_judgement(workdir.read_summary(folder)["refit"]))
+    else:
+        print(text.tables([folder], config.select.metric))
 
 
 def _check_folder(config: ConfigDict, folder: Path) -> dict[str, Any]:
@@ -165,17 +184,29 @@ def _load_source(config: ConfigDict, folder: Path) -> Source | None:
     return source
 
 
+def _load_judged(config: ConfigDict, folder: Path) -> Judged | None:
+    """The run to train again; None if there is none, or a checkpoint to resume from."""
+    if not config.train.refit or checkpoint.exists(folder / workdir.LATEST_CHECKPOINT):
+        return None
+    return load_judged(config)
+
+
 def _train(
     experiment: Experiment,
     folder: Path,
     settings: dict[str, Any],
     source: Source | None,
+    judged: Judged | None = None,
+    *,
     after_epoch: Callable[[Snapshot], bool] | None = None,
 ) -> Snapshot:
     """Train from the newest checkpoint, after the files that say what is trained."""
-    snapshot = restore(experiment, folder, source)
+    snapshot = restore(experiment, folder, source, judged)
     if snapshot.progress.init_from:
         print("\n".join(warm_start.describe(snapshot.progress.init_from)))
+    if snapshot.progress.refit:
+        rows = experiment.dataset.counts["interactions"]
+        print("\n".join(refit.describe(snapshot.progress.refit, rows)))
     folders = workdir.run_folders(folder, experiment.names)
     # Results of fewer epochs or other cut-offs must not stay beside the new config.
     for part in dict.fromkeys([folder, *folders]):
@@ -185,6 +216,8 @@ def _train(
     workdir.write_json(folder / workdir.CONFIG, settings)
     for part, spec in zip(folders, experiment.runs, strict=True):
         _write_data_files(part, experiment)
+        if judged is not None:
+            workdir.copy_results(run_folder(workdir.user_path(judged.folder), judged.run), part)
         if part != folder:
             workdir.write_json(part / workdir.CONFIG, _settings_of(spec, settings))
     return fit(experiment, folder, snapshot, after_epoch)

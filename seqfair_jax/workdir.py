@@ -6,7 +6,8 @@ A work directory of one run:
     groups.parquet split.parquet per_user.parquet per_user_worst_group.parquet checkpoints/
     items.parquet histories.parquet baselines.parquet
 
-If its log or groups were a table from Python, they are in `inputs/`.
+If its log or groups were a table from Python, they are in `inputs/`. A refit has no per-user tables
+and no baselines, and the results of the run that was judged are in `judged/`.
 
 A grid of runs has the same files for each run in `runs/NAME/`, and its own `summary.json`. A sweep
 has a work directory for each job in `jobs/NAME/`, and locks in `locks/`. A search has:
@@ -18,6 +19,7 @@ A file is written under a temporary name and then renamed, so it is whole or abs
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -46,6 +48,7 @@ BASELINES = "baselines.parquet"
 GATE = "gate.json"  # of `seqfair evaluate`
 SEARCH, STUDY = "search.json", "study.db"  # of a search: its settings, its trials
 TRIALS, RANKING, BEST = "trials.csv", "search.md", "best.json"  # and its results
+JUDGED = "judged"  # of a refit: the results of the run that it trains again
 INPUTS = "inputs"  # tables that were given from Python
 CHECKPOINTS, LOCKS = "checkpoints", "locks"
 LATEST_CHECKPOINT = Path(CHECKPOINTS, "latest")
@@ -223,11 +226,27 @@ def is_input(folder: Path, path: str) -> bool:
     return name.parent.name == INPUTS and (folder / INPUTS / name.name).is_file()
 
 
+def copy_results(run: Path, folder: Path) -> None:
+    """Copy the results of a finished run to `judged/` of the folder of its refit.
+
+    Args:
+        run: the folder of the run that was judged.
+        folder: of the refit.
+
+    Raises:
+        UserError: naming a file that cannot be read or written.
+    """
+    paths = [run / name for name in (SUMMARY, CONFIG, ITEMS)]
+    for path in (*paths, *sorted(run.glob("per_user*.parquet"))):
+        write_file(folder / JUDGED / path.name, functools.partial(shutil.copyfile, path))
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of killed processes from a run's folder."""
     if not is_writer():
         return
-    for path in [*folder.glob(f".*{_UNFINISHED}"), *folder.glob(f"checkpoints/**/{_UNFINISHED}*")]:
+    found = [*folder.glob(f".*{_UNFINISHED}"), *folder.glob(f"checkpoints/**/{_UNFINISHED}*")]
+    for path in (*found, *folder.glob(f"{JUDGED}/.*{_UNFINISHED}")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -260,6 +279,8 @@ def finish(folder: Path, inputs: Mapping[str, str]) -> None:
     names = [SUMMARY, CONFIG, ENVIRONMENT, METRICS, GROUPS, SPLIT, ITEMS, HISTORIES, BASELINES]
     names.append(NEIGHBOURS)
     names += [path.name for path in sorted(folder.glob("per_user*.parquet"))]
+    judged = (path for path in (folder / JUDGED).glob("*") if not is_unfinished(path))
+    names += sorted(f"{JUDGED}/{path.name}" for path in judged)
     files = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
     write_json(folder / FINISHED, {"files": files, "inputs": dict(inputs)})
 

@@ -21,6 +21,7 @@ from pages import (
 
 from seqfair_jax import __main__ as seqfair
 from seqfair_jax import cli
+from seqfair_jax.commands import train
 from seqfair_jax.config import default_config, flatten, resolve
 from seqfair_jax.errors import UserError
 from seqfair_jax.sweeps import grid, search_plan, space
@@ -72,6 +73,8 @@ def check_call(arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(cli.Command, "run", parse)
+        # There is no run to take the settings of a refit from.
+        patch.setattr(train, "judged_settings", lambda *_, **__: default_config())
         try:
             seqfair.main(arguments)
         except (UserError, SystemExit) as error:

@@ -19,6 +19,7 @@ from seqfair_jax.commands import report as report_command
 from seqfair_jax.data.readers import log_from_table
 from seqfair_jax.data.split import leave_one_out
 from seqfair_jax.errors import UserError
+from seqfair_jax.report.contents import build
 from seqfair_jax.report.runs import read_runs
 from seqfair_jax.serving import catalogue
 
@@ -134,13 +135,29 @@ def test_the_lists_of_the_old_run_have_the_same_figures(old, new):
     assert by_model["test"] == by_lists["test"]
     assert by_model["recommended"] == by_lists["recommended"]
     assert by_model["test"] != run["test"]
-    tests = found.tests()
+    tests = found.tests(baseline="erm")
     one, other = (
         tests[tests["name"] == name].drop(columns=["name", "q", "star"]).reset_index(drop=True)
         for name in ("model", "lists")
     )
     pd.testing.assert_frame_equal(one, other)
     assert (one["kind"] == "list").all()
+
+
+def test_the_new_run_is_tested_against_the_only_old_one(old, late, perfect, tmp_path):
+    runs = {"live": str(old)}
+
+    def reference(given, name, *, baseline=None):
+        found = evaluate_recommendations(given, late)
+        found.write(tmp_path / name, baseline=baseline)
+        read = build(read_runs([tmp_path / name]), "NDCG@20")
+        assert read.reference == found.contents(baseline=baseline).reference
+        return read.reference, read.subjects["pop33"]
+
+    assert reference(runs, "one") == ("live", ["ERM"])
+    assert reference(runs | {"shown": str(perfect)}, "list") == ("live", ["ERM", "shown"])
+    assert reference(runs | {"older": str(old)}, "two") == ("ERM", ["live", "older"])
+    assert reference(runs, "named", baseline="erm") == ("ERM", ["live"])
 
 
 @pytest.mark.parametrize(("rule", "mask_seen"), [("overall", True), ("worst_group", False)])

@@ -68,23 +68,20 @@ class Evaluation:
         Args:
             metric: one of `metrics`; "" for the first to show.
             baseline: the name of the row that the others are tested against, such as "old" or
-                "markov", or the run's method, such as "erm". Without one it is the run; or,
-                without a run, the best baseline without training.
+                "markov", or the run's method, such as "erm". Without one it is the only other
+                run, else the run; or, without a run, the best baseline without training.
 
         Raises:
             UserError: if there is no such metric or row.
         """
         metric = metric or self.metric
-        named = next((system.name for system in self.systems if system.kind == RUN), None)
-        if baseline is not None:
-            named = self._row_named(baseline)
         return contents.of_rows(
             self._rows(metric),
             metric,
             [family.name for family in self.source.families],
             dataset=self.source.description,
             min_users=self.source.config.select.min_users,
-            named=named,
+            named=self._reference(baseline),
         )
 
     def table(self, metric: str = "") -> pd.DataFrame:
@@ -171,12 +168,15 @@ class Evaluation:
             out: the folder, new or empty.
             gate: what `gate` returned, to write as `gate.json`; None for no such file.
             baseline: the row that a report of the folder tests the others against, as for
-                `contents`. Without one the report chooses it by the same rule as `contents`.
+                `contents`. The run is stored only if it is named: in a report with other runs
+                another row may be the better default.
 
         Raises:
             UserError: if the folder has files, or cannot be written, or if there is no such row.
         """
-        named = None if baseline is None else self._row_named(baseline)
+        named = self._reference(baseline)
+        if baseline is None and any(s.kind == RUN and s.name == named for s in self.systems):
+            named = None
 
         def write(folder: Path) -> None:
             self._write(folder, named)
@@ -184,6 +184,14 @@ class Evaluation:
                 workdir.write_json(folder / workdir.GATE, gate.record())
 
         workdir.write_folder(workdir.user_path(out), write)
+
+    def _reference(self, baseline: str | None) -> str | None:
+        """The name of the row that the others are tested against, as `contents` says."""
+        if baseline is not None:
+            return self._row_named(baseline)
+        runs = [system.name for system in self.systems if system.kind == RUN]
+        others = [s.name for s in self.systems if "other_run" in s.summary["evaluation"]]
+        return next(iter(others if runs and len(others) == 1 else runs), None)
 
     def _row_named(self, baseline: str) -> str:
         """The name of the row that a user calls `baseline`."""

@@ -42,6 +42,7 @@ from seqfair_jax.evaluation import slices
 from seqfair_jax.results import dataset_summary
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.trained import run_folder
+from seqfair_jax.training.refit import require_test
 
 _TABLE_NAME = re.compile(
     r"\.(csv|tsv|txt|json|jsonl|ndjson|parquet|gz|zip|bz2|xz|zst|lz4)$", re.IGNORECASE
@@ -92,6 +93,7 @@ def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
     """
     folder = run_folder(workdir.user_path(directory), run)
     summary = workdir.read_summary(folder)
+    require_test(folder, summary)
     config = _chosen(ConfigDict(workdir.read_json(folder / workdir.CONFIG)), choice)
     dataset = catalogue.read_dataset(folder)
     inputs = workdir.finished_inputs(folder)

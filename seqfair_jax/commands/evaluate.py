@@ -44,7 +44,10 @@ def main(argv: Sequence[str]) -> None:
     command.string("group_file", "a table of the users' groups; without --groups, all of it")
     command.string("cutoffs", "the cut-offs, such as 10,20 (default: as evaluated)")
     command.string("metrics", "those to print, such as NDCG,MAP@10 (default: as in validation)")
-    command.string("baseline", "the row to test the others against (default: the run)")
+    command.string(
+        "baseline",
+        "the row to test the others against (default: the only run of --with, or else the run)",
+    )
     command.string("seen", "keep, or mask: no item of the user's history (default: as evaluated)")
     command.number(
         "fail_if_worse",

@@ -51,7 +51,7 @@ def _export(command: Command, values: flags.FlagValues) -> None:
         )
     workdir.refuse_filled(out)
     trained = load(directory, run=values.run, rule=values.rule)
-    _LOG.info("run %s, best epoch by %s", trained.run, values.rule)
+    _LOG.info("%s", trained.described(values.rule))
 
     def write(folder: Path) -> None:
         if values.format == "onnx":

@@ -79,7 +79,7 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
             values.only, values.exclude, trained.item_ids, data.columns
         )
         _LOG.info(
-            "run %s, best epoch by %s: %s users, %s items", trained.run, values.rule,
+            "%s: %s users, %s items", trained.described(values.rule),
             f"{len(user_ids):,}", f"{len(candidates):,}",
         )  # fmt: skip
         began = time.perf_counter()
@@ -112,7 +112,7 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
 def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray, Histories]:
     """Who gets a list: the ids and the histories."""
     if values.before_test:
-        return catalogue.histories_before_test(catalogue.read_dataset(trained.folder))
+        return catalogue.histories_before_test(trained.folder)
     if values.all_users:
         data = trained.config.data
         return tables.histories_of_log(trained.folder, data, trained.item_ids, path=values.log)

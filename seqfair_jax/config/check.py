@@ -47,8 +47,15 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.objective.group_family = config.groups[0]
     for key in objectives.hparams():
         config.objective[key] = tuple(map(float, config.objective[key]))
-    _check_data(config.data)
     train = config.train
+    if train.refit_rule is not None and not train.refit:
+        raise UserError(
+            f"train.refit_rule is {train.refit_rule}, but train.refit is not set: name the run, or "
+            "leave the rule out"
+        )
+    if train.refit and not train.refit_rule:
+        train.refit_rule = "overall"
+    _check_data(config.data, is_refit=bool(train.refit))
     if train.steps_per_epoch * train.batch_size > _MAX_BATCHED_USERS:
         raise UserError(
             f"train.steps_per_epoch * train.batch_size is {train.steps_per_epoch:,} * "
@@ -94,12 +101,14 @@ def _normalise(config: ConfigDict) -> None:
             part[key] = words if key == "groups" else tuple(filter(None, words))
     data = config.data
     data.delimiter = {"tab": "\t", "\\t": "\t"}.get(data.delimiter, data.delimiter)
-    if isinstance(config.train.init_from, str) and config.train.init_from:
-        # A shell's completion appends a slash, and a run resumes only from the same path.
-        config.train.init_from = str(Path(config.train.init_from))
+    for key in ("init_from", "refit"):
+        path = config.train[key]
+        if isinstance(path, str) and path:
+            # A shell's completion appends a slash, and a run resumes only from the same path.
+            config.train[key] = str(Path(path))
 
 
-def _check_data(data: ConfigDict) -> None:
+def _check_data(data: ConfigDict, *, is_refit: bool) -> None:
     """Check which rows of the log are read, and how."""
     for key in ("path", "valid_path", "test_path", "group_file"):
         if data[key] == "":
@@ -123,11 +132,15 @@ def _check_data(data: ConfigDict) -> None:
                 f"data.since is {data.since}: expected a time before data.until, {data.until}, "
                 "and of the same kind"
             )
-    _check_split(data)
+    _check_split(data, is_refit=is_refit)
 
 
-def _check_split(data: ConfigDict) -> None:
-    """Refuse settings of another split than `data.split`, and a split that lacks its own."""
+def _check_split(data: ConfigDict, *, is_refit: bool) -> None:
+    """Refuse settings of another split than `data.split`, and a split that lacks its own.
+
+    A refit may read one log in place of the three of a split by files (`refit.use_whole_log`).
+    """
+    is_whole = is_refit and data.valid_path is None and data.test_path is None
     of_kind = {"time": ("valid_from", "test_from"), "files": ("valid_path", "test_path")}
     for kind, keys in of_kind.items():
         for key in keys:
@@ -136,7 +149,7 @@ def _check_split(data: ConfigDict) -> None:
                     f"data.{key} is set, but data.split is {data.split}: set data.split={kind}, or "
                     f"leave data.{key} out"
                 )
-            if kind == data.split == "files" and data[key] is None:
+            if kind == data.split == "files" and data[key] is None and not is_whole:
                 raise UserError(
                     f"data.split is files, but data.{key} is not set: name the file or the folder, "
                     "or use data.split=time, which needs one log"

@@ -369,6 +369,21 @@ _TRAIN = (
         "The folder of a finished run to start from. If empty, parameters are random.",
         is_path=True,
     ),
+    # Without a value, so that a run of a version without these two can be resumed.
+    Setting(
+        "train.refit",
+        None,
+        "The folder of a finished run to train again on all rows of its log, with its settings.",
+        kind=str,
+        is_path=True,
+    ),
+    Setting(
+        "train.refit_rule",
+        None,
+        "Of `train.refit`: the rule, `overall` or `worst_group`, that chose the run's epoch. If "
+        "empty, `overall`.",
+        kind=str,
+    ),
     Setting("train.batch_size", 128, "The number of users in a batch.", whole(1)),
     Setting(
         "train.epochs",

@@ -21,7 +21,17 @@ from ml_collections import ConfigDict
 from seqfair_jax.data.files import hash_files, locate, locate_users, require_file
 from seqfair_jax.data.log import Log
 from seqfair_jax.data.readers import Rows, join_logs, log_from_table, read_log
-from seqfair_jax.data.split import Dataset, Targets, by_part, by_time, k_core, leave_one_out
+from seqfair_jax.data.split import (
+    ALL,
+    Dataset,
+    Targets,
+    all_rows,
+    by_part,
+    by_time,
+    k_core,
+    leave_one_out,
+    nothing_left,
+)
 from seqfair_jax.data.synthetic import generate
 from seqfair_jax.errors import UserError
 from seqfair_jax.workdir import cache_folder, user_path, write_file
@@ -40,7 +50,9 @@ _LOG = logging.getLogger("seqfair_jax")
 _Kept = TypeVar("_Kept", bound="DataclassInstance")
 
 
-def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
+def load_dataset(
+    config_data: ConfigDict, *, hold_out: bool = True, mapped: bool = False
+) -> Dataset:
     """Read, filter and split the log that a config's `data` part describes.
 
     The log and its split are kept in `data.cache_dir`: the log under the SHA-256 of its files'
@@ -50,6 +62,7 @@ def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
 
     Args:
         config_data: the part of the config.
+        hold_out: split as `data.split` says; else every row trains (`split.all_rows`).
         mapped: read numbers from the cache when they are used, so that processes of one machine
             share the memory of what they read. Such arrays cannot be written to.
 
@@ -59,6 +72,8 @@ def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
     name, kind = config_data.name, config_data.split
     keys = ("split", "min_interactions", "valid_users", "split_seed", *_SPLIT[kind])
     split = {key: config_data[key] for key in keys}
+    if not hold_out:
+        split = {"split": ALL, "min_interactions": config_data.min_interactions}
     shared = {
         "name": name,
         "num_valid_users": config_data.valid_users,
@@ -69,6 +84,9 @@ def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
 
     def make() -> Dataset:
         joined, part = _joined(config_data.cache_dir, logs)
+        if not hold_out:
+            least = config_data.min_interactions
+            return all_rows(joined, part, name=name, min_interactions=least)
         settings = shared | {"min_interactions": config_data.min_interactions}
         if kind == "files":
             return by_part(joined, part, targets=config_data.targets, split={"kind": kind},
@@ -77,11 +95,7 @@ def load_dataset(config_data: ConfigDict, *, mapped: bool = False) -> Dataset:
             return by_time(joined, **{key: config_data[key] for key in _SPLIT[kind]}, **settings)
         filtered = k_core(joined, config_data.min_interactions)
         if not len(filtered):
-            raise UserError(
-                f"{where}: nothing is left of {len(joined)} rows after the "
-                f"{config_data.min_interactions}-core filter (every user needs that many distinct "
-                "items, and every item that many distinct users); lower data.min_interactions"
-            )
+            raise nothing_left(where, f"{len(joined):,} rows", config_data.min_interactions)
         return leave_one_out(filtered, **shared)
 
     key = cache_key([log.key for log in logs.values()], split)
@@ -158,7 +172,9 @@ def _sources(config_data: ConfigDict) -> dict[str, list[Path]]:
     """The files of each log: one log, or those of training, validation and test; none if drawn."""
     if config_data.name == "synthetic":
         return {}
-    keys = _FILES if config_data.split == "files" else ["log"]
+    # A newer log that replaces the three of a split by files is one (`config.refit`).
+    of_split = config_data.split == "files" and config_data.valid_path is not None
+    keys = _FILES if of_split else ["log"]
     return {
         key: locate(config_data.name, config_data[_FILES[key]], f"data.{_FILES[key]}")
         for key in keys

@@ -1,7 +1,7 @@
 """The k-core filter, and the split of a log into training, validation and test rows.
 
 Every split gives each row a part: 0 trains, 1 validates, 2 tests. A user's training rows come
-before their validation rows, and these before their test rows.
+before their validation rows, and these before their test rows. `all_rows` holds out none.
 
 Shape letters: U users, V vocabulary, N rows, n users that are judged, m targets of all of them.
 """
@@ -21,6 +21,7 @@ from seqfair_jax.data.times import comparable_bound, time_text, with_date
 from seqfair_jax.errors import UserError
 
 SPLITS = ("leave_one_out", "time", "files")
+ALL = "all"  # the kind of a split that holds out no row; no setting chooses it (`train.refit`)
 TARGETS = ("first", "every")  # which later events of a user are judged
 MIN_ROWS = 3  # of leave-one-out: one to train on, one to validate on, one to test on
 _MOST_ROWS = 2**31 - 2  # places of rows are int32 on the device
@@ -377,14 +378,8 @@ def by_part(
     new_items[log.items[is_train]] = False
     core = k_core(log.take(is_train), min_interactions)
     if not len(core):
-        raise UserError(
-            f"{name}: nothing is left of {is_train.sum():,} training rows after the "
-            f"{min_interactions}-core filter (every user needs that many distinct items, and "
-            "every item that many distinct users); lower data.min_interactions"
-        )
-    good_user, good_item = np.zeros(len(log.user_ids), bool), np.zeros(len(log.item_ids), bool)
-    good_user[core.users] = True
-    good_item[core.items] = True
+        raise nothing_left(name, f"{is_train.sum():,} training rows", min_interactions)
+    good_user, good_item = _members(core)
     keep = good_user[log.users] & (good_item[log.items] | ~is_train)
 
     user, user_ids = compact(log.users[keep], log.user_ids)
@@ -416,6 +411,62 @@ def by_part(
             "new_items": int(new_items.sum()),
         },
     )
+
+
+def all_rows(log: Log, part: np.ndarray, *, name: str, min_interactions: int) -> Dataset:
+    """Train on every row that the filter leaves, and hold out none.
+
+    Args:
+        log: as it was read, without a filter.
+        part: i8[N], the file that each row is from; of a user's rows those of an earlier file come
+            first. Zeros for one log.
+        name: of the data set.
+        min_interactions: k of the `k_core` of all rows.
+
+    Returns:
+        The log without targets: nobody validates and nobody is tested. Its counts are those of
+        `leave_one_out`.
+
+    Raises:
+        UserError: if no row is left.
+    """
+    core = k_core(log, min_interactions)
+    if not len(core):
+        raise nothing_left(name, f"{len(log):,} rows", min_interactions)
+    good_user, good_item = _members(core)
+    keep = good_user[log.users] & good_item[log.items]
+    user, user_ids = compact(core.users, log.user_ids)
+    item, item_ids = compact(core.items, log.item_ids)
+    order, _ = sort_rows(user, len(user_ids), part[keep], core.times)
+    user, item, time = user[order], item[order], core.times[order]
+    every_part = np.full(len(user), _TRAIN, np.int8)
+    return _build(
+        _Rows(user, item, time, every_part, user_ids, item_ids),
+        name=name,
+        # With the parts, so that it is not the hash of leave-one-out, which trains on fewer rows.
+        log_hash=_hash(user_ids, item_ids, user, item, every_part),
+        valid_users=np.zeros(0, np.int64),
+        every=False,
+        counts=core.counts | {"short_users": 0},
+        split={"kind": ALL, "targets": "none", "validation_candidates": 0},
+    )
+
+
+def nothing_left(where: str, rows: str, min_interactions: int) -> UserError:
+    """The error for a log of which the filter leaves no row; `rows` says how many there were."""
+    return UserError(
+        f"{where}: nothing is left of {rows} after the {min_interactions}-core filter (every user "
+        "needs that many distinct items, and every item that many distinct users); lower "
+        "data.min_interactions"
+    )
+
+
+def _members(log: Log) -> tuple[np.ndarray, np.ndarray]:
+    """Which users and items have a row: bool[U] and bool[V]."""
+    users, items = np.zeros(len(log.user_ids), bool), np.zeros(len(log.item_ids), bool)
+    users[log.users] = True
+    items[log.items] = True
+    return users, items
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -626,13 +677,18 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
     """What a reader must know of a split, in sentences.
 
     Args:
-        split: of a `Dataset`: `kind`, of `SPLITS`; `targets`; `log_users`, those of the log that
-            was read (an earlier version did not store them); `users` who train; the rows of each
-            part; the users, targets and unknown targets of validation and test;
+        split: of a `Dataset`: `kind`, of `SPLITS` or `ALL`; `targets`; `log_users`, those of the
+            log that was read (an earlier version did not store them); `users` who train; the rows
+            of each part; the users, targets and unknown targets of validation and test;
             `validation_candidates`, the users who could validate; `tied_held_out`. Of a split by
             time also the points `valid_from` and `test_from`, and of one by time or files also
             `new_users` and `new_items`.
     """
+    if split["kind"] == ALL:
+        return [
+            "No row is held out, so nobody validates and nobody is tested: "
+            f"{counted(split['train_rows'], 'row trains', 'rows train')}."
+        ]
     validate = counted(
         split["validation_users"], "user validates", "users validate"
     ) + f", drawn from {split['validation_candidates']:,} who could (data.valid_users)" * (

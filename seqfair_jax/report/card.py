@@ -20,6 +20,7 @@ from seqfair_jax.report import names, text
 from seqfair_jax.report.rows import FEWEST_SHOWN, HIDDEN, judged_groups
 from seqfair_jax.training.selection import RULES
 
+_PERIOD = ("first_time", "last_time")  # of a split
 SMALL_GROUP = 100  # users; the figures of smaller groups are marked
 
 
@@ -37,6 +38,8 @@ def model_card(
 ) -> str:
     """The card of a run, as Markdown. Names from the data are escaped.
 
+    A refit has no test: the figures of its card are those of the run that was judged.
+
     Args:
         folder: of the finished run.
         rule: the epoch that was exported, of `selection.RULES`.
@@ -48,9 +51,12 @@ def model_card(
     """
     summary = workdir.read_summary(folder)
     config = workdir.read_json(folder / workdir.CONFIG) or {}
+    refit = summary.get("refit")
+    tested, rule = (folder / workdir.JUDGED, refit["rule"]) if refit else (folder, rule)
+    of_test = workdir.read_summary(tested)
     suffix = RULES[rule].suffix
     metric = config["select"]["metric"]
-    table = pd.read_parquet(workdir.per_user(folder, suffix))
+    table = pd.read_parquet(workdir.per_user(tested, suffix))
     rows = significance.describe(table, metric)
     found = {str(name): Mean(*row) for name, *row in rows.itertuples()}
     fewest = 0 if show_small_groups else FEWEST_SHOWN
@@ -58,9 +64,9 @@ def model_card(
     shown = {
         name: row for name, row in found.items() if name == slices.OVERALL or row.users >= fewest
     }
-    baselines = {name: means[metric] for name, means in summary["baselines"].items()}
+    baselines = {name: means[metric] for name, means in of_test["baselines"].items()}
     split = summary["dataset"]["split"]
-    order = list(summary["test" + suffix][metric])
+    order = list(of_test["test" + suffix][metric])
     families = slices.families_in(order)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("seqfair_jax.report", ""),
@@ -76,8 +82,13 @@ def model_card(
         split=describe_split(split),
         method=names.of_summary(summary),
         summary=summary,
-        best=summary["best" + suffix],
-        rule=rule,
+        best=of_test["best" + suffix],
+        chosen="overall" if rule == "overall" else "for the worst group",
+        refit=refit,
+        judged_folder=Path(refit["folder"]).name if refit else None,  # paths are of this machine
+        judged=of_test["dataset"],
+        judged_split=describe_split(of_test["dataset"]["split"]),
+        judged_period=[with_date(of_test["dataset"]["split"][key]) for key in _PERIOD],
         metric=metric,
         model=config["model"],
         mixture=text.Markdown(_mixture(config["model"])),
@@ -91,7 +102,7 @@ def model_card(
             )
             for family in families
         },
-        metrics=_metrics_table(summary, suffix),
+        metrics=_metrics_table(of_test, suffix),
         worst=[_worst_group(shown, family, baselines, metric, min_users) for family in families],
         beaten=_beaten(shown, baselines),
         is_hidden=len(shown) < len(found),
@@ -103,9 +114,9 @@ def model_card(
             if name in found and found[name].users < SMALL_GROUP
         ],
         small_group=SMALL_GROUP,
-        period=[with_date(split[key]) for key in ("first_time", "last_time")],
+        period=[with_date(split[key]) for key in _PERIOD],
         families=[slices.family_label(family) for family in families],
-        popularity=_popularity(folder, summary["recommended" + suffix]),
+        popularity=_popularity(tested, of_test["recommended" + suffix]),
         settings=_settings_table(config),
     )
 

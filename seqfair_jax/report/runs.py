@@ -12,6 +12,7 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
 from seqfair_jax.evaluation.metrics import parse_metric
 from seqfair_jax.report.names import baseline_name, of_summary, setting_text
+from seqfair_jax.training.refit import require_test
 from seqfair_jax.training.selection import RULES, is_result
 
 _log = logging.getLogger(__name__)
@@ -67,8 +68,9 @@ def short_names(runs: Sequence[FinishedRun]) -> dict[str, list[str]]:
 def stored_baseline(runs: Sequence[FinishedRun]) -> str | None:
     """The row that `seqfair evaluate` tested the others against (`evaluation.baseline`).
 
-    It is the row of its `--baseline`. Without that flag it is the run, but only if all rows are of
-    `seqfair evaluate`: beside other runs, the usual rule chooses. None if folders name several.
+    It is the row of its `--baseline`, or the only one of `--with`. Without these it is the run, but
+    only if all rows are of `seqfair evaluate`: beside other runs, the usual rule chooses. None if
+    folders name several.
     """
     judged = [run.summary.get("evaluation", {}) for run in runs]
     named = {of["baseline"] for of in judged if of.get("baseline") is not None}
@@ -97,13 +99,17 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     This checks all files of the runs, so the result is passed on.
 
     Raises:
-        UserError: if a folder is not finished or is damaged, or two runs differ in nothing.
+        UserError: if a folder is not finished, is damaged or has a refit, which has no test; or if
+            two runs differ in nothing.
     """
     named: dict[Path, list[Path]] = {}  # a grid and one of its runs may both be
     for folder in folders:
         for part in workdir.finished_folders(folder.resolve()):
             named.setdefault(part, []).append(folder)
-    summaries = _without_copies({part: workdir.read_summary(part) for part in named})
+    read = {part: workdir.read_summary(part) for part in named}
+    for part, summary in read.items():
+        require_test(named[part][0], summary)
+    summaries = _without_copies(read)
     found = []
     # A run of an earlier version lacks settings. It trained as their defaults say.
     defaults = dict(flatten(workdir.jsonable(default_config().to_dict())))
@@ -314,12 +320,12 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def finished_only(folders: Sequence[Path]) -> list[Path]:
-    """The folders whose runs have finished; a warning names each of the others.
+    """The folders whose runs have finished with a test; a warning names each of the others.
 
     Files are left out too, so a pattern may match them.
 
     Raises:
-        UserError: if a folder does not exist, or none has finished.
+        UserError: if a folder does not exist, none has finished, or there are only refits.
     """
     finished = [folder for folder in folders if workdir.is_finished(folder)]
     for folder in folders:
@@ -332,7 +338,17 @@ def finished_only(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if folder not in finished:
             _log.warning("%s is left out: it has no finished run", slices.printable(str(folder)))
-    return finished
+    tested = [folder for folder in finished if "refit" not in workdir.read_summary(folder)]
+    if not tested:
+        require_test(finished[0], workdir.read_summary(finished[0]))
+    for folder in finished:
+        if folder not in tested:
+            judged = workdir.read_summary(folder)["refit"]["folder"]
+            _log.warning(
+                "%s is left out: it was trained on all rows and has no test, unlike %s",
+                *map(slices.printable, (str(folder), judged)),
+            )
+    return tested
 
 
 def min_users(runs: Sequence[FinishedRun]) -> int:

@@ -19,6 +19,7 @@ from seqfair_jax import workdir
 from seqfair_jax.data.split import Dataset, Targets, csr_offsets, first_rows
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.mixture import Neighbours
+from seqfair_jax.training.refit import require_test
 
 
 class Histories(NamedTuple):
@@ -50,8 +51,14 @@ def whole_histories(dataset: Dataset) -> Histories:
     return Histories(items, csr_offsets(earlier + later))
 
 
-def histories_before_test(dataset: Dataset) -> tuple[np.ndarray, Histories]:
-    """The ids of the tested users, and their histories before the test."""
+def histories_before_test(folder: Path) -> tuple[np.ndarray, Histories]:
+    """The ids of the tested users of a finished run, and their histories before the test.
+
+    Raises:
+        UserError: if the run is a refit, which has no test; and as `read_dataset`.
+    """
+    require_test(folder, workdir.read_summary(folder))
+    dataset = read_dataset(folder)
     users = dataset.test.users
     histories = Histories(dataset.items, dataset.offsets)
     return dataset.user_ids[users], histories.select(users)

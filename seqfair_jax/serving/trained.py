@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from seqfair_jax import devices, workdir
+from seqfair_jax.config.refit import check_refit, refit_settings
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.mixture import Neighbours, pad_neighbours
 from seqfair_jax.model.packing import BLOCK, Packed
@@ -20,7 +21,8 @@ from seqfair_jax.model.sasrec import SASRec, is_table, param_specs
 from seqfair_jax.serving import catalogue
 from seqfair_jax.serving.catalogue import Histories
 from seqfair_jax.training import checkpoint, selection
-from seqfair_jax.training.warm_start import Source
+from seqfair_jax.training.refit import Judged, check_rule, require_test
+from seqfair_jax.training.warm_start import Source, parameters_hash
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +41,12 @@ class TrainedModel:
     mesh: Mesh | None = None  # the devices that have the parameters; one if None
     neighbours: Neighbours | None = None  # of a model with neighbours, on the devices
 
+    def described(self, rule: str) -> str:
+        """The run and its epoch, for a message; `rule` is that of `load`."""
+        if self.config.get("train", {}).get("refit"):
+            return f"run {self.run}, trained on all rows"
+        return f"run {self.run}, best epoch by {rule}"
+
 
 def load(
     directory: str | Path,
@@ -54,7 +62,8 @@ def load(
         directory: the work directory of a run, or of a grid of runs.
         run: the name of a run of the grid; None for the one that validation selected: the first
             seed of the best hyperparameters.
-        rule: which epoch to load: the one that was best "overall", or for the "worst_group".
+        rule: which epoch to load: the one that was best "overall", or for the "worst_group". A
+            refit has one epoch, which "overall" loads.
         mesh: the devices that share the users and the catalogue of `recommend`; one if None. They
             need not be those of the training.
         on_host: leave the parameters on the host, as numpy arrays, and not on a device. The model
@@ -64,11 +73,10 @@ def load(
         UserError: if the run has not finished or failed, if its files are missing or changed, or
             if there is no such run or rule.
     """
-    if rule not in selection.RULES:
-        raise UserError(f"rule is {rule!r}: expected {' or '.join(selection.RULES)}")
     folder = run_folder(workdir.user_path(directory), run)
     summary = workdir.read_summary(folder)
-    if not selection.is_result(summary, rule):
+    check_rule(folder, summary, rule)
+    if not selection.has_parameters(summary, rule):
         raise UserError(
             f"{folder}: run {summary['run']} {summary['status']}, so it has no parameters to load; "
             "name another run"
@@ -142,6 +150,60 @@ def load_source(directory: str) -> Source:
         model=trained.config.model.to_dict(),
         params=trained.params,
         dataset=dataset,
+    )
+
+
+def judged_settings(directory: str | Path, *, run: str | None = None, rule: str) -> ConfigDict:
+    """The settings of the refit of a finished run (`config.refit`).
+
+    Args:
+        directory: the work directory of a run, or of a grid of runs.
+        run: as for `load`.
+        rule: which of the run's epochs is trained again: the best "overall", or for the
+            "worst_group".
+
+    Raises:
+        UserError: as `load`, or if the run is a refit itself.
+    """
+    folder = run_folder(workdir.user_path(directory), run)
+    summary = workdir.read_summary(folder)
+    require_test(folder, summary)
+    check_rule(folder, summary, rule)
+    if not selection.is_result(summary, rule):
+        raise UserError(
+            f"{folder}: run {summary['run']} {summary['status']}, so no epoch was chosen; name "
+            "another run"
+        )
+    saved = workdir.read_json(folder / workdir.CONFIG) or {}
+    epoch = summary["best" + selection.RULES[rule].suffix]["epoch"]
+    return refit_settings(saved, folder=str(folder), rule=rule, epoch=epoch)
+
+
+def load_judged(config: ConfigDict) -> Judged:
+    """Load the run that a config trains again.
+
+    Args:
+        config: resolved, with `train.refit`.
+
+    Raises:
+        UserError: naming `train.refit`, as `judged_settings`; or if settings differ from the run's.
+    """
+    name, rule = config.train.refit, config.train.refit_rule
+    try:
+        settings = judged_settings(name, rule=rule)
+        trained = load(name, rule=rule, on_host=True)
+    except UserError as error:
+        raise UserError(f"train.refit is {name}, which cannot be used: {error}") from None
+    check_refit(settings, config)
+    return Judged(
+        folder=name,
+        run=trained.run,
+        rule=rule,
+        epoch=config.train.epochs,
+        parameters=parameters_hash(trained.params),
+        mixture=trained.params["params"].get("mixture"),
+        item_ids=trained.item_ids,
+        dataset=workdir.read_summary(trained.folder)["dataset"],
     )
 
 

@@ -60,6 +60,11 @@ class Experiment:
         return [run.name for run in self.runs]
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there are validation and test rows; a refit (`training.refit`) has none."""
+        return not self.config.train.refit
+
+    @property
     def num_groups(self) -> int:
         """Groups of the objective's family."""
         return len(self.loss_family.groups)
@@ -122,7 +127,7 @@ def build_experiment(config: ConfigDict) -> Experiment:
         )
     several = jax.process_count() > 1
     with devices.first_process_first("prepare the log"):
-        dataset = load_dataset(config.data, mapped=several)
+        dataset = load_dataset(config.data, hold_out=not config.train.refit, mapped=several)
     devices.require_equal(bytes.fromhex(dataset.log_hash), "logs")
     check_batch_size(config.train.batch_size, len(dataset.user_ids))
     families, loss_family = _build_families(config, dataset)
@@ -191,7 +196,8 @@ def _build_families(config: ConfigDict, dataset: Dataset) -> tuple[list[GroupFam
     if objectives.find(name).needs_groups:
         others = [known for known, other in objectives.METHODS.items() if not other.needs_groups]
         require_partition(loss_family, name, dataset.user_ids, others=others)
-    judged_groups(loss_family.select(dataset.valid.users), min_users=config.select.min_users)
+    if not config.train.refit:
+        judged_groups(loss_family.select(dataset.valid.users), min_users=config.select.min_users)
     return [by_name[name] for name in config.groups], loss_family
 
 

@@ -27,7 +27,7 @@ from seqfair_jax.training.metrics_log import MetricsLog
 from seqfair_jax.training.progress import ProgressBar, Snapshot
 from seqfair_jax.training.resume import Saver
 from seqfair_jax.training.segments import Segments
-from seqfair_jax.training.selection import RULES, close_epoch
+from seqfair_jax.training.selection import RULES, close_epoch, keep_newest
 from seqfair_jax.training.signals import catch_signals
 from seqfair_jax.training.step import (
     TrainState,
@@ -47,7 +47,7 @@ def fit(
     snapshot: Snapshot,
     after_epoch: Callable[[Snapshot], bool] | None = None,
 ) -> Snapshot:
-    """Train all runs to the last epoch.
+    """Train all runs to the last epoch. A refit has no validation, and keeps the last epoch.
 
     Writes checkpoints, metrics and `env.json` to the folder. After the first SIGINT or SIGTERM
     the current segment is finished and a checkpoint is saved.
@@ -72,7 +72,8 @@ def fit(
         vmap=experiment.vmap,
         mesh=experiment.mesh,
     )
-    segments, validate = Segments(experiment), make_validation(experiment)
+    segments = Segments(experiment)
+    validate = make_validation(experiment) if experiment.holds_out else None
     saver = Saver(folder, snapshot, minutes=config.train.checkpoint_minutes)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(contextlib.closing(ProgressBar(config, snapshot)))
@@ -102,8 +103,13 @@ def fit(
             snapshot = _train_epoch(experiment, snapshot, batches, segments, between_segments)
             if not _any_training(snapshot.states):
                 break  # the last run failed in the middle of the epoch
-            snapshot = _fit_mixtures(experiment, snapshot)
-            snapshot, scores = _validate(experiment, snapshot, validate)
+            if validate is None:
+                # A refit has the weights of the judged run's mixture from its first step on.
+                training = to_host(is_training(snapshot.states))
+                scores: list[Scores | None] = [{} if trains else None for trains in training]
+            else:
+                snapshot = _fit_mixtures(experiment, snapshot)
+                snapshot, scores = _validate(experiment, snapshot, validate)
             for r, score in enumerate(scores):
                 if score is not None:
                     row = _epoch_row(experiment, snapshot.states, r, score)
@@ -244,7 +250,10 @@ def _validate(
 def _close_epoch(
     experiment: Experiment, snapshot: Snapshot, scores: list[Scores | None]
 ) -> Snapshot:
-    """Keep the parameters of the runs that improved, and stop those that no longer do."""
+    """Keep the parameters of the runs that improved, and stop those that no longer do.
+
+    Of a refit, whose scores are empty, the newest epoch is kept.
+    """
     states, best, progress = snapshot
     config, epoch = experiment.config, progress.epoch + 1
     family = experiment.loss_family.select(experiment.dataset.valid.users)
@@ -253,16 +262,19 @@ def _close_epoch(
     for r, score in enumerate(scores):
         if score is None:
             continue
-        slices = score[config.select.metric]
-        worst = worst_group(slices, family, min_users=config.select.min_users)
-        choice = close_epoch(
-            records[r],
-            epoch,
-            score,
-            metric=config.select.metric,
-            worst_group=worst,
-            patience=config.train.early_stop_epochs,
-        )
+        if not score:
+            choice = keep_newest(records[r], epoch)
+        else:
+            slices = score[config.select.metric]
+            worst = worst_group(slices, family, min_users=config.select.min_users)
+            choice = close_epoch(
+                records[r],
+                epoch,
+                score,
+                metric=config.select.metric,
+                worst_group=worst,
+                patience=config.train.early_stop_epochs,
+            )
         records[r] = choice.best
         for name in RULES:
             improved[name][r] = choice.improved[name]

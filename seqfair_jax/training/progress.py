@@ -29,6 +29,7 @@ class Progress:
     timed_targets: int = 0  # of all runs in the seconds below; compilation counts in neither
     seconds: float = 0.0
     init_from: dict[str, Any] | None = None  # the run that it started from: `warm_start`
+    refit: dict[str, Any] | None = None  # the run that it trains again: `training.refit`
     scored_by: str = ""  # a hash of the groups and cut-offs of all scores in `best`
 
 
@@ -100,7 +101,8 @@ class ProgressBar:
         """Show the best validation figures so far, of the best run."""
         for name, rule in RULES.items():
             records = [best[name] for best in snapshot.progress.best]
-            scores = [record[name] for record in records if record is not None]
+            # A refit has no scores.
+            scores = [record[name] for record in records if record is not None and name in record]
             if scores:
                 key = f"val {self._metric} {rule.short}"
                 self._notes[key] = f"{max(scores):.4f}"

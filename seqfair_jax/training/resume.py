@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from seqfair_jax import devices, workdir
 from seqfair_jax.errors import UserError
 from seqfair_jax.model.sasrec import is_table
-from seqfair_jax.training import checkpoint
+from seqfair_jax.training import checkpoint, refit
 from seqfair_jax.training.experiment import Experiment
 from seqfair_jax.training.progress import Progress, Snapshot
 from seqfair_jax.training.selection import RULES, without_scores
@@ -24,7 +24,12 @@ from seqfair_jax.training.warm_start import Source, warm_start, warn_of_trained_
 _log = logging.getLogger(__name__)
 
 
-def restore(experiment: Experiment, folder: Path, source: Source | None = None) -> Snapshot:
+def restore(
+    experiment: Experiment,
+    folder: Path,
+    source: Source | None = None,
+    judged: refit.Judged | None = None,
+) -> Snapshot:
     """The newest checkpoint in the run's folder, or the state before the first step.
 
     Args:
@@ -32,11 +37,13 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
         folder: the work directory.
         source: the finished run to start from; None for random parameters. A checkpoint has all
             that is needed of it, so with one it is not read.
+        judged: the finished run that is trained again on all rows; None for any other training.
+            As `source`, it is not read with a checkpoint.
 
     Raises:
         UserError: if the checkpoint has another shape, log or groups, or more epochs than the
-            config asks for; if none is whole; if a finished run has none; or if `source` has
-            other ids.
+            config asks for; if none is whole; if a finished run has none; or if `source` or
+            `judged` has other ids.
     """
     mesh = experiment.mesh
     stored = checkpoint.latest_progress(folder / workdir.LATEST_CHECKPOINT)
@@ -49,11 +56,17 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
         mesh=mesh,
         item_counts=experiment.dataset.item_counts,
     )
-    init_from = None
-    if source is not None and not devices.of_first(int(stored is not None)):
+    init_from = of_judged = None
+    is_new = not devices.of_first(int(stored is not None))
+    if source is not None and is_new:
         params, init_from = warm_start(source, experiment.dataset, states.params, mesh)
         warn_of_trained_targets(init_from, experiment.dataset)
         states = with_params(experiment.task, states, params, mesh)
+    if judged is not None and is_new:
+        of_judged = refit.record(judged, experiment.dataset)
+        if judged.mixture is not None:
+            params = refit.with_mixture(states.params, judged.mixture, mesh)
+            states = with_params(experiment.task, states, params, mesh)
     # Copies, since a segment donates the states' buffers.
     best = {name: jax.tree.map(jnp.copy, states.params) for name in RULES}
     found = checkpoint.load_latest(
@@ -71,6 +84,7 @@ def restore(experiment: Experiment, folder: Path, source: Source | None = None) 
             stopped=[None] * len(experiment.runs),
             targets=[0] * len(experiment.runs),
             init_from=init_from,
+            refit=of_judged,
             scored_by=_scored_by(experiment),
         )
         return Snapshot(states, best, progress)

@@ -87,6 +87,17 @@ def close_epoch(
     return Choice(record, improved, 0 < patience <= epoch - newest["epoch"])
 
 
+def keep_newest(best: Best, epoch: int) -> Choice:
+    """The end of an epoch of a refit, which has no scores: the newest epoch replaces the last.
+
+    Args:
+        best: before this epoch.
+        epoch: from 1.
+    """
+    improved = {name: name == "overall" for name in RULES}
+    return Choice(best | {"overall": {"epoch": epoch, VAL: None}}, improved, stops=False)
+
+
 def without_scores(best: Best) -> Best:
     """A run's best epochs without their scores by group, which then have to be validated again."""
     return {rule: record and {**record, VAL: None} for rule, record in best.items()}
@@ -95,6 +106,11 @@ def without_scores(best: Best) -> Best:
 def status(failed_step: int) -> str:
     """The status of a run in `summary.json`, from its first step that was not finite, or -1."""
     return FINISHED if failed_step < 0 else f"failed at step {failed_step}"
+
+
+def has_parameters(summary: Mapping[str, Any], rule: str = "overall") -> bool:
+    """Whether a run has parameters of the epoch that a rule chose; of a refit, of its last."""
+    return summary["status"] == FINISHED and "best" + RULES[rule].suffix in summary
 
 
 def is_result(summary: Mapping[str, Any], rule: str = "overall") -> bool:

@@ -160,7 +160,8 @@ def average_params(task: Task, average: Any, params: Any, step: jax.Array) -> An
         average <- d average + (1 - d) params,    d = min(decay, (1 + t) / (10 + t))
 
     The smaller d of the first steps lets the initial parameters fade sooner. (Polyak and Juditsky
-    1992; the d of the first steps is that of TensorFlow's ExponentialMovingAverage.)
+    1992; the d of the first steps is that of TensorFlow's ExponentialMovingAverage.) The weights of
+    a mixture stay, without the rounding of the sum.
 
     Args:
         task: its `average_decay` is the decay.
@@ -171,7 +172,7 @@ def average_params(task: Task, average: Any, params: Any, step: jax.Array) -> An
     if not task.average_decay:
         return ()
     decay = jnp.minimum(task.average_decay, (1 + step) / (10 + step))
-    return optax.incremental_update(params, average, 1 - decay)
+    return _keep_mixture(optax.incremental_update(params, average, 1 - decay), average)
 
 
 def judged_params(states: TrainState) -> Any:
