@@ -276,12 +276,14 @@ class Model:
         exclude: Any = None,
         only: Any = None,
         before_test: bool = False,
+        all_users: bool = False,
+        log: str | Path | None = None,
         batch_size: int | None = None,
     ) -> pd.DataFrame:
         """The k best items of each user, as `seqfair recommend` gives them.
 
         Args:
-            users: None for all users of the log, by their whole history. Or some of them: their
+            users: None for all users of the run, by their whole history. Or some of them: their
                 ids, or a table with a column `user_id`. Or histories, of new users too:
                 {user: [item, ...]} oldest item first, or a table `user_id, item_id[, timestamp]`.
             k: items for each user.
@@ -291,14 +293,19 @@ class Model:
             only: the only items to recommend, likewise.
             before_test: recommend to the tested users, from their histories before the test: lists
                 that `evaluate_recommendations` can judge. Without it a list knows the test.
+            all_users: recommend to every user of the log that the model was trained on, also to
+                those whom the filter or the split left out, by all their rows of known items. The
+                log is read again.
+            log: the path of that log for `all_users`, if it has moved.
             batch_size: users scored at once; None as evaluated.
 
         Returns:
             Columns `user_id`, `item_id`, `score` and `rank`, a user's rows together from rank 1.
 
         Raises:
-            UserError: if `users` names a user who is not in the log, or if `users` and
-                `before_test` are both given; or on `before_test` of a refit, which has no test.
+            UserError: if `users` names a user who is not in the run; if two of `users`,
+                `before_test` and `all_users` are given; on `before_test` of a refit, which has no
+                test; if the log is not the one of the training.
                 Unknown items of histories are left out with a warning.
         """
         trained = self._trained
@@ -307,13 +314,23 @@ class Model:
             is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if value is not None and not (is_number and value >= 1):
                 raise UserError(f"{name} is {value!r}: expected a whole number, 1 or more")
-        if before_test and users is not None:
-            raise UserError("users and before_test are both given; give one of them")
-        user_ids, histories = (
-            catalogue.histories_before_test(trained.folder)
-            if before_test
-            else self._histories(users)
-        )
+        who = {"users": users is not None, "before_test": before_test, "all_users": all_users}
+        given = [name for name, is_given in who.items() if is_given]
+        if len(given) > 1:
+            raise UserError(f"{given[0]} and {given[1]} are both given; give one of them")
+        if log is not None and not all_users:
+            raise UserError("log is given, but only all_users=True reads it; give both")
+        if log is not None and not workdir.is_path(log):
+            raise UserError(f"log is a {type(log).__name__}: expected the path of the run's log")
+        if before_test:
+            user_ids, histories = catalogue.histories_before_test(trained.folder)
+        elif all_users:
+            data, path = trained.config.data, None if log is None else os.fsdecode(log)
+            user_ids, histories = tables.histories_of_log(
+                trained.folder, data, trained.item_ids, path=path
+            )
+        else:
+            user_ids, histories = self._histories(users)
         candidates = tables.read_candidates(
             _items(only, "only"),
             _items(exclude, "exclude"),

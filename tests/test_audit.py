@@ -204,6 +204,7 @@ def test_a_new_group_file_takes_the_place_of_the_run_s_own_groups(finished, tmp_
     with caplog.at_level("INFO", "seqfair_jax"):
         found = source.from_run(folder, None, source.Choice(names[:-1], str(new))).families
     assert "no result shows these families of the group file: plan" in caplog.text
+    assert caplog.text.count("the group file has a row for ") == 1
     assert found[0].groups == ("1000-1019", "1020-1039")
     for family in found[1:3]:
         assert any("10" in group for group in family.groups)

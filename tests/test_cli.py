@@ -73,13 +73,14 @@ def refused(capsys, function, *args, status=1):
 
 
 @pytest.mark.parametrize(
-    "given", ["age:4,R%26D&pop33", "'age:4,R%26D&pop33'", "('age:4', 'R%26D&pop33')"]
+    "given",
+    ["age:-1..4.5,R%26D&pop33", "'age:-1..4.5,R%26D&pop33'", "('age:-1..4.5', 'R%26D&pop33')"],
 )
 def test_lists_of_text_are_taken_as_written(call, config_file, given):
     flags = (f"--config.groups={given}", "--config.data.events=1,add to cart")
     config, *_ = call("train", *flags, config=str(config_file))
     resolved = resolve(config)
-    assert resolved.groups == ("age:4", "R%26D&pop33")
+    assert resolved.groups == ("age:-1..4.5", "R%26D&pop33")
     assert resolved.data.events == ("1", "add to cart")
 
 

@@ -338,6 +338,53 @@ def test_families_that_nothing_uses_are_found(tmp_path):
     assert groups.unused_families(own, used) == ["country"]
 
 
+@pytest.mark.parametrize(
+    ("users", "of_file", "level", "message"),
+    [
+        (
+            ["a", "b"],
+            ["b", "a", "a"],
+            "INFO",
+            "the group file has a row for 2 of the 2 users",
+        ),
+        (
+            ["a", "b", "c"],
+            ["b", "ghost"],
+            "INFO",
+            "the group file has a row for 1 of the 3 users; 2 users have none, such as 'a'; it has "
+            "1 other user, such as 'ghost' (not in the log, or left out by the filter)",
+        ),
+        (
+            ["00084", "00085", "007", "x"],
+            ["84", "85", "007", "y", "0"],
+            "WARNING",
+            "the group file has a row for 1 of the 4 users; 3 users have none, such as '00084'; it "
+            "has 4 other users, such as '84' (not in the log, or left out by the filter). Without "
+            "leading zeros 2 of these would match, such as '84' and '00084' of the log: write the "
+            "ids as the log does",
+        ),
+        (
+            [84, 85],
+            ["y", "0085", "085"],
+            "WARNING",
+            "the group file has a row for 0 of the 2 users; 2 users have none, such as '84'; it "
+            "has 3 other users, such as 'y' (not in the log, or left out by the filter). Without "
+            "leading zeros 2 of these would match, such as '0085' and '85' of the log: write the "
+            "ids as the log does",
+        ),
+    ],
+    ids=["all", "some", "text", "integers"],
+)
+def test_how_many_users_of_a_group_file_match(users, of_file, level, message, caplog):
+    dataset = split(log(*[[1, 2, 3]] * len(users), users=users))
+    own = table(*((user, "plan", None) for user in of_file))
+    with caplog.at_level(logging.INFO, "seqfair_jax"):
+        groups.say_matches(dataset, own)
+    [record] = caplog.records
+    assert record.levelname == level
+    assert record.getMessage() == message
+
+
 # --- Users without a value ---
 
 
@@ -461,6 +508,64 @@ def test_users_without_a_number():
     assert family.labels().tolist() == ["1-3", None, "1-3", "4", None]
 
 
+FORMS = {"whole": "{:.0f}", "decimal": "{:.2f}", "exponent": "{:.3e}"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("borders", ["0..1..2", "-2.5..-0.50..0.25", "-1..", "1.005..7..7.01..90"])
+def test_fixed_borders_match_loops(form, borders):
+    rng = np.random.default_rng(5)
+    points = [float(part) for part in borders.split("..") if part]
+    values = [FORMS[form].format(x) for x in [*points, *rng.normal(scale=3, size=40)]]
+    dataset, own = ages(*values)
+    family = build_family(dataset, f"age:{borders}", group_table=own)
+    assert family.name == f"age:{borders}"
+    ends = [-np.inf, *points, np.inf]
+    assert len(family.groups) == len(ends) - 1
+    for user, value in enumerate(values):
+        expected = [low <= float(value) < high for low, high in itertools.pairwise(ends)]
+        assert family.membership[user].tolist() == expected
+
+
+def test_the_groups_of_fixed_borders_do_not_depend_on_the_log(caplog):
+    names = ("below 18", "18 to below 24.5", "24.5 to below 65", "65 and above")
+    for values, expected in (
+        (("18", "17.99", "24.5", "65", "24.49"), [1, 0, 2, 3, 1]),
+        (("70", "3", "65.0"), [3, 0, 3]),
+    ):
+        dataset, own = ages(*values)
+        with caplog.at_level(logging.INFO, "seqfair_jax"):
+            family = build_family(dataset, "age:18..24.5..65", group_table=own)
+        assert family.groups == names
+        assert family.labels().tolist() == [names[group] for group in expected]
+        assert family.membership.sum(axis=1).tolist() == [1] * len(values)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "family age:18..24.5..65: no user of the log is in 18 to below 24.5, 24.5 to below 65"
+    )
+    assert build_family(dataset, "age:-5..", group_table=own).groups == ("below -5", "-5 and above")
+
+
+def test_fixed_borders_and_users_without_a_number():
+    dataset, own = ages("1", None, "3")
+    family = build_family(dataset, "age:2..", group_table=own)
+    assert family.groups == ("below 2", "2 and above", "unknown")
+    assert family.labels().tolist() == ["below 2", "unknown", "2 and above"]
+    family = build_family(dataset, "age:2..", group_table=own, missing_group="leave_out")
+    assert family.labels().tolist() == ["below 2", None, "2 and above"]
+
+
+def test_fixed_borders_in_expressions():
+    dataset, own = ages("1", "2", "3", "4", name="a:g")
+    name = "a%3Ag:-1..2.5*seq33&a%3Ag:0.."
+    union = build_family(dataset, name, group_table=own)
+    assert union.name == name
+    assert [part.name for part in union.parts] == name.split("&")
+    assert union.groups[0] == "a%3Ag:-1..2.5*seq33:below -1*short"
+    assert union.groups[-1] == "a%3Ag:0..:0 and above"
+    assert groups.unused_families(own, [name]) == []
+
+
 def test_labels_of_ranges():
     dataset, own = ages("-5", "-1", "0.25", "1e3")
     assert build_family(dataset, "age:2", group_table=own).groups == ("-5 to -1", "0.25-1000")
@@ -491,6 +596,18 @@ def test_the_place_of_numbers_in_the_grammar():
         (["1,5", "2,5"], "age:2", "is '1,5', the first of 2 such rows; .* a point in place of the"),
         (["1", "inf"], "age:2", "'age' of user 1 is 'inf'"),
         (["1", "2"], "age:1", "expected age:N with N groups, 2 to 9999"),
+        (["1", "2"], "age:1-2", "or fixed borders: age:18..25..65, or a single one, age:18..$"),
+        (["1", "M"], "age:0..2", "'age:0..2': 'age' of user 1 is 'M'; expected finite numbers"),
+        (["a", "b"], "age:x..2", "'age:x..2': the border 'x' is no number; expected numbers such"),
+        (["1", "2"], "age:1..2..", "the border '' is no number"),
+        (["1", "2"], "age:..2", "the border '' is no number"),
+        (["1", "2"], "age:..", "the border '' is no number"),
+        (["1", "2"], "age:1..inf", "the border 'inf' is no number"),
+        (["1", "2"], f"age:1..{'9' * 400}", "the border '9+' is no number"),
+        (["1", "2"], "age:1...5", "the border '.5' is no number"),
+        (["1", "2"], "age:1..3..2", "the border 2 is below the one before, 3; give each border on"),
+        (["1", "2"], "age:1..1.0", "the border 1.0 equals the one before, 1;"),
+        (["1", "2"], "seq33:2..3", "seq33 has groups; only a file's numbers are cut"),
         (["1", "2"], "age:x", "expected age:N with N groups"),
         (["1", "2"], "age:", "expected age:N with N groups"),
         (["1", "2"], "seq33:2", "seq33 has groups; only a file's numbers are cut"),

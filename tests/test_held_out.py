@@ -200,12 +200,17 @@ def test_what_is_said_of_a_split():
         "1 user validates, and 2 users are tested.",
         "2 in the validation and 3 in the test",
         "1 user has no training row, so this user is not judged, and 2 items have none",
+        "1 of the 3 users of the log has no figure in the test, because of the filter or the",
         "1 of the 3 test targets is an item that the model does not know. It counts as a miss.",
         "2 of the 5 targets have the same time as the user's row before.",
     ]:
         assert sentence in said
-    known = dataset.split | {"unknown_test_targets": 0}
-    assert "The model knows the items of all test targets." in describe_split(known)
+    known = dataset.split | {"unknown_test_targets": 0, "log_users": 2}
+    said = describe_split(known)
+    assert "The model knows the items of all test targets." in said
+    assert "no figure" not in "\n".join(said)
+    del known["log_users"]  # of an earlier version
+    assert describe_split(known) == said
 
 
 # --- Nothing leaks ---

@@ -7,12 +7,14 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from test_serving import ODD_USERS, lists_of, make_run
+from test_serving import ODD_USERS, lists_of, make_config, make_log, make_run
 
-from seqfair_jax import __main__, api, audit, serving
+from seqfair_jax import __main__, api, audit, serving, workdir
 from seqfair_jax.commands import recommend
+from seqfair_jax.data.cache import load_dataset, log_hashes
 from seqfair_jax.errors import UserError
-from seqfair_jax.serving import tables
+from seqfair_jax.run import run
+from seqfair_jax.serving import catalogue, tables
 from seqfair_jax.serving.output import write_lists
 from seqfair_jax.serving.recommender import Lists
 
@@ -109,8 +111,8 @@ def test_users_without_training_rows_are_counted(call, monkeypatch, capsys):
     monkeypatch.setattr(recommend.workdir, "read_summary", with_dropped)
     call()
     assert (
-        "1,234 other users of the log get no list, since the run has no training rows of them; to "
-        "recommend to them, give their rows as --histories"
+        "1,234 other users of the log get no list, since the run has no training rows of them; "
+        "--all_users reads the log again and gives them lists too"
     ) in capsys.readouterr().err
 
 
@@ -202,6 +204,218 @@ def test_histories_of_new_users(call, trained, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "2 rows have items that are not items of the run" in err
     assert "1 users have no known item; they get the list of a user without items" in err
+
+
+# All users of the log.
+
+SPARSE = [
+    ("once", "i1", 5.5),
+    ("twice", "i2", 9),
+    ("twice", "i1", 7),
+    ("unheard of", "of nobody", 8_000),
+    ("the newest", "i3", 10_001),
+    ("the newest", "i4", 10_000),
+]
+
+
+def log_with_sparse_users(integers=False):
+    """`make_log`, and users whom each filter or split leaves out."""
+    log = make_log(integers).assign(timestamp=lambda rows: rows["timestamp"] * 7919 % 400)
+    if integers:
+        places = {"once": 70, "twice": 71, "unheard of": 72, "the newest": 73, "of nobody": 999}
+        rows = [(places[user], places.get(item, 1), time) for user, item, time in SPARSE]
+    else:
+        rows = SPARSE
+    return pd.concat([log, pd.DataFrame(rows, columns=log.columns)], ignore_index=True)
+
+
+def finished(folder, config):
+    """A folder with what a finished run says of its log."""
+    workdir.create(folder)
+    workdir.finish(folder, log_hashes(config.data))
+    return folder
+
+
+def by_hand(log, known):
+    """Each user's known items, oldest first."""
+    found = {user: [] for user in log["user_id"]}
+    for row in log.sort_values("timestamp", kind="stable").itertuples():
+        if row.item_id in known:
+            found[row.user_id].append(row.item_id)
+    return found
+
+
+def as_lists(ids, histories, item_ids):
+    parts = np.split(item_ids[histories.items], histories.offsets[1:-1])
+    return dict(zip(ids.tolist(), map(list, parts), strict=True))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"data.min_interactions": 3},
+        {"data.split": "time", "data.min_interactions": 2},
+        {"data.split": "time", "data.targets": "every", "data.until": "9000"},
+    ],
+    ids=["leave_one_out", "first_later_event", "every_later_event"],
+)
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "text"])
+def test_the_histories_of_all_users_match_loops(split, integers, tmp_path, caplog):
+    log = log_with_sparse_users(integers)
+    log.to_csv(tmp_path / "log.csv", index=False)
+    config = make_config(tmp_path / "log.csv", **{"data.cache_dir": ""} | split)
+    dataset = load_dataset(config.data)
+    read = log[log["timestamp"] < float(split.get("data.until", "inf"))]
+    folder = finished(tmp_path / "run", config)
+    ids, histories = tables.histories_of_log(folder, config.data, dataset.item_ids)
+    found = as_lists(ids, histories, dataset.item_ids)
+    assert found == by_hand(read, set(dataset.item_ids.tolist()))
+    assert set(found) == set(read["user_id"]) > set(dataset.user_ids.tolist())
+    assert [*map(type, found)] == [int if integers else str] * len(found)
+    stored = as_lists(dataset.user_ids, catalogue.whole_histories(dataset), dataset.item_ids)
+    assert {user: found[user] for user in stored} == stored
+    empty = sum(not items for items in found.values())
+    assert empty
+    assert f"all_users: {empty} users have no known item; they get the list of a user" in (
+        caplog.text
+    )
+
+
+def test_the_histories_of_a_split_by_files_are_in_the_order_of_the_files(tmp_path):
+    parts = {
+        "train": [("a", "x", 9), ("a", "y", 8), ("b", "x", 1), ("c", "x", 1), ("c", "y", 2)],
+        "valid": [("a", "x", 3), ("new", "y", 1), ("c", "x", 3)],
+        "test": [("a", "y", 1), ("c", "y", 5), ("new", "x", 0), ("new", "z", 7)],
+    }
+    for name, rows in parts.items():
+        frame = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+    paths = {f"data.{name}_path": str(tmp_path / f"{name}.csv") for name in ("valid", "test")}
+    settings = {"data.split": "files", "data.cache_dir": ""} | paths
+    config = make_config(tmp_path / "train.csv", **settings)
+    dataset = load_dataset(config.data)
+    folder = finished(tmp_path / "run", config)
+    ids, histories = tables.histories_of_log(folder, config.data, dataset.item_ids)
+    expected = {"a": list("yxxy"), "b": ["x"], "c": list("xyxy"), "new": list("yx")}
+    assert as_lists(ids, histories, dataset.item_ids) == expected
+    with pytest.raises(UserError, match=r"--log=x.csv: .* has three logs .*config\.json says"):
+        tables.histories_of_log(folder, config.data, dataset.item_ids, path="x.csv")
+    (tmp_path / "valid.csv").write_text("user_id,item_id,timestamp\na,x,1\n")
+    with pytest.raises(UserError, match=r"valid\.csv is not the file that .*bytes differ; to rec"):
+        tables.histories_of_log(folder, config.data, dataset.item_ids)
+    (tmp_path / "test.csv").unlink()
+    with pytest.raises(UserError, match=r"data\.test_path=.*no such file; it would be [^;]*$"):
+        tables.histories_of_log(folder, config.data, dataset.item_ids)
+
+
+def test_a_drawn_log_has_no_other_place(tmp_path):
+    config = make_config(None, **{"data.name": "synthetic"})
+    dataset = load_dataset(config.data)
+    folder = finished(tmp_path / "run", config)
+    ids, histories = tables.histories_of_log(folder, config.data, dataset.item_ids)
+    stored = as_lists(dataset.user_ids, catalogue.whole_histories(dataset), dataset.item_ids)
+    found = as_lists(ids, histories, dataset.item_ids)
+    assert {user: found[user] for user in stored} == stored
+    with pytest.raises(
+        UserError, match=r"--log=x\.csv: the log of .* was drawn, and is in no file"
+    ):
+        tables.histories_of_log(folder, config.data, dataset.item_ids, path="x.csv")
+
+
+def test_a_run_of_an_earlier_version_has_fewer_settings(tmp_path):
+    log_with_sparse_users().to_csv(tmp_path / "log.csv", index=False)
+    config = make_config(tmp_path / "log.csv", **{"data.cache_dir": ""})
+    dataset = load_dataset(config.data)
+    folder = finished(tmp_path / "run", config)
+    ids, _ = tables.histories_of_log(folder, config.data, dataset.item_ids)
+    old = config.data.copy_and_resolve_references()
+    with old.unlocked():
+        del old.encoding, old.time_format, old.columns.rating
+        old.a_setting_of_then = 1
+    again, _ = tables.histories_of_log(folder, old, dataset.item_ids)
+    assert again.tolist() == ids.tolist()
+
+
+@pytest.fixture(scope="module")
+def sparse_run(tmp_path_factory):
+    """A finished run of a log with users whom the filter left out, and the log's path."""
+    folder = tmp_path_factory.mktemp("sparse")
+    path = folder / "log.csv"
+    log_with_sparse_users().to_csv(path, index=False)
+    settings = {"data.min_interactions": 3, "data.cache_dir": str(folder / "cache")}
+    run(make_config(path, **settings), folder / "run")
+    return folder / "run", path
+
+
+def test_all_users_of_the_log_have_a_list(sparse_run, tmp_path, capsys):
+    folder, _ = sparse_run
+    out, flags = tmp_path / "recs.parquet", ["--k=4", "--seen=mask"]
+    recommend.main([f"--workdir={folder}", f"--out={out}", *flags])
+    some = items_of(read(out))
+    assert "4 other users of the log get no list" in capsys.readouterr().err
+    recommend.main([f"--workdir={folder}", f"--out={out}", *flags, "--all_users"])
+    lists = read(out)
+    found = items_of(lists)
+    told = capsys.readouterr().err
+    assert "all_users: 1 users have no known item" in told
+    assert "get no list" not in told
+    assert list(found) == sorted([*some, "once", "twice", "unheard of", "the newest"])
+    assert {user: found[user] for user in some} == some
+    given = {"once": ["i1"], "twice": ["i1", "i2"], "unheard of": [], "the newest": ["i4", "i3"]}
+    model = api.load(folder)
+    expected = items_of(model.recommend(given, 4, seen="mask"))
+    assert {user: found[user] for user in given} == expected
+    pd.testing.assert_frame_equal(model.recommend(None, 4, seen="mask", all_users=True), lists)
+
+
+def test_the_log_of_all_users_may_have_moved_but_not_changed(sparse_run, tmp_path, capsys):
+    folder, path = sparse_run
+    out, moved = tmp_path / "recs.csv", tmp_path / "moved.csv"
+    flags = [f"--workdir={folder}", f"--out={out}", "--k=2", "--all_users"]
+    path.rename(moved)
+
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            recommend.main([*flags, *more])
+        assert not out.exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    try:
+        line = refused()
+        assert f"--all_users reads the run's log again: data.path={path}: no such file" in line
+        assert line.endswith("; if that log is in another place now, name it by --log")
+        assert "data.path=none.csv: no such file" in refused("--log=none.csv")
+        changed = tmp_path / "changed.csv"
+        changed.write_text(moved.read_text() + "once,i2,77\n")
+        line = refused(f"--log={changed}")
+        assert f"{changed} is not the file that {folder} was trained on, since its bytes" in line
+        assert "to recommend by the rows of another log, give them as --histories" in line
+        recommend.main([*flags, f"--log={moved}"])
+        assert {"once", "the newest"} <= set(read(out)["user_id"])
+        before = moved.read_bytes()
+        with pytest.raises(SystemExit):
+            recommend.main([flags[0], "--all_users", f"--log={moved}", f"--out={moved}"])
+        assert "is the input" in capsys.readouterr().err
+        assert moved.read_bytes() == before
+        model = api.load(folder)
+        pd.testing.assert_frame_equal(
+            model.recommend(all_users=True, log=moved, k=2).drop(columns="score"),
+            read(out).drop(columns="score"),
+        )
+    finally:
+        moved.rename(path)
+
+
+def test_all_users_are_not_some(refused, run_and_log):
+    assert "--users and --all_users are both given" in refused("--all_users", "--users=u.csv")
+    assert "--log=x.csv is for --all_users, which reads it" in refused("--log=x.csv")
+    model = api.load(run_and_log[0])
+    with pytest.raises(UserError, match="before_test and all_users are both given"):
+        model.recommend(before_test=True, all_users=True)
+    with pytest.raises(UserError, match="log is given, but only all_users=True reads it; give"):
+        model.recommend(log="x.csv")
+    with pytest.raises(UserError, match="log is a DataFrame: expected the path of the run's log"):
+        model.recommend(log=run_and_log[1], all_users=True)
 
 
 # What is recommended.

@@ -314,6 +314,7 @@ def test_unused_families_of_the_group_file_are_named(tmp_path, caplog):
     build_experiment(resolve(small(**{"data.group_file": str(path), "groups": ("age",)})))
     message = "data.group_file has families that `groups` does not name, so no result shows them: "
     assert message + "plan" in caplog.text
+    assert "the group file has a row for " in caplog.text
 
 
 def test_a_group_method_refuses_an_overlapping_family(tmp_path):

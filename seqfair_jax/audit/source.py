@@ -31,6 +31,7 @@ from seqfair_jax.data.groups import (
     needs_cuts,
     own_groups,
     read_group_table,
+    say_matches,
     unused_families,
 )
 from seqfair_jax.data.readers import Rows, needed_columns
@@ -105,6 +106,8 @@ def from_run(directory: str | Path, run: str | None, choice: Choice) -> Source:
         if choice.groups is None:
             names = all_families(table)
     known = _as_table(dataset, stored) if table is None else table
+    if table is not None:
+        say_matches(dataset, table)
     families = []
     for name in names:
         canonical = next((key for key in (name, encode_name(name)) if key in stored), None)
@@ -134,6 +137,8 @@ def from_config(config: ConfigDict, choice: Choice) -> Source:
     if choice.cutoffs is not None:  # `resolve` added that of `select.metric`
         config.evaluate.cutoffs = cutoffs
     dataset = load_dataset(config.data)
+    if table is not None:
+        say_matches(dataset, table)
     families = [_build(dataset, name, table, config) for name in config.groups]
     if table is not None:
         _say_unused(table, config.groups)

@@ -22,14 +22,20 @@ def main(argv: Sequence[str]) -> None:
     """Write a list of items for each user."""
     command = Command(
         "recommend",
-        "Write the k best items of each user by a finished run. Needs the run's folder, not its\n"
-        "log. Tables may have any format of a log (docs/log.md).",
+        "Write the k best items of each user by a finished run. Needs the run's folder, and only\n"
+        "for --all_users its log. Tables may have any format of a log (docs/log.md).",
     )
     command.string("workdir", "the folder of a finished run, or of a grid of runs (required)")
     command.string("out", "the file to write: .parquet, .csv or .jsonl (required)")
     command.integer("k", "items for each user", 20)
-    command.string("users", "a table with a column user_id (default: all users of the log)")
+    command.string("users", "a table with a column user_id (default: all users of the run)")
     command.string("histories", "a table user_id, item_id[, timestamp] of new or known users")
+    command.bool(
+        "all_users",
+        "lists for every user of the run's log, which is read again: also those whom the filter "
+        "or the split left out",
+    )
+    command.string("log", "where the log is now, for --all_users (default: as in training)")
     command.bool(
         "before_test",
         "lists for the tested users, from their histories before the test: those that seqfair "
@@ -55,13 +61,17 @@ def _recommend(command: Command, values: flags.FlagValues) -> None:
         raise UserError(f"--k={values.k}, --batch_size={values.batch_size}: expected 1 or more")
     mesh = devices.make_mesh(data=values.data, catalogue=values.catalogue)
     mask_seen = parse_seen(values.seen, f"--seen={values.seen}")
-    given = [name for name in ("users", "histories", "before_test") if values[name].value]
+    given = [
+        name for name in ("users", "histories", "before_test", "all_users") if values[name].value
+    ]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} are both given; give one of them")
+    if values.log and not values.all_users:
+        raise UserError(f"--log={values.log} is for --all_users, which reads it; add this flag")
     try:
         trained = load(directory, run=values.run, rule=values.rule, mesh=mesh)
         data = trained.config.data
-        inputs = [values.users, values.histories, values.exclude, values.only]
+        inputs = [values[name].value for name in ("users", "histories", "log", "exclude", "only")]
         inputs += [value for key, value in flatten(trained.config.to_dict()) if key in PATHS]
         workdir.refuse_overwrite(out, inputs)
         user_ids, histories = _users(trained, values)
@@ -103,6 +113,9 @@ def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray,
     """Who gets a list: the ids and the histories."""
     if values.before_test:
         return catalogue.histories_before_test(trained.folder)
+    if values.all_users:
+        data = trained.config.data
+        return tables.histories_of_log(trained.folder, data, trained.item_ids, path=values.log)
     if values.histories:
         return tables.read_histories(
             values.histories,
@@ -118,7 +131,7 @@ def _users(trained: TrainedModel, values: flags.FlagValues) -> tuple[np.ndarray,
     dropped = workdir.read_summary(trained.folder)["dataset"].get("dropped_users", 0)
     if dropped:
         _LOG.info(
-            "%s other users of the log get no list, since the run has no training rows of them; to "
-            "recommend to them, give their rows as --histories", f"{dropped:,}",
+            "%s other users of the log get no list, since the run has no training rows of them; "
+            "--all_users reads the log again and gives them lists too", f"{dropped:,}",
         )  # fmt: skip
     return trained.user_ids, trained.histories

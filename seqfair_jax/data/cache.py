@@ -39,7 +39,7 @@ from seqfair_jax.workdir import cache_folder, user_path, write_file
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_FORMAT = 6  # raise it when what is `cached` changes: the logs, the splits, the baselines
+_FORMAT = 7  # raise it when what is `cached` changes: the logs, the splits, the baselines
 _FILES = {"log": "path", "valid_log": "valid_path", "test_log": "test_path"}  # of `data`
 # What the splits depend on, beside the log.
 _SPLIT = {"leave_one_out": (), "files": ("targets",),
@@ -83,12 +83,7 @@ def load_dataset(
     where = next(iter(logs.values())).where
 
     def make() -> Dataset:
-        read = [cached(config_data.cache_dir, f"log-{log.key}", Log, log.read)
-                for log in logs.values()]  # fmt: skip
-        if len(read) > 1:
-            joined, part = join_logs(read, [log.where for log in logs.values()])
-        else:
-            joined, part = read[0], np.zeros(len(read[0]), np.int8)
+        joined, part = _joined(config_data.cache_dir, logs)
         if not hold_out:
             least = config_data.min_interactions
             return all_rows(joined, part, name=name, min_interactions=least)
@@ -124,6 +119,31 @@ def load_dataset(
     return dataset
 
 
+def load_log(config_data: ConfigDict) -> tuple[Log, np.ndarray]:
+    """Read the log that a config's `data` part describes, without the filter and the split.
+
+    Args:
+        config_data: the part of the config.
+
+    Returns:
+        The log, and the file that each row is from, i8[N]: 0, 1 or 2 for the files of training,
+        validation and test; zeros for one log.
+
+    Raises:
+        UserError: if the log is not there or cannot be used.
+    """
+    return _joined(config_data.cache_dir, _logs(config_data))
+
+
+def log_hashes(config_data: ConfigDict) -> dict[str, str]:
+    """The `source_hashes` of the log alone.
+
+    Raises:
+        UserError: if a file is not there or cannot be read.
+    """
+    return {key: hash_files(paths) for key, paths in _sources(config_data).items()}
+
+
 def source_hashes(config_data: ConfigDict) -> dict[str, str]:
     """SHA-256 of the files that a config's `data` part names.
 
@@ -132,7 +152,7 @@ def source_hashes(config_data: ConfigDict) -> dict[str, str]:
     Raises:
         UserError: if a file is not there or cannot be read.
     """
-    hashes = {key: hash_files(paths) for key, paths in _sources(config_data).items()}
+    hashes = log_hashes(config_data)
     if config_data.group_file is not None:
         group_file = user_path(config_data.group_file)
         require_file(group_file, f"data.group_file={config_data.group_file}")
@@ -186,6 +206,14 @@ def _logs(config_data: ConfigDict) -> dict[str, _Source]:
         options = {"columns": columns, "rows": rows, **text}
         found[source] = _Source(where, key, functools.partial(_read, name, paths, options))
     return found
+
+
+def _joined(cache_dir: str | None, logs: dict[str, _Source]) -> tuple[Log, np.ndarray]:
+    """The logs as one, each cached, and the place in `logs` that each row is from: i8[N]."""
+    read = [cached(cache_dir, f"log-{log.key}", Log, log.read) for log in logs.values()]
+    if len(read) == 1:
+        return read[0], np.zeros(len(read[0]), np.int8)
+    return join_logs(read, [log.where for log in logs.values()])
 
 
 def _read(name: str, paths: list[Path], options: dict[str, Any]) -> Log:

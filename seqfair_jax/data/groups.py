@@ -3,9 +3,11 @@
 A family's canonical name is safe as a column and as a key: 'pop33', or 'R%26D' for 'R&D'. Such
 names are the atoms of expressions, in the order in which they bind:
 
-    age:4     a family of numbers in a file, cut into 4 groups of about as many users
-    a*b       product: the intersections of the groups
-    a&b       union: the groups of both
+    age:4         a family of numbers in a file, cut into 4 groups of about as many users
+    age:18..65    the same, cut at fixed borders: below 18, [18, 65), 65 and above
+    age:18..      the same with one border
+    a*b           product: the intersections of the groups
+    a&b           union: the groups of both
 
 So 'age:4*pop33&gender' is ((age:4)*pop33)&gender. No canonical name contains `:`, `*` or `&`. A
 family that the file calls 'age:4' comes first; within an expression it is 'age%3A4'.
@@ -16,6 +18,7 @@ Shape letters: U users, G groups, V vocabulary.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -34,7 +37,7 @@ from ml_collections import ConfigDict
 from seqfair_jax.data.files import USERS, is_recbole, locate_users, require_file
 from seqfair_jax.data.ids import comma_advice, encode_ids, first_of, missing, require_values
 from seqfair_jax.data.readers import find_column
-from seqfair_jax.data.split import Dataset, training_blocks
+from seqfair_jax.data.split import Dataset, counted, training_blocks
 from seqfair_jax.data.tables import Choose, fold, pick, read_table
 from seqfair_jax.errors import UserError, did_you_mean
 from seqfair_jax.workdir import user_path
@@ -49,6 +52,8 @@ _KINDS = {"pop": ("niche", "diverse", "popular"), "seq": ("short", "medium", "lo
 _BUILT_IN = {kind + split: (kind, split) for kind in _KINDS for split in _SPLITS}
 FAMILIES = tuple(_BUILT_IN)
 PRODUCT, UNION = "*", "&"  # the signs of an expression; the union binds less
+_BORDERS = ".."  # between fixed borders
+_BORDER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 # Columns of tables and keys of results, which no family may be called.
 RESERVED_NAMES = (
@@ -250,7 +255,7 @@ def needs_cuts(labels: Sequence[str]) -> bool:
     return len(labels) > _MANY and bool(np.isfinite(_numbers(labels)).all())
 
 
-def _numbers(labels: Sequence[str]) -> np.ndarray:
+def _numbers(labels: Sequence[str] | np.ndarray) -> np.ndarray:
     """Labels as numbers, NaN for other texts: f64[G]."""
     return pd.to_numeric(pd.Series(labels, dtype=object), errors="coerce").to_numpy(np.float64)
 
@@ -266,6 +271,44 @@ def unused_families(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
     atoms = {atom.partition(":")[0] for name in given for atom in family_parts(name)}
     used = given | set(map(decode_name, atoms))
     return sorted(map(encode_name, set(table["family"]) - used))
+
+
+def say_matches(dataset: Dataset, table: pd.DataFrame) -> None:
+    """Log how many users of a split log have a row in a group file, and how many others it has.
+
+    It is a warning if ids would match without leading zeros, which spreadsheets remove.
+
+    Args:
+        dataset: the split log.
+        table: see `read_group_table`.
+    """
+    ours, theirs = _texts(dataset.user_ids), table["user_id"].unique()
+    without = ours[_places(ours, theirs) < 0]
+    others = theirs[_places(theirs, ours) < 0]
+    total = counted(len(ours), "user", "users")
+    said = f"the group file has a row for {len(ours) - len(without):,} of the {total}"
+    if len(without):
+        said += f"; {counted(len(without), 'user has', 'users have')} none, such as {without[0]!r}"
+    if len(others):
+        said += (
+            f"; it has {counted(len(others), 'other user', 'other users')}, such as {others[0]!r} "
+            "(not in the log, or left out by the filter)"
+        )
+    bare = pd.Series(without, dtype=object).str.lstrip("0")
+    place = _places(pd.Series(others, dtype=object).str.lstrip("0"), bare)
+    alike = place >= 0
+    if alike.any():
+        first = alike.argmax()
+        _LOG.warning(
+            "%s. Without leading zeros %s of these would match, such as %r and %r of the log: "
+            "write the ids as the log does",
+            said,
+            f"{alike.sum():,}",
+            others[first],
+            without[place[first]],
+        )
+    else:
+        _LOG.info("%s", said)
 
 
 def _choose(names: Sequence[str], where: str, *, user_column: str) -> dict[str, str]:
@@ -333,10 +376,11 @@ def build_family(
     Args:
         dataset: the split log.
         name: a family of `group_table` as written there; or one of `FAMILIES`; or 'age:4', a
-            family of numbers cut into at most 4 groups; or a product of such, 'pop33*seq33',
-            whose groups are the intersections 'niche*short', 'niche*medium', ...; or a union of
-            any of these, 'pop33&seq33', whose groups 'pop33:niche', ..., 'seq33:long' overlap.
-            In an expression the names are encoded (`encode_name`).
+            family of numbers cut into at most 4 groups; or 'age:18..65', one cut at fixed borders
+            into 'below 18', '18 to below 65' and '65 and above'; or a product of such,
+            'pop33*seq33', whose groups are the intersections 'niche*short', 'niche*medium', ...;
+            or a union of any of these, 'pop33&seq33', whose groups 'pop33:niche', ...,
+            'seq33:long' overlap. In an expression the names are encoded (`encode_name`).
         group_table: see `read_group_table`; a user may be in several groups.
         missing_group: where users go that have no group in the table: 'unknown', a group of that
             name, which a family of the table may have already; or 'leave_out', into no group.
@@ -360,14 +404,12 @@ def _expression(
     if text in FAMILIES:
         return _built_in(dataset, text)
     own = [] if table is None else sorted(set(table["family"]))
-    atom, colon, number = text.partition(":")
+    atom, colon, how = text.partition(":")
     name = decode_name(atom)
     if table is not None and name in own:
         if not colon:
             return _from_table(dataset, name, table, missing_group)
-        if re.fullmatch("[1-9][0-9]{0,3}", number) and int(number) > 1:
-            return _quantiles(dataset, name, int(number), table, missing_group)
-        raise UserError(f"group family {text!r}: expected {atom}:N with N groups, 2 to 9999")
+        return _cut(dataset, name, how, table, missing_group)
     if colon and atom in FAMILIES:
         raise UserError(f"group family {text!r}: {atom} has groups; only a file's numbers are cut")
     known = [*FAMILIES, *map(encode_name, own)]
@@ -478,7 +520,7 @@ def _from_table(
     numbers = _numbers(groups)
     if not np.isnan(numbers).any():
         groups = tuple(groups[place] for place in np.argsort(numbers, kind="stable"))
-        if needs_cuts(groups) and len(np.unique(users)) == len(users):  # else `_quantiles` refuses
+        if needs_cuts(groups) and len(np.unique(users)) == len(users):  # else `_cut` refuses
             _LOG.warning(
                 "family %s has %s groups, one for each number; write %s:4 in its place to cut the "
                 "numbers into at most 4 groups of about as many users",
@@ -508,21 +550,84 @@ def _labelled(dataset: Dataset, name: str, table: pd.DataFrame) -> tuple[np.ndar
     return users[known], rows["group"].to_numpy(object)[known]
 
 
-def _quantiles(
-    dataset: Dataset, name: str, number: int, table: pd.DataFrame, missing_group: str
+def _cut(
+    dataset: Dataset, name: str, how: str, table: pd.DataFrame, missing_group: str
 ) -> GroupFamily:
-    """A family of numbers, cut at the quantiles over the log's users; equal numbers stay together.
+    """A family of numbers, cut into groups.
 
-    A user is in the first group whose quantile is not below the user's number. Quantiles are
-    numbers of users (`inverted_cdf`), so each cut is the largest number of its group.
+    Args:
+        dataset, table, missing_group: as for `build_family`.
+        name: the family in the table.
+        how: '4' for at most so many groups of about as many users, or '18..65' for fixed borders.
     """
+    atom = encode_name(name)
+    text = f"{atom}:{how}"
+    number = int(how) if re.fullmatch("[1-9][0-9]{0,3}", how) else 0
+    if number < 2 and _BORDERS not in how:
+        raise UserError(
+            f"group family {text!r}: expected {atom}:N with N groups, 2 to 9999, or fixed borders: "
+            f"{atom}:18..25..65, or a single one, {atom}:18.."
+        )
+    borders = _borders(text, how) if number < 2 else {}  # before the numbers are read
+    users, values = _one_number_each(dataset, name, text, table)
+    if borders:
+        place, groups = _at_borders(values, borders)
+        of_users = np.bincount(place, minlength=len(groups))
+        empty = [group for group, size in zip(groups, of_users, strict=True) if not size]
+        if empty:
+            _LOG.info("family %s: no user of the log is in %s", text, ", ".join(empty))
+    else:
+        place, groups = _at_quantiles(values, number)
+        if len(groups) < number:
+            _LOG.info(
+                "family %s has %d groups, since users with equal values stay together",
+                text,
+                len(groups),
+            )
+    membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
+    membership[users, place] = True
+    return _with_missing(GroupFamily(text, groups, membership), missing_group)
+
+
+def _borders(text: str, how: str) -> dict[str, float]:
+    """Fixed borders as they are written, and their numbers.
+
+    Args:
+        text: the family with its borders, for messages.
+        how: '18..25..65', or '18..' for a single one.
+    """
+    written = how.split(_BORDERS)
+    if len(written) == 2 and not written[1]:
+        written.pop()
+    for part in written:
+        if not _BORDER.fullmatch(part) or not np.isfinite(float(part)):
+            raise UserError(
+                f"group family {text!r}: the border {part!r} is no number; expected numbers such "
+                f"as -5, 0 or 18.5 with {_BORDERS} between them, as in 18..25..65; a single border "
+                "is written 18.."
+            )
+    numbers = list(map(float, written))
+    for place in range(1, len(numbers)):
+        if not numbers[place - 1] < numbers[place]:
+            found = "equals" if numbers[place - 1] == numbers[place] else "is below"
+            raise UserError(
+                f"group family {text!r}: the border {written[place]} {found} the one before, "
+                f"{written[place - 1]}; give each border once, the lowest first"
+            )
+    return dict(zip(written, numbers, strict=True))
+
+
+def _one_number_each(
+    dataset: Dataset, name: str, text: str, table: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray]:
+    """The users of the log who have a number in a family of the table, and it: i64[M], f64[M]."""
     users, labels = _labelled(dataset, name, table)
-    values = pd.to_numeric(pd.Series(labels), errors="coerce").to_numpy(np.float64)
+    values = _numbers(labels)
     bad = ~np.isfinite(values)
     if bad.any():
         user, label = dataset.user_ids[users[bad.argmax()]], labels[bad.argmax()]
         raise UserError(
-            f"group family '{encode_name(name)}:{number}': {name!r} of user {user} is {label!r}"
+            f"group family {text!r}: {name!r} of user {user} is {label!r}"
             f"{first_of(bad)}; expected finite numbers{comma_advice(label)} (an empty field "
             f"is an unknown one). Or write {encode_name(name)}, for a group of each value"
         )
@@ -530,26 +635,37 @@ def _quantiles(
     several = pairs["user"][pairs["user"].duplicated()]
     if len(several):
         raise UserError(
-            f"group family '{encode_name(name)}:{number}': user "
+            f"group family {text!r}: user "
             f"{dataset.user_ids[several.iloc[0]]} has several values of {name!r}; give "
             "each user one"
         )
-    users, values = pairs["user"].to_numpy(), pairs["value"].to_numpy()
+    return pairs["user"].to_numpy(), pairs["value"].to_numpy()
+
+
+def _at_borders(
+    values: np.ndarray, borders: Mapping[str, float]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The group of each value, i64[M], and the names of the groups, also of empty ones.
+
+    Group 0 is below the first border; group i is from border i - 1, included, to border i, not
+    included; the last has no upper end.
+    """
+    written = list(borders)
+    between = [f"{low} to below {high}" for low, high in itertools.pairwise(written)]
+    names = (f"below {written[0]}", *between, f"{written[-1]} and above")
+    return np.searchsorted(np.array(list(borders.values())), values, side="right"), names
+
+
+def _at_quantiles(values: np.ndarray, number: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The group of each value, i64[M], and the names of the groups; equal values stay together.
+
+    A value is in the first group whose quantile is not below it. Quantiles are numbers of users
+    (`inverted_cdf`), so each cut is the largest number of its group.
+    """
     shares = np.arange(1, number + 1) / number
     cuts = np.unique(np.quantile(values, shares, method="inverted_cdf"))
-    if len(cuts) < number:
-        _LOG.info(
-            "family %s:%d has %d groups, since users with equal values stay together",
-            name,
-            number,
-            len(cuts),
-        )
     place = np.searchsorted(cuts, values)
-    membership = np.zeros((len(dataset.user_ids), len(cuts)), bool)
-    membership[users, place] = True
-    groups = tuple(_range(values[place == group]) for group in range(len(cuts)))
-    family = GroupFamily(f"{encode_name(name)}:{number}", groups, membership)
-    return _with_missing(family, missing_group)
+    return place, tuple(_range(values[place == group]) for group in range(len(cuts)))
 
 
 def _range(values: np.ndarray) -> str:

@@ -576,6 +576,7 @@ def _build(
         },
         split={
             **split,
+            "log_users": counts["raw_users"],
             "first_time": time_text(rows.time.min()),
             "last_time": time_text(rows.time.max()),
             "users": num_users,
@@ -676,7 +677,8 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
     """What a reader must know of a split, in sentences.
 
     Args:
-        split: of a `Dataset`: `kind`, of `SPLITS` or `ALL`; `targets`; `users` who train; the rows
+        split: of a `Dataset`: `kind`, of `SPLITS` or `ALL`; `targets`; `log_users`, those of the
+            log that was read (an earlier version did not store them); `users` who train; the rows
             of each part; the users, targets and unknown targets of validation and test;
             `validation_candidates`, the users who could validate; `tied_held_out`. Of a split by
             time also the points `valid_from` and `test_from`, and of one by time or files also
@@ -732,6 +734,13 @@ def describe_split(split: Mapping[str, Any]) -> list[str]:
                 "items have none, so the model does not know them.",
             ),
         ]
+    untested = split.get("log_users", split["test_users"]) - split["test_users"]
+    if untested:
+        lines.append(
+            f"{untested:,} of the {counted(split['log_users'], 'user', 'users')} of the log "
+            f"{'has' if untested == 1 else 'have'} no figure in the test, because of the filter or "
+            "the split."
+        )
     lines.append(
         counted(
             split["unknown_test_targets"],

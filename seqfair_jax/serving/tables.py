@@ -1,18 +1,26 @@
 """Read the tables that recommendations need: users, histories of users, and items.
 
-Each is a file, as a flag of `seqfair recommend` names it, or a table in memory.
+Each is a file, as a flag of `seqfair recommend` names it, or a table in memory. Histories can
+also be those of all users of the run's log.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from ml_collections import ConfigDict
 
+from seqfair_jax import workdir
+from seqfair_jax.config import default_config, flatten
+from seqfair_jax.config.change import change
+from seqfair_jax.data.cache import load_log, log_hashes, source_path
 from seqfair_jax.data.files import require_file
 from seqfair_jax.data.ids import compact, encode_ids, missing, require_values
+from seqfair_jax.data.log import sort_rows
 from seqfair_jax.data.readers import ALIASES, find_column
 from seqfair_jax.data.split import csr_offsets
 from seqfair_jax.data.tables import fold, pick, read_table, table_in_memory
@@ -227,8 +235,68 @@ def histories_of(
     return _histories(given, ids, users, items, known_users)
 
 
+def histories_of_log(
+    folder: Path, data: ConfigDict, known_items: np.ndarray, *, path: str | None = None
+) -> tuple[np.ndarray, Histories]:
+    """Every user of a run's log, and the known items of all rows of each, oldest first.
+
+    The log is read again, as the run read it: with the settings that select rows, but without the
+    filter and the split. A user without a known item has an empty history.
+
+    Args:
+        folder: of the finished run, which has the hashes of the log's files.
+        data: the settings `data` of the run; an earlier version's run has fewer.
+        known_items: the vocabulary.
+        path: where the log is now; None for the place that the settings name.
+
+    Returns:
+        The users' ids, in id order, and their histories.
+
+    Raises:
+        UserError: if the log is not there, or has other bytes than the run read; on a path for a
+            log that was drawn, or for the three logs of a split by files.
+    """
+    config = default_config()
+    known = dict(flatten(config.to_dict()))
+    saved = flatten({"data": data.to_dict()})
+    change(config, {key: value for key, value in saved if key in known and value is not None})
+    read = workdir.finished_inputs(folder)
+    is_single = "valid_log" not in read
+    if path is not None:
+        if "log" not in read:
+            raise UserError(f"--log={path}: the log of {folder} was drawn, and is in no file")
+        if not is_single:
+            raise UserError(
+                f"--log={path}: {folder} has three logs (data.split=files), so they must be where "
+                f"{folder / workdir.CONFIG} says; or give their rows as --histories"
+            )
+        change(config, {"data.path": path})
+    advice = "; if that log is in another place now, name it by --log" if is_single else ""
+    try:
+        found = log_hashes(config.data)
+    except UserError as error:
+        raise UserError(f"--all_users reads the run's log again: {error}{advice}") from None
+    for key, digest in found.items():
+        if digest != read.get(key):
+            raise UserError(
+                f"--all_users: {source_path(config.data, key)} is not the file that {folder} was "
+                f"trained on, since its bytes differ{advice}; to recommend by the rows of another "
+                "log, give them as --histories"
+            )
+    log, part = load_log(config.data)
+    users, ids = compact(log.users, log.user_ids)
+    rows, _ = sort_rows(users, len(ids), part, log.times)
+    items = find(pd.Series(log.item_ids), known_items)[log.items[rows]]
+    return _histories(None, pd.Series(ids), users[rows], items, ids, flag="all_users")
+
+
 def _histories(
-    argument: Any, ids: pd.Series, users: np.ndarray, items: np.ndarray, known_users: np.ndarray
+    argument: Any,
+    ids: pd.Series,
+    users: np.ndarray,
+    items: np.ndarray,
+    known_users: np.ndarray,
+    flag: str = "histories",
 ) -> tuple[np.ndarray, Histories]:
     """The known items of each user.
 
@@ -238,13 +306,14 @@ def _histories(
         users: i[N] ascending places in `ids`.
         items: i[N] places in the vocabulary; -1 for unknown.
         known_users: whose type the ids get if all fit.
+        flag: that asks for them, for messages.
     """
     known = items >= 0
     lengths = np.bincount(users[known], minlength=len(ids))
-    _count((~known).sum(), "histories", argument, "rows have items that are not items of the "
-           "run; left out")  # fmt: skip
-    _count((lengths == 0).sum(), "histories", argument, "users have no known item; they get the "
-           "list of a user without items")  # fmt: skip
+    what = "rows have items that are not items of the run; left out"
+    _count((~known).sum(), flag, argument, what)
+    what = "users have no known item; they get the list of a user without items"
+    _count((lengths == 0).sum(), flag, argument, what)
     histories = Histories(items[known].astype(np.int32), csr_offsets(lengths))
     return _like(ids, known_users), histories
 

@@ -20,6 +20,7 @@ from seqfair_jax.data.groups import (
     build_family,
     own_groups,
     require_partition,
+    say_matches,
     unused_families,
 )
 from seqfair_jax.data.split import Dataset, training_items
@@ -181,6 +182,8 @@ def _build_families(config: ConfigDict, dataset: Dataset) -> tuple[list[GroupFam
         group_table=group_table,
         missing_group=config.data.missing_group,
     )
+    if group_table is not None:
+        say_matches(dataset, group_table)
     loss_name = config.objective.group_family
     by_name = {name: family(name) for name in dict.fromkeys((*config.groups, loss_name))}
     unused = [] if group_table is None else unused_families(group_table, by_name)
