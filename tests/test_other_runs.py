@@ -236,7 +236,12 @@ def ended(capsys, *argv):
     try:
         command.main([str(word) for word in argv])
     except SystemExit as end:
-        return end.code if isinstance(end.code, str) else capsys.readouterr().err.splitlines()[-1]
+        if isinstance(end.code, str):
+            return end.code
+        printed, errors = capsys.readouterr()
+        print(printed)  # for the next call of `readouterr`
+        line = errors.splitlines()[-1]
+        return f"{line} (status {end.code})" if line.startswith("gate:") else line
     return ""
 
 
@@ -269,7 +274,9 @@ def test_the_gate_of_the_command(old, late, perfect, tmp_path, capsys):
     failed = ended(
         capsys, run, lists_of, "--fail_if_worse=0.1", f"--out={out}", "--metrics=Recall@5"
     )
-    assert failed.startswith("gate: ERM is below perfect in Recall@5 by more than 0.1 for overall")
+    told = "gate: failed: ERM is below perfect in Recall@5 by more than 0.1 for overall"
+    assert failed.startswith(told)
+    assert failed.endswith(f"(status {command.GATE_FAILED})")
     assert "\n" not in failed
     printed = capsys.readouterr().out
     assert f"files: {out}" in printed
@@ -279,11 +286,20 @@ def test_the_gate_of_the_command(old, late, perfect, tmp_path, capsys):
     assert (stored["reference"], stored["metric"]) == ("perfect", "Recall@5")
     assert stored["groups"][0]["slice"] == "overall"
     assert [row.name for row in read_runs([out])] == ["ERM", "perfect"]
+    pages = [tmp_path / "r.html", tmp_path / "r.md"]
+    report_command.main([str(out), *(f"--out={page}" for page in pages)])
+    told = "with an allowed loss of 0.1: worse for overall"
+    for shown in (capsys.readouterr().out, *(page.read_text() for page in pages)):
+        assert told in shown
     # Few users show nothing.
     assert ended(capsys, run, f"--with={old}", "--fail_if_worse=0.1") == ""
-    assert "Outcome: unknown" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Outcome: unknown" in printed
+    assert "gate: passed: no loss above the margin is shown. 4 of 7 outcomes are unknown" in printed
     failed = ended(capsys, run, f"--with={old}", "--fail_if_worse=0.1", "--fail_if_unknown")
-    assert failed.startswith("gate: it is unknown whether ERM is below old in NDCG@20 by more")
+    assert failed.startswith(
+        "gate: failed: it is unknown whether ERM is below old in NDCG@20 by more"
+    )
 
 
 def test_the_row_that_the_gate_compares_with(old, late, perfect, tmp_path, capsys):
@@ -291,7 +307,7 @@ def test_the_row_that_the_gate_compares_with(old, late, perfect, tmp_path, capsy
     several = ended(capsys, *both, "--fail_if_worse=0.1")
     assert "the gate needs one row to compare with, and there are 'perfect', 'old'" in several
     failed = ended(capsys, *both, "--fail_if_worse=0.1", "--baseline=perfect")
-    assert failed.startswith("gate: ERM is below perfect")
+    assert failed.startswith("gate: failed: ERM is below perfect")
     assert "compares ERM with itself" in ended(
         capsys, *both, "--fail_if_worse=0.1", "--baseline=erm"
     )

@@ -535,6 +535,22 @@ def test_dates_of_several_forms(tmp_path, texts, expected):
     assert found.tolist() == pytest.approx(expected, abs=0)
 
 
+@pytest.mark.parametrize(
+    ("texts", "without"),
+    [
+        (["2024-01-01 00:00:00", "2024-01-01T00:00:01-0100", "2024-01-01"], 2),
+        (["2024-01-01 00:00:02 UTC", "2024-01-01 00:00:01"], 1),
+        (["2024-01-01T00:00:00Z", "2024-01-01T01:00:00+02:00", "2024-01-01T01:00-05"], 0),
+        (["2024-01-01T00:00:00.5", "2024-01-01", "2024-01"], 0),
+    ],
+)
+def test_dates_without_a_zone_beside_others_are_counted(tmp_path, caplog, texts, without):
+    times_of(tmp_path / "log.csv", *texts)
+    told = f"{without} of the {len(texts)} dates of column timestamp have no time zone"
+    assert (told in caplog.text) == (without > 0)
+    assert ("time zone" in caplog.text) == (without > 0)
+
+
 @pytest.mark.parametrize("text", ["03/04/2024", "3/14/24 10:00 PM", "31.12.2024", "1/2/2024 UTC"])
 def test_dates_whose_month_is_unclear_are_refused(tmp_path, text):
     advice = (

@@ -666,6 +666,8 @@ def test_histories_are_read_by_the_rules_of_the_log(trained, caplog):
     assert found.items.tolist() == [0, 1, 1]
     assert "2 rows have no user, item or time" in caplog.text
     assert "1 rows have the user, item and time of an earlier row" in caplog.text
+    dates = table.assign(timestamp=pd.to_datetime(table["timestamp"], unit="D"))
+    assert tables.read_histories(dates, *known, **rules)[1].items.tolist() == [0, 1, 1]
     kept = tables.reading_rules({"missing": "drop", "repeats": "keep"})
     assert tables.read_histories(table, *known, **kept)[1].items.tolist() == [0, 0, 1, 1]
     # Without times an item twice is no repeated row.

@@ -326,7 +326,7 @@ def test_one_row_where_both_rules_chose_the_same_epoch(tmp_path):
     }  # fmt: skip
     printed = text.tables([*one, *two], NDCG)
     assert printed.endswith(
-        "one row where the best overall epoch and the best epoch of the worst group are the same: "
+        "the epoch that is best overall is also the best for the worst group, so one row has both: "
         "ERM"
     )
 
@@ -341,12 +341,12 @@ def test_a_baseline_above_the_trained_rows_is_told(tmp_path):
     # Means of 0.1104 niche, 0.1496 popular, and 0.0909, 0.13, 0.1691 from short to long.
     lower = write_run(tmp_path / "lower", families=families, shift=-0.33, epochs=(1, 1))
     assert (
-        f"\n\n{told} ERM in overall and in 3 of 5 groups. Train longer, or start from "
+        f"\n\n{told} ERM for all users and in 3 of 5 groups. Train longer, or start from "
         "--config=own_log:model=best, or look for settings with `seqfair search`.\n\n"
         "NDCG@20 with one target: 1 / log2(1 + rank) within the first 20, else 0.\n"
     ) in text.tables([lower], NDCG)
     cvar = write_run(tmp_path / "cvar", "cvar", families=families, shift=-0.4, epochs=(1, 1))
-    assert f"{told} ERM, the best of the 2 trained rows, in overall and in 3 of 5 groups." in (
+    assert f"{told} ERM, the best of the 2 trained rows, for all users and in 3 of 5 groups." in (
         text.tables([cvar, lower], NDCG)
     )
     assert told not in text.tables([cvar, erm], NDCG)

@@ -47,7 +47,7 @@ class System(NamedTuple):
     inputs: Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """How systems did on the test of one log, by group. Printing it shows the tables."""
 
@@ -156,7 +156,7 @@ class Evaluation:
                 parts.append(text.comparison(shown))
         return "\n\n".join([*parts, text.recommended(every[0])])
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text()
 
     def write(

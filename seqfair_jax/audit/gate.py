@@ -17,7 +17,7 @@ WORSE, NOT_WORSE, UNKNOWN = "worse", "not worse", "unknown"
 LEVEL = 0.05  # the error rate of each side
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Gate:
     """A row against a reference row, over all users and in each judged group.
 
@@ -54,6 +54,18 @@ class Gate:
                  if (self.groups["outcome"] == outcome).any()]  # fmt: skip
         return "; ".join(found)
 
+    def passed(self) -> str:
+        """What a gate that did not fail shows, in one line."""
+        unknown = int((self.groups["outcome"] == UNKNOWN).sum())
+        if not unknown:
+            return (
+                "passed: a loss above the margin is ruled out for all users and all judged groups"
+            )
+        return (
+            f"passed: no loss above the margin is shown. {unknown} of {len(self.groups)} outcomes "
+            "are unknown, so --fail_if_unknown would fail"
+        )
+
     def record(self) -> dict[str, Any]:
         """All of it as a JSON object, the content of `gate.json`."""
         return {
@@ -68,6 +80,9 @@ class Gate:
             "not_judged": dict(self.not_judged),
         }
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         """The table, what its columns mean, and the outcome."""
         shown = self.groups.assign(slice=self.groups["slice"].map(slices.full_label))
@@ -75,11 +90,15 @@ class Gate:
         means = dict.fromkeys(("mean", "reference"), "{:.4f}".format)
         table = shown.to_string(index=False, formatters=numbers | means)
         low, high = (f"{100 * part:.4g} %" for part in _confidences(len(shown)).values())
+        tests = f"corrected for {len(shown)} outcomes" if len(shown) > 1 else "one outcome"
         lines = [
             f"{self.metric} of {self.subject} minus that of {self.reference}; a loss of at most "
             f"{self.margin:g} is allowed",
             table,
-            f"low and high: one-sided bounds of the difference over users, {low} and {high}",
+            "low, high: the true difference is above low and below high, with a confidence of "
+            f"{low} and {high} ({tests})",
+            f"Where fewer than {significance.FEWEST_VALUES} users differ, the bounds are of the "
+            "shares of users with a loss or a gain, and so are wide.",
             f"worse: high is below {0 - self.margin:g}. not worse: low is at least "
             f"{0 - self.margin:g}. unknown: neither.",
         ]

@@ -94,6 +94,7 @@ def rank_test(
         "folder": folder,
         "run": trained.run,
         "rule": rule,
+        "is_refit": "refit" in workdir.read_summary(trained.folder),
         "epoch": workdir.read_summary(trained.folder)["best" + RULES[rule].suffix]["epoch"],
         "log_hash": old.log_hash,
         "results": workdir.finished_hash(trained.folder),
@@ -141,9 +142,14 @@ def describe(name: str, record: Mapping[str, Any]) -> str:
     targets = record["known_targets"] + record["new_targets"]
     return (
         f"{name} is {record['folder']} ({record['run']}, epoch {record['epoch']}). It knows "
-        f"{record['known_items']:,} of the {items:,} items of this log, and the items of "
+        f"{record['known_items']:,} of the {items:,} items that train here, and the items of "
         f"{record['known_targets']:,} of the {targets:,} test targets. The other targets are "
         "missed."
+        + record["is_refit"]
+        * (
+            " It is a refit, trained on all rows of its log. A run that is tested here was trained "
+            f"without the rows that it holds out, so the comparison favours {name}."
+        )
     )
 
 

@@ -16,6 +16,7 @@ from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.serving.recommender import parse_seen
 from seqfair_jax.training.selection import RULES
 
+GATE_FAILED = 3  # the exit status; an error is 1
 _LOG = logging.getLogger(__name__)
 
 
@@ -51,9 +52,9 @@ def main(argv: Sequence[str]) -> None:
     command.string("seen", "keep, or mask: no item of the user's history (default: as evaluated)")
     command.number(
         "fail_if_worse",
-        "end with status 1 if the run is shown to be below a row, for all users or for a group, by "
-        "more than this number, such as 0.01. The row is that of --baseline, or the only one of "
-        "--with and --recommendations",
+        f"end with status {GATE_FAILED} if the run is shown to be below a row, for all users or "
+        "for a group, by more than this number, such as 0.01. The row is that of --baseline, or "
+        "the only one of --with and --recommendations",
     )
     command.bool(
         "fail_if_unknown",
@@ -118,10 +119,14 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict | None) -> None:
     except KeyboardInterrupt as error:
         where = "" if out is None else f": nothing was written to {out}"
         raise Interrupted(f"stopped{where}", error) from None
-    failure = "" if gate is None else gate.failure(fail_if_unknown=values.fail_if_unknown)
+    if gate is None:
+        return
+    failure = gate.failure(fail_if_unknown=values.fail_if_unknown)
+    sys.stdout.flush()
     if failure:
-        sys.stdout.flush()
-        raise SystemExit(f"gate: {failure}")
+        print(f"gate: failed: {failure}", file=sys.stderr)
+        raise SystemExit(GATE_FAILED)
+    print(f"gate: {gate.passed()}")
 
 
 def _check_gate(values: flags.FlagValues, others: Sequence[str]) -> None:

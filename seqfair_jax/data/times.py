@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import logging
 import re
 
 import numpy as np
@@ -12,6 +13,8 @@ import pyarrow.compute as pc
 from seqfair_jax.data.ids import comma_advice, first_of
 from seqfair_jax.errors import UserError
 
+_LOG = logging.getLogger("seqfair_jax")
+_ZONE = r"\d:\d\d.*(?:[zZ]|[+-]\d\d(?::?\d\d)?)\s*$|(?:UTC|GMT)\s*$"  # of an ISO date
 _DAY_OR_MONTH_FIRST = re.compile(r"\s*\d{1,2}[/.]\d{1,2}[/.]\d{2,4}\b.*")
 # Seconds, milliseconds, microseconds and nanoseconds since 1970, each from 1973 to 5138.
 _UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
@@ -116,6 +119,7 @@ def _from_text(
     if not bad.all():
         times = numbers
     else:
+        _warn_of_zones(series, where, name)
         series = series.str.replace(r"\s?(UTC|GMT)$", "", regex=True)
         dates = pd.to_datetime(series, errors="coerce", utc=True, format="ISO8601")
         times = dates.dt.tz_localize(None).to_numpy()
@@ -123,6 +127,17 @@ def _from_text(
     if bad.any():
         raise _bad_time(text, bad, rows, where, name, _expected(text[bad.argmax()], advice))
     return times
+
+
+def _warn_of_zones(dates: pd.Series, where: str, name: str) -> None:
+    """Warn if some dates have a zone and others have none: those may be hours off."""
+    has_zone = dates.str.contains(_ZONE, regex=True, na=False)
+    if has_zone.any() and not has_zone.all():
+        _LOG.warning(
+            "%s: %s of the %s dates of column %s have no time zone, and the others have one; dates "
+            "without a zone are taken as UTC",
+            where, f"{int((~has_zone).sum()):,}", f"{len(dates):,}", name,
+        )  # fmt: skip
 
 
 def _expected(value: pa.Scalar, advice: str) -> str:

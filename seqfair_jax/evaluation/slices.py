@@ -230,8 +230,8 @@ def judged_groups(family: GroupFamily, *, min_users: int) -> list[str]:
         raise UserError(
             f"no group of {family_label(family.name)} has select.min_users={min_users} validation "
             f"users, but the choice by the worst group needs one such group (the largest: "
-            f"{found}); lower select.min_users, validate on more users, or name another family "
-            "first in groups"
+            f"{found}); lower select.min_users, validate on more users (data.valid_users, or "
+            "data.valid_share of a split by time), or name another family first in groups"
         )
     return judged
 

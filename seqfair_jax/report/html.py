@@ -21,7 +21,7 @@ from seqfair_jax.evaluation.significance import FEWEST_VALUES
 from seqfair_jax.report import figures, names, rows, text, verdict
 from seqfair_jax.report.contents import LEVEL, Contents, records
 from seqfair_jax.report.rows import BASELINE, LIST, Row
-from seqfair_jax.report.runs import FinishedRun, differences, failed_runs
+from seqfair_jax.report.runs import FinishedRun, differences, failed_runs, gates
 from seqfair_jax.training.selection import is_result
 
 _METHODS = 8  # in a figure
@@ -114,7 +114,7 @@ def write(runs: Sequence[FinishedRun], contents: Contents, path: Path) -> None:
         dataset=contents.dataset,
         split=describe_split(split) if split else [],
         failed=failed_runs(runs),
-        notes=[*verdict.notes(contents), *map(_sentence, differences(runs))],
+        notes=[*verdict.notes(contents), *map(_sentence, [*gates(runs), *differences(runs)])],
         verdicts=told[: text.SHOWN_FAMILIES],
         tables=[_results(contents, family) for family in shown.families],
         legend=text.legend(contents),

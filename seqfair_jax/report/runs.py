@@ -283,8 +283,8 @@ def failed_runs(runs: Sequence[FinishedRun]) -> list[str]:
 def notes(runs: Sequence[FinishedRun]) -> list[str]:
     """The notes below the tables.
 
-    They have a line for each run that failed or stopped early, and the settings in which the rows
-    differ beside their objectives.
+    They have the result of a gate, a line for each run that failed or stopped early, and the
+    settings in which the rows differ beside their objectives.
     """
     stopped = [
         f"{run.name}, seed {run.summary['seed']}: stopped early, after epoch "
@@ -292,7 +292,26 @@ def notes(runs: Sequence[FinishedRun]) -> list[str]:
         for run in runs
         if is_result(run.summary) and run.summary.get("train", {}).get("stopped_epoch") is not None
     ]
-    return [*failed_runs(runs), *stopped, *differences(runs)]
+    return [*gates(runs), *failed_runs(runs), *stopped, *differences(runs)]
+
+
+def gates(runs: Sequence[FinishedRun]) -> list[str]:
+    """The results of the gates of `seqfair evaluate --fail_if_worse`, one for each folder."""
+    of_rows = (folder for run in runs for folder in (run.folder, run.folder.parent.parent))
+    lines = []
+    for folder in dict.fromkeys(of_rows):
+        gate = workdir.read_json(folder / workdir.GATE)
+        if gate is None:
+            continue
+        outcomes: dict[str, list[str]] = {}
+        for group in gate["groups"]:
+            outcomes.setdefault(group["outcome"], []).append(slices.full_label(group["slice"]))
+        parts = [f"{outcome} for {', '.join(names)}" for outcome, names in outcomes.items()]
+        lines.append(
+            f"the gate of seqfair evaluate: {gate['metric']} of {gate['subject']} minus that of "
+            f"{gate['reference']}, with an allowed loss of {gate['margin']:g}: {'; '.join(parts)}"
+        )
+    return lines
 
 
 def differences(runs: Sequence[FinishedRun]) -> list[str]:

@@ -126,11 +126,11 @@ def better_baseline(found: Contents) -> list[str]:
     """A sentence where a baseline is above every trained row over all users; none if there is none.
 
     It compares the best baseline over all users with the best trained row, by the test means as
-    printed, to four digits. It counts the groups of all tables in which both have a figure.
+    printed, to four digits. It counts the judged groups of all tables.
     """
     means = pd.concat(
         [
-            found.table(family)[[*slices.groups_in(found.sizes, family), slices.OVERALL]]
+            found.table(family)[[*found.judged(family), slices.OVERALL]]
             for family in found.families
             if found.rows and found.sizes
         ]
@@ -152,9 +152,9 @@ def better_baseline(found: Contents) -> list[str]:
         name += f", the best of the {len(trained)} trained rows,"
     known = means.loc[[ours, theirs]].notna().all().sum()
     above = (means.loc[theirs] > means.loc[ours]).sum()
-    groups = f" and in {above} of {known} groups" if known else ""
+    groups = f" and in {above} of {known} groups" if known else ""  # by the means alone
     return [
-        f"{found.rows[theirs].name}, which is not trained, is above {name} in overall{groups}. "
+        f"{found.rows[theirs].name}, which is not trained, is above {name} for all users{groups}. "
         "Train longer, or start from --config=own_log:model=best, or look for settings with "
         "`seqfair search`."
     ]
@@ -166,7 +166,7 @@ def joined_rows(found: Contents) -> list[str]:
     if not both:
         return []
     return [
-        "one row where the best overall epoch and the best epoch of the worst group are the same: "
+        "the epoch that is best overall is also the best for the worst group, so one row has both: "
         + "; ".join(both)
     ]
 

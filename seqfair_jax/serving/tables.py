@@ -187,7 +187,7 @@ def read_histories(
         time_format=time_format,
         drops_missing=drops_missing,
     )
-    if drops_repeats and frame["timestamp"].any():
+    if drops_repeats and not frame["timestamp"].eq(0).all():
         repeated = frame.duplicated(["user_id", "item_id", "timestamp"]).to_numpy()
         _count(repeated.sum(), "histories", argument, "rows have the user, item and time of an "
                "earlier row; left out, as data.repeats=drop says")  # fmt: skip

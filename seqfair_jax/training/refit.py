@@ -91,8 +91,9 @@ def describe(found: Mapping[str, Any], rows: int) -> list[str]:
     """
     chosen = "overall" if found["rule"] == "overall" else "for the worst group"
     return [
-        f"This is a refit of {found['folder']} ({found['run']}): its settings, on all rows, for "
-        f"{counted(found['epoch'], 'epoch', 'epochs')}. That epoch validated best {chosen} there.",
+        f"This is a refit of {found['folder']} ({found['run']}): its settings, on all rows that "
+        f"the filter leaves, for {counted(found['epoch'], 'epoch', 'epochs')}. That epoch "
+        f"validated best {chosen} there.",
         f"That run trained on {found['train_interactions']:,} of "
         f"{counted(found['interactions'], 'row', 'rows')}, and this one trains on {rows:,}. "
         f"{counted(found['new_items'], 'item is', 'items are')} new, and "

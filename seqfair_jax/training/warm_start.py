@@ -222,9 +222,9 @@ def describe(record: Mapping[str, Any]) -> list[str]:
     return [
         f"Training starts from {record['folder']} ({record['run']}, epoch {record['epoch']}).",
         f"It knows {record['known_items']:,} of the {items:,} items; {record['new_items']:,} are "
-        f"new, and {record['left_items']:,} of its items are not in this log.",
+        f"new, and {record['left_items']:,} of its items have no training row here.",
         f"It knows {record['known_users']:,} of the {users:,} users; {record['new_users']:,} are "
-        f"new, and {record['left_users']:,} of its users are not in this log.",
+        f"new, and {record['left_users']:,} of its users have no training row here.",
     ]
 
 
