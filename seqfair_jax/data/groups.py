@@ -523,10 +523,11 @@ def _from_table(
         if needs_cuts(groups) and len(np.unique(users)) == len(users):  # else `_cut` refuses
             _LOG.warning(
                 "family %s has %s groups, one for each number; write %s:4 in its place to cut the "
-                "numbers into at most 4 groups of about as many users",
+                "numbers into at most 4 groups of about as many users, or %s:18..65 to cut them at "
+                "numbers of your own",
                 name,
                 f"{len(groups):,}",
-                encode_name(name),
+                *[encode_name(name)] * 2,
             )
     membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
     membership[users, _places(labels, groups)] = True
