@@ -360,8 +360,8 @@ def test_families_that_nothing_uses_are_found(tmp_path):
             "WARNING",
             "the group file has a row for 1 of the 4 users; 3 users have none, such as '00084'; it "
             "has 4 other users, such as '84' (not in the log, or left out by the filter). Without "
-            "leading zeros 2 of these would match, such as '84' and '00084' of the log: write the "
-            "ids as the log does",
+            "leading zeros, spaces, capitals and a final .0, 2 of these would match, such as '84' "
+            "and '00084' of the log: write the ids as the log does",
         ),
         (
             [84, 85],
@@ -369,8 +369,8 @@ def test_families_that_nothing_uses_are_found(tmp_path):
             "WARNING",
             "the group file has a row for 0 of the 2 users; 2 users have none, such as '84'; it "
             "has 3 other users, such as 'y' (not in the log, or left out by the filter). Without "
-            "leading zeros 2 of these would match, such as '0085' and '85' of the log: write the "
-            "ids as the log does",
+            "leading zeros, spaces, capitals and a final .0, 2 of these would match, such as "
+            "'0085' and '85' of the log: write the ids as the log does",
         ),
     ],
     ids=["all", "some", "text", "integers"],
@@ -564,6 +564,31 @@ def test_fixed_borders_in_expressions():
     assert union.groups[0] == "a%3Ag:-1..2.5*seq33:below -1*short"
     assert union.groups[-1] == "a%3Ag:0..:0 and above"
     assert groups.unused_families(own, [name]) == []
+
+
+@pytest.mark.parametrize("name", ["age:2", "age:2..5"])
+def test_a_user_whom_the_file_calls_unknown_has_no_number(name):
+    dataset, own = ages("1", "unknown", "3", None)
+    without, same = ages("1", None, "3", None)
+    family = build_family(dataset, name, group_table=own)
+    assert family.hash() == build_family(without, name, group_table=same).hash()
+    assert family.groups[-1] == "unknown"
+    dataset, own = ages("unknown", None)
+    with pytest.raises(UserError, match=f"'{name}': no user of the log has a number of 'age'"):
+        build_family(dataset, name, group_table=own)
+
+
+@pytest.mark.parametrize(
+    ("in_log", "in_file"), [("84", "84.0"), ("Anna", " anna"), ("000", "0"), ("0x", "X ")]
+)
+def test_ids_that_are_written_otherwise_are_told(in_log, in_file, caplog):
+    dataset = split(log(*[[1, 2, 3]] * 2, users=[in_log, "x-1"]))
+    own = table((in_file, "plan", "a"), ("x-1", "plan", "a"), ("ghost", "plan", "b"))
+    with caplog.at_level(logging.INFO, "seqfair_jax"):
+        groups.say_matches(dataset, own)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"1 of these would match, such as {in_file!r} and {in_log!r}" in record.getMessage()
 
 
 def test_labels_of_ranges():

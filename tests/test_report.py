@@ -22,6 +22,7 @@ from seqfair_jax.config import default_config
 from seqfair_jax.data.groups import GroupFamily, encode_name
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation import slices
+from seqfair_jax.evaluation.metrics import LIST_FIGURES
 from seqfair_jax.objectives import METHODS
 from seqfair_jax.report import contents, figures, files, names, rows, runs, text
 from seqfair_jax.report import html as html_report
@@ -366,6 +367,101 @@ def test_group_sizes_and_groups_that_are_too_small(tmp_path):
     values = np.linspace(0, 0.9, USERS)
     means = [values[i::5].mean() for i in range(5)]
     assert page.cell(0, "ERM", "worst") == f"{min(means[:4]):.4f}"
+
+
+def of_countries(tmp_path, number):
+    """Contents of ERM and CVaR by so many countries, whose sizes are drawn, and the countries."""
+    names = tuple(f"c{i:02}" for i in range(number))
+    folders = [
+        write_run(tmp_path / "erm", families={"country": names}, loss_family="country"),
+        write_run(tmp_path / "cvar", "cvar", families={"country": names}, shift=0.01),
+    ]
+    found = contents.build(runs.read_runs(folders), NDCG)
+    drawn = np.random.default_rng(0).permutation(number).tolist()
+    sizes = {f"country={name}": size for name, size in zip(names, drawn, strict=True)}
+    return found._replace(sizes=found.sizes | sizes, min_users=10), list(sizes)
+
+
+def line_of(printed, start):
+    return next(line for line in printed.splitlines() if line.strip().startswith(start))
+
+
+def words_of(printed, start):
+    return line_of(printed, start).split()
+
+
+def test_text_shows_some_of_many_groups(tmp_path):
+    found, countries = of_countries(tmp_path, 23)
+    means, sizes = found.rows[0].means[0], found.sizes
+    lowest = sorted((c for c in countries if sizes[c] >= 10), key=means.get)[:6]
+    others = sorted((c for c in countries if c not in lowest), key=sizes.get, reverse=True)[:6]
+    wanted = [c for c in countries if c in lowest or c in others]
+    assert text.shown_groups(found, "country") == wanted
+    assert wanted not in (countries[:12], countries[-12:])
+
+    labels = [name.removeprefix("country=") for name in wanted]
+    printed = text.contents_tables(found)
+    assert words_of(printed, labels[0])[:13] == [*labels, "overall"]
+    assert words_of(printed, "test users")[2:14] == [str(sizes[name]) for name in wanted]
+    assert words_of(printed, "ERM")[1:13] == [f"{means[name]:.4f}" for name in wanted]
+    told = (
+        "12 of the 23 groups are shown: at most 6 that are judged, those with the lowest NDCG@20 "
+        "of ERM, and the largest of the others. All are in the file of "
+    )
+    assert line_of(printed, "12 of").startswith(told)
+    assert line_of(printed, "worst ignores groups").endswith(" and 4 more")
+
+    # A group with a star is in the tests, whether a table shows it or not.
+    hidden = [name for name in countries if name not in wanted]
+    tests = found.tests.assign(star=found.tests["slice"] == hidden[0])
+    printed = text.comparison(found._replace(tests=tests))
+    for name in countries:
+        assert (f" {name} " in printed) == (name in [*wanted, hidden[0]])
+    assert printed.count(hidden[0]) == 1
+    assert "Groups that the tables do not show are here if q < 0.05." in printed
+    shown = {f"{figure}@20": dict.fromkeys([*countries, "overall"], 0.5) for figure in LIST_FIGURES}
+    with_lists = found._replace(rows=[found.rows[0]._replace(recommended=(shown,))])
+    lines = text.recommended(with_lists).splitlines()[2 : 3 + len(wanted)]
+    assert [line.split()[1] for line in lines] == ["overall", *wanted]
+    assert set(countries) <= set(files.long_table(found)["family"] + "="
+                                 + files.long_table(found)["group"])  # fmt: skip
+
+
+def test_text_shows_the_largest_groups_if_none_is_judged(tmp_path):
+    found, countries = of_countries(tmp_path, 21)
+    found = found._replace(min_users=100)
+    largest = sorted(countries, key=found.sizes.get, reverse=True)[:12]
+    assert text.shown_groups(found, "country") == [c for c in countries if c in largest]
+    assert "12 of the 21 groups are shown: the largest. All are" in text.contents_tables(found)
+
+
+def test_text_shows_all_of_twenty_groups(tmp_path):
+    found, countries = of_countries(tmp_path, 20)
+    assert text.shown_groups(found, "country") == countries
+    assert "are shown" not in text.contents_tables(found)
+    assert "do not show" not in text.comparison(found)
+
+
+def test_the_row_by_which_groups_are_in_order_is_no_baseline(tmp_path):
+    names = tuple("abc")
+    given = {"families": {"country": names}, "loss_family": "country"}
+    folder = write_run(tmp_path / "cvar", "cvar", **given)
+    found = contents.build(runs.read_runs([folder]), NDCG)
+    assert found.reference == "[most_popular]"
+    assert found.ordering_row.name == found.rows[0].name
+    assert found.worst_first("country") == ["country=a", "country=b", "country=c"]
+
+
+def test_the_groups_in_order_are_by_the_mean_over_seeds(tmp_path):
+    given = {"families": {"country": tuple("abc")}, "loss_family": "country"}
+    folders = [write_run(tmp_path / f"{s}", seed=s, **given) for s in (0, 1)]
+    found = contents.build(runs.read_runs(folders), NDCG)
+    seeds = [dict(zip(("country=a", "country=b", "country=c"), of, strict=True))
+             for of in ((0.1, 0.3, 0.2), (0.4, 0.1, 0.1))]  # fmt: skip
+    changed = [row._replace(means=tuple(seeds)) for row in found.rows]
+    assert found._replace(rows=changed).worst_first("country") == [
+        "country=c", "country=b", "country=a"
+    ]  # fmt: skip
 
 
 def test_figures_of_groups_of_few_users_are_hidden(tmp_path, capsys):

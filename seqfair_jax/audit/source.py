@@ -246,7 +246,7 @@ def all_families(table: pd.DataFrame) -> list[str]:
             name = encode_name(str(family))
             raise UserError(
                 f"groups: family {family!r} has {len(distinct):,} numbers; name the families to "
-                f"use, and cut this one into groups, as in {name}:4"
+                f"use, and cut this one into groups, as in {name}:4 or {name}:18..65"
             )
     return [encode_name(family) for family in table["family"].unique()]
 

@@ -276,7 +276,8 @@ def unused_families(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
 def say_matches(dataset: Dataset, table: pd.DataFrame) -> None:
     """Log how many users of a split log have a row in a group file, and how many others it has.
 
-    It is a warning if ids would match without leading zeros, which spreadsheets remove.
+    It is a warning if ids would match without what spreadsheets and exports change: leading zeros,
+    spaces around, capitals, and the `.0` of a number with decimals.
 
     Args:
         dataset: the split log.
@@ -294,14 +295,13 @@ def say_matches(dataset: Dataset, table: pd.DataFrame) -> None:
             f"; it has {counted(len(others), 'other user', 'other users')}, such as {others[0]!r} "
             "(not in the log, or left out by the filter)"
         )
-    bare = pd.Series(without, dtype=object).str.lstrip("0")
-    place = _places(pd.Series(others, dtype=object).str.lstrip("0"), bare)
+    place = _places(_bare(others), _bare(without))
     alike = place >= 0
     if alike.any():
         first = alike.argmax()
         _LOG.warning(
-            "%s. Without leading zeros %s of these would match, such as %r and %r of the log: "
-            "write the ids as the log does",
+            "%s. Without leading zeros, spaces, capitals and a final .0, %s of these would match, "
+            "such as %r and %r of the log: write the ids as the log does",
             said,
             f"{alike.sum():,}",
             others[first],
@@ -309,6 +309,12 @@ def say_matches(dataset: Dataset, table: pd.DataFrame) -> None:
         )
     else:
         _LOG.info("%s", said)
+
+
+def _bare(ids: np.ndarray) -> pd.Series:
+    """The ids without what spreadsheets and exports change."""
+    texts = pd.Series(ids, dtype=object).str.strip().str.casefold()
+    return texts.str.removesuffix(".0").str.lstrip("0")
 
 
 def _choose(names: Sequence[str], where: str, *, user_column: str) -> dict[str, str]:
@@ -523,10 +529,11 @@ def _from_table(
         if needs_cuts(groups) and len(np.unique(users)) == len(users):  # else `_cut` refuses
             _LOG.warning(
                 "family %s has %s groups, one for each number; write %s:4 in its place to cut the "
-                "numbers into at most 4 groups of about as many users",
+                "numbers into at most 4 groups of about as many users, or %s:18..65 to cut them at "
+                "numbers of your own",
                 name,
                 f"{len(groups):,}",
-                encode_name(name),
+                *[encode_name(name)] * 2,
             )
     membership = np.zeros((len(dataset.user_ids), len(groups)), bool)
     membership[users, _places(labels, groups)] = True
@@ -620,8 +627,14 @@ def _borders(text: str, how: str) -> dict[str, float]:
 def _one_number_each(
     dataset: Dataset, name: str, text: str, table: pd.DataFrame
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The users of the log who have a number in a family of the table, and it: i64[M], f64[M]."""
+    """The users of the log who have a number in a family of the table, and it: i64[M], f64[M].
+
+    The label 'unknown' is no value, so that a run's own groups can be cut later.
+    """
     users, labels = _labelled(dataset, name, table)
+    users, labels = users[labels != UNKNOWN], labels[labels != UNKNOWN]
+    if not len(users):
+        raise UserError(f"group family {text!r}: no user of the log has a number of {name!r}")
     values = _numbers(labels)
     bad = ~np.isfinite(values)
     if bad.any():

@@ -65,6 +65,22 @@ class Contents(NamedTuple):
         """The slices of a family's groups that are large enough."""
         return rows.judged_groups(self.sizes, family, min_users=self.min_users)
 
+    @property
+    def ordering_row(self) -> Row:
+        """The row that says which groups are served worst: the reference, or else the first one.
+
+        A baseline as the reference says nothing of the models and the lists.
+        """
+        found = next((row for row in self.rows if row.name == self.reference), self.rows[0])
+        return self.rows[0] if found.kind == BASELINE else found
+
+    def worst_first(self, family: str) -> list[str]:
+        """The judged groups, the one with the lowest mean of `ordering_row` first."""
+        seeds = self.ordering_row.means
+        return sorted(
+            self.judged(family), key=lambda name: _mean([seed.get(name) for seed in seeds])
+        )
+
     def table(self, family: str) -> pd.DataFrame:
         """`rows.numbers` of a family."""
         return rows.numbers(self.rows, family, self.sizes, min_users=self.min_users)

@@ -305,7 +305,7 @@ def _forest_groups(contents: Contents, methods: int) -> tuple[list[str], list[st
     each = max(2, (most - 1) // len(contents.families))
     left_out = 0
     for family in contents.families:
-        worst_first = _worst_first(contents, family)
+        worst_first = contents.worst_first(family)
         groups += [name for name in contents.judged(family) if name in worst_first[:each]]
         left_out += len(worst_first[each:])
     if not left_out:
@@ -356,13 +356,6 @@ def _hidden_methods(contents: Contents, methods: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def _worst_first(contents: Contents, family: str) -> list[str]:
-    """The judged groups, the worst served first, by the reference or else the first row."""
-    by = contents.row(contents.reference) if contents.reference else contents.rows[0]
-    means = by.means[0]
-    return sorted(contents.judged(family), key=lambda name: means.get(name) or 0.0)
-
-
 def _legend(methods: Sequence[Row], styles: Mapping[str, int]) -> list[tuple[str, figures.Style]]:
     return [(row.name, figures.style(styles[row.name])) for row in methods]
 
@@ -408,7 +401,7 @@ def _curves(
     each = max(1, (_PANELS - 1) // len(contents.families))
     wanted, left_out = [slices.OVERALL], 0
     for family in contents.families:
-        worst_first = _worst_first(contents, family)
+        worst_first = contents.worst_first(family)
         wanted += [name for name in contents.judged(family) if name in worst_first[:each]]
         left_out += len(worst_first[each:])
     wanted = [name for name in contents.validated(wanted) if name in found]

@@ -16,6 +16,8 @@ from seqfair_jax.report.runs import notes, read_runs
 
 _LONGEST_LABEL = 24  # characters
 SHOWN_FAMILIES = 4  # whose verdict and figures are shown; the HTML report folds the others
+_MOST_GROUPS = 20  # of a family in a text table; of more groups, it shows these:
+_LOWEST, _LARGEST = 6, 6
 USERS = "test users"  # the row of the group sizes
 SEEDS_AND_USERS = (
     "An interval over seeds says what to expect if the models are trained again with other seeds, "
@@ -49,9 +51,10 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
 
     Runs that differ only in the seed share a row: their mean and, from two seeds on, the
     half-width of its 95 % interval (t distribution). If runs of one method differ in other
-    settings, the rows' names show which. Below a table are the groups that are too small for
-    `worst`. Below all tables are a baseline that no trained row reaches, what the metric is, the
-    rows that were joined, and the notes.
+    settings, the rows' names show which. Of a family with many groups some are shown
+    (`shown_groups`). Below a table are the groups that are too small for `worst`. Below all tables
+    are a baseline that no trained row reaches, what the metric is, the rows that were joined, and
+    the notes.
 
     Args:
         found: the contents of the report.
@@ -60,7 +63,7 @@ def contents_tables(found: Contents, below: Sequence[str] = ()) -> str:
     title = f"{found.dataset['name']}, {found.metric} on the test targets"
     parts = [
         f"{title}, {slices.family_label(family)}\n"
-        + "\n".join([_text(found, found.table(family)), *left_out(found, family)])
+        + "\n".join([_text(found, family), *_folded(found, family), *left_out(found, family)])
         for family in found.families
     ]
     has_validation = any(row.validation for row in found.rows)
@@ -78,6 +81,7 @@ def recommended(found: Contents) -> str:
     """A table of what the lists show, of all users and of each group; "" if there is nothing."""
     k = parse_metric(found.metric)[1]
     table = rows.recommended(found.rows, k, found.families)
+    table = table[~table["slice"].isin(_hidden_groups(found))]
     if table.empty:
         return ""
     shown = table.assign(slice=table["slice"].map(slices.full_label))
@@ -103,7 +107,51 @@ def left_out(found: Contents, family: str) -> list[str]:
     if not small:
         return []
     return [
-        f"worst ignores groups with fewer than {found.min_users} test users: {', '.join(small)}"
+        f"worst ignores groups with fewer than {found.min_users} test users: "
+        f"{verdict.listed(small)}"
+    ]
+
+
+def shown_groups(found: Contents, family: str) -> list[str]:
+    """The slices of a family's groups that text shows, in their order.
+
+    Of more than 20 groups, they are the 6 judged ones that are served worst
+    (`Contents.worst_first`), and the largest of the others, so that there are 12.
+    """
+    groups = slices.groups_in(rows.known_slices(found.rows), family)
+    if len(groups) <= _MOST_GROUPS:
+        return groups
+    lowest = found.worst_first(family)[:_LOWEST]
+    others = [name for name in groups if name not in lowest]
+    others.sort(key=lambda name: -found.sizes.get(name, 0))
+    shown = {*lowest, *others[: _LOWEST + _LARGEST - len(lowest)]}
+    return [name for name in groups if name in shown]
+
+
+def _hidden_groups(found: Contents) -> set[str]:
+    """The slices of groups that are not among the `shown_groups` of their family."""
+    return {
+        name
+        for family in found.families
+        for name in slices.groups_in(rows.known_slices(found.rows), family)
+    } - {name for family in found.families for name in shown_groups(found, family)}
+
+
+def _folded(found: Contents, family: str) -> list[str]:
+    """A sentence on the groups that a table does not show, or none."""
+    groups = slices.groups_in(rows.known_slices(found.rows), family)
+    shown = shown_groups(found, family)
+    if len(shown) == len(groups):
+        return []
+    which = "the largest"
+    if found.judged(family):
+        which = (
+            f"at most {_LOWEST} that are judged, those with the lowest {found.metric} of "
+            f"{found.ordering_row.name}, and the largest of the others"
+        )
+    return [
+        f"{len(shown)} of the {len(groups):,} groups are shown: {which}. All are in the file of "
+        "`seqfair report DIR --out=FILE.html`, or .csv"
     ]
 
 
@@ -201,9 +249,11 @@ def comparison(found: Contents) -> str:
 
 
 def _tests(found: Contents, tests: pd.DataFrame) -> str:
-    rows = tests[[slices.is_shown(name, found.families) for name in tests["slice"]]]
-    shown = rows.assign(
-        slice=rows["slice"].map(slices.full_label), star=np.where(rows["star"], "*", "")
+    tests = tests[[slices.is_shown(name, found.families) for name in tests["slice"]]]
+    is_hidden = tests["slice"].isin(_hidden_groups(found)) & ~tests["star"].astype(bool)
+    tests = tests[~is_hidden]
+    shown = tests.assign(
+        slice=tests["slice"].map(slices.full_label), star=np.where(tests["star"], "*", "")
     ).drop(columns=["mean", "baseline", "kind"])
     text = shown.to_string(
         index=False,
@@ -214,6 +264,8 @@ def _tests(found: Contents, tests: pd.DataFrame) -> str:
     return (
         f"{found.metric} against {found.reference}: paired t-test over users with its 95 % "
         f"interval, q after Benjamini-Hochberg over the methods and lists (* q < 0.05)\n{text}"
+        + "\nGroups that the tables do not show are here if q < 0.05."
+        * bool(is_hidden.any())
     )
 
 
@@ -224,6 +276,7 @@ def _signed(value: float) -> str:
 def seed_comparison(found: Contents, family: str) -> str:
     """The differences over seeds as text; "" without two seeds of the reference and another row."""
     table = found.seed_table(family)
+    table = table[~table["slice"].isin(_hidden_groups(found))]
     if table.empty:
         return ""
     columns = list(dict.fromkeys(table["slice"]))
@@ -296,10 +349,13 @@ def users_cell(found: Contents, name: str) -> str:
     return "" if size is None else f"{size:,}"
 
 
-def _text(found: Contents, numbers: pd.DataFrame) -> str:
+def _text(found: Contents, family: str) -> str:
+    """The table of a family."""
+    numbers = found.table(family)
     names = [row_label(*row) for row in zip(numbers["name"], numbers["seeds"], strict=True)]
     width = max(map(len, [USERS, *names]))
-    columns = shown_columns(numbers)
+    hidden = _hidden_groups(found)
+    columns = [name for name in shown_columns(numbers) if name not in hidden]
     cells = [[name.ljust(width) for name in (USERS, *names)]]
     for column in columns:
         halves = numbers[f"{column} ±"]
