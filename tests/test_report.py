@@ -504,6 +504,10 @@ def test_figures_of_groups_of_few_users_are_hidden(tmp_path, capsys):
     others = figures_of(made, [name for name in made.sizes if name != "tier=e"])
     secret = figures_of(made, ["tier=e"]) - others
     assert len(secret) > 12
+    kept = made._replace(over_seeds=made.intervals).published()  # one seed has no such differences
+    for table in (kept.tests, kept.over_seeds, kept.intervals, *kept.baseline_tests.values()):
+        assert "tier=a" in set(table["slice"])
+        assert "tier=e" not in set(table["slice"])
     out = tmp_path / "report.html"
     command.main([*map(str, folders), f"--out={out}"])
     printed = capsys.readouterr().out
