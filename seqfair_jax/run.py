@@ -205,6 +205,7 @@ def _train(
     if snapshot.progress.init_from:
         print("\n".join(warm_start.describe(snapshot.progress.init_from)))
     if snapshot.progress.refit:
+        refit.check_same(snapshot.progress.refit, experiment.config.train.epochs)
         rows = experiment.dataset.counts["interactions"]
         print("\n".join(refit.describe(snapshot.progress.refit, rows)))
     folders = workdir.run_folders(folder, experiment.names)

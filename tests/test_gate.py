@@ -49,29 +49,71 @@ def share_bound(count, n, confidence):
     return low
 
 
-def bounds(own, other, lower, upper):
+def t_bound(values, confidence):
+    """The lower bound of a mean by the t distribution."""
+    n = len(values)
+    mean = sum(values) / n
+    error = (sum((x - mean) ** 2 for x in values) / (n - 1) / n) ** 0.5
+    return mean - stats.t.ppf(confidence, n - 1) * error
+
+
+def bounds(own, other, lower, upper, margin):
     """The bounds of `significance.bounds`, by loops."""
     change = [a - b for a, b in zip(own, other, strict=True)]
     n = len(change)
-    mean = sum(change) / n
-    if sum(x != 0 for x in change) < FEWEST_VALUES:
-        losses, gains = sum(x < 0 for x in change), sum(x > 0 for x in change)
-        return mean, -share_bound(losses, n, lower), share_bound(gains, n, upper)
-    error = (sum((x - mean) ** 2 for x in change) / (n - 1) / n) ** 0.5
-    return mean, mean - stats.t.ppf(lower, n - 1) * error, mean + stats.t.ppf(upper, n - 1) * error
+    found = [sum(change) / n]
+    for sign, confidence in ((1, lower), (-1, upper)):
+        values = [sign * x for x in change]
+        large = sum(x < -margin for x in values)
+        if sum(x != 0 for x in values) < FEWEST_VALUES:
+            bound = -share_bound(sum(x < 0 for x in values), n, confidence)
+        elif large < FEWEST_VALUES:
+            half = 1 - (1 - confidence) / 2
+            bound = t_bound([max(x, -margin) for x in values], half) - share_bound(large, n, half)
+        else:
+            bound = t_bound(values, confidence)
+        found.append(sign * bound)
+    return found
 
 
 @pytest.mark.parametrize(
     ("n", "differ"),
     [(1, 0), (1, 1), (9, 9), (10, 10), (40, 0), (40, 9), (40, 10), (40, 40), (300, 3)],
 )
-def test_bounds_agree_with_loops(n, differ):
+@pytest.mark.parametrize("margin", [0.0, 0.02, 0.4])
+def test_bounds_agree_with_loops(n, differ, margin):
     rng = np.random.default_rng(n + differ)
     other = rng.random(n)
     own = other.copy()
     own[:differ] = rng.random(differ)
-    found = significance.bounds(own - other, lower=0.95, upper=0.99)
-    assert_allclose(found, bounds(own.tolist(), other.tolist(), 0.95, 0.99), rtol=1e-9, atol=1e-12)
+    found = significance.bounds(own - other, lower=0.95, upper=0.99, margin=margin)
+    expected = bounds(own.tolist(), other.tolist(), 0.95, 0.99, margin)
+    assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("users", [60, 200, 1000])
+def test_error_rates_where_few_users_have_large_differences(users):
+    """Many users differ a little, and so few by much that a sample may have none of them."""
+    rng = np.random.default_rng(users)
+
+    def sample(shares, values):
+        return rng.choice(values, size=(400, users), p=shares)
+
+    # The true loss is just above the margin: "not worse" is wrong.
+    for shares, values in (
+        ([0.15, 0.15, 0.0102, 0.6898], [0.005, -0.005, -1.0, 0.0]),
+        ([0.4, 0.03, 0.57], [0.02, -0.6067, 0.0]),
+    ):
+        found = [significance.bounds(d, lower=0.95, upper=0.99, margin=0.01)
+                 for d in sample(shares, values)]  # fmt: skip
+        assert np.mean([gap.low >= -0.01 for gap in found]) < 0.12  # 5 %, or a little more
+    # The true loss is just below the margin: "worse" is wrong.
+    found = [significance.bounds(d, lower=0.95, upper=0.95, margin=0.01)
+             for d in sample([0.6, 0.015, 0.385], [-0.03, 0.63, 0.0])]  # fmt: skip
+    assert np.mean([gap.high < -0.01 for gap in found]) < 0.09
+    # A model that everybody loses by is worse all the same.
+    lost = significance.bounds(np.full(users, -0.3), lower=0.95, upper=0.995, margin=0.01)
+    assert lost.high < -0.01
 
 
 def test_each_group_has_its_outcome_by_loops():
@@ -87,7 +129,7 @@ def test_each_group_has_its_outcome_by_loops():
     assert list(table.index) == ["overall", *(f"plan={g}" for g in GROUPS)]
     for name, row in table.iterrows():
         mine = [i for i in range(1000) if name in ("overall", f"plan={label[i]}")]
-        mean, low, high = bounds(ours[mine], theirs[mine], 0.95, 1 - 0.05 / 6)
+        mean, low, high = bounds(ours[mine], theirs[mine], 0.95, 1 - 0.05 / 6, 0.02)
         assert row["users"] == len(mine)
         assert_allclose([row["mean"], row["reference"]], [ours[mine].mean(), theirs[mine].mean()])
         assert_allclose([row["difference"], row["low"], row["high"]], [mean, low, high])
@@ -185,8 +227,8 @@ def test_few_users_and_no_groups():
     small = gate.judge(make_contents(same, same, min_users=121), "new", 0.03)
     assert small.groups["slice"].tolist() == ["overall"]
     assert len(small.not_judged) == 5
-    # All users lose the same.
-    lost = gate.judge(make_contents(same - 0.05, same), "new", 0.04)
+    # All users lose the same. A few of other samples may gain, so the loss must be clear.
+    lost = gate.judge(make_contents(same - 0.15, same), "new", 0.04)
     assert set(lost.groups["outcome"]) == {"worse"}
 
 

@@ -295,6 +295,16 @@ def test_a_changed_file_of_the_judged_run_is_refused(shipped, tmp_path):
         serving.load(copy)
 
 
+def test_a_judged_run_that_chose_another_epoch_since_is_refused(folder, shipped, tmp_path):
+    copy = shutil.copytree(shipped.folder, tmp_path / "copy")
+    config = serving.judged_settings(folder / "judged", rule="overall")
+    config.train.epochs += 1
+    before = files_of(copy)
+    with pytest.raises(UserError, match="chose epoch . when this refit began, and epoch ."):
+        run(config, copy)
+    assert files_of(copy) == before
+
+
 @pytest.mark.slow
 def test_an_interrupted_refit_resumes_bit_for_bit_without_the_judged_run(
     folder, tmp_path, monkeypatch

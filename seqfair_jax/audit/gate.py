@@ -97,8 +97,8 @@ class Gate:
             table,
             "low, high: the true difference is above low and below high, with a confidence of "
             f"{low} and {high} ({tests})",
-            f"Where fewer than {significance.FEWEST_VALUES} users differ, the bounds are of the "
-            "shares of users with a loss or a gain, and so are wide.",
+            f"A bound is wide where fewer than {significance.FEWEST_VALUES} users lose (low) or "
+            "gain (high) more than the margin: it then allows for a few large differences.",
             f"worse: high is below {0 - self.margin:g}. not worse: low is at least "
             f"{0 - self.margin:g}. unknown: neither.",
         ]
@@ -160,7 +160,9 @@ def judge(contents: Contents, subject: str, margin: float) -> Gate:
     found = []
     for name in judged:
         own, other = ours[members[name]], theirs[members[name]]
-        gap = significance.bounds(own - other, lower=confidence["low"], upper=confidence["high"])
+        gap = significance.bounds(
+            own - other, lower=confidence["low"], upper=confidence["high"], margin=margin
+        )
         outcome = WORSE if gap.high < -margin else NOT_WORSE if gap.low >= -margin else UNKNOWN
         found.append(
             {

@@ -19,6 +19,7 @@ from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.serving import catalogue, load
 from seqfair_jax.serving.tables import find
+from seqfair_jax.serving.trained import run_folder
 from seqfair_jax.training.selection import RULES
 from seqfair_jax.training.warm_start import trained_on
 
@@ -52,7 +53,8 @@ def rank_test(
     Args:
         folder: the work directory of the run, or of a grid of runs, of which `load` selects one.
         dataset: the split log whose test it is.
-        rule: which epoch: the one that was best "overall", or for the "worst_group".
+        rule: which epoch: the one that was best "overall", or for the "worst_group". A refit has
+            one epoch.
         mask_seen, batch_size, mesh: as for `make_ranker`.
         top_k: K, how many recommended items to return; fewer if W is less.
 
@@ -61,6 +63,8 @@ def rank_test(
             it knows no item of this log.
         DivergedError: if a score is not finite.
     """
+    if "refit" in workdir.read_summary(run_folder(workdir.user_path(folder), None)):
+        rule = "overall"  # a refit has one epoch
     trained = load(folder, rule=rule, mesh=mesh)
     old = catalogue.read_dataset(trained.folder)
     items = find(pd.Series(dataset.item_ids), old.item_ids)

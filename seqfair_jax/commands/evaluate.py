@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     )
     command.bool(
         "fail_if_unknown",
-        "with --fail_if_worse: also if it is not shown that no group is so far below",
+        "with --fail_if_worse: also if such a loss is not ruled out for some group",
     )
     command.string("run", "the name of a run of a grid (default: the one that was selected)")
     command.string("rule", "the epoch that was best overall, or for the worst_group", "overall")

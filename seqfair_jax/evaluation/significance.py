@@ -146,37 +146,47 @@ def gap(members: np.ndarray, others: np.ndarray, *, confidence: float = 0.95) ->
     return Gap(difference, difference - half, difference + half)
 
 
-def bounds(differences: np.ndarray, *, lower: float, upper: float) -> Gap:
+def bounds(differences: np.ndarray, *, lower: float, upper: float, margin: float) -> Gap:
     """The mean of paired differences, with a bound on each side.
 
-    The true mean is below `low` in a share 1 - `lower` of samples, and above `high` in a share
+    The true mean is below `low` in a share a = 1 - `lower` of samples, and above `high` in a share
     1 - `upper`. With d and s, the mean and the standard deviation of the n users' differences:
 
         low = d - t(lower, n - 1) s / sqrt(n),   high = d + t(upper, n - 1) s / sqrt(n)
 
-    If fewer than `FEWEST_VALUES` users differ, these bounds do not hold. A user's difference is
-    from -1 to 1, so the mean is at least minus the share of users with a loss. Then `low` is minus
-    the exact upper bound of this share (Clopper and Pearson 1934): with k losses, the p for which
-    so few have a probability of 1 - `lower`. `high` is that of the gains.
+    The t distribution says nothing of large losses that a few of many users have, and that a small
+    sample may lack. So if fewer than `FEWEST_VALUES` users lose more than the margin, `low` is the
+    t bound of the differences that are cut off at -margin, minus the exact upper bound of the share
+    of users who lose more (Clopper and Pearson 1934), each with a / 2: a difference is at least -1.
+    If fewer than `FEWEST_VALUES` users differ, `low` is minus that bound of the share of users with
+    a loss, with a. `high` is the same of the gains.
 
     Args:
         differences: f[n] of a metric from 0 to 1; n is at least 1.
         lower, upper: the confidence of each bound.
+        margin: the size from which on a difference is large, 0 or more.
     """
+    low = _lower_bound(differences, lower, margin)
+    return Gap(float(differences.mean()), low, -_lower_bound(-differences, upper, margin))
+
+
+def _lower_bound(differences: np.ndarray, confidence: float, margin: float) -> float:
     n = len(differences)
-    mean = float(differences.mean())
+
+    def share(count: int, confidence: float) -> float:
+        return float(betaincinv(count + 1, n - count, confidence)) if count < n else 1.0
+
+    def mean_bound(values: np.ndarray, confidence: float) -> float:
+        error = float(values.std(ddof=1)) / n**0.5
+        return float(values.mean()) - float(stdtrit(n - 1, confidence)) * error
+
     if np.count_nonzero(differences) < FEWEST_VALUES:
-        shares = [
-            float(betaincinv(count + 1, n - count, confidence)) if count < n else 1.0
-            for count, confidence in (
-                (np.count_nonzero(differences < 0), lower),
-                (np.count_nonzero(differences > 0), upper),
-            )
-        ]
-        return Gap(mean, -shares[0], shares[1])
-    error = float(differences.std(ddof=1)) / n**0.5
-    low, high = (float(stdtrit(n - 1, confidence)) * error for confidence in (lower, upper))
-    return Gap(mean, mean - low, mean + high)
+        return -share(int((differences < 0).sum()), confidence)
+    large = int((differences < -margin).sum())
+    if large >= FEWEST_VALUES:
+        return mean_bound(differences, confidence)
+    half = (1 + confidence) / 2
+    return mean_bound(np.maximum(differences, -margin), half) - share(large, half)
 
 
 def seed_mean(tables: Mapping[int, pd.DataFrame], metric: str) -> np.ndarray:

@@ -61,9 +61,10 @@ def model_card(
     found = {str(name): Mean(*row) for name, *row in rows.itertuples()}
     fewest = 0 if show_small_groups else FEWEST_SHOWN
     min_users = max(config["select"]["min_users"], fewest)
-    shown = {
-        name: row for name, row in found.items() if name == slices.OVERALL or row.users >= fewest
-    }
+    few = {name for name, row in found.items() if name != slices.OVERALL and row.users < fewest}
+    kinds = {slices.REPEAT, slices.NEW}  # each follows from the other one
+    few |= kinds if few & kinds else set()
+    shown = {name: row for name, row in found.items() if name not in few}
     baselines = {name: means[metric] for name, means in of_test["baselines"].items()}
     split = summary["dataset"]["split"]
     order = list(of_test["test" + suffix][metric])

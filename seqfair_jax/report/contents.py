@@ -108,8 +108,13 @@ class Contents(NamedTuple):
         )
 
     def is_hidden(self, name: str) -> bool:
-        """Whether the figures of a slice are hidden, since it has too few users."""
-        return name != slices.OVERALL and 0 < self.sizes.get(name, 0) < self.fewest
+        """Whether the figures of a slice are hidden, since it has too few users.
+
+        Repeat and new targets are hidden together: each follows from the other one.
+        """
+        kinds = (slices.REPEAT, slices.NEW)
+        found = [self.sizes.get(each, 0) for each in (kinds if name in kinds else (name,))]
+        return name != slices.OVERALL and any(0 < size < self.fewest for size in found)
 
     def validated(self, names: Sequence[str]) -> list[str]:
         """The slices without those whose validation figures are hidden."""

@@ -431,7 +431,9 @@ def _curves(
             columns = {
                 group: column
                 for group, column in _columns(part, f"train/{log.key}/").items()
-                if not contents.is_hidden(slices.group_slice(families[name], group))
+                # A group without a test user has size 0, and may have few training users.
+                if contents.sizes.get(slices.group_slice(families[name], group), contents.fewest)
+                >= contents.fewest
             }
             if columns:
                 lines = [(i, part[["epoch", c]]) for i, c in enumerate(columns.values())]

@@ -114,6 +114,23 @@ def describe_judgement(found: Mapping[str, Any]) -> str:
     )
 
 
+def check_same(found: Mapping[str, Any], epochs: int) -> None:
+    """Refuse to resume a refit whose judged run has changed since its first step.
+
+    Args:
+        found: the object that `record` returned, from the checkpoint.
+        epochs: those of the judged run now (`train.epochs`).
+
+    Raises:
+        UserError: if the judged run chose another epoch then.
+    """
+    if found["epoch"] != epochs:
+        raise UserError(
+            f"train.refit is {found['folder']}, which chose epoch {found['epoch']} when this refit "
+            f"began, and epoch {epochs} now: use another --workdir for a refit of the run as it is"
+        )
+
+
 def require_test(folder: Path, summary: Mapping[str, Any]) -> None:
     """Refuse a refit where a test is needed.
 
