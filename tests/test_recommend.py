@@ -12,6 +12,7 @@ from test_serving import ODD_USERS, lists_of, make_config, make_log, make_run
 from seqfair_jax import __main__, api, audit, serving, workdir
 from seqfair_jax.commands import recommend
 from seqfair_jax.data.cache import load_dataset, log_hashes
+from seqfair_jax.data.ids import find
 from seqfair_jax.errors import UserError
 from seqfair_jax.run import run
 from seqfair_jax.serving import catalogue, tables
@@ -150,12 +151,12 @@ def test_the_blocks_of_a_file_are_of_their_own_users(tmp_path):
 
 def test_integer_ids_stay_integers():
     known = np.array([3, 7, 2**60])
-    assert tables.find(pd.Series([7, 4, 2**60]), known).tolist() == [1, -1, 2]
+    assert find(pd.Series([7, 4, 2**60]), known).tolist() == [1, -1, 2]
     text = pd.Series(["7", "07", "x"], dtype="str")
-    assert tables.find(text, known).tolist() == [1, -1, -1]
+    assert find(text, known).tolist() == [1, -1, -1]
     words = np.array(["7", "a\0", "a"], object)
-    assert tables.find(pd.Series([7, 8]), words).tolist() == [0, -1]
-    assert tables.find(pd.Series(["a", "a\0"], dtype=object), words).tolist() == [2, 1]
+    assert find(pd.Series([7, 8]), words).tolist() == [0, -1]
+    assert find(pd.Series(["a", "a\0"], dtype=object), words).tolist() == [2, 1]
 
 
 # Who gets a list.

@@ -1,11 +1,13 @@
 """Runs that train again on all rows of the log: no row is held out."""
 
+import dataclasses
 import json
 import logging
 import os
 import shutil
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -22,8 +24,8 @@ from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report.card import model_card
 from seqfair_jax.run import run
 from seqfair_jax.run import train as train_only
-from seqfair_jax.serving import catalogue
-from seqfair_jax.training import resume, warm_start
+from seqfair_jax.serving import catalogue, trained
+from seqfair_jax.training import refit, resume, warm_start
 from seqfair_jax.training.loop import Segments
 
 ITEMS = 30
@@ -293,6 +295,14 @@ def test_a_changed_file_of_the_judged_run_is_refused(shipped, tmp_path):
     (copy / "judged" / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"judged/summary\.json changed"):
         serving.load(copy)
+
+
+def test_items_of_another_type_of_ids_are_found(folder):
+    judged = trained.load_judged(serving.judged_settings(folder / "judged", rule="overall"))
+    known = dataclasses.replace(judged, item_ids=np.array([3, 5]))
+    newer = types.SimpleNamespace(item_ids=np.array(["3", "5", "gift-card"], object), log_hash="")
+    found = refit.record(known, newer)
+    assert (found["known_items"], found["new_items"], found["left_items"]) == (2, 1, 0)
 
 
 def test_a_judged_run_that_chose_another_epoch_since_is_refused(folder, shipped, tmp_path):

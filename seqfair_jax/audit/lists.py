@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from seqfair_jax.data.files import title_of
-from seqfair_jax.data.ids import encode_ids, require_values
+from seqfair_jax.data.ids import encode_ids, find, require_values
 from seqfair_jax.data.readers import finite_numbers
 from seqfair_jax.data.split import Dataset
 from seqfair_jax.errors import UserError
-from seqfair_jax.serving.tables import find, listed, read_given
+from seqfair_jax.serving.tables import listed, read_given
 from seqfair_jax.workdir import user_path
 
 FLAG = "recommendations"

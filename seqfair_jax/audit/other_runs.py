@@ -14,11 +14,11 @@ import pandas as pd
 from jax.sharding import Mesh
 
 from seqfair_jax import workdir
+from seqfair_jax.data.ids import find
 from seqfair_jax.data.split import Dataset, csr_offsets
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.serving import catalogue, load
-from seqfair_jax.serving.tables import find
 from seqfair_jax.serving.trained import run_folder
 from seqfair_jax.training.selection import RULES
 from seqfair_jax.training.warm_start import trained_on

@@ -222,3 +222,27 @@ def join_ids(parts: Sequence[tuple[np.ndarray, pa.Array]]) -> tuple[np.ndarray, 
         for (place, _), of_table in zip(parts, joined.chunks, strict=True)
     ]
     return np.concatenate(places), joined.chunk(0).dictionary
+
+
+def find(ids: pd.Series, known: np.ndarray) -> np.ndarray:
+    """The place of each id among the known ids, i64[n]; -1 for an unknown id.
+
+    Ids are compared as text if only one side is integers.
+    """
+    if _are_integers(known) and not _are_integers(ids):
+        known = known.astype(str)
+    return pd.Index(known).get_indexer(pd.Index(like(ids, known)))
+
+
+def like(ids: pd.Series, known: np.ndarray) -> np.ndarray:
+    """The ids in the type of the known ids; text beside integers stays text."""
+    if not _are_integers(ids):
+        return ids.to_numpy(object)
+    if not _are_integers(known):
+        return ids.astype(str).to_numpy(object)
+    same_type = ids.to_numpy().astype(known.dtype)
+    return same_type if (same_type == ids).all() else ids.to_numpy()
+
+
+def _are_integers(ids: pd.Series | np.ndarray) -> bool:
+    return ids.dtype.kind in "iu"

@@ -19,7 +19,7 @@ from seqfair_jax.config import default_config, flatten
 from seqfair_jax.config.change import change
 from seqfair_jax.data.cache import load_log, log_hashes, source_path
 from seqfair_jax.data.files import require_file
-from seqfair_jax.data.ids import compact, encode_ids, missing, require_values
+from seqfair_jax.data.ids import compact, encode_ids, find, like, missing, require_values
 from seqfair_jax.data.log import sort_rows
 from seqfair_jax.data.readers import ALIASES, find_column
 from seqfair_jax.data.split import csr_offsets
@@ -32,16 +32,6 @@ from seqfair_jax.workdir import user_path
 
 _LOG = logging.getLogger(__name__)
 _NAMED = 5  # unused columns that are named
-
-
-def find(ids: pd.Series, known: np.ndarray) -> np.ndarray:
-    """The place of each id among the known ids, i64[n]; -1 for an unknown id.
-
-    Ids are compared as text if only one side is integers.
-    """
-    if _are_integers(known) and not _are_integers(ids):
-        known = known.astype(str)
-    return pd.Index(known).get_indexer(pd.Index(_like(ids, known)))
 
 
 def read_users(
@@ -76,7 +66,7 @@ def read_users(
                 f"{', ...' if len(unknown) > 3 else ''}; to recommend to them, give the items that "
                 "they have: {user: [item, ...]}"
             )
-        return _like(ids, known), places
+        return like(ids, known), places
     ids, places = _distinct(
         argument, "users", "user_id", named, known,
         "users is a user of the run's log", "to recommend to new users, give --histories",
@@ -86,7 +76,7 @@ def read_users(
         "of a user without items. To use items that they have, give --histories"
     )
     _count((places < 0).sum(), "users", argument, what)
-    return _like(ids, known), places
+    return like(ids, known), places
 
 
 def read_items(
@@ -315,7 +305,7 @@ def _histories(
     what = "users have no known item; they get the list of a user without items"
     _count((lengths == 0).sum(), flag, argument, what)
     histories = Histories(items[known].astype(np.int32), csr_offsets(lengths))
-    return _like(ids, known_users), histories
+    return like(ids, known_users), histories
 
 
 class Given(NamedTuple):
@@ -472,20 +462,6 @@ def _distinct(
             f"{known.item(0)!r}; {advice}"
         )
     return ids, places
-
-
-def _like(ids: pd.Series, known: np.ndarray) -> np.ndarray:
-    """The ids in the type of the known ids; text beside integers stays text."""
-    if not _are_integers(ids):
-        return ids.to_numpy(object)
-    if not _are_integers(known):
-        return ids.astype(str).to_numpy(object)
-    same_type = ids.to_numpy().astype(known.dtype)
-    return same_type if (same_type == ids).all() else ids.to_numpy()
-
-
-def _are_integers(ids: pd.Series | np.ndarray) -> bool:
-    return ids.dtype.kind in "iu"
 
 
 def _given(argument: Any, flag: str) -> str:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from seqfair_jax import devices
+from seqfair_jax.data.ids import find
 from seqfair_jax.data.split import Dataset, counted
 from seqfair_jax.errors import UserError
 from seqfair_jax.training.selection import RULES
@@ -61,7 +62,7 @@ def record(judged: Judged, dataset: Dataset) -> dict[str, Any]:
     Raises:
         UserError: if the log has no item of that run, so that it is another log.
     """
-    known = int((pd.Index(judged.item_ids).get_indexer(pd.Index(dataset.item_ids)) >= 0).sum())
+    known = int((find(pd.Series(dataset.item_ids), judged.item_ids) >= 0).sum())
     if not known:
         raise UserError(
             f"train.refit is {judged.folder}, which knows none of the {len(dataset.item_ids):,} "
