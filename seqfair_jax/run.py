@@ -22,7 +22,7 @@ from seqfair_jax.errors import Interrupted, UserError
 from seqfair_jax.report import text
 from seqfair_jax.results import dataset_summary, keep_refit, test, warn_of_masked_targets
 from seqfair_jax.serving import catalogue
-from seqfair_jax.serving.trained import load_judged, load_source, run_folder
+from seqfair_jax.serving.trained import load_judged, load_source
 from seqfair_jax.training import checkpoint, refit, warm_start
 from seqfair_jax.training.experiment import Experiment, build_experiment
 from seqfair_jax.training.loop import fit
@@ -218,7 +218,7 @@ def _train(
     for part, spec in zip(folders, experiment.runs, strict=True):
         _write_data_files(part, experiment)
         if judged is not None:
-            workdir.copy_results(run_folder(workdir.user_path(judged.folder), judged.run), part)
+            workdir.copy_results(judged.results, part)
         if part != folder:
             workdir.write_json(part / workdir.CONFIG, _settings_of(spec, settings))
     return fit(experiment, folder, snapshot, after_epoch)

@@ -19,7 +19,6 @@ from seqfair_jax.data.split import Dataset, csr_offsets
 from seqfair_jax.errors import UserError
 from seqfair_jax.evaluation.ranking import Ranking, make_ranker
 from seqfair_jax.serving import catalogue, load
-from seqfair_jax.serving.trained import run_folder
 from seqfair_jax.training.selection import RULES
 from seqfair_jax.training.warm_start import trained_on
 
@@ -63,8 +62,8 @@ def rank_test(
             it knows no item of this log.
         DivergedError: if a score is not finite.
     """
-    if "refit" in workdir.read_summary(run_folder(workdir.user_path(folder), None)):
-        rule = "overall"  # a refit has one epoch
+    is_refit = "refit" in workdir.read_summary(workdir.user_path(folder))
+    rule = "overall" if is_refit else rule  # a refit has one epoch
     trained = load(folder, rule=rule, mesh=mesh)
     old = catalogue.read_dataset(trained.folder)
     items = find(pd.Series(dataset.item_ids), old.item_ids)
@@ -98,7 +97,7 @@ def rank_test(
         "folder": folder,
         "run": trained.run,
         "rule": rule,
-        "is_refit": "refit" in workdir.read_summary(trained.folder),
+        "is_refit": is_refit,
         "epoch": workdir.read_summary(trained.folder)["best" + RULES[rule].suffix]["epoch"],
         "log_hash": old.log_hash,
         "results": workdir.finished_hash(trained.folder),

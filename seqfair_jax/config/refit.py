@@ -11,8 +11,7 @@ from seqfair_jax.config.resume import RESUMABLE, changed_settings, flatten
 from seqfair_jax.errors import UserError
 
 # What a refit may change: where its log is, its seeds, its devices, and how often it is saved.
-_FREE = {"seeds", "data.since", "data.until", "train.refit", *RESUMABLE}
-_FIXED = {  # of `RESUMABLE`
+_FREE = {"seeds", "data.since", "data.until", "train.refit", *RESUMABLE} - {
     "groups",
     "train.epochs",
     "evaluate.cutoffs",
@@ -66,7 +65,7 @@ def check_refit(judged: ConfigDict, config: ConfigDict) -> None:
     """
     old, new = (dict(flatten(each.to_dict())) for each in (judged, config))
     changed = changed_settings(judged.to_dict(), config.to_dict())
-    keys = [key for key in changed if key not in _FREE or key in _FIXED]
+    keys = [key for key in changed if key not in _FREE]
     if keys:
         values = "; ".join(f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in keys)
         raise UserError(

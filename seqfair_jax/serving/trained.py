@@ -198,6 +198,7 @@ def load_judged(config: ConfigDict) -> Judged:
     return Judged(
         folder=name,
         run=trained.run,
+        results=trained.folder,
         rule=rule,
         epoch=config.train.epochs,
         parameters=parameters_hash(trained.params),

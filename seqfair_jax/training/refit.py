@@ -31,6 +31,7 @@ class Judged:
 
     folder: str  # as `train.refit` has it
     run: str  # the run's name
+    results: Path  # the run's own folder, in that folder if it is of a grid
     rule: str  # that chose its epoch
     epoch: int
     parameters: str  # `warm_start.parameters_hash` of this epoch
