@@ -88,7 +88,7 @@ class Contents(NamedTuple):
     def published(self) -> "Contents":
         """What may be published: without the figures of groups of fewer than `FEWEST_SHOWN` users.
 
-        Such a figure may tell what a single user did. The sizes of the groups stay. These groups
+        Such a figure may show what a single user did. The sizes of the groups stay. These groups
         are not judged either, however low `min_users` is.
         """
         found = self._replace(

@@ -611,7 +611,7 @@ def _definitions(contents: Contents) -> list[tuple[str, str]]:
     hidden = (
         "hidden",
         f"The figures of groups with fewer than {contents.fewest} users are left out of this page, "
-        "since they may tell what a single user did. --show_small_groups shows them.",
+        "since they may show what a single user did. --show_small_groups shows them.",
     )
     return [
         *((f"{kind}@{k}", describe_metric(f"{kind}@{k}")) for kind in KINDS),

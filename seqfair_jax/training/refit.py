@@ -111,7 +111,7 @@ def describe_judgement(found: Mapping[str, Any]) -> str:
         found: the object that `record` returned.
     """
     return (
-        "The refit itself is not judged, since no row is left to judge it by. The figures of "
+        "The refit itself is not judged, since every row is a training row. The figures of "
         f"{found['folder']} are of the same settings, trained without the rows that judged it."
     )
 
